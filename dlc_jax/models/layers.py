@@ -1,0 +1,148 @@
+"""Layers that the vision transformer, the DiT and SEDD share.
+
+Every module takes `dtype` (compute) and `param_dtype` (storage). Normalisation
+statistics, softmax and rotary angles are float32 whatever `dtype` is.
+"""
+import functools
+from typing import Any, Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Initializer = Callable[..., Array]
+
+REMAT_POLICIES = {
+    'full': None,  # save block inputs only
+    'dots': jax.checkpoint_policies.checkpoint_dots,
+    'dots_no_batch': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+def scan_blocks(block: type[nn.Module], depth: int, *, remat: str = 'none', unroll: bool = False,
+                num_broadcast: int = 0) -> Callable[..., nn.Module]:
+    """`depth` copies of `block` in sequence, their parameters stacked on a leading axis.
+
+    One traced block instead of `depth` keeps compile time flat in depth; `unroll` trades that back for
+    scheduling across blocks, on the same parameters.
+
+    Args:
+        block: module whose `__call__(x, *broadcast)` returns `(x, None)`.
+        depth: number of blocks.
+        remat: 'none', or a key of `REMAT_POLICIES`.
+        unroll: emit the blocks one after another rather than as a loop.
+        num_broadcast: how many arguments after `x` every block receives unchanged.
+    """
+    if remat != 'none':
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat={remat!r}: choose 'none' or one of {sorted(REMAT_POLICIES)}")
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
+    return nn.scan(block, length=depth, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
+                   in_axes=(nn.broadcast,) * num_broadcast, unroll=depth if unroll else 1)
+
+
+def layer_norm(x: Array, scale: Array | None = None, bias: Array | None = None, *, eps: float) -> Array:
+    """Layer norm over the last axis, computed in float32, returned in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    if scale is not None:
+        x = x * scale.astype(jnp.float32)
+    return x if bias is None else x + bias.astype(jnp.float32)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis. `eps` has no default: the papers disagree (1e-6 and 1e-5)."""
+    eps: float
+    use_scale: bool = True
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        scale = self.param('scale', nn.initializers.ones, (width,), self.param_dtype) if self.use_scale else None
+        bias = self.param('bias', nn.initializers.zeros, (width,), self.param_dtype) if self.use_bias else None
+        return layer_norm(x, scale, bias, eps=self.eps).astype(self.dtype)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """adaLN: `x (1 + scale) + shift`, with `x` [B, N, D] and the others [B, D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def attention(q: Array, k: Array, v: Array, *, impl: str = 'xla') -> Array:
+    """Full bidirectional softmax attention.
+
+    Args:
+        q, k, v: [B, N, H, D].
+        impl: 'xla', or 'cudnn' on an NVIDIA GPU in bf16 or fp16.
+
+    Returns:
+        [B, N, H, D] in the dtype of `v`.
+    """
+    return jax.nn.dot_product_attention(q, k, v, implementation=impl)
+
+
+@functools.lru_cache(maxsize=None)
+def _rope_frequencies(head_dim: int, base: float) -> tuple[float, ...]:
+    return tuple(base ** (-i / head_dim) for i in range(0, head_dim, 2))
+
+
+def rope(x: Array, *, base: float = 10000.0) -> Array:
+    """Rotary position embedding, halves rotated against each other (GPT-NeoX order). `x`: [B, N, H, D]."""
+    length, head_dim = x.shape[1], x.shape[-1]
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(_rope_frequencies(head_dim, base), jnp.float32)
+    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. Parameters: `qkv` kernel [D, 3, H, D/H], `proj` kernel [H, D/H, D]."""
+    num_heads: int
+    use_bias: bool = True
+    use_rope: bool = False
+    attention_impl: str = 'xla'
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        if width % self.num_heads:
+            raise ValueError(f'width {width} is not divisible by num_heads {self.num_heads}')
+        dense = functools.partial(nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype,
+                                  param_dtype=self.param_dtype, kernel_init=self.kernel_init)
+        qkv = dense((3, self.num_heads, width // self.num_heads), name='qkv')(x)
+        q, k, v = (qkv[..., i, :, :] for i in range(3))
+        if self.use_rope:
+            q, k = rope(q), rope(k)
+        return dense(width, axis=(-2, -1), name='proj')(attention(q, k, v, impl=self.attention_impl))
+
+
+class Mlp(nn.Module):
+    """Two dense layers, `fc1` and `fc2`, around a GELU (exact, or its tanh approximation)."""
+    hidden: int
+    approximate_gelu: bool = True
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype,
+                                  kernel_init=self.kernel_init)
+        h = nn.gelu(dense(self.hidden, name='fc1')(x), approximate=self.approximate_gelu)
+        return dense(x.shape[-1], name='fc2')(h)
+
+
+def sinusoidal_embedding(t: Array, dim: int = 256, *, max_period: float = 10000.0) -> Array:
+    """[cos, sin] features of a scalar: frequency k is `max_period ** (-k / (dim / 2))`. `t`: [B] -> [B, dim]."""
+    half = dim // 2
+    freqs = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = t.astype(jnp.float32)[:, None] * freqs
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)

@@ -1,0 +1,35 @@
+"""Shared fixtures. The whole suite runs on eight fake CPU devices, so that every sharded path is exercised."""
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update('jax_num_cpu_devices', 8)
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
+
+
+@pytest.fixture(scope='session')
+def golden():
+    """Inputs, weights and outputs of the original DLC modules; tests that ask for it skip where it is absent."""
+    path = SHARED / 'spec' / 'dlc_golden.npz'
+    if not path.exists():
+        pytest.skip('dlc_golden.npz is not present')
+    with np.load(path) as z:
+        return {k: z[k] for k in z.files}
+
+
+@pytest.fixture(scope='session')
+def shared_data():
+    """Folder of real data sets; tests that ask for it skip where it is absent."""
+    path = SHARED / 'data'
+    if not path.is_dir():
+        pytest.skip('real data sets are not present')
+    return path
