@@ -1,0 +1,1 @@
+"""What every trained model shares: mesh, sharding, optimiser, loop, checkpoints, metrics. Knows neither images nor text."""

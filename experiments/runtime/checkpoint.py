@@ -1,0 +1,128 @@
+"""Checkpoints: state, data position and shapes in one step directory. Hides Orbax.
+
+A step directory appears whole or not at all. `restore` takes the newest readable one and says which it passed over;
+a checkpoint of another model is an error that names the first parameter that differs, never a silent fallback.
+"""
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from experiments.runtime.partition import flatten
+
+log = logging.getLogger(__name__)
+
+
+def _shapes(state: Any) -> dict[str, list]:
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in flatten(state).items()}
+
+
+class Checkpointer:
+    """Reads and writes `directory/<step>/`.
+
+    Args:
+        directory: created on the first save.
+        keep: how many of the newest steps stay.
+        read_only: never create or clean anything (sampling, evaluation).
+    """
+
+    def __init__(self, directory: str | pathlib.Path, *, keep: int = 2, read_only: bool = False):
+        self.directory = pathlib.Path(directory).absolute()
+        # Asynchronous only where arrays leave the device by copy: on CPU Orbax may write from the very buffer that the
+        # next step has been donated.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=not read_only, read_only=read_only,
+            enable_async_checkpointing=jax.default_backend() != 'cpu' and not read_only)
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=('state', 'data', 'meta')) if (
+                not read_only or self.directory.is_dir()) else None
+
+    def steps(self) -> list[int]:
+        """Steps on disk, oldest first."""
+        return sorted(self._manager.all_steps()) if self._manager else []
+
+    def save(self, step: int, state: Any, data: Mapping[str, Any] | None = None) -> None:
+        """Writes `state` and the data iterators' positions `data` as `step`; a step already there is left alone.
+
+        Raises:
+            OSError: nothing was kept of this step; earlier steps are untouched.
+        """
+        if step in self.steps():
+            return
+        try:
+            self._manager.save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data or {})),
+                meta=ocp.args.JsonSave({'shapes': _shapes(state)})))
+            self._manager.check_for_errors()
+        except Exception as error:  # Orbax and TensorStore report a full disk as ValueError, OSError or their own types
+            self._manager.reload()
+            kept = max((s for s in self.steps() if s != step), default=None)
+            raise OSError(f'could not write checkpoint {step} to {self.directory} ({_first_line(error)}); '
+                          + (f'checkpoint {kept} is intact' if kept is not None else 'no earlier checkpoint exists')
+                          + '. Free space or fix permissions and run the same command again') from error
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, like: Any, shardings: Any | None = None) -> tuple[int, Any, dict] | None:
+        """The newest readable checkpoint as `(step, state, data)`, or None if the directory holds none.
+
+        Args:
+            like: pytree of arrays or `ShapeDtypeStruct` with the wanted structure.
+            shardings: where to put each leaf (any mesh, not only the one it was saved from); None: one device.
+
+        Raises:
+            ValueError: the checkpoint is of another model or optimizer, or none on disk can be read.
+        """
+        shardings = shardings if shardings is not None else jax.tree.map(
+            lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), like)
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+        failures = []
+        for step in reversed(self.steps()):
+            try:
+                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            except Exception as error:
+                failures.append(f'{step} ({_first_line(error)})')
+                continue
+            self._check_shapes(step, meta['shapes'], _shapes(like))
+            try:
+                out = self._manager.restore(step, args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()))
+            except Exception as error:
+                failures.append(f'{step} ({_first_line(error)})')
+                continue
+            if failures:
+                log.warning('%s: unreadable checkpoint %s; continuing from %d', self.directory, ', '.join(failures), step)
+            return step, out.state, out.data
+        if failures:
+            raise ValueError(f'{self.directory}: no readable checkpoint: {", ".join(failures)}; '
+                             'delete the directory to start again')
+        return None
+
+    def delete_after(self, step: int) -> None:
+        """Removes checkpoints newer than `step`: the unreadable ones that `restore` passed over."""
+        for later in [s for s in self.steps() if s > step]:
+            self._manager.delete(later)
+
+    def _check_shapes(self, step: int, saved: dict, wanted: dict) -> None:
+        for name in sorted(set(saved) | set(wanted)):
+            a, b = saved.get(name), wanted.get(name)
+            if a != b:
+                raise ValueError(f'{self.directory}/{step}: {name} is {_describe(a)} in the checkpoint but {_describe(b)} in this '
+                                 'config; use the config it was trained with, or another --workdir')
+
+    def close(self) -> None:
+        if self._manager:
+            self._manager.close()
+
+
+def _describe(entry: list | None) -> str:
+    return 'absent' if entry is None else f'{entry[1]}{tuple(entry[0])}'
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,88 @@
+"""What a file in `experiments/dlc` hands to the runner, and the runner's account of it before anything is compiled."""
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import partition
+from experiments.runtime.state import TrainState
+
+Batch = Mapping[str, Any]
+LossFn = Callable[[Any, TrainState, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One trained model.
+
+    Attributes:
+        init: key -> `TrainState`; jit-able.
+        loss: (params, state, batch, rng) -> (loss, metrics); pure. `state` gives what is not differentiated (teacher).
+        step: (state, batch) -> (state, metrics); pure.
+        rules: PARTITION_RULES over `state.params`.
+        batch: shape and dtype of a global batch.
+        open_batches: opens the data and returns this process's stream.
+        warm_start: applied to a fresh state, never to a resumed one (released weights).
+        sampler: (params, key) -> samples as one program, for compile checks; None where there is nothing to sample.
+    """
+    init: Callable[[jax.Array], TrainState]
+    loss: LossFn
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    rules: partition.Rules
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    open_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    warm_start: Callable[[TrainState], TrainState] | None = None
+    sampler: Callable[[Any, jax.Array], jax.Array] | None = None
+
+
+def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises a ValueError if the batch cannot be dealt out over the mesh, its processes and the microbatches."""
+    shards, parts = mesh_lib.batch_shards(mesh), config.accumulate
+    if parts < 1 or config.batch_size % (shards * parts):
+        raise ValueError(f'batch_size={config.batch_size} is not divisible by {shards} batch shards (mesh data x fsdp) x '
+                         f'accumulate={parts}; use a multiple of {shards * max(parts, 1)}')
+
+
+def saved_for_backward(experiment: Experiment, state: Any) -> int:
+    """Bytes the forward pass keeps for the backward pass, before fusion: an upper bound, from shapes alone."""
+    def residuals(params, state, batch, rng):
+        return jax.vjp(lambda p: experiment.loss(p, state, batch, rng), params, has_aux=True)[1]
+    kept = jax.eval_shape(residuals, state.params, state, dict(experiment.batch), jax.eval_shape(jax.random.key, 0))
+    params = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+    total = sum(int(np.prod(x.shape)) * getattr(x.dtype, 'itemsize', 4) for x in jax.tree.leaves(kept))
+    return max(total - params, 0)  # the parameters are among what is kept, and counted with the state
+
+
+def describe(experiment: Experiment, config: ml_collections.ConfigDict, mesh: Mesh) -> str:
+    """The dry run's report: mesh, parameter table, memory a device, batch split. Compiles and allocates nothing."""
+    state = jax.eval_shape(experiment.init, jax.random.key(0))
+    shardings = partition.state_shardings(state, experiment.rules, mesh)
+    shards = mesh_lib.batch_shards(mesh)
+    gib = 2 ** 30
+    held = partition.bytes_per_device(state, shardings)
+    grads = partition.bytes_per_device(state.params, partition.param_shardings(state.params, experiment.rules, mesh))
+    batch = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in experiment.batch.values()) // shards
+    kept = saved_for_backward(experiment, state) // (shards * config.accumulate)
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
+    lines = [
+        f'mesh      {dict(mesh.shape)} on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}, '
+        f'{jax.process_count()} process(es)',
+        f'model     {count:,} parameters',
+        parameter_overview.get_parameter_overview(state.params, include_stats=False),
+        f'batch     {config.batch_size} = {shards} shards x {config.accumulate} microbatches x '
+        f'{config.batch_size // (shards * config.accumulate)}; {config.batch_size // jax.process_count()} rows a process',
+        *(f'          {name} {x.dtype}{list(x.shape)}' for name, x in experiment.batch.items()),
+        'memory a device, GiB:',
+        f'          {held / gib:9.3f}  state (parameters, moments, EMA)',
+        f'          {grads / gib:9.3f}  gradients',
+        f'          {batch / gib:9.3f}  batch',
+        f'          {kept / gib:9.3f}  saved for the backward pass, before fusion (upper bound)',
+        f'          {(held + grads + batch + kept) / gib:9.3f}  in all; `experiments.compile` gives the compiled figure',
+    ]
+    return '\n'.join(lines)

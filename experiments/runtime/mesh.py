@@ -1,0 +1,73 @@
+"""The one place that builds a device mesh.
+
+Axes, outermost first: `data` replicates parameters, `fsdp` shards parameters and batch, `tensor` shards heads and
+hidden layers. Batches are split over `data` and `fsdp`.
+"""
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = PartitionSpec(('data', 'fsdp'))
+
+# Logical names of activation axes (flax.linen.with_logical_constraint) -> mesh axes.
+LOGICAL_RULES = (('batch', ('data', 'fsdp')), ('tokens', None), ('embed', None), ('heads', 'tensor'), ('mlp', 'tensor'))
+
+
+def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """Sizes of `AXES` for `num_devices`; at most one may be -1, which takes what is left.
+
+    Raises:
+        ValueError: unknown axis, two -1, or a product that is not `num_devices`.
+    """
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise ValueError(f'mesh: unknown axis {sorted(unknown)[0]!r}; the axes are {AXES}')
+    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    free = [axis for axis, size in shape.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f'mesh: only one axis may be -1, got {free}')
+    if any(size < 1 and size != -1 for size in shape.values()):
+        raise ValueError(f'mesh: sizes must be positive, or -1 for the rest; got {shape}')
+    fixed = int(np.prod([size for size in shape.values() if size != -1]))
+    if free:
+        if num_devices % fixed:
+            raise ValueError(f'mesh: {num_devices} devices cannot be divided by {fixed} (set mesh.{free[0]} or the others)')
+        shape[free[0]] = num_devices // fixed
+    elif fixed != num_devices:
+        raise ValueError(f'mesh: {shape} needs {fixed} devices but there are {num_devices}; set one axis to -1')
+    return shape
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all). Slices joined by a data-centre network are laid along `data`."""
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(sizes, len(devices))
+    num_slices = len({getattr(d, 'slice_index', 0) for d in devices})
+    if num_slices > 1:
+        if shape['data'] % num_slices:
+            raise ValueError(f"mesh: data={shape['data']} must be a multiple of the {num_slices} slices")
+        inner = (shape['data'] // num_slices, shape['fsdp'], shape['tensor'])
+        grid = mesh_utils.create_hybrid_device_mesh(inner, (num_slices, 1, 1), devices)
+    elif devices[0].platform == 'tpu' and len(devices) > 1:
+        grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices)
+    else:
+        grid = np.asarray(devices).reshape(tuple(shape.values()))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,116 @@
+"""Trains one model: `python -m experiments.train --config=configs/dlc/encoder_digits.py --workdir=runs/encoder`.
+
+The same command continues an interrupted run, to the same parameters bit for bit. Resume order: the newest readable
+checkpoint in the work directory; else released weights named by the config; else a fresh initialisation.
+"""
+import importlib
+import logging
+import pathlib
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from experiments.runtime import experiment as experiment_lib
+from experiments.runtime import launch, loop, partition
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.checkpoint import Checkpointer
+from experiments.runtime.metrics import MetricsWriter
+from experiments.runtime.state import TrainState
+
+log = logging.getLogger(__name__)
+
+EXPERIMENTS = {
+    'encoder': 'experiments.dlc.encoder',
+    'generator': 'experiments.dlc.generator',
+    'code_model': 'experiments.dlc.code_model',
+}
+
+
+def build(config: ml_collections.ConfigDict, mesh: Mesh) -> experiment_lib.Experiment:
+    """The experiment that `config.experiment` names, checked against `mesh`; reads no data."""
+    if config.experiment not in EXPERIMENTS:
+        raise ValueError(f'experiment={config.experiment!r} is not one of {sorted(EXPERIMENTS)}')
+    experiment_lib.check_batch(config, mesh)
+    return importlib.import_module(EXPERIMENTS[config.experiment]).build(config, mesh)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, mesh: Mesh | None = None,
+          hooks: Sequence[loop.Hook] = (), name: str | None = None) -> TrainState:
+    """Trains to `config.num_steps`, continuing what `workdir` holds.
+
+    Returns:
+        The final state, laid out over `mesh` (default: `config.mesh` over all devices).
+
+    Raises:
+        ValueError: a config, data set or checkpoint that does not fit; before anything is compiled.
+        loop.Stopped: a signal came and the state was saved.
+    """
+    workdir = pathlib.Path(workdir)
+
+    # ---- Mesh, model, data -------------------------------------------------------------------------------------------
+    mesh = mesh or mesh_lib.make_mesh(config.mesh)
+    experiment = build(config, mesh)
+    abstract = jax.eval_shape(experiment.init, jax.random.key(config.seed))
+    shardings = partition.state_shardings(abstract, experiment.rules, mesh)
+    checkpointer = Checkpointer(workdir / 'checkpoints', keep=config.keep_checkpoints)
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        # ---- Resume, or start ----------------------------------------------------------------------------------------
+        restored = checkpointer.restore(abstract, shardings)
+        if restored and restored[0] >= config.num_steps:
+            checkpointer.close()
+            return restored[1]
+        batches = loop.Prefetch(experiment.open_batches(), mesh_lib.batch_sharding(mesh))
+        launch.save_config(config, workdir)
+        if restored:
+            start, state, position = restored
+            checkpointer.delete_after(start)
+            batches.set_state(position)
+            log.info('%s: continuing from step %d of %d', workdir, start, config.num_steps)
+        else:
+            start, state = 0, jax.jit(experiment.init, out_shardings=shardings)(jax.random.key(config.seed))
+            if experiment.warm_start:
+                state = jax.device_put(experiment.warm_start(state), shardings)
+
+        # ---- Train ---------------------------------------------------------------------------------------------------
+        step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
+                       out_shardings=(shardings, mesh_lib.replicated(mesh)))
+        writer = MetricsWriter(workdir, from_step=start) if jax.process_index() == 0 else None
+        try:
+            state = loop.run(state, step, batches, hooks, config.num_steps,
+                             save=loop.Save(checkpointer, batches, config.checkpoint_every),
+                             log_hook=loop.Log(writer, config.log_every), name=name or config.experiment,
+                             stop_every=1 if jax.process_count() == 1 else config.log_every)
+        finally:
+            checkpointer.close()
+            if writer:
+                writer.close()
+    return state
+
+
+def main() -> None:
+    p = launch.parser(__doc__, config='what to train, a file such as configs/dlc/encoder_digits.py')
+    p.add_argument('--workdir', help='checkpoints, metrics.jsonl and tensorboard/ go here; the same one resumes')
+    p.add_argument('--dry_run', action='store_true', help='print mesh, parameters, memory and batch split, then exit')
+    p.add_argument('--profile', metavar='DIR', help='write a profiler trace of the whole (short) run to DIR')
+    args, config = launch.parse(p)
+    launch.initialize(args)
+    if args.dry_run:
+        mesh = mesh_lib.make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            print(experiment_lib.describe(build(config, mesh), config, mesh))
+        return
+    if not args.workdir:
+        raise ValueError('--workdir is missing: where should checkpoints and metrics go?')
+    if args.profile:
+        with jax.profiler.trace(args.profile):
+            train(config, args.workdir)
+    else:
+        train(config, args.workdir)
+
+
+if __name__ == '__main__':
+    launch.main(main)
