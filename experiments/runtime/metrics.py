@@ -1,8 +1,11 @@
 """Scalars to `metrics.jsonl` and TensorBoard event files, neither of which needs TensorFlow."""
 import json
+import logging
 import math
 import pathlib
 from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -29,8 +32,12 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in values.items()}
         # JSON has no NaN: null keeps the file readable by anything.
-        self._file.write(json.dumps({'step': step} | {k: v if math.isfinite(v) else None for k, v in values.items()}) + '\n')
-        self._file.flush()
+        row = {'step': step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        try:
+            self._file.write(json.dumps(row) + '\n')
+            self._file.flush()
+        except OSError as error:  # a full disk costs points of a curve, not the run
+            log.warning('%s: could not write metrics of step %d: %s', self.path, step, error)
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -132,25 +132,28 @@ def adamw(config: Mapping[str, Any], params: Any, num_steps: int) -> optax.Gradi
     return optax.chain(*chain)
 
 
-def split_microbatches(batch: Any, parts: int) -> Any:
-    """[B, ...] -> [parts, B / parts, ...], dealing rows out in turn so that each device keeps rows of its own."""
+def split_microbatches(batch: Mapping[str, jax.Array], parts: int, shards: int) -> dict[str, jax.Array]:
+    """[B, ...] -> [parts, B / parts, ...], so that every one of `shards` devices splits the rows it already holds."""
     def one(name, x):
-        if x.shape[0] % parts:
-            raise ValueError(f'accumulate={parts} does not divide the leading axis {x.shape[0]} of batch[{name!r}]')
-        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        if x.shape[0] % (parts * shards):
+            raise ValueError(f'accumulate={parts} x {shards} shards does not divide the leading axis of batch[{name!r}], '
+                             f'{x.shape[0]}')
+        x = x.reshape(shards, parts, x.shape[0] // (parts * shards), *x.shape[1:])
+        return jnp.swapaxes(x, 0, 1).reshape(parts, shards * x.shape[2], *x.shape[3:])
     return {name: one(name, x) for name, x in batch.items()}
 
 
 def value_and_grad(loss: Callable[..., tuple[jax.Array, dict]], params: Any, batch: dict, rng: jax.Array,
-                   accumulate: int = 1) -> tuple[tuple[jax.Array, dict], Any]:
+                   accumulate: int = 1, shards: int = 1) -> tuple[tuple[jax.Array, dict], Any]:
     """`jax.value_and_grad(loss, has_aux=True)(params, batch, rng)`, over `accumulate` microbatches in a loop.
 
     Losses, metrics and gradients are means over the microbatches; `loss` must itself be a mean over its batch.
+    `shards`: over how many devices the batch's leading axis is laid out.
     """
     grad = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
         return grad(params, batch, rng)
-    micro = split_microbatches(batch, accumulate)
+    micro = split_microbatches(batch, accumulate, shards)
 
     def body(total, inputs):
         index, part = inputs

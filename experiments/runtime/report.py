@@ -1,0 +1,119 @@
+"""A self-contained HTML page: headings, text, tables, line charts and picture grids, images embedded."""
+import base64
+import html
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+_STYLE = """
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #8884 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0 }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid #8884; text-align: right }
+th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
+.best { font-weight: 700 }
+figure { display: inline-block; margin: .4rem 1rem .4rem 0; vertical-align: top }
+figcaption { font-size: .85rem; opacity: .75; max-width: 34rem }
+img.grid { image-rendering: pixelated } img.chart { background: #fff; border-radius: 4px; max-width: 100% }
+p.note { opacity: .75; font-size: .9rem; max-width: 60rem }
+"""
+
+
+def image_grid(images: np.ndarray, columns: int, *, gap: int = 1) -> np.ndarray:
+    """uint8 [N, H, W, C] -> one uint8 picture, row by row, `gap` white pixels between; the last row is padded white."""
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        canvas[y:y + h, x:x + w] = image
+    return canvas
+
+
+def save_image(path: str | pathlib.Path | io.BytesIO, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, 1 or 3] as PNG."""
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format='PNG')
+
+
+def format_value(value: object, digits: int = 3) -> str:
+    if value is None:
+        return '–'
+    return f'{value:.{digits}g}' if isinstance(value, float) and abs(value) < 1000 else (
+        f'{value:,.0f}' if isinstance(value, float) else str(value))
+
+
+class Report:
+    """Collects sections and writes them with `save`."""
+
+    def __init__(self, title: str, lead: str = ''):
+        self._title = title
+        self._parts = [f'<h1>{html.escape(title)}</h1>']
+        if lead:
+            self.text(lead)
+
+    def heading(self, text: str) -> None:
+        self._parts.append(f'<h2>{html.escape(text)}</h2>')
+
+    def text(self, text: str) -> None:
+        self._parts.append(f'<p class=note>{html.escape(text)}</p>')
+
+    def table(self, rows: Sequence[Mapping[str, object]], *, best: Mapping[str, str] | None = None, digits: int = 3) -> None:
+        """One row a mapping; columns in the order of first appearance. `best`: column -> 'min' | 'max' to set in bold."""
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        winners = {}
+        for column, direction in (best or {}).items():
+            values = [row[column] for row in rows if isinstance(row.get(column), (int, float))]
+            if values:
+                winners[column] = min(values) if direction == 'min' else max(values)
+        cells = ['<tr>' + ''.join(f'<th>{html.escape(c)}</th>' for c in columns) + '</tr>']
+        for row in rows:
+            cells.append('<tr>' + ''.join(
+                f'<td{" class=best" if column in winners and row.get(column) == winners[column] else ""}>'
+                f'{html.escape(format_value(row.get(column), digits))}</td>' for column in columns) + '</tr>')
+        self._parts.append('<table>' + ''.join(cells) + '</table>')
+
+    def images(self, images: np.ndarray, columns: int, caption: str, *, scale: int = 1) -> None:
+        """A grid of uint8 [N, H, W, C], each pixel shown `scale` times as large."""
+        grid = image_grid(images, columns)
+        buffer = io.BytesIO()
+        save_image(buffer, grid)
+        self._figure(buffer, caption, f'class=grid width={grid.shape[1] * scale}')
+
+    def lines(self, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, *, x: str = 'step', y: str = '',
+              log_y: bool = False) -> None:
+        """A line chart of {label: (xs, ys)}."""
+        figure, axes = plt.subplots(figsize=(5.2, 3.1), dpi=110)
+        for label, (xs, ys) in curves.items():
+            axes.plot(xs, ys, label=label, linewidth=1.4)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(alpha=0.3)
+        if log_y:
+            axes.set_yscale('log')
+        if len(curves) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format='PNG', bbox_inches='tight')
+        plt.close(figure)
+        self._figure(buffer, caption, 'class=chart')
+
+    def _figure(self, buffer: io.BytesIO, caption: str, attributes: str) -> None:
+        data = base64.b64encode(buffer.getvalue()).decode()
+        self._parts.append(f'<figure><img {attributes} alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+                           f'<figcaption>{html.escape(caption)}</figcaption></figure>')
+
+    def save(self, path: str | pathlib.Path) -> None:
+        page = (f'<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(self._title)}</title>'
+                f'<meta name=viewport content="width=device-width"><style>{_STYLE}</style>' + '\n'.join(self._parts) + '</html>\n')
+        path = pathlib.Path(path)
+        partial = path.with_suffix('.partial')
+        partial.write_text(page)
+        partial.replace(path)

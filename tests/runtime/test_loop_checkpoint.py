@@ -1,0 +1,209 @@
+"""The loop and its checkpoints, on a linear model: resume, fallback, NaN, signals, full disk."""
+import json
+import os
+import resource
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.runtime import loop, partition
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.checkpoint import Checkpointer
+from experiments.runtime.metrics import MetricsWriter, read_metrics
+from experiments.runtime.state import TrainState
+
+TX = optax.adam(1e-2)
+WIDTH = 2048  # 32 KiB of weights: more than the file-size limit of the full-disk test
+
+
+class Stream:
+    """Batches that are a function of their position."""
+
+    def __init__(self, poison=None):
+        self.position, self.poison = 0, poison
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        rng = np.random.default_rng(self.position)
+        self.position += 1
+        x = rng.normal(size=(8, 4)).astype(np.float32)
+        if self.position == self.poison:
+            x[:] = np.nan
+        return {'x': x}
+
+    def get_state(self):
+        return {'position': self.position}
+
+    def set_state(self, state):
+        self.position = state['position']
+
+
+def init(key):
+    params = {'w': jax.random.normal(key, (4, WIDTH))}
+    return TrainState(jnp.int32(0), params, TX.init(params), params, jax.random.key(7))
+
+
+@jax.jit
+def step(state, batch):
+    noise = jax.random.normal(jax.random.fold_in(state.rng, state.step), (8, WIDTH))
+    loss, grads = jax.value_and_grad(lambda p: jnp.mean((batch['x'] @ p['w'] - noise) ** 2))(state.params)
+    updates, opt_state = TX.update(grads, state.opt_state)
+    return state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
+                         opt_state=opt_state), {'loss': loss}
+
+
+def start(directory, *, stream=None, every=4, hooks=(), num_steps=10):
+    """One call of a training command: restore or initialise, then run."""
+    checkpointer = Checkpointer(directory / 'checkpoints', keep=3)
+    restored = checkpointer.restore(jax.eval_shape(init, jax.random.key(0)))
+    batches = loop.Prefetch(stream or Stream(), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    first, state = 0, init(jax.random.key(0))
+    if restored:
+        first, state, position = restored
+        checkpointer.delete_after(first)
+        batches.set_state(position)
+    writer = MetricsWriter(directory, from_step=first, tensorboard=False)
+    try:
+        return first, loop.run(state, step, batches, hooks, num_steps, save=loop.Save(checkpointer, batches, every),
+                               log_hook=loop.Log(writer, 2))
+    finally:
+        checkpointer.close()
+        writer.close()
+
+
+def assert_same(a, b):
+    key_data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    for name, leaf in partition.flatten(a).items():
+        np.testing.assert_array_equal(key_data(leaf), key_data(partition.flatten(b)[name]), err_msg=name)
+
+
+class Kill(Exception):
+    pass
+
+
+def kill_at(n):
+    def hook(step, state, metrics):
+        if step == n:
+            raise Kill
+    return hook
+
+
+@pytest.mark.parametrize('killed_at', [1, 5, 9])
+def test_killed_run_continues_bit_for_bit(tmp_path, killed_at):
+    _, whole = start(tmp_path / 'whole')
+    with pytest.raises(Kill):
+        start(tmp_path / 'cut', hooks=[kill_at(killed_at)])
+    first, resumed = start(tmp_path / 'cut')
+    assert first == (killed_at - 1) // 4 * 4
+    assert_same(whole, resumed)
+    rows = [[r['step'], r['loss']] for r in read_metrics(tmp_path / 'whole' / 'metrics.jsonl')]
+    assert [r[0] for r in rows] == sorted({r[0] for r in rows}) and rows[-1][0] == 10
+
+
+def test_sigterm_saves_and_leaves(tmp_path):
+    _, whole = start(tmp_path / 'whole')
+    send = lambda step, state, metrics: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
+    with pytest.raises(loop.Stopped) as stopped:
+        start(tmp_path / 'cut', hooks=[send])
+    assert stopped.value.code == 0 and 'step 6 of 10' in stopped.value.message
+    first, resumed = start(tmp_path / 'cut')
+    assert first == 6
+    assert_same(whole, resumed)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError, match='loss is nan at step 7'):
+        start(tmp_path, stream=Stream(poison=7))
+    step_on_disk, state, _ = Checkpointer(tmp_path / 'checkpoints').restore(jax.eval_shape(init, jax.random.key(0)))
+    assert step_on_disk == 4 and np.isfinite(state.params['w']).all()
+
+
+def test_nan_at_a_checkpoint_step_is_not_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match='step 8'):
+        start(tmp_path, stream=Stream(poison=8))
+    assert Checkpointer(tmp_path / 'checkpoints').steps() == [4]
+
+
+def test_truncated_newest_checkpoint_falls_back_and_says_so(tmp_path, caplog):
+    _, whole = start(tmp_path / 'whole')
+    with pytest.raises(Kill):
+        start(tmp_path / 'cut', hooks=[kill_at(9)])
+    for path in (tmp_path / 'cut' / 'checkpoints' / '8' / 'state').rglob('*'):
+        if path.is_file() and path.stat().st_size > 64:
+            os.truncate(path, path.stat().st_size // 2)
+    first, resumed = start(tmp_path / 'cut')
+    assert first == 4
+    assert 'unreadable checkpoint 8' in caplog.text and 'continuing from 4' in caplog.text
+    assert_same(whole, resumed)
+
+
+def test_checkpoint_of_another_shape_is_named(tmp_path):
+    start(tmp_path)
+    other = jax.eval_shape(init, jax.random.key(0))
+    other = other.replace(params={'w': jax.ShapeDtypeStruct((4, 9), jnp.float32)})
+    with pytest.raises(ValueError, match=r'params/w is float32\(4, 2048\) in the checkpoint but float32\(4, 9\)'):
+        Checkpointer(tmp_path / 'checkpoints').restore(other)
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    from jax.sharding import PartitionSpec as P
+    _, whole = start(tmp_path)
+    mesh = mesh_lib.make_mesh({'fsdp': 4, 'tensor': 2})
+    like = jax.eval_shape(init, jax.random.key(0))
+    shardings = partition.state_shardings(like, ((r'w', P('fsdp', 'tensor')),), mesh)
+    _, state, _ = Checkpointer(tmp_path / 'checkpoints').restore(like, shardings)
+    assert state.params['w'].sharding.spec == P('fsdp', 'tensor')
+    assert_same(whole, state)
+
+
+def test_full_disk_loses_nothing(tmp_path, caplog):
+    """A file-size limit stands in for a full disk: saves fail in between, training goes on, the end is an error."""
+    _, whole = start(tmp_path / 'whole')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full_from_5(step, state, metrics):
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, hard))
+
+    try:
+        with pytest.raises(OSError, match='could not write checkpoint 10 .* checkpoint 4 is intact'):
+            start(tmp_path / 'cut', hooks=[full_from_5])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 'training goes on' in caplog.text
+    first, resumed = start(tmp_path / 'cut')
+    assert first == 4
+    assert_same(whole, resumed)
+
+
+def test_a_failing_stream_raises_in_the_loop(tmp_path):
+    class Broken(Stream):
+        def __next__(self):
+            if self.position == 3:
+                raise OSError('shard 3 is gone')
+            return super().__next__()
+    with pytest.raises(OSError, match='shard 3 is gone'):
+        start(tmp_path, stream=Broken())
+
+
+def test_a_hook_may_replace_the_state(tmp_path):
+    reset = lambda step, state, metrics: state.replace(params={'w': jnp.zeros((4, WIDTH))}) if step == 10 else None
+    _, state = start(tmp_path, hooks=[reset])
+    assert not state.params['w'].any()
+
+
+def test_metrics_file_survives_a_cut_line(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text(json.dumps({'step': 1, 'loss': 2.0}) + '\n{"step": 2, "lo')
+    assert read_metrics(path) == [{'step': 1, 'loss': 2.0}]
+    writer = MetricsWriter(tmp_path, from_step=1)
+    writer.write(2, {'loss': float('nan')})
+    writer.close()
+    assert read_metrics(path) == [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': None}]
+    assert any((tmp_path / 'tensorboard').iterdir())
