@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -63,16 +63,35 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
         folder = pathlib.Path(file).parent
         near = difflib.get_close_matches(file, [str(f) for f in folder.glob('*.py')] if folder.is_dir() else [], 1)
         raise ValueError(f'--config: no file {file}' + (f'; did you mean {near[0]}?' if near else ''))
+    config = _parse_config([f'--config={path}'])
+    for override in overrides:
+        name = override.split('=', 1)[0].removeprefix('--config.')
+        node, parents = config, 'config'
+        for part in name.split('.'):
+            if not isinstance(node, ml_collections.ConfigDict):
+                raise ValueError(f'{parents} is a value, not a group; it has no field {part!r}')
+            check_fields(parents, (part,), tuple(node))
+            node, parents = node[part], f'{parents}.{part}'
+        if isinstance(node, ml_collections.ConfigDict):
+            raise ValueError(f'{parents} is a group; set one of its fields {sorted(node)}')
+    return _parse_config([f'--config={path}', *overrides])
+
+
+def _parse_config(argv: list[str]) -> ml_collections.ConfigDict:
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file('config', flag_values=values)
+    argv = ['command', *argv]
+    config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
     try:
-        values(['command', f'--config={path}', *overrides])
+        values(argv)
+        config = values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(' '.join(str(error).strip('"\'').split())) from error
-    return values.config
+        raise ValueError(' '.join(str(error).strip('"').split())) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(f'{argv[1]}: the file has no get_config() that returns a ConfigDict')
+    return config
 
 
-def check_fields(name: str, given: Mapping[str, Any], allowed: Sequence[str]) -> None:
+def check_fields(name: str, given: Iterable[str], allowed: Sequence[str]) -> None:
     """Raises a ValueError with the nearest allowed name for the first key of `given` that is not allowed."""
     for key in given:
         if key not in allowed:

@@ -166,6 +166,12 @@ def value_and_grad(loss: Callable[..., tuple[jax.Array, dict]], params: Any, bat
     return jax.tree.map(lambda x: x / accumulate, total)
 
 
+def apply(tx: optax.GradientTransformation, grads: Any, state: Any) -> tuple[Any, Any, jax.Array]:
+    """`(params, opt_state, gradient norm before clipping)` after one update of `state`."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state, optax.tree.norm(grads)
+
+
 def ema_update(ema: Any, params: Any, decay: jax.Array | float) -> Any:
     """`decay * ema + (1 - decay) * params`, in float32 whatever the dtype of `params`."""
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema, params)

@@ -1,0 +1,99 @@
+"""The code model: SEDD, a discrete diffusion over codes (arXiv 2507.12318 §4, arXiv 2310.16834)."""
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from dlc_jax.diffusion import discrete
+from dlc_jax.models import sedd
+from experiments.dlc import modules
+from experiments.dlc.batches import ArrayBatches
+from experiments.dlc.codestore import open_code_store
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import optim
+from experiments.runtime.experiment import Experiment
+from experiments.runtime.state import TrainState
+
+
+def make_model(config: ml_collections.ConfigDict) -> sedd.SEDD:
+    fields = dict(config.model) | {'length': config.model.num_codes, 'process': config.diffusion.process}
+    fields.pop('num_codes')
+    return modules.build(sedd.SEDD, sedd.SIZES, fields)
+
+
+def make_diffusion(config: ml_collections.ConfigDict) -> discrete.DiscreteDiffusion:
+    return modules.build_dataclass(discrete.DiscreteDiffusion, 'diffusion',
+                                   dict(config.diffusion) | {'vocab_size': config.model.vocab_size})
+
+
+def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
+    model, diffusion, m = make_model(config), make_diffusion(config), config.model
+    shards = mesh_lib.batch_shards(mesh)
+    decay = optim.ema_decay(config.ema, config.num_steps)
+
+    def init_params(key):
+        return model.init(key, jnp.zeros((1, m.num_codes), jnp.int32), jnp.ones(1))['params']
+
+    tx = optim.adamw(config.optimizer, jax.eval_shape(init_params, jax.random.key(0)), config.num_steps)
+
+    def init(key):
+        key, carried = jax.random.split(key)
+        params = init_params(key)
+        return TrainState(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params), carried)
+
+    def loss(params, state, batch, rng):
+        noise_key, drop_key = jax.random.split(rng)
+        score = lambda tokens, sigma: model.apply({'params': params}, tokens, sigma, train=True, rngs={'dropout': drop_key})
+        return diffusion.loss(score, noise_key, batch['codes'])
+
+    def step(state, batch):
+        rng = jax.random.fold_in(state.rng, state.step)
+        (value, metrics), grads = optim.value_and_grad(
+            lambda p, b, r: loss(p, state, b, r), state.params, batch, rng, config.accumulate, shards)
+        params, opt_state, norm = optim.apply(tx, grads, state)
+        ema = optim.ema_update(state.ema, params, decay(state.step + 1))
+        # The bound on -log p(code), per token: perplexity is its exponential.
+        return (state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema),
+                metrics | {'loss': value, 'nats_per_token': value / m.num_codes, 'grad_norm': norm})
+
+    return Experiment(init, loss, step, sedd.PARTITION_RULES,
+                      {'codes': jax.ShapeDtypeStruct((config.batch_size, m.num_codes), jnp.int32)},
+                      lambda: open_batches(config), sampler=lambda p, k: sample(config, p, k, config.batch_size))
+
+
+def open_batches(config: ml_collections.ConfigDict) -> ArrayBatches:
+    store = open_code_store(config.data.path, num_codes=config.model.num_codes, vocab_size=config.model.vocab_size)
+    return ArrayBatches({'codes': store.array('codes')}, config.batch_size, seed=config.seed,
+                        process_index=jax.process_index(), process_count=jax.process_count(), casts={'codes': np.int32})
+
+
+def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: int) -> jax.Array:
+    """`num` codes [num, L] int32 by `config.sampler`; pure, so that it can be jitted whole."""
+    model, s = make_model(config), config.sampler
+    score = lambda tokens, sigma: model.apply({'params': params}, tokens, sigma)
+    return make_diffusion(config).sample(score, key, num, config.model.num_codes, sampler=s.name, num_steps=s.num_steps,
+                                         eta=s.eta, window=tuple(s.window))
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeModel:
+    """A trained code model on EMA weights."""
+    config: ml_collections.ConfigDict
+    params: Any
+
+    @classmethod
+    def load(cls, workdir: str | pathlib.Path) -> 'CodeModel':
+        config, state = modules.load(workdir, build)
+        return cls(config, state.ema)
+
+    def sample(self, key: jax.Array, num: int, *, batch_size: int = 256, progress: Any = None, **sampler: Any) -> np.ndarray:
+        """int32 [num, L]. `sampler` overrides fields of `config.sampler`; batch b uses `fold_in(key, b)`."""
+        config = modules.with_sampler(self.config, sampler)
+        batch_size = min(batch_size, num)
+        one = lambda p, k, _: sample(config, p, k, batch_size)
+        return modules.in_batches(one, self.params, key, None, num, batch_size, progress)

@@ -1,0 +1,247 @@
+"""The SEM encoder, trained as DINOv2 trains: DINO + iBOT + KoLeo, multi-crop, EMA teacher (arXiv 2507.12318 §5,
+arXiv 2304.07193). SEM is a bottleneck on the class token only."""
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from dlc_jax import convert
+from dlc_jax.convert.files import load_state_dict
+from dlc_jax.models import sem, vit
+from dlc_jax.ssl import augment, dino, ibot, koleo, masking
+from experiments.dlc import batches as batches_lib
+from experiments.dlc import modules, sources
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import optim, partition
+from experiments.runtime.experiment import Experiment
+from experiments.runtime.state import TrainState
+
+
+def make_model(config: ml_collections.ConfigDict, groups: int = 1) -> sem.SEMEncoder:
+    return modules.build(sem.SEMEncoder, vit.SIZES, dict(config.model) | {'drop_path_groups': groups})
+
+
+def make_head(config: ml_collections.ConfigDict) -> dino.DINOHead:
+    h = config.head
+    return dino.DINOHead(hidden=h.hidden, bottleneck=h.bottleneck, prototypes=h.prototypes, dtype=modules.dtype(config.model))
+
+
+def make_masking(config: ml_collections.ConfigDict) -> masking.BlockMasking:
+    d = config.data
+    grid = d.global_size // config.model.patch_size
+    return masking.BlockMasking(grid=grid, share=d.mask_share, ratio=tuple(d.mask_ratio), min_patches=d.mask_min_patches)
+
+
+def make_multicrop(config: ml_collections.ConfigDict) -> augment.MultiCrop:
+    d = config.data
+    return augment.MultiCrop(
+        global_size=d.global_size, global_scale=tuple(d.global_scale), local_size=d.local_size, local_scale=tuple(d.local_scale),
+        num_local=d.num_local, flip=d.flip, jitter=d.jitter, grayscale=d.grayscale, solarize=d.solarize, blur=tuple(d.blur),
+        mean=tuple(d.mean), std=tuple(d.std))
+
+
+def optimizer_groups(config: ml_collections.ConfigDict) -> tuple:
+    """DINOv2's groups: layer-wise decay in the backbone, no weight decay on biases, norms and LayerScale, a last layer
+    that stays put at first. `config.optimizer.groups`, where given, come before these."""
+    depth = vit.SIZES[config.model.size]['depth'] if not config.model.depth else config.model.depth
+    rate, first = config.layer_decay, config.layer_decay ** (depth + 1)
+    plain = dict(weight_decay=0.0)
+    blocks = dict(layer_decay=rate)
+    last = dict(frozen_steps=config.freeze_last_layer)
+    return tuple(config.optimizer.groups) + (
+        (r'encoder/.*blocks/.*(bias|scale|gamma)', blocks | plain),
+        (r'encoder/.*blocks/.*', blocks),
+        (r'encoder/.*patch_embed/bias', plain | dict(learning_rate=first * config.patch_embed_lr)),
+        (r'encoder/.*patch_embed/.*', dict(learning_rate=first * config.patch_embed_lr)),
+        (r'encoder/.*(pos_embed|cls_token|register_tokens|mask_token)', dict(learning_rate=first)),
+        (r'.*last_layer/.*', last),
+        (r'encoder/.*sem_bias', {}),
+        (r'.*(bias|scale|gamma)', plain),
+        (r'.*', {}),
+    )
+
+
+def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
+    d, c = config.data, config.loss
+    if c.centering not in ('center', 'sinkhorn_knopp'):
+        raise ValueError(f"loss.centering={c.centering!r} is not 'center' or 'sinkhorn_knopp'")
+    for field in ('global_size', 'local_size'):
+        if d[field] % config.model.patch_size:
+            raise ValueError(f'data.{field}={d[field]} is not divisible by model.patch_size={config.model.patch_size}')
+    shards = mesh_lib.batch_shards(mesh)
+    groups = shards * config.accumulate  # the originals mask, drop and look for neighbours within one GPU's batch
+    block_masking = make_masking(config)
+    model, head = make_model(config, shards), make_head(config)
+    heads = ('dino_head', 'ibot_head') if config.head.separate_ibot else ('dino_head', 'dino_head')
+    grid = d.global_size // config.model.patch_size
+    per_group = config.batch_size // groups
+    masked = block_masking.max_masked(2 * per_group)
+    b = config.batch_size
+    batch_spec = {
+        'global_crops': jax.ShapeDtypeStruct((b, 2, d.global_size, d.global_size, d.channels), jnp.float32),
+        'local_crops': jax.ShapeDtypeStruct((b, d.num_local, d.local_size, d.local_size, d.channels), jnp.float32),
+        'masks': jax.ShapeDtypeStruct((b, 2, grid * grid), jnp.bool_),
+        'mask_indices': jax.ShapeDtypeStruct((groups, masked), jnp.int32),
+        'mask_weights': jax.ShapeDtypeStruct((groups, masked), jnp.float32),
+    }
+    temperature = optim.schedule(c.teacher_temperature, config.num_steps)
+    momentum = optim.ema_decay(config.ema, config.num_steps)
+
+    def init_params(key):
+        keys = jax.random.split(key, 3)
+        images = jnp.zeros((1, d.global_size, d.global_size, d.channels))
+        params = {'encoder': model.init(keys[0], images, jnp.zeros((1, grid * grid), bool))['params']}
+        for name, k in zip(dict.fromkeys(heads), keys[1:]):
+            params[name] = head.init(k, jnp.zeros((1, model.width)))['params']
+        return params
+
+    optimizer = config.optimizer.copy_and_resolve_references()
+    optimizer.groups = optimizer_groups(config)
+    tx = optim.adamw(optimizer, jax.eval_shape(init_params, jax.random.key(0)), config.num_steps)
+
+    def init(key):
+        key, carried = jax.random.split(key)
+        params = init_params(key)
+        centers = {name: jnp.zeros((1, config.head.prototypes)) for name in ('dino', 'ibot')}
+        return TrainState(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params), carried, centers)
+
+    def gather_masked(patches, indices):
+        """[2B, N, D] patches -> [G * M, D]: those that `indices` [G, M] name within each group."""
+        width = patches.shape[-1]
+        patches = jnp.take_along_axis(patches.reshape(indices.shape[0], -1, width), indices[..., None], axis=1)
+        return patches.reshape(-1, width)
+
+    def teacher_targets(state, batch):
+        """Probabilities for both globals, for masked patches, and what the centers move towards. No gradient."""
+        globals_ = batch['global_crops'].reshape(-1, *batch['global_crops'].shape[2:])
+        out = model.apply({'params': state.ema['encoder']}, globals_)
+        weights = batch['mask_weights'].reshape(-1)
+        cls = head.apply({'params': state.ema[heads[0]]}, out.cls)
+        patches = head.apply({'params': state.ema[heads[1]]}, gather_masked(out.patches, batch['mask_indices']))
+        t = temperature(state.step)
+        if c.centering == 'center':
+            cls_probs = dino.softmax_center(cls, state.extra['dino'], t)
+            patch_probs = dino.softmax_center(patches, state.extra['ibot'], t)
+        else:
+            cls_probs = dino.sinkhorn_knopp(cls, t)
+            patch_probs = dino.sinkhorn_knopp(patches, t, weights=weights > 0)
+        real = (weights > 0).astype(jnp.float32)[:, None]
+        means = {'dino': cls.mean(0, keepdims=True), 'ibot': (patches * real).sum(0, keepdims=True) / jnp.maximum(real.sum(), 1)}
+        return jax.lax.stop_gradient((cls_probs, patch_probs, means))
+
+    def loss(params, state, batch, rng):
+        cls_probs, patch_probs, means = teacher_targets(state, batch)
+        b, n = batch['global_crops'].shape[0], batch['local_crops'].shape[1]
+        globals_ = batch['global_crops'].reshape(2 * b, *batch['global_crops'].shape[2:])
+        locals_ = batch['local_crops'].reshape(n * b, *batch['local_crops'].shape[2:])
+        keys = jax.random.split(rng, 2)
+        apply = lambda x, masks, key: model.apply({'params': params['encoder']}, x, masks, train=True, rngs={'dropout': key})
+        seen = apply(globals_, batch['masks'].reshape(2 * b, -1), keys[0])
+        glimpsed = apply(locals_, None, keys[1])
+
+        masked_patches = gather_masked(seen.patches, batch['mask_indices'])
+        run_head = lambda name, x: head.apply({'params': params[name]}, x)
+        cls = run_head(heads[0], jnp.concatenate([seen.cls, glimpsed.cls]))
+        global_logits = cls[:2 * b].reshape(b, 2, -1)
+        local_logits = cls[2 * b:].reshape(b, n, -1)
+        targets = cls_probs.reshape(b, 2, -1)
+
+        # Each of the 2 n + 2 (student view, teacher view) pairs counts the same; a view is never its own target.
+        pairs = 2 * n + 2
+        entropy = lambda logits, probs: dino.cross_entropy(logits, probs, c.student_temperature).mean()
+        local_term = entropy(local_logits, targets.sum(1, keepdims=True)) * n / pairs  # linear in the targets
+        global_term = entropy(global_logits, targets[:, ::-1]) * 2 / pairs
+        koleo_term = sum(koleo.koleo_loss(seen.cls.reshape(b, 2, -1)[:, i], groups=shards) for i in range(2))
+        ibot_term = ibot.ibot_loss(run_head(heads[1], masked_patches), patch_probs, batch['mask_weights'].reshape(-1),
+                                   num_crops=2 * b, temperature=c.student_temperature)
+        total = c.dino * (local_term + global_term) + c.koleo * koleo_term + c.ibot * ibot_term
+        # Collapse shows here first: codes that use one entry (usage -> 0) or teachers that agree on one prototype.
+        mean_sem = seen.sem.mean(0)
+        metrics = {'loss_local': local_term, 'loss_global': global_term, 'loss_koleo': koleo_term, 'loss_ibot': ibot_term,
+                   'teacher_entropy': -(cls_probs * jnp.log(cls_probs + 1e-9)).sum(-1).mean(),
+                   'sem_entropy': -(seen.sem * jnp.log(seen.sem + 1e-9)).sum(-1).mean(),
+                   'sem_usage': jnp.exp(-(mean_sem * jnp.log(mean_sem + 1e-9)).sum(-1)).mean()}
+        return total, {'metrics': metrics, 'means': means}
+
+    def step(state, batch):
+        rng = jax.random.fold_in(state.rng, state.step)
+        (value, aux), grads = optim.value_and_grad(
+            lambda p, part, r: loss(p, state, part, r), state.params, batch, rng, config.accumulate, shards)
+        params, opt_state, norm = optim.apply(tx, grads, state)
+        ema = optim.ema_update(state.ema, params, momentum(state.step + 1))
+        # The new center serves the next step, as in the original.
+        centers = jax.tree.map(lambda old, new: c.center_momentum * old + (1 - c.center_momentum) * new, state.extra, aux['means'])
+        return (state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, extra=centers),
+                aux['metrics'] | {'loss': value, 'grad_norm': norm})
+
+    def open_batches():
+        source = sources.image_source(d, d.split)
+        return batches_lib.ssl_batches(
+            source, make_multicrop(config), block_masking, config.batch_size, groups=groups, seed=config.seed,
+            process_index=jax.process_index(), process_count=jax.process_count(), num_workers=d.num_workers)
+
+    rules = partition.prefixed('encoder', sem.PARTITION_RULES) + tuple(
+        rule for name in dict.fromkeys(heads) for rule in partition.prefixed(name, dino.PARTITION_RULES))
+    return Experiment(init, loss, step, rules, batch_spec, open_batches,
+                      warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
+
+
+def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
+    """Student and teacher backbones from released DINOv2 weights; the SEM and DINO heads keep their random start."""
+    _, released = convert.from_torch('dinov2', load_state_dict(config.pretrained), num_heads=make_model(config).num_heads)
+    flat = partition.flatten(released)
+    used = set()
+
+    def one(path, leaf):
+        name = partition.path_name(path)
+        if name not in flat:
+            return leaf
+        if flat[name].shape != leaf.shape:
+            raise ValueError(f'pretrained={config.pretrained}: {name} is {flat[name].shape} there but {leaf.shape} in this config')
+        used.add(name)
+        return jnp.asarray(flat[name], leaf.dtype)
+
+    encoder = jax.tree_util.tree_map_with_path(one, state.params['encoder'])
+    if set(flat) - used:
+        raise ValueError(f'pretrained={config.pretrained}: {sorted(set(flat) - used)[0]} has no place in this config')
+    params = state.params | {'encoder': encoder}
+    return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A trained encoder: the teacher's weights, as the paper uses."""
+    config: ml_collections.ConfigDict
+    params: Any
+
+    @classmethod
+    def load(cls, workdir: str | pathlib.Path) -> 'Encoder':
+        config, state = modules.load(workdir, build)
+        return cls(config, state.ema['encoder'])
+
+    def preprocess(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [h, w, C] of any size -> float32 [H, W, C]: the ADM centre crop, then mean and std. Never flipped."""
+        d = self.config.data
+        return augment.normalize(augment.center_crop(image, d.global_size), tuple(d.mean), tuple(d.std))
+
+    def encode(self, images: np.ndarray, *, temperature: float | None = None, batch_size: int = 256) -> dict[str, np.ndarray]:
+        """`codes` int32 [N, L], `sem` float32 [N, L, V], `embeddings` float32 [N, D] of preprocessed images.
+
+        Codes are computed in float32: near-tied logits must not flip with the compute dtype.
+        """
+        model = make_model(self.config).clone(dtype=jnp.float32)
+
+        def one(params, _, x):
+            out = model.apply({'params': params}, x, temperature=temperature)
+            return out.dlc, out.sem, out.cls
+        return dict(zip(('codes', 'sem', 'embeddings'), modules.in_batches(
+            one, self.params, jax.random.key(0), images, len(images), min(batch_size, len(images)), None)))
+
+    def encode_images(self, images: list[np.ndarray], **kwargs: Any) -> dict[str, np.ndarray]:
+        """`encode` of raw uint8 images."""
+        return self.encode(np.stack([self.preprocess(image) for image in images]), **kwargs)

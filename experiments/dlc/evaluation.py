@@ -1,0 +1,81 @@
+"""The tables: sample sets against held-out images, codes, probes, memorisation, compositions. Pure functions of arrays."""
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dlc_jax import codes as codes_lib
+from dlc_jax.metrics import frechet, nearest, prdc, probes
+from experiments.dlc.judge import Judge
+
+
+def compare(features: np.ndarray, reference: np.ndarray, *, k: int = 3) -> dict[str, float]:
+    """Fréchet distance, precision, recall, density and coverage of `features` [N, F] against `reference` [M, F]."""
+    scores = prdc.prdc(reference, features, k=k)
+    return {'frechet': frechet.frechet_distance(frechet.statistics(features), frechet.statistics(reference)),
+            **{name: float(scores[name]) for name in ('precision', 'recall', 'density', 'coverage')}}
+
+
+def sample_set(judge: Judge, images: np.ndarray, heldout: np.ndarray, train: np.ndarray) -> dict[str, float]:
+    """One row of the table of methods. All images uint8 [N, H, W, C].
+
+    `nearest_train` is the median distance (root mean square over pixels, grey levels) to the closest training image:
+    far below that of held-out images means copies.
+    """
+    return compare(judge.features(images), judge.features(heldout)) | {
+        'nearest_train': float(np.median(nearest.nearest_distances(_pixels(images), _pixels(train))))}
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    flat = images.reshape(len(images), -1).astype(np.float32)
+    return flat / np.sqrt(flat.shape[1])
+
+
+def mean_and_spread(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """{name: mean, name_std: standard deviation} over repeated measurements."""
+    out = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows], np.float64)
+        out[name] = float(values.mean())
+        if len(rows) > 1:
+            out[f'{name}_std'] = float(values.std(ddof=1))
+    return out
+
+
+def representation(train: Mapping[str, np.ndarray], heldout: Mapping[str, np.ndarray], num_classes: int,
+                   vocab_size: int) -> dict[str, dict[str, float]]:
+    """k-NN and linear-probe accuracy of soft codes, bare codes and the continuous embedding, held out.
+
+    Both sets: `codes` [N, L], `embeddings` [N, D], `labels` [N], and `sem` [N, L, V] where it was stored.
+    """
+    views = {}
+    if 'sem' in train:
+        views['sem'] = tuple(s['sem'].reshape(len(s['sem']), -1).astype(np.float32) for s in (train, heldout))
+    views['codes'] = tuple(codes_lib.one_hot(s['codes'], vocab_size).reshape(len(s['codes']), -1) for s in (train, heldout))
+    views['embedding'] = (np.asarray(train['embeddings'], np.float32), np.asarray(heldout['embeddings'], np.float32))
+    out = {}
+    for name, (a, b) in views.items():
+        out[name] = {
+            'knn': float(probes.knn_accuracy(a, train['labels'], b, heldout['labels'], num_classes=num_classes, k=20)),
+            'linear': float(probes.linear_probe_accuracy(a, train['labels'], b, heldout['labels'], num_classes=num_classes))}
+    return out
+
+
+def code_usage(codes: np.ndarray, vocab_size: int) -> dict[str, float]:
+    """Perplexity a position (mean, least), dead entries and the share of codes that are distinct."""
+    stats = codes_lib.statistics(codes, vocab_size)
+    return {'perplexity': float(np.mean(stats['perplexity'])), 'perplexity_min': float(np.min(stats['perplexity'])),
+            'dead_entries': float(np.mean(stats['dead'])) , 'distinct': float(stats['distinct'] / len(codes))}
+
+
+def composition(judge: Judge, images: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """How often the judge sees each source in composed images [N, ...] whose sources have classes `first`, `second` [N].
+
+    `first`, `second`: share whose most likely class is that source; `either`: their sum; `both`: share whose two most
+    likely classes are the two sources.
+    """
+    order = np.argsort(-judge.probabilities(images), axis=1)
+    classes = judge.model.classes_[order]
+    top, runner_up = classes[:, 0], classes[:, 1]
+    both = ((top == first) & (runner_up == second)) | ((top == second) & (runner_up == first))
+    return {'first': float((top == first).mean()), 'second': float((top == second).mean()),
+            'either': float(((top == first) | (top == second)).mean()), 'both': float(both.mean())}

@@ -1,0 +1,102 @@
+"""From configs and work directories to modules and parameters; what encoder, generator and code model share."""
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from experiments.runtime import launch
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.checkpoint import Checkpointer
+from experiments.runtime.state import TrainState
+
+T = TypeVar('T')
+
+_DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+def build(cls: type[nn.Module], sizes: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> Any:
+    """A module from its named size and the other fields of a `model` config.
+
+    `width`, `depth` and `num_heads` of 0 mean "as the size says"; `dtype` is a name.
+
+    Raises:
+        ValueError: an unknown size, field or dtype, with the nearest right name where there is one.
+    """
+    fields = dict(config)
+    size = fields.pop('size')
+    if size not in sizes:
+        raise ValueError(f'model.size={size!r} is not one of {tuple(sizes)}')
+    fields = dict(sizes[size]) | {k: v for k, v in fields.items() if k not in ('width', 'depth', 'num_heads') or v}
+    fields['dtype'] = dtype(fields)
+    return build_dataclass(cls, 'model', fields)
+
+
+def dtype(config: Mapping[str, Any]) -> Any:
+    """The compute dtype that `config['dtype']` names."""
+    if config['dtype'] not in _DTYPES:
+        raise ValueError(f'model.dtype={config["dtype"]!r} is not one of {tuple(_DTYPES)}')
+    return _DTYPES[config['dtype']]
+
+
+def build_dataclass(cls: type[T], name: str, fields: Mapping[str, Any]) -> T:
+    """`cls(**fields)`, where a field that `cls` does not have is an error that names the nearest."""
+    allowed = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in ('parent', 'name')]
+    launch.check_fields(name, fields, allowed)
+    return cls(**fields)
+
+
+def load(workdir: str | pathlib.Path, build_experiment: Callable[..., Any]) -> tuple[ml_collections.ConfigDict, TrainState]:
+    """Config and newest state of the run in `workdir`, on the first device.
+
+    Raises:
+        ValueError: `workdir` holds no run, or no checkpoint yet.
+    """
+    config = launch.read_config(workdir)
+    one = config.copy_and_resolve_references()
+    one.accumulate = 1
+    experiment = build_experiment(one, mesh_lib.make_mesh({}, jax.devices()[:1]))
+    checkpointer = Checkpointer(pathlib.Path(workdir) / 'checkpoints', read_only=True)
+    restored = checkpointer.restore(jax.eval_shape(experiment.init, jax.random.key(0)))
+    checkpointer.close()
+    if restored is None:
+        raise ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
+    return config, restored[1]
+
+
+def with_sampler(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """`config` with fields of `config.sampler` replaced; None keeps what the config says."""
+    given = {k: v for k, v in overrides.items() if v is not None}
+    launch.check_fields('sampler', given, tuple(config.sampler))
+    config = config.copy_and_resolve_references()
+    config.sampler.update(given)
+    return config
+
+
+def in_batches(one: Callable[[Any, jax.Array, Any], jax.Array], params: Any, key: jax.Array, cond: np.ndarray | None, num: int,
+               batch_size: int, progress: Callable[[int], None] | None) -> Any:
+    """Runs `one(params, key_b, cond_b)`, which makes `batch_size` rows, until there are `num`; the last batch is padded.
+
+    Rows are spread over all devices when their number divides the batch.
+    """
+    devices = jax.devices() if batch_size % len(jax.devices()) == 0 else jax.devices()[:1]
+    mesh = mesh_lib.make_mesh({'data': -1}, devices)
+    params = jax.device_put(params, mesh_lib.replicated(mesh))
+    out = []
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        run = jax.jit(one, out_shardings=mesh_lib.batch_sharding(mesh))
+        for index in range(-(-num // batch_size)):
+            rows = None
+            if cond is not None:
+                rows = np.asarray(cond[index * batch_size:(index + 1) * batch_size])
+                rows = np.concatenate([rows, np.repeat(rows[-1:], batch_size - len(rows), axis=0)])
+                rows = jax.device_put(rows, mesh_lib.batch_sharding(mesh))
+            out.append(jax.tree.map(np.asarray, run(params, jax.random.fold_in(key, index), rows)))
+            if progress:
+                progress(min((index + 1) * batch_size, num))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *out)

@@ -1,0 +1,159 @@
+"""Makes images with trained models.
+
+    # code first, pixels second
+    python -m experiments.sample --unconditional --code_model=RUN --generator=RUN --num=64 --out=grid.png
+    # from the codes of real images, and from several images' codes at once
+    python -m experiments.sample --from_images a.png b.png --encoder=RUN --generator=RUN --out=out_dir/
+    python -m experiments.sample --compose a.png b.png --encoder=RUN --generator=RUN --num=16 --out=samples.npz
+
+RUN is the --workdir of a training run. --out decides the form: one .png grid, an .npz of uint8 [N, H, W, C] under
+`arr_0` (what FID evaluators read), or a directory of numbered files.
+"""
+import argparse
+import pathlib
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dlc_jax import codes as codes_lib
+from dlc_jax.diffusion.gaussian import to_uint8
+from experiments.dlc.code_model import CodeModel
+from experiments.dlc.encoder import Encoder
+from experiments.dlc.generator import Generator
+from experiments.dlc.latents import LatentDecoder
+from experiments.dlc.sources import read_image
+from experiments.runtime import launch
+from experiments.runtime.report import image_grid, save_image
+
+
+def write(images: np.ndarray, out: str | pathlib.Path, columns: int = 0) -> None:
+    """uint8 [N, H, W, C] to a .png grid, an .npz or, for any other name, a directory of files."""
+    out = pathlib.Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == '.npz':
+        np.savez(out, arr_0=images)
+    elif out.suffix == '.png':
+        save_image(out, image_grid(images, columns or int(np.ceil(np.sqrt(len(images))))))
+    elif out.suffix:
+        raise ValueError(f'--out={out}: end it in .png (grid), .npz (array) or / (a directory of files)')
+    else:
+        out.mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            save_image(out / f'{i:06d}.png', image)
+
+
+def progress(description: str, total: int):
+    """A bar and the callback that moves it."""
+    bar = tqdm(total=total, desc=description, unit='sample', dynamic_ncols=True, disable=jax.process_index() != 0)
+
+    def update(done: int) -> None:
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+    return update
+
+
+def check_codes(generator: Generator, num_codes: int, vocab_size: int, of: str) -> None:
+    """Raises a ValueError unless the generator takes the codes that `of` makes."""
+    m = generator.config.model
+    if m.condition != 'code':
+        raise ValueError(f'the generator is conditioned on {m.condition!r}, not on codes; train one with model.condition=code')
+    if (m.num_codes, m.vocab_size) != (num_codes, vocab_size):
+        raise ValueError(f'{of} makes codes of {num_codes} x {vocab_size} but the generator takes {m.num_codes} x {m.vocab_size}; '
+                         'use models trained on the same code store')
+
+
+def parser() -> argparse.ArgumentParser:
+    p = launch.parser(__doc__)
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument('--unconditional', action='store_true', help='codes from --code_model (or none, for a generator without one)')
+    what.add_argument('--from_images', nargs='+', metavar='IMAGE', help='codes of these images')
+    what.add_argument('--compose', nargs='+', metavar='IMAGE', help='codes composed of those of two or more images')
+    what.add_argument('--classes', nargs='+', type=int, metavar='CLASS', help='class indices, for a class-conditional generator')
+    p.add_argument('--generator', '--dit', required=True, metavar='RUN')
+    p.add_argument('--code_model', '--sedd', metavar='RUN')
+    p.add_argument('--encoder', '--sem', metavar='RUN')
+    p.add_argument('--vae', metavar='DIR', help='released autoencoder weights, for generators of latents')
+    p.add_argument('--out', required=True, help='x.png: grid; x.npz: array; x/: files')
+    p.add_argument('--num', type=int, help='samples in all (default 16; --from_images: one an image)')
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--batch_size', type=int, default=256)
+    p.add_argument('--columns', type=int, default=0, help='of the grid')
+    pixels = p.add_argument_group('image sampler (default: as the generator\'s config says)')
+    pixels.add_argument('--guidance', type=float, help='classifier-free guidance scale; 1: off')
+    pixels.add_argument('--guidance_channels', type=int, help='guide only the first so many channels; 0: all')
+    pixels.add_argument('--guidance_interval', type=float, nargs=2, metavar=('LOW', 'HIGH'),
+                        help='guide only in this share of the noise levels')
+    pixels.add_argument('--steps', type=int, help='network calls, out of 1000')
+    pixels.add_argument('--sampler', choices=('ddpm', 'ddim'))
+    code = p.add_argument_group('code sampler (default: as the code model\'s config says)')
+    code.add_argument('--code_sampler', choices=('analytic', 'euler', 'remasking', 'first_hitting'))
+    code.add_argument('--code_steps', type=int)
+    code.add_argument('--eta', type=float, help='remasking rate')
+    code.add_argument('--window', type=float, nargs=2, metavar=('LOW', 'HIGH'), help='remask between these times')
+    composition = p.add_argument_group('composition')
+    composition.add_argument('--composition', choices=('average', 'positions'), default='average',
+                             help='average the soft codes and draw each position, or take each position from one image')
+    composition.add_argument('--temperature', type=float, default=0.001, help='of the soft codes; low: one source or the other')
+    return p
+
+
+def main() -> None:
+    args, _ = launch.parse(parser())
+    launch.initialize(args)
+    if args.num is not None and args.num < 1:
+        raise ValueError(f'--num={args.num}: ask for at least one sample')
+    generator = Generator.load(args.generator)
+    decode = LatentDecoder.load(args.vae) if args.vae else None
+    if generator.config.data.target == 'latents' and decode is None:
+        raise ValueError('this generator makes latents: give the autoencoder weights with --vae=DIR')
+    code_key, image_key = jax.random.split(jax.random.key(args.seed))
+    num, cond = args.num or 16, None
+
+    # ---- Codes -------------------------------------------------------------------------------------------------------
+    if args.classes:
+        if generator.config.model.condition != 'class':
+            raise ValueError(f'--classes: the generator is conditioned on {generator.config.model.condition!r}')
+        bad = [c for c in args.classes if not 0 <= c < generator.config.model.num_classes]
+        if bad:
+            raise ValueError(f'--classes: {bad[0]} is outside 0..{generator.config.model.num_classes - 1}')
+        num = args.num or len(args.classes)
+        cond = np.resize(np.asarray(args.classes, np.int32), num)
+    elif args.unconditional and generator.config.model.condition != 'none':
+        if not args.code_model:
+            raise ValueError('--unconditional needs --code_model=RUN: this generator is conditioned on '
+                             f'{generator.config.model.condition!r}')
+        code_model = CodeModel.load(args.code_model)
+        check_codes(generator, code_model.config.model.num_codes, code_model.config.model.vocab_size, args.code_model)
+        cond = code_model.sample(code_key, num, batch_size=args.batch_size, progress=progress('codes', num),
+                                 name=args.code_sampler, num_steps=args.code_steps, eta=args.eta,
+                                 window=tuple(args.window) if args.window else None)
+    elif args.from_images or args.compose:
+        if not args.encoder:
+            raise ValueError('give the encoder that reads the images with --encoder=RUN')
+        encoder = Encoder.load(args.encoder)
+        check_codes(generator, encoder.config.model.num_codes, encoder.config.model.vocab_size, args.encoder)
+        paths = args.from_images or args.compose
+        images = [read_image(path, encoder.config.data.channels) for path in paths]
+        if args.from_images:
+            num = args.num or len(paths)
+            cond = np.resize(encoder.encode_images(images)['codes'], (num, encoder.config.model.num_codes))
+        else:
+            if len(paths) < 2:
+                raise ValueError('--compose needs two images or more')
+            sems = encoder.encode_images(images, temperature=args.temperature)['sem']
+            cond = np.asarray(codes_lib.compose(code_key, sems, num, method=args.composition))
+
+    # ---- Pixels ------------------------------------------------------------------------------------------------------
+    x = generator.sample(image_key, cond, num, batch_size=args.batch_size, progress=progress('images', num), name=args.sampler,
+                         num_steps=args.steps, guidance=args.guidance, guidance_channels=args.guidance_channels,
+                         guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None)
+    images = np.asarray(to_uint8(decode(x) if decode else x))
+    if jax.process_index() == 0:
+        write(images, args.out, args.columns)
+        print(f'{num} samples -> {args.out}')
+
+
+if __name__ == '__main__':
+    launch.main(main)
