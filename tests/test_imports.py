@@ -1,0 +1,60 @@
+"""Who may import whom. The libraries know nothing of the runner, and nothing heavy hides at module scope."""
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+HEAVY = {'tensorflow', 'torch', 'wandb', 'transformers', 'diffusers'}
+LIBRARY = {'jax', 'flax', 'optax', 'numpy'}
+EXTRA = {'dlc_jax/ssl/augment.py': {'PIL'}, 'dlc_jax/ssl/pixels.py': {'PIL'}, 'dlc_jax/convert/files.py': {'safetensors'}}
+
+
+def files(*folders):
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob('*.py'))
+
+
+def imported(path, *, module_scope):
+    """Top-level names of the packages that `path` imports: at module scope, or anywhere."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if module_scope else list(ast.walk(tree))
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.append(node.module)
+    return names
+
+
+@pytest.mark.parametrize('path', files('dlc_jax', 'rlhf_jax'), ids=lambda p: str(p.relative_to(ROOT)))
+def test_libraries_import_no_runner_and_nothing_heavy(path):
+    package = path.relative_to(ROOT).parts[0]
+    name = str(path.relative_to(ROOT))
+    allowed = LIBRARY | EXTRA.get(name, set()) | {package} | set(sys.stdlib_module_names)
+    if name.startswith('dlc_jax/metrics/'):
+        allowed |= {'scipy'}
+    for module in imported(path, module_scope=False):
+        if module.startswith('rlhf_jax.models.llama') and name == 'dlc_jax/text_to_code.py':
+            continue  # LLaDA is LLaMA without the causal mask: the one edge between the two libraries
+        assert module.split('.')[0] in allowed, f'{name} imports {module}'
+
+
+@pytest.mark.parametrize('path', files('experiments', 'configs'), ids=lambda p: str(p.relative_to(ROOT)))
+def test_runner_has_nothing_heavy_at_module_scope(path):
+    assert not {m.split('.')[0] for m in imported(path, module_scope=True)} & HEAVY
+
+
+@pytest.mark.parametrize('path', files('experiments/runtime'), ids=lambda p: p.name)
+def test_runtime_knows_neither_images_nor_language(path):
+    for module in imported(path, module_scope=False):
+        assert module.split('.')[0] not in ('dlc_jax', 'rlhf_jax', 'configs'), module
+        assert not module.startswith('experiments.') or module.startswith('experiments.runtime'), module
+
+
+def test_importing_the_library_brings_neither_tensorflow_nor_torch():
+    code = ('import sys, dlc_jax, experiments.train, experiments.dlc.encoder, experiments.dlc.generator, experiments.dlc.code_model;'
+            'sys.exit(bool({"tensorflow", "torch", "sklearn.neural_network"} & set(sys.modules)))')
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
