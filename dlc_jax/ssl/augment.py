@@ -2,9 +2,9 @@
 
 The random parameters of all crops are drawn first (`MultiCrop.sample`), then applied by one of two routes: PIL, crop by
 crop, for photographs of any size; and numpy over a whole batch of equal-sized small images, where PIL's cost per call
-would dominate. The two differ where resizing rounds a pixel the other way, and nowhere else. The operations are torchvision's on PIL images (`RandomResizedCrop`,
-`ColorJitter`, `RandomGrayscale`, `GaussianBlur`, `RandomSolarize`), uint8 rounding included, as composed in the
-original's `data/augmentations.py`.
+would dominate. The two differ where resizing rounds a pixel the other way, and nowhere else. The operations are
+torchvision's on PIL images (`RandomResizedCrop`, `ColorJitter`, `RandomGrayscale`, `GaussianBlur`, `RandomSolarize`),
+uint8 rounding included, as composed in the original's `data/augmentations.py`.
 """
 import dataclasses
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from dlc_jax.ssl import pixels
+from dlc_jax.ssl.pixels import normalize
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -84,7 +85,7 @@ class MultiCrop:
     blur, solarize, normalise. Colour operations that mean nothing on one channel (saturation, hue, grayscale) are
     skipped there.
 
-    `blur_probabilities` (first global, second global, local) are what the original does, not what its arguments say:
+    `blur`'s probabilities (first global, second global, local) are what the original does, not what its arguments say:
     its `GaussianBlur(p)` hands 1 - p to `RandomApply`, so p = 1.0, 0.1, 0.5 blur with probability 0, 0.9, 0.5
     (facebookresearch/dinov2, `data/transforms.py`). (1.0, 0.1, 0.5) gives what the papers describe.
 
@@ -93,11 +94,12 @@ class MultiCrop:
         num_local: local crops per image.
         global_scale, local_scale: share of the image's area a crop may cover.
         ratio: width / height of a crop before resizing.
-        flip: probability of a horizontal flip.
-        jitter: strength of brightness, contrast, saturation, hue.
-        jitter_probability, grayscale: probability of colour jitter and of grayscale.
-        blur_probabilities, solarize_probabilities: (first global, second global, local).
-        blur_kernel: taps, odd. blur_sigma: range of the standard deviation, pixels.
+        flip, jitter, grayscale: probability of a horizontal flip, of colour jitter, of grayscale.
+        jitter_strength: of brightness, contrast, saturation, hue.
+        blur: probability in the first global, the second global and the local crops.
+        blur_kernel: taps, odd.
+        blur_sigma: range of the standard deviation, pixels.
+        solarize: probability in the second global crop; no other crop is solarized.
         solarize_threshold: values from here on are inverted.
         mean, std: of the output's normalisation, values in [0, 1]; as many as channels, or one for all.
     """
@@ -108,13 +110,13 @@ class MultiCrop:
     local_scale: tuple[float, float] = (0.05, 0.32)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    jitter_probability: float = 0.8
+    jitter: float = 0.8
+    jitter_strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     grayscale: float = 0.2
-    blur_probabilities: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    blur: tuple[float, float, float] = (0.0, 0.9, 0.5)
     blur_kernel: int = 9
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    solarize_probabilities: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    solarize: float = 0.2
     solarize_threshold: int = 128
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -122,15 +124,15 @@ class MultiCrop:
     def __post_init__(self):
         if self.blur_kernel % 2 != 1:
             raise ValueError(f'blur_kernel={self.blur_kernel}: must be odd')
-        if self.jitter[HUE] > 0.5:
-            raise ValueError(f'jitter={self.jitter}: hue must be at most 0.5')
+        if len(self.jitter_strength) != 4 or self.jitter_strength[HUE] > 0.5:
+            raise ValueError(f'jitter_strength={self.jitter_strength}: give brightness, contrast, saturation and hue, '
+                             'the last at most 0.5')
         for name in ('global_scale', 'local_scale', 'ratio', 'blur_sigma'):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f'{name}={(low, high)}: must be ordered and positive')
-        for name in ('blur_probabilities', 'solarize_probabilities'):
-            if len(getattr(self, name)) != 3:
-                raise ValueError(f'{name}={getattr(self, name)}: give (first global, second global, local)')
+        if len(self.blur) != 3:
+            raise ValueError(f'blur={self.blur}: give probabilities of (first global, second global, local)')
 
     @property
     def num_views(self) -> int:
@@ -145,20 +147,20 @@ class MultiCrop:
         shape = (batch, self.num_views)
         scale = self._per_view((self.global_scale, self.global_scale, self.local_scale))
         top, left, height, width = sample_boxes(rng, shape, size, scale, self.ratio)
-        strength = np.asarray(self.jitter)
+        strength = np.asarray(self.jitter_strength)
         low, high = np.maximum(0, 1 - strength), 1 + strength
-        low[HUE], high[HUE] = -self.jitter[HUE], self.jitter[HUE]
+        low[HUE], high[HUE] = -strength[HUE], strength[HUE]
         chance = rng.random((5, *shape))
         return Views(
             top, left, height, width,
             flip=chance[0] < self.flip,
-            jitter=chance[1] < self.jitter_probability,
+            jitter=chance[1] < self.jitter,
             order=rng.random((*shape, 4)).argsort(-1),
             factors=low + (high - low) * rng.random((*shape, 4)),
             gray=chance[2] < self.grayscale,
-            blur=chance[3] < self._per_view(self.blur_probabilities),
+            blur=chance[3] < self._per_view(self.blur),
             sigma=self.blur_sigma[0] + (self.blur_sigma[1] - self.blur_sigma[0]) * rng.random(shape),
-            solarize=chance[4] < self._per_view(self.solarize_probabilities))
+            solarize=chance[4] < self._per_view((0, self.solarize, 0)))
 
     def __call__(self, rng: np.random.Generator, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One image, by PIL.
@@ -181,7 +183,7 @@ class MultiCrop:
         for i in range(self.num_views):
             view = Views(*(x[0, i] for x in views))
             out = crops[i >= 2][i - 2 * (i >= 2)]
-            pixels.normalize(self._distort(picture, view, out.shape[0]), self.mean, self.std, out=out)
+            normalize(self._distort(picture, view, out.shape[0]), self.mean, self.std, out=out)
         return crops
 
     def _distort(self, picture: Image.Image, view: Views, side: int) -> np.ndarray:
@@ -224,7 +226,7 @@ class MultiCrop:
                 self._distort_batch(planes, Views(*(x[:, 2:] for x in views)), self.local_size))
 
     def _distort_batch(self, planes: np.ndarray, views: Views, side: int) -> np.ndarray:
-        """Crops of one size: planes [B, C, H, W] -> [B, V, side, side, C]. Values are whole numbers in [0, 255] throughout."""
+        """Crops of one size, whole grey levels until the last line: planes [B, C, H, W] -> [B, V, side, side, C]."""
         x = pixels.resize_boxes(planes, views.top, views.left, views.height, views.width, views.flip, side)
         shape = x.shape  # [B, V, C, side, side]
         x, flat = x.reshape(-1, *shape[2:]), Views(*(a.reshape(-1, *a.shape[2:]) for a in views))
@@ -246,7 +248,7 @@ class MultiCrop:
         x[rows] = np.where(x[rows] < self.solarize_threshold, x[rows], 255 - x[rows])
         out = np.empty((shape[0] * shape[1], side, side, shape[2]), np.float32)
         out[:] = np.moveaxis(x, 1, -1)
-        pixels.normalize(out, self.mean, self.std, out=out)
+        normalize(out, self.mean, self.std, out=out)
         return out.reshape(*shape[:2], side, side, shape[2])
 
 
@@ -254,7 +256,7 @@ JITTER = (pixels.brightness, pixels.contrast, pixels.saturation, pixels.hue)
 
 
 def jitter_pil(picture: Image.Image, op: int, factor: float) -> Image.Image:
-    """One operation of `ColorJitter`, as torchvision does it on a PIL image; saturation and hue leave gray images alone."""
+    """One operation of torchvision's `ColorJitter` on a PIL image; saturation and hue leave gray images alone."""
     if op == BRIGHTNESS:
         return ImageEnhance.Brightness(picture).enhance(factor)
     if op == CONTRAST:
@@ -281,8 +283,10 @@ def to_pil(image: np.ndarray) -> Image.Image:
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """ADM's preprocessing: halved by averaging while twice too large, then bicubic so that the short side is `size`, then
-    the central square (openai/guided-diffusion, `image_datasets.py`). Smaller images are enlarged.
+    """ADM's preprocessing (openai/guided-diffusion, `image_datasets.py`).
+
+    Halved by averaging while twice too large, then resized (bicubic) so that the short side is `size`, then the central
+    square. Smaller images are enlarged.
 
     Args:
         image: [H, W, C] uint8.
@@ -301,7 +305,7 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize_center_crop(image: np.ndarray, resize: int, size: int) -> np.ndarray:
-    """torchvision's `Resize(resize, bicubic)` of the short side, then `CenterCrop(size)`: [H, W, C] uint8 -> [size, size, C]."""
+    """torchvision's `Resize(resize, bicubic)`, then `CenterCrop(size)`: [H, W, C] uint8 -> [size, size, C] uint8."""
     if size > resize:
         raise ValueError(f'size={size} is larger than resize={resize}')
     channels = check_image(image)
@@ -321,7 +325,7 @@ class CenterCrop:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        return pixels.normalize(center_crop(image, self.size), self.mean, self.std)
+        return normalize(center_crop(image, self.size), self.mean, self.std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +337,7 @@ class ResizeCenterCrop:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        return pixels.normalize(resize_center_crop(image, self.resize, self.size), self.mean, self.std)
+        return normalize(resize_center_crop(image, self.resize, self.size), self.mean, self.std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +353,8 @@ class RandomResizedCrop:
     def __call__(self, rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
         channels = check_image(image)
         top, left, height, width = (int(x) for x in sample_boxes(rng, (), image.shape[:2], self.scale, self.ratio))
-        crop = to_pil(image[top:top + height, left:left + width]).resize((self.size, self.size), Image.Resampling.BICUBIC)
+        crop = to_pil(image[top:top + height, left:left + width])
+        crop = crop.resize((self.size, self.size), Image.Resampling.BICUBIC)
         if rng.random() < self.flip:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return pixels.normalize(np.asarray(crop).reshape(self.size, self.size, channels), self.mean, self.std)
+        return normalize(np.asarray(crop).reshape(self.size, self.size, channels), self.mean, self.std)

@@ -37,7 +37,7 @@ def whole(x: np.ndarray) -> np.ndarray:
 
 def resize_boxes(planes: np.ndarray, top: np.ndarray, left: np.ndarray, height: np.ndarray, width: np.ndarray,
                  flip: np.ndarray, side: int) -> np.ndarray:
-    """V boxes of each of B images, cut out, resized to `side` x `side` and flipped where `flip` (`Image.resize`, bicubic).
+    """V boxes of each of B images: cut out, resized to `side` x `side` (`Image.resize`, bicubic), flipped where `flip`.
 
     Args:
         planes: [B, C, H, W].
@@ -49,7 +49,7 @@ def resize_boxes(planes: np.ndarray, top: np.ndarray, left: np.ndarray, height: 
     across = resample_weights(left, width, planes.shape[3], side)
     across = np.where(flip[..., None, None], across[..., ::-1, :], across)
     down = resample_weights(top, height, planes.shape[2], side)
-    # Pillow rounds to uint8 between the passes, which also cuts overshoot at edges; recent versions may filter columns first.
+    # Pillow rounds to uint8 between the passes, which also cuts overshoot; recent versions may filter columns first.
     x = whole(planes[:, None] @ np.swapaxes(across, -1, -2)[:, :, None])
     return whole(down[:, :, None] @ x)
 
@@ -84,7 +84,7 @@ def saturation(x: np.ndarray, factor: np.ndarray) -> np.ndarray:
     return blend(luma(x), x, factor)
 
 
-# Pillow's HSV -> RGB depends on hue and saturation through 256 values each; doubles, rounded to float, as in its C code.
+# Pillow's HSV -> RGB reads hue and saturation through 256 values each; doubles, rounded to float, as in its C code.
 _SECTOR = np.arange(256) * 6 / 255
 _PART = np.floor(_SECTOR).astype(np.intp) % 6
 _REST = (_SECTOR - np.floor(_SECTOR)).astype(np.float32)
@@ -140,7 +140,8 @@ def gaussian_blur(x: np.ndarray, sigma: np.ndarray | float, kernel: int) -> np.n
     return x
 
 
-def normalize(x: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...], *, out: np.ndarray | None = None) -> np.ndarray:
+def normalize(x: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...], *,
+              out: np.ndarray | None = None) -> np.ndarray:
     """(x / 255 - mean) / std over the last axis of [..., W, C], float32. `out` may be `x`.
 
     Raises:

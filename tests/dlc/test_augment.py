@@ -39,10 +39,10 @@ def photos(n, size, channels, seed=0):
     return np.concatenate([smooth, noise])[..., :channels]
 
 
-# --- Crop boxes: rows 100, columns 200 ---------------------------------------------------------------------------------
+# --- Crop boxes: rows 100, columns 200 ------------------------------------------------------------------------------
 
 def test_box_by_hand():
-    # area 20000 (0.1 + 0.4 / 2) = 6000, aspect exp(0) = 1: side round(77.46) = 77; 24 rows and 124 columns to choose from.
+    # area 20000 (0.1 + 0.4 / 2) = 6000, aspect exp(0) = 1: side round(77.46) = 77; 24 rows, 124 columns to choose from.
     box = sample_boxes(Fixed(tries((0.5, 0.5)), [0.5, 0.25]), (), (100, 200), (0.1, 0.5), RATIO)
     assert [int(x) for x in box] == [12, 31, 77, 77]
 
@@ -55,7 +55,8 @@ def test_box_aspect_is_width_over_height_and_log_uniform():
 
 def test_first_try_that_fits_is_taken():
     # Whole area at aspect 1 asks for 141 rows of 100; the second try gives 10000: 100 x 100.
-    box = sample_boxes(Fixed(tries((1.0, 0.5), (0.0, 0.5), (0.1, 0.5)), [0.99, 0.99]), (), (100, 200), (0.5, 1.0), RATIO)
+    draws = Fixed(tries((1.0, 0.5), (0.0, 0.5), (0.1, 0.5)), [0.99, 0.99])
+    box = sample_boxes(draws, (), (100, 200), (0.5, 1.0), RATIO)
     assert [int(x) for x in box] == [0, 99, 100, 100]
 
 
@@ -75,7 +76,7 @@ def test_boxes_fill_the_scale_and_stay_inside():
     assert abs(np.log(width / height).mean()) < 0.02
 
 
-# --- Colour operations -------------------------------------------------------------------------------------------------
+# --- Colour operations ----------------------------------------------------------------------------------------------
 
 def both(op, colors, factor):
     """The operation on one-pixel-high images by Pillow and by numpy: [n, 3] each."""
@@ -138,8 +139,8 @@ def test_blur_by_hand():
     np.testing.assert_allclose(out[1:4, 1:4], 255 * np.outer([side, center, side], [side, center, side]), rtol=1e-5)
     assert out[0].max() == 0
     ramp = np.broadcast_to(10 * np.arange(4, dtype=np.float32)[:, None, None], (4, 4, 1))
-    np.testing.assert_allclose(pixels.gaussian_blur(ramp, 1.0, 3)[:, 0, 0], [20 * side, 10, 20, 30 * center + 40 * side],
-                               rtol=1e-5)
+    np.testing.assert_allclose(pixels.gaussian_blur(ramp, 1.0, 3)[:, 0, 0],
+                               [20 * side, 10, 20, 30 * center + 40 * side], rtol=1e-5)
     # One sigma for each leading index; an image smaller than the kernel.
     stack = np.stack([impulse, impulse])
     np.testing.assert_allclose(pixels.gaussian_blur(stack, np.array([1.0, 0.5]), 9)[1],
@@ -147,7 +148,7 @@ def test_blur_by_hand():
     np.testing.assert_allclose(pixels.gaussian_blur(np.full((2, 1, 1), 7.0, np.float32), 1.0, 9), 7, rtol=1e-6)
 
 
-# --- MultiCrop ---------------------------------------------------------------------------------------------------------
+# --- MultiCrop ------------------------------------------------------------------------------------------------------
 
 def test_probabilities_of_each_view():
     views = MultiCrop(num_local=3).sample(np.random.default_rng(0), 4000, (32, 32))
@@ -163,7 +164,7 @@ def test_probabilities_of_each_view():
     assert (views.sigma >= 0.1).all() and (views.sigma <= 2).all() and abs(views.sigma.mean() - 1.05) < 0.03
     assert (np.sort(views.order, -1) == np.arange(4)).all()
     np.testing.assert_allclose((views.order[..., 0, None] == np.arange(4)).mean((0, 1)), 0.25, **close)
-    assert not MultiCrop(blur_probabilities=(1.0, 0.1, 0.5)).sample(np.random.default_rng(0), 9, (9, 9)).blur[:, 0].min() == 0
+    assert MultiCrop(blur=(1.0, 0.1, 0.5)).sample(np.random.default_rng(0), 9, (9, 9)).blur[:, 0].all()
 
 
 def test_scales_of_each_view():
@@ -176,7 +177,7 @@ def test_scales_of_each_view():
 @pytest.mark.parametrize('channels', [1, 3])
 def test_both_routes_agree(channels):
     # Hue is left out: through 8-bit HSV it turns one level of resizing into several. It is compared on its own above.
-    crop = raw(global_size=24, local_size=10, num_local=3, jitter=(0.4, 0.4, 0.2, 0.0))
+    crop = raw(global_size=24, local_size=10, num_local=3, jitter_strength=(0.4, 0.4, 0.2, 0.0))
     images = photos(10, 20, channels)
     views = crop.sample(np.random.default_rng(2), 10, (20, 20))
     for flag in views[4:6] + (views.gray, views.blur, views.solarize):
@@ -193,8 +194,7 @@ def test_both_routes_agree(channels):
 
 def test_identity_crop_normalised():
     still = MultiCrop(global_size=16, local_size=16, num_local=1, global_scale=(1, 1), local_scale=(1, 1), ratio=(1, 1),
-                      flip=0, jitter_probability=0, grayscale=0, blur_probabilities=(0, 0, 0),
-                      solarize_probabilities=(0, 0, 0))
+                      flip=0, jitter=0, grayscale=0, blur=(0, 0, 0), solarize=0)
     image = photos(2, 16, 3)[0]
     whole, small = still(np.random.default_rng(0), image)
     expected = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -204,10 +204,11 @@ def test_identity_crop_normalised():
 
 def test_solarize_threshold_and_view():
     crop = raw(global_size=4, local_size=4, num_local=1, global_scale=(1, 1), local_scale=(1, 1), ratio=(1, 1), flip=0,
-               jitter_probability=0, blur_probabilities=(0, 0, 0), solarize_probabilities=(0, 1, 0))
+               jitter=0, blur=(0, 0, 0), solarize=1)
     image = np.zeros((4, 4, 1), np.uint8)
     image[0, :, 0] = [127, 128, 200, 255]
-    for whole, small in (crop(np.random.default_rng(0), image), [x[0] for x in crop.batch(np.random.default_rng(0), image[None])]):
+    batch = [x[0] for x in crop.batch(np.random.default_rng(0), image[None])]
+    for whole, small in (crop(np.random.default_rng(0), image), batch):
         np.testing.assert_allclose(whole[1, 0, :, 0], [127, 127, 55, 0], atol=1e-4)
         np.testing.assert_allclose(whole[0], image, atol=1e-4)
         np.testing.assert_allclose(small[0], image, atol=1e-4)
@@ -221,8 +222,9 @@ def test_deterministic_and_views_differ():
     assert np.abs(one[0][0] - one[0][1]).max() > 0.1 and np.abs(one[1][0] - one[1][1]).max() > 0.1
 
 
-@pytest.mark.parametrize('image,match', [(np.zeros((8, 8, 3), np.float32), 'uint8'), (np.zeros((8, 8), np.uint8), r'\(8, 8\)'),
-                                         (np.zeros((8, 8, 4), np.uint8), '1 or 3')])
+@pytest.mark.parametrize('image,match', [
+    (np.zeros((8, 8, 3), np.float32), 'uint8'), (np.zeros((8, 8), np.uint8), r'\(8, 8\)'),
+    (np.zeros((8, 8, 4), np.uint8), '1 or 3')])
 def test_bad_images_are_named(image, match):
     with pytest.raises(ValueError, match=match):
         MultiCrop()(np.random.default_rng(0), image)
@@ -231,13 +233,13 @@ def test_bad_images_are_named(image, match):
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match='mean=.*1 channel'):
         MultiCrop()(np.random.default_rng(0), np.zeros((8, 8, 1), np.uint8))
-    for field, value in (('blur_kernel', 8), ('jitter', (0.4, 0.4, 0.2, 0.7)), ('local_scale', (0.5, 0.1)),
-                         ('blur_probabilities', (0.5, 0.5))):
+    for field, value in (('blur_kernel', 8), ('jitter_strength', (0.4, 0.4, 0.2, 0.7)), ('local_scale', (0.5, 0.1)),
+                         ('blur', (0.5, 0.5))):
         with pytest.raises(ValueError, match=field):
             MultiCrop(**{field: value})
 
 
-# --- Evaluation transforms -----------------------------------------------------------------------------------------------
+# --- Evaluation transforms ------------------------------------------------------------------------------------------
 
 def test_center_crop_halves_by_averaging():
     image = np.random.default_rng(0).integers(0, 256, (8, 12, 1), np.uint8)

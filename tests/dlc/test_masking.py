@@ -31,7 +31,7 @@ def test_a_mask_is_made_of_rectangles():
     masking = BlockMasking(max_patches=200)
     mask = masking.mask(np.random.default_rng(1), 12)
     assert 0 < mask.sum() <= 12
-    single = BlockMasking(grid=(8, 8), min_patches=6, ratios=(0.1, 0.1), min_aspect=1.0)
+    single = BlockMasking(grid=(8, 8), min_patches=6, ratio=(0.1, 0.1), min_aspect=1.0)
     block = single.mask(np.random.default_rng(0), 6)  # one square of round(sqrt(6)) = 2 fits, then 2 more may follow
     rows, columns = np.nonzero(block)
     assert block[rows[0]:rows[0] + 2, columns[0]:columns[0] + 2].all()
@@ -39,7 +39,7 @@ def test_a_mask_is_made_of_rectangles():
 
 @pytest.mark.parametrize('grid,min_patches', [((4, 4), 1), ((2, 2), 1), ((3, 5), 1)])
 def test_small_grids(grid, min_patches):
-    masking = BlockMasking(grid=grid, min_patches=min_patches, ratios=(0.25, 0.6))
+    masking = BlockMasking(grid=grid, min_patches=min_patches, ratio=(0.25, 0.6))
     masks = np.stack([masking(np.random.default_rng(s), 8) for s in range(20)])
     counts = masks.sum(-1)
     assert (counts > 0).sum() >= 0.9 * 20 * 4
@@ -49,7 +49,7 @@ def test_small_grids(grid, min_patches):
 def test_static_bound_by_hand():
     # 4 crops -> 2 masks, parts end at 0.3 and 0.5: floor(76.8) + floor(128).
     assert BlockMasking().max_masked(4) == 76 + 128
-    assert BlockMasking(probability=0.0).max_masked(4) == 1
+    assert BlockMasking(share=0.0).max_masked(4) == 1
     for seed in range(20):
         assert BlockMasking()(np.random.default_rng(seed), 4).sum() <= 204
 
@@ -82,7 +82,7 @@ def test_deterministic_in_the_generator():
     assert (one != other).any()
 
 
-@pytest.mark.parametrize('field,value', [('grid', (0, 4)), ('probability', 1.5), ('ratios', (0.5, 0.1)),
+@pytest.mark.parametrize('field,value', [('grid', (0, 4)), ('share', 1.5), ('ratio', (0.5, 0.1)),
                                          ('min_patches', 0), ('max_patches', 0), ('min_aspect', 0.0)])
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=field):
