@@ -211,7 +211,8 @@ def to_torch(params: Mapping[str, Any], rules: Sequence[Rule | Fixed]) -> dict[s
         value = np.asarray(flat[rule.flax], np.float32)
         stacked = '{i}' in rule.names[0]
         for i, block in enumerate(value if stacked else value[None]):
-            parts = np.split(rule.codec.to_torch(block), len(rule.names))
+            tensor = rule.codec.to_torch(block)
+            parts = np.split(tensor, len(rule.names)) if len(rule.names) > 1 else [tensor]
             out.update({name.format(i=i): np.ascontiguousarray(part) for name, part in zip(rule.names, parts)})
     if set(flat) - used:
         raise ValueError(f'convert: no rule writes parameter {sorted(set(flat) - used)[0]}')
@@ -239,9 +240,7 @@ def _read(state_dict: dict[str, Any], rule: Rule, shape: tuple[int, ...]) -> np.
     stacked = '{i}' in rule.names[0]
     one = shape[1:] if stacked else shape
     whole = jax.eval_shape(rule.codec.to_torch, jax.ShapeDtypeStruct(one, np.float32)).shape
-    if whole[0] % len(rule.names):
-        raise ValueError(f'convert: {rule.flax} {shape} does not split into {rule.names}')
-    wanted = (whole[0] // len(rule.names), *whole[1:]) if whole else ()
+    wanted = whole if len(rule.names) == 1 else (whole[0] // len(rule.names), *whole[1:])
     out = np.empty(shape, np.float32)
     for i, target in enumerate(out if stacked else out[None]):
         parts = []
