@@ -1,0 +1,49 @@
+"""The FID Inception, under the names of `pt_inception-2015-12-05-6726825d.pth` (pytorch-fid, torch-fidelity)."""
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dlc_jax.convert import rules
+from dlc_jax.convert.rules import CONV, SAME, Fixed, Rule, linear
+from dlc_jax.models.inception import InceptionV3
+
+# Ends of parameter paths -> ends of tensor names. What comes before is the same on both sides.
+_ENDS = {
+    'conv/kernel': ('conv.weight', CONV),
+    'bn/scale': ('bn.weight', SAME), 'bn/bias': ('bn.bias', SAME),
+    'bn/mean': ('bn.running_mean', SAME), 'bn/var': ('bn.running_var', SAME),
+    'fc/kernel': ('fc.weight', linear()), 'fc_bias': ('fc.bias', SAME),
+}
+
+
+def from_torch(state_dict: Mapping[str, Any], **fields: Any) -> tuple[InceptionV3, dict[str, Any]]:
+    """The network and its parameters, batch-norm statistics included.
+
+    Args:
+        state_dict: {name: array}; counts of batches (`num_batches_tracked`) are ignored.
+        **fields: fields of `InceptionV3` (`image_size`, `precision`, `dtype`).
+
+    Raises:
+        ValueError: a tensor is missing, unknown, wrongly shaped or not finite.
+    """
+    module = InceptionV3(num_classes=rules.shape_of(state_dict, 'fc.weight', 2)[0], **fields)
+    expected = rules.param_shapes(module, jnp.zeros((1, module.image_size, module.image_size, 3)))
+    return module, rules.to_flax(state_dict, _rules(expected), expected)
+
+
+def to_torch(module: InceptionV3, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Inverse of `from_torch`."""
+    return rules.to_torch(params, _rules(params))
+
+
+def _rules(tree: Mapping[str, Any]) -> list[Rule | Fixed]:
+    out: list[Rule | Fixed] = []
+    for path in rules.flatten(tree):
+        end = next(end for end in _ENDS if path.endswith(end))
+        before = path.removesuffix(end).replace('/', '.')
+        out.append(Rule(before + _ENDS[end][0], path, _ENDS[end][1]))
+        if end == 'bn/scale':
+            out.append(Fixed(f'{before}bn.num_batches_tracked'))
+    return out
