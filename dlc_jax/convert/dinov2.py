@@ -1,0 +1,150 @@
+"""DINOv2 weights: the names of facebookresearch/dinov2 in and out, those of Hugging Face's Dinov2Model and
+Dinov2WithRegistersModel in."""
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dlc_jax.convert import rules as rules_lib
+from dlc_jax.convert.rules import FLAT, Rule, linear, patch_conv
+from dlc_jax.models.vit import VisionTransformer, swiglu_hidden
+
+PREFIXES = ('_orig_mod.', 'module.', 'backbone.')
+_HF_PREFIXES = ('dinov2_with_registers.', 'dinov2.')
+_HEAD_WIDTH = 64  # of every released DINOv2
+_RATIO = 4  # MLP width over model width, of every released DINOv2
+
+
+def vit_rules(patch_size: int) -> tuple[Rule, ...]:
+    """Rules for `VisionTransformer`, in the order of the original's state dict."""
+    block = 'blocks.{i}.'
+    return (
+        Rule('cls_token', 'cls_token'),
+        Rule('pos_embed', 'pos_embed'),
+        Rule('register_tokens', 'register_tokens'),
+        Rule('mask_token', 'mask_token'),
+        Rule('patch_embed.proj.weight', 'patch_embed/kernel', patch_conv(patch_size)),
+        Rule('patch_embed.proj.bias', 'patch_embed/bias'),
+        Rule(block + 'norm1.weight', 'blocks/norm1/scale'),
+        Rule(block + 'norm1.bias', 'blocks/norm1/bias'),
+        Rule(block + 'attn.qkv.weight', 'blocks/attn/qkv/kernel', linear()),
+        Rule(block + 'attn.qkv.bias', 'blocks/attn/qkv/bias', FLAT),
+        Rule(block + 'attn.proj.weight', 'blocks/attn/proj/kernel', linear(2)),
+        Rule(block + 'attn.proj.bias', 'blocks/attn/proj/bias'),
+        Rule(block + 'ls1.gamma', 'blocks/ls1/gamma'),
+        Rule(block + 'norm2.weight', 'blocks/norm2/scale'),
+        Rule(block + 'norm2.bias', 'blocks/norm2/bias'),
+        Rule(block + 'mlp.fc1.weight', 'blocks/mlp/fc1/kernel', linear()),
+        Rule(block + 'mlp.fc1.bias', 'blocks/mlp/fc1/bias'),
+        Rule(block + 'mlp.fc2.weight', 'blocks/mlp/fc2/kernel', linear()),
+        Rule(block + 'mlp.fc2.bias', 'blocks/mlp/fc2/bias'),
+        Rule(block + 'mlp.w12.weight', 'blocks/mlp/w12/kernel', linear()),
+        Rule(block + 'mlp.w12.bias', 'blocks/mlp/w12/bias', FLAT),
+        Rule(block + 'mlp.w3.weight', 'blocks/mlp/w3/kernel', linear()),
+        Rule(block + 'mlp.w3.bias', 'blocks/mlp/w3/bias'),
+        Rule(block + 'ls2.gamma', 'blocks/ls2/gamma'),
+        Rule('norm.weight', 'norm/scale'),
+        Rule('norm.bias', 'norm/bias'),
+    )
+
+
+# Original name -> Hugging Face's, as far as they differ; the three parts of qkv are joined.
+_HF_NAMES = {
+    'cls_token': 'embeddings.cls_token',
+    'pos_embed': 'embeddings.position_embeddings',
+    'register_tokens': 'embeddings.register_tokens',
+    'mask_token': 'embeddings.mask_token',
+    'patch_embed.proj': 'embeddings.patch_embeddings.projection',
+    'blocks.{i}.': 'encoder.layer.{i}.',
+    'attn.proj': 'attention.output.dense',
+    'ls1.gamma': 'layer_scale1.lambda1',
+    'ls2.gamma': 'layer_scale2.lambda1',
+    'mlp.w12': 'mlp.weights_in',
+    'mlp.w3': 'mlp.weights_out',
+}
+
+
+def _hf_rule(rule: Rule) -> Rule:
+    name = rule.torch
+    for original, theirs in _HF_NAMES.items():
+        name = name.replace(original, theirs)
+    if name.startswith('norm.'):
+        name = 'layer' + name
+    if 'attn.qkv' in name:
+        name = tuple(name.replace('attn.qkv', f'attention.attention.{part}') for part in ('query', 'key', 'value'))
+    return rule._replace(torch=name)
+
+
+def clean_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """`state_dict` without the prefixes that wrappers add, and with blocks counted through where training kept them in
+    chunks (`blocks.1.7.` -> `blocks.7.`)."""
+    stripped = rules_lib.strip_prefixes(state_dict, PREFIXES)
+    return {re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.', name): tensor for name, tensor in stripped.items()}
+
+
+def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, hf: bool = False) -> dict[str, Any]:
+    """Fields of the `VisionTransformer` whose tensors, with clean names, are in `state_dict`.
+
+    Raises:
+        ValueError: a tensor that fixes a field is missing or of the wrong rank, or the sizes make no such model.
+    """
+    def name_of(original):
+        return _hf_rule(Rule(original, '')).torch if hf else original
+
+    shape = lambda name, ndim: rules_lib.shape_of(state_dict, name_of(name), ndim)
+    width, _, patch, _ = shape('patch_embed.proj.weight', 4)
+    positions = shape('pos_embed', 3)[1] - 1
+    grid = round(positions ** 0.5)
+    if grid * grid != positions:
+        raise ValueError(f'convert: {name_of("pos_embed")} has {positions} positions, which are not a square grid')
+    registers = name_of('register_tokens')
+    fields = dict(
+        width=width, depth=rules_lib.num_blocks(state_dict, name_of('blocks.{i}.norm1.weight')), patch_size=patch, pos_grid=grid,
+        num_heads=num_heads or max(width // _HEAD_WIDTH, 1),
+        num_registers=rules_lib.shape_of(state_dict, registers, 3)[1] if registers in state_dict else 0)
+    if name_of('blocks.0.ls1.gamma') not in state_dict:
+        fields['layer_scale'] = 0.0
+    if name_of('blocks.0.mlp.w3.weight') in state_dict:
+        fields['ffn'] = 'swiglu'
+        hidden = shape('blocks.0.mlp.w3.weight', 2)[1]
+        if hidden != swiglu_hidden(_RATIO * width):
+            raise ValueError(f'convert: {name_of("blocks.0.mlp.w3.weight")} has {hidden} hidden values; a fused SwiGLU of width '
+                             f'{width} has {swiglu_hidden(_RATIO * width)}')
+    else:
+        fields['mlp_ratio'] = shape('blocks.0.mlp.fc1.weight', 2)[0] / width
+    return fields
+
+
+def dummy_images(module: VisionTransformer, channels: int) -> jnp.ndarray:
+    """The smallest input from which `module`'s parameter shapes can be traced."""
+    return jnp.zeros((1, module.patch_size, module.patch_size, channels))
+
+
+def from_torch(state_dict: Mapping[str, Any], *, num_heads: int | None = None,
+               **fields: Any) -> tuple[VisionTransformer, dict[str, Any]]:
+    """`VisionTransformer` and its parameters.
+
+    Args:
+        state_dict: under the names of facebookresearch/dinov2 or of Hugging Face.
+        num_heads: default: width / 64, as in every released model (the tensors do not tell).
+        **fields: other fields of the module, `dtype` and the like.
+
+    Raises:
+        ValueError: a tensor that is missing, unknown, wrongly shaped or not finite.
+    """
+    state_dict = clean_names(state_dict)
+    hf = any('embeddings.' in name for name in state_dict)
+    if hf:
+        state_dict = rules_lib.strip_prefixes(state_dict, _HF_PREFIXES)
+    module = VisionTransformer(**vit_fields(state_dict, num_heads, hf=hf) | fields)
+    rules = vit_rules(module.patch_size)
+    channels = state_dict['embeddings.patch_embeddings.projection.weight' if hf else 'patch_embed.proj.weight'].shape[1]
+    expected = rules_lib.param_shapes(module, dummy_images(module, channels))
+    return module, rules_lib.to_flax(state_dict, tuple(map(_hf_rule, rules)) if hf else rules, expected)
+
+
+def to_torch(module: VisionTransformer, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """State dict of `params` under the names of facebookresearch/dinov2."""
+    return rules_lib.to_torch(params, vit_rules(module.patch_size))
