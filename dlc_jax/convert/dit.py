@@ -3,8 +3,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dlc_jax.convert.rules import FLAT, Codec, Fixed, Rule, linear, num_blocks, param_shapes, patch_conv, shape_of, strip_prefixes
@@ -42,7 +40,7 @@ def _position(grid: int, width: int) -> np.ndarray:
     return sincos_position_embedding(grid, width)[None]
 
 
-def _condition(state_dict: Mapping[str, Any], width: int) -> dict[str, Any]:
+def _condition(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of the condition, from the embedder's tensors."""
     if 'sem_embedder.embedding_table' in state_dict:
         length, entries, _ = shape_of(state_dict, 'sem_embedder.embedding_table', 3)
@@ -78,7 +76,7 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int, **fields: Any) 
     module = DiT(**dict(
         input_size=grid * patch, channels=channels, patch_size=patch, width=width,
         depth=num_blocks(state_dict, 'blocks.{i}.attn.qkv.weight'), num_heads=num_heads, mlp_ratio=hidden / width,
-        learn_sigma=features == 2 * channels * patch ** 2) | _condition(state_dict, width) | fields)
+        learn_sigma=features == 2 * channels * patch ** 2) | _condition(state_dict) | fields)
     return module, to_flax(state_dict, _rules(patch, _position(grid, width)), _shapes(module))
 
 
@@ -90,7 +88,6 @@ def to_torch(module: DiT, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _shapes(module: DiT) -> dict[str, Any]:
     side = module.input_size
-    cond = {'code': jax.ShapeDtypeStruct((1, module.num_codes), jnp.int32), 'class': jax.ShapeDtypeStruct((1,), jnp.int32),
-            'embedding': jax.ShapeDtypeStruct((1, module.embedding_dim), jnp.float32), 'none': None}[module.condition]
-    x = jax.ShapeDtypeStruct((1, side, side, module.channels), jnp.float32)
-    return param_shapes(module, x, jax.ShapeDtypeStruct((1,), jnp.int32), cond)
+    cond = {'code': np.zeros((1, module.num_codes), np.int32), 'class': np.zeros(1, np.int32),
+            'embedding': np.zeros((1, module.embedding_dim), np.float32), 'none': None}[module.condition]
+    return param_shapes(module, np.zeros((1, side, side, module.channels), np.float32), np.zeros(1, np.int32), cond)

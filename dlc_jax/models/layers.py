@@ -73,6 +73,11 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def modulated_layer_norm(x: Array, shift: Array, scale: Array, *, eps: float, dtype: Any = jnp.float32) -> Array:
+    """`modulate(layer_norm(x), shift, scale)` without scale and bias of its own, in float32, returned in `dtype`."""
+    return modulate(layer_norm(x, eps=eps), shift.astype(jnp.float32), scale.astype(jnp.float32)).astype(dtype)
+
+
 def attention(q: Array, k: Array, v: Array, *, impl: str = 'xla') -> Array:
     """Full bidirectional softmax attention.
 
