@@ -1,0 +1,78 @@
+"""Weights of `sedd/` of lavoiems/DiscreteLatentCode, and of louaaron/sedd-small and -medium, <-> `models.sedd.SEDD`."""
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dlc_jax.convert import rules
+from dlc_jax.convert.rules import FLAT, Fixed, Rule, linear
+from dlc_jax.models.sedd import SEDD
+
+PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')
+
+_RULES = (
+    Rule('pos_embed', 'pos_embed'),
+    Rule('vocab_embed.embedding', 'embed'),
+    Rule('vocab_embed.embedding', 'embed_by_position'),
+    Rule('sigma_map.mlp.0.weight', 'sigma_embed/fc1/kernel', linear()),
+    Rule('sigma_map.mlp.0.bias', 'sigma_embed/fc1/bias'),
+    Rule('sigma_map.mlp.2.weight', 'sigma_embed/fc2/kernel', linear()),
+    Rule('sigma_map.mlp.2.bias', 'sigma_embed/fc2/bias'),
+    Rule('blocks.{i}.norm1.weight', 'blocks/norm1/scale'),
+    Rule('blocks.{i}.attn_qkv.weight', 'blocks/attn/qkv/kernel', linear()),
+    Rule('blocks.{i}.attn_out.weight', 'blocks/attn/proj/kernel', linear(2)),
+    Rule('blocks.{i}.norm2.weight', 'blocks/norm2/scale'),
+    Rule('blocks.{i}.mlp.0.weight', 'blocks/mlp/fc1/kernel', linear()),
+    Rule('blocks.{i}.mlp.0.bias', 'blocks/mlp/fc1/bias'),
+    Rule('blocks.{i}.mlp.2.weight', 'blocks/mlp/fc2/kernel', linear()),
+    Rule('blocks.{i}.mlp.2.bias', 'blocks/mlp/fc2/bias'),
+    Rule('blocks.{i}.adaLN_modulation.weight', 'blocks/adaln/kernel', linear()),
+    Rule('blocks.{i}.adaLN_modulation.bias', 'blocks/adaln/bias', FLAT),
+    Rule('output_layer.norm_final.weight', 'final/norm/scale'),
+    Rule('output_layer.linear.weight', 'final/linear/kernel', linear()),
+    Rule('output_layer.linear.bias', 'final/linear/bias'),
+    Rule('output_layer.adaLN_modulation.weight', 'final/adaln/kernel', linear()),
+    Rule('output_layer.adaLN_modulation.bias', 'final/adaln/bias', FLAT),
+)
+
+
+def from_torch(state_dict: Mapping[str, Any], *, num_heads: int = 0, length: int = 1024, process: str = 'absorbing',
+               **fields: Any) -> tuple[SEDD, dict[str, Any]]:
+    """The module and its parameters; vocabulary, width, depth and the rest are read from the tensors.
+
+    Args:
+        state_dict: {name: numpy array or PyTorch tensor}.
+        num_heads: heads of width 64 where it is 0, as in every released model.
+        length: of a sequence, where there is no position embedding to read it from (louaaron's text models: 1024).
+        process: 'uniform' weights have no mask entry, nor scores scaled by sigma.
+        **fields: other fields of `SEDD`.
+
+    Raises:
+        ValueError: a tensor that does not fit, or `num_heads` that does not divide the width.
+    """
+    state_dict = rules.strip_prefixes(state_dict, PREFIXES)
+    states, width = rules.shape_of(state_dict, 'output_layer.linear.weight', 2)
+    num_heads = num_heads or max(width // 64, 1)
+    if width % (2 * num_heads):
+        raise ValueError(f'convert: num_heads={num_heads} does not cut the width {width} into heads of even width')
+    learned = 'pos_embed' in state_dict
+    module = SEDD(
+        vocab_size=states - (process == 'absorbing'),
+        length=rules.shape_of(state_dict, 'pos_embed', 2)[0] if learned else length,
+        width=width, depth=rules.num_blocks(state_dict, 'blocks.{i}.norm1.weight'), num_heads=num_heads,
+        cond_dim=rules.shape_of(state_dict, 'sigma_map.mlp.2.weight', 2)[0],
+        mlp_ratio=rules.shape_of(state_dict, 'blocks.0.mlp.0.weight', 2)[0] // width,
+        process=process, learned_positions=learned,
+        **{'scale_by_sigma': process == 'absorbing',
+           'shared_embedding': len(getattr(state_dict.get('vocab_embed.embedding'), 'shape', (0, 0))) == 2} | fields)
+    shapes = rules.param_shapes(module, np.zeros((1, module.length), np.int32), np.ones(1, np.float32))
+    return module, rules.to_flax(state_dict, (*_RULES, _frequencies(width // num_heads)), shapes)
+
+
+def to_torch(module: SEDD, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The original's state dict, its rotary buffer included."""
+    return rules.to_torch(params, (*_RULES, _frequencies(module.width // module.num_heads)))
+
+
+def _frequencies(head_dim: int) -> Fixed:
+    return Fixed('rotary_emb.inv_freq', (10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32), exact=True)
