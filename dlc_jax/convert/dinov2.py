@@ -1,5 +1,5 @@
 """DINOv2 weights: the names of facebookresearch/dinov2 in and out, those of Hugging Face's Dinov2Model and
-Dinov2WithRegistersModel in."""
+Dinov2WithRegistersModel, as on disk, in."""
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -90,30 +90,33 @@ def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, h
     Raises:
         ValueError: a tensor that fixes a field is missing or of the wrong rank, or the sizes make no such model.
     """
-    def name_of(original):
-        return _hf_rule(Rule(original, '')).torch if hf else original
+    def name_of(original, block=0):
+        return (_hf_rule(Rule(original, '')).torch if hf else original).replace('{i}', str(block))
 
-    shape = lambda name, ndim: rules_lib.shape_of(state_dict, name_of(name), ndim)
+    def shape(original, ndim):
+        return rules_lib.shape_of(state_dict, name_of(original), ndim)
+
     width, _, patch, _ = shape('patch_embed.proj.weight', 4)
     positions = shape('pos_embed', 3)[1] - 1
     grid = round(positions ** 0.5)
     if grid * grid != positions:
         raise ValueError(f'convert: {name_of("pos_embed")} has {positions} positions, which are not a square grid')
-    registers = name_of('register_tokens')
     fields = dict(
-        width=width, depth=rules_lib.num_blocks(state_dict, name_of('blocks.{i}.norm1.weight')), patch_size=patch, pos_grid=grid,
-        num_heads=num_heads or max(width // _HEAD_WIDTH, 1),
-        num_registers=rules_lib.shape_of(state_dict, registers, 3)[1] if registers in state_dict else 0)
-    if name_of('blocks.0.ls1.gamma') not in state_dict:
+        width=width, depth=rules_lib.num_blocks(state_dict, name_of('blocks.{i}.norm1.weight', '{i}')), patch_size=patch,
+        pos_grid=grid, num_heads=num_heads or max(width // _HEAD_WIDTH, 1),
+        num_registers=shape('register_tokens', 3)[1] if name_of('register_tokens') in state_dict else 0)
+    fields['pos_antialias'] = fields['num_registers'] > 0  # how the released models were trained
+    if name_of('blocks.{i}.ls1.gamma') not in state_dict:
         fields['layer_scale'] = 0.0
-    if name_of('blocks.0.mlp.w3.weight') in state_dict:
+    w3 = name_of('blocks.{i}.mlp.w3.weight')
+    if w3 in state_dict:
         fields['ffn'] = 'swiglu'
-        hidden = shape('blocks.0.mlp.w3.weight', 2)[1]
+        hidden = shape('blocks.{i}.mlp.w3.weight', 2)[1]
         if hidden != swiglu_hidden(_RATIO * width):
-            raise ValueError(f'convert: {name_of("blocks.0.mlp.w3.weight")} has {hidden} hidden values; a fused SwiGLU of width '
-                             f'{width} has {swiglu_hidden(_RATIO * width)}')
+            raise ValueError(f'convert: {w3} has {hidden} hidden values; a fused SwiGLU of width {width} has '
+                             f'{swiglu_hidden(_RATIO * width)}')
     else:
-        fields['mlp_ratio'] = shape('blocks.0.mlp.fc1.weight', 2)[0] / width
+        fields['mlp_ratio'] = shape('blocks.{i}.mlp.fc1.weight', 2)[0] / width
     return fields
 
 
@@ -127,7 +130,8 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int | None = None,
     """`VisionTransformer` and its parameters.
 
     Args:
-        state_dict: under the names of facebookresearch/dinov2 or of Hugging Face.
+        state_dict: under the names of facebookresearch/dinov2 or of Hugging Face (those of its files; transformers 5 uses others
+            in memory).
         num_heads: default: width / 64, as in every released model (the tensors do not tell).
         **fields: other fields of the module, `dtype` and the like.
 

@@ -57,7 +57,7 @@ def from_torch(state_dict: Mapping[str, Any], *, num_codes: int | None = None, v
     if num_codes * vocab_size != logits:
         raise ValueError(f'sem: num_codes={num_codes} x vocab_size={vocab_size} is not the {logits} rows of sem_embed.weight')
     module = SEMEncoder(**dinov2.vit_fields(state_dict, num_heads) | dict(
-        num_codes=num_codes, vocab_size=vocab_size, form=form) | fields)
+        num_codes=num_codes, vocab_size=vocab_size, form=form, pos_antialias=True) | fields)
     channels = state_dict['patch_embed.proj.weight'].shape[1]
     expected = rules_lib.param_shapes(module, dinov2.dummy_images(module, channels))
     return module, rules_lib.to_flax(state_dict, _rules(module), expected)

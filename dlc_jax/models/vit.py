@@ -1,7 +1,6 @@
 """Vision transformer of DINOv2 (arXiv 2304.07193) with registers (arXiv 2309.16588).
 
-Numerically the original's `models/vision_transformer.py` with `interpolate_antialias=True, interpolate_offset=0`, the
-setting of the released register models. Parameter names are the original's, blocks stacked under `blocks`.
+Numerically the original's `models/vision_transformer.py`. Parameter names are the original's, blocks stacked under `blocks`.
 """
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dlc_jax.models.layers import Attention, LayerNorm, Mlp, scan_blocks
@@ -71,25 +71,42 @@ def patchify(images: Array, size: int) -> Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, size * size * c)
 
 
-def interpolate_pos_embed(pos_embed: Array, grid: tuple[int, int]) -> Array:
+def interpolate_pos_embed(pos_embed: Array, grid: tuple[int, int], *, antialias: bool = True) -> Array:
     """Position embeddings for another grid of patches.
 
     Args:
         pos_embed: [1, 1 + G * G, D]; the first is the class token's and stays.
         grid: rows and columns wanted.
+        antialias: which bicubic filter. True: a = -0.5, widened when it shrinks the grid, as DINOv2's register models and SEM
+            encoders are trained. False: a = -0.75, never widened, for a grid 0.1 larger than asked, as its models without
+            registers are. Each is wrong for the other's weights: every code shifts.
 
     Returns:
-        [1, 1 + rows * columns, D] float32, resized by an antialiased bicubic filter (a = -0.5). The filter matters:
-        without antialiasing every code shifts.
+        [1, 1 + rows * columns, D] float32.
     """
     pos_embed = pos_embed.astype(jnp.float32)
     side = round((pos_embed.shape[1] - 1) ** 0.5)
     if grid == (side, side):
         return pos_embed
     width = pos_embed.shape[-1]
-    patches = pos_embed[:, 1:].reshape(1, side, side, width)
-    patches = jax.image.resize(patches, (1, *grid, width), 'bicubic', antialias=True)
+    patches = pos_embed[0, 1:].reshape(side, side, width)
+    if antialias:
+        patches = jax.image.resize(patches, (*grid, width), 'bicubic', antialias=True)
+    else:
+        rows, columns = (_bicubic_matrix(side, n) for n in grid)
+        patches = jnp.einsum('ai,bj,ijd->abd', rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
     return jnp.concatenate([pos_embed[:, :1], patches.reshape(1, -1, width)], 1)
+
+
+def _bicubic_matrix(old: int, new: int, a: float = -0.75, offset: float = 0.1) -> np.ndarray:
+    """[new, old] float32: bicubic interpolation of `old` points at `new` points, at a scale of (new + offset) / old."""
+    at = (np.arange(new) + 0.5) * old / (new + offset) - 0.5
+    taps = np.floor(at)[:, None] + np.arange(-1, 3)
+    d = np.abs(at[:, None] - taps)
+    weights = np.where(d <= 1, (a + 2) * d ** 3 - (a + 3) * d ** 2 + 1, a * (d ** 3 - 5 * d ** 2 + 8 * d - 4))
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new)[:, None], np.clip(taps, 0, old - 1).astype(int)), weights)
+    return matrix.astype(np.float32)
 
 
 class LayerScale(nn.Module):
@@ -153,8 +170,8 @@ class Block(nn.Module):
         """`x + branch(x)`, computed only on a random subset of the batch when paths drop.
 
         Of each group of b consecutive examples floor((1 - drop_path) b), at least one, go through the branch, whose
-        output is scaled by b over that number (the original's `layers/block.py`, which does so above a rate of 0.1; here
-        at any rate). With groups equal to the shards of the batch, no example leaves its device.
+        output is scaled by b over that number, as the original's `layers/block.py` does on lists of crops. With groups
+        equal to the shards of the batch, no example leaves its device.
         """
         if not self.drop_path:
             return x + branch(x)
@@ -182,6 +199,7 @@ class VisionTransformer(nn.Module):
         num_registers: extra tokens between the class token and the patches; they get no position.
         pos_grid: side of the stored grid of position embeddings, in patches (37 = 518 / 14 in the released models).
             Other image sizes are interpolated from it.
+        pos_antialias: how; see `interpolate_pos_embed`.
         layer_scale: initial LayerScale; 0 leaves the layers out.
         drop_path: share of the batch that skips a residual branch when `train` (rng stream 'dropout').
         drop_path_groups: parts of the batch within which those are drawn.
@@ -195,6 +213,7 @@ class VisionTransformer(nn.Module):
     ffn: str = 'mlp'
     num_registers: int = 4
     pos_grid: int = 37
+    pos_antialias: bool = True
     layer_scale: float = 1e-5
     drop_path: float = 0.0
     drop_path_groups: int = 1
@@ -242,7 +261,7 @@ class VisionTransformer(nn.Module):
                      bias_init=self._patch_bias_init(images.shape[-1]), name='patch_embed')(patchify(images, self.patch_size))
         if masks is not None:
             x = jnp.where(masks[..., None], mask_token.astype(self.dtype), x)
-        pos = interpolate_pos_embed(pos_embed, grid).astype(self.dtype)
+        pos = interpolate_pos_embed(pos_embed, grid, antialias=self.pos_antialias).astype(self.dtype)
         cls = jnp.broadcast_to(cls_token.astype(self.dtype) + pos[:, :1], (b, 1, self.width))
         parts = [cls, x + pos[:, 1:]]
         if register_tokens is not None:
