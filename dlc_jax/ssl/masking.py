@@ -68,19 +68,20 @@ class BlockMasking:
         """One mask [rows, columns] bool with at most `target` patches set."""
         rows, columns = self.sides
         limit = self.max_patches or max(1, self.num_patches // 2)
+        spread = -math.log(self.min_aspect)
         mask, count = np.zeros(self.sides, bool), 0
         while count < target:
             room = min(target - count, limit)
-            for _ in range(self.tries):
+            for u in rng.random((self.tries, 4)).tolist():  # one call: this loop is most of the cost of a batch
                 # With less than min_patches to go the interval is reversed, as in the original: it asks for less.
-                area = self.min_patches + (room - self.min_patches) * rng.random()
-                aspect = math.exp(math.log(self.min_aspect) * (1 - 2 * rng.random()))
+                area = self.min_patches + (room - self.min_patches) * u[0]
+                aspect = math.exp(spread * (2 * u[1] - 1))
                 height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
                 if not (0 < height < rows and 0 < width < columns):
                     continue
-                top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+                top, left = int(u[2] * (rows - height + 1)), int(u[3] * (columns - width + 1))
                 block = mask[top:top + height, left:left + width]
-                new = height * width - int(block.sum())
+                new = height * width - np.count_nonzero(block)
                 if 0 < new <= room:
                     block[:] = True
                     count += new

@@ -39,7 +39,7 @@ def photos(n, size, channels, seed=0):
     return np.concatenate([smooth, noise])[..., :channels]
 
 
-# --- Crop boxes: rows 100, columns 200 ------------------------------------------------------------------------------
+# ---- Crop boxes: rows 100, columns 200 -----------------------------------------------------------------------------
 
 def test_box_by_hand():
     # area 20000 (0.1 + 0.4 / 2) = 6000, aspect exp(0) = 1: side round(77.46) = 77; 24 rows, 124 columns to choose from.
@@ -76,7 +76,7 @@ def test_boxes_fill_the_scale_and_stay_inside():
     assert abs(np.log(width / height).mean()) < 0.02
 
 
-# --- Colour operations ----------------------------------------------------------------------------------------------
+# ---- Colour operations ---------------------------------------------------------------------------------------------
 
 def both(op, colors, factor):
     """The operation on one-pixel-high images by Pillow and by numpy: [n, 3] each."""
@@ -148,7 +148,7 @@ def test_blur_by_hand():
     np.testing.assert_allclose(pixels.gaussian_blur(np.full((2, 1, 1), 7.0, np.float32), 1.0, 9), 7, rtol=1e-6)
 
 
-# --- MultiCrop ------------------------------------------------------------------------------------------------------
+# ---- MultiCrop -----------------------------------------------------------------------------------------------------
 
 def test_probabilities_of_each_view():
     views = MultiCrop(num_local=3).sample(np.random.default_rng(0), 4000, (32, 32))
@@ -239,7 +239,7 @@ def test_bad_settings_are_named():
             MultiCrop(**{field: value})
 
 
-# --- Evaluation transforms ------------------------------------------------------------------------------------------
+# ---- Evaluation transforms -----------------------------------------------------------------------------------------
 
 def test_center_crop_halves_by_averaging():
     image = np.random.default_rng(0).integers(0, 256, (8, 12, 1), np.uint8)

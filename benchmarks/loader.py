@@ -1,0 +1,66 @@
+"""The code and latent loader against a per-item collate of Python lists.
+
+The reference is how the original training reads its data: each item holds its latent and its code as nested Python
+lists (rows of an arrow table), and every batch becomes arrays by walking them.
+"""
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from experiments.dlc.batches import ArrayBatches
+from experiments.dlc.codestore import open_code_store, writer
+
+ROWS, BATCH, LENGTH, VOCAB, LATENT = 512, 64, 512, 256, (32, 32, 4)
+
+
+def seconds(work: Callable[[], object], count: int = 1) -> float:
+    """Of one of `count` calls in a row."""
+    started = time.perf_counter()
+    for _ in range(count):
+        work()
+    return (time.perf_counter() - started) / count
+
+
+def compare(repeats: int = 5) -> dict[str, float]:
+    """Batches of 64 codes of 512 tokens with their 32 x 32 x 4 latents, ours and the reference in turn.
+
+    Args:
+        repeats: turns; each side reports its fastest.
+
+    Returns:
+        `ours_ms`, `reference_ms` a batch, `ratio` (reference / ours), and `torch`: 1.0 where the reference built its
+        tensors with `torch.tensor`, 0.0 where torch is absent and numpy stood in.
+    """
+    try:
+        import torch
+        to_array = torch.tensor
+    except ImportError:
+        torch, to_array = None, np.array
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, VOCAB, (ROWS, LENGTH))
+    latents = rng.normal(size=(ROWS, *LATENT)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / 'codes'
+        with writer(path, num=ROWS, meta=dict(num_codes=LENGTH, vocab_size=VOCAB)) as store:
+            store.append({'codes': codes, 'latents': latents}, names=[str(i) for i in range(ROWS)])
+        store = open_code_store(path, num_codes=LENGTH, vocab_size=VOCAB)
+        ours = ArrayBatches({'x': store.array('latents'), 'cond': store.array('codes')}, BATCH, seed=0,
+                            casts={'x': np.float32, 'cond': np.int32})
+        items = [{'features': latents[i].tolist(), 'labels': codes[i].tolist()} for i in range(2 * BATCH)]
+
+        def reference():
+            rows = [items[i] for i in rng.permutation(len(items))[:BATCH]]
+            return to_array([row['features'] for row in rows]), to_array([row['labels'] for row in rows])
+
+        next(ours), reference()
+        turns = [(seconds(lambda: next(ours), 20), seconds(reference)) for _ in range(repeats)]
+    best_ours, best_reference = (1e3 * min(side) for side in zip(*turns))
+    return {'ours_ms': best_ours, 'reference_ms': best_reference, 'ratio': best_reference / best_ours,
+            'torch': float(torch is not None)}
+
+
+if __name__ == '__main__':
+    print(compare())
