@@ -40,7 +40,7 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | pathlib.Pat
             raw = [item['image'] for item in items]
             inputs = np.stack([encoder.preprocess(image) for image in raw])
             pad = batch_size - len(inputs) if len(source) > batch_size else 0  # one shape, one compilation
-            encoded = encoder.encode(np.pad(inputs, ((0, pad), (0, 0), (0, 0), (0, 0))), batch_size=batch_size)
+            encoded = encoder.encode(np.pad(inputs, ((0, pad),) + ((0, 0),) * 3), batch_size=batch_size)
             crops = np.stack([augment.center_crop(image, image_size) for image in raw])
             mirrored = np.array([np.random.default_rng((seed, start + i)).random() < flip for i in range(len(raw))])
             crops[mirrored] = crops[mirrored, :, ::-1]

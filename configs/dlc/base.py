@@ -68,6 +68,7 @@ def encoder() -> ConfigDict:
         ema=dict(decay=0.992, final=1.0),  # teacher, cosine over the run
         optimizer=_adamw(_schedule(1e-4, warmup_steps=12_500, final=1e-6, decay='cosine'),
                          _schedule(0.04, final=0.4, decay='cosine'), clip_norm=3.0, clip_per_module=True),
+        groups=0,  # parts of the batch that mask, drop paths and seek neighbours apart; 0: one a device and microbatch
         layer_decay=0.9,  # learning-rate factor from block to block
         patch_embed_lr=0.2,  # learning-rate factor of the patch embedding, on top of layer_decay
         freeze_last_layer=1250,  # steps

@@ -1,5 +1,6 @@
 """The code model: SEDD, a discrete diffusion over codes (arXiv 2507.12318 §4, arXiv 2310.16834)."""
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -80,9 +81,9 @@ def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: 
                                          eta=s.eta, window=tuple(s.window))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CodeModel:
-    """A trained code model on EMA weights."""
+    """A trained code model on its EMA weights."""
     config: ml_collections.ConfigDict
     params: Any
 
@@ -93,7 +94,9 @@ class CodeModel:
 
     def sample(self, key: jax.Array, num: int, *, batch_size: int = 256, progress: Any = None, **sampler: Any) -> np.ndarray:
         """int32 [num, L]. `sampler` overrides fields of `config.sampler`; batch b uses `fold_in(key, b)`."""
-        config = modules.with_sampler(self.config, sampler)
-        batch_size = min(batch_size, num)
-        one = lambda p, k, _: sample(config, p, k, batch_size)
-        return modules.in_batches(one, self.params, key, None, num, batch_size, progress)
+        return self._compiled(min(batch_size, num), tuple(sorted(sampler.items())))(key, None, num, progress)
+
+    @functools.lru_cache(maxsize=4)
+    def _compiled(self, batch_size: int, sampler: tuple) -> modules.Batched:
+        config = modules.with_sampler(self.config, dict(sampler))
+        return modules.Batched(lambda p, k, _: sample(config, p, k, batch_size), self.params, batch_size)

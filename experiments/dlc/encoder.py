@@ -1,6 +1,7 @@
 """The SEM encoder, trained as DINOv2 trains: DINO + iBOT + KoLeo, multi-crop, EMA teacher (arXiv 2507.12318 §5,
 arXiv 2304.07193). SEM is a bottleneck on the class token only."""
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -74,9 +75,14 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         if d[field] % config.model.patch_size:
             raise ValueError(f'data.{field}={d[field]} is not divisible by model.patch_size={config.model.patch_size}')
     shards = mesh_lib.batch_shards(mesh)
-    groups = shards * config.accumulate  # the originals mask, drop and look for neighbours within one GPU's batch
+    # The originals mask, drop paths and look for neighbours within one GPU's batch.
+    groups = config.groups or shards * config.accumulate
+    if groups % (shards * config.accumulate) or config.batch_size % groups:
+        raise ValueError(f'groups={groups} must be a multiple of {shards} batch shards x accumulate={config.accumulate} and divide '
+                         f'batch_size={config.batch_size}; 0 chooses')
+    micro_groups = groups // config.accumulate
     block_masking = make_masking(config)
-    model, head = make_model(config, shards), make_head(config)
+    model, head = make_model(config, micro_groups), make_head(config)
     heads = ('dino_head', 'ibot_head') if config.head.separate_ibot else ('dino_head', 'dino_head')
     grid = d.global_size // config.model.patch_size
     per_group = config.batch_size // groups
@@ -129,9 +135,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
             patch_probs = dino.softmax_center(patches, state.extra['ibot'], t)
         else:
             cls_probs = dino.sinkhorn_knopp(cls, t)
-            patch_probs = dino.sinkhorn_knopp(patches, t, weights=weights > 0)
-        real = (weights > 0).astype(jnp.float32)[:, None]
-        means = {'dino': cls.mean(0, keepdims=True), 'ibot': (patches * real).sum(0, keepdims=True) / jnp.maximum(real.sum(), 1)}
+            patch_probs = dino.sinkhorn_knopp(patches, t, weights=weights)
+        means = {'dino': dino.batch_center(cls), 'ibot': dino.batch_center(patches, weights)}
         return jax.lax.stop_gradient((cls_probs, patch_probs, means))
 
     def loss(params, state, batch, rng):
@@ -156,7 +161,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         entropy = lambda logits, probs: dino.cross_entropy(logits, probs, c.student_temperature).mean()
         local_term = entropy(local_logits, targets.sum(1, keepdims=True)) * n / pairs  # linear in the targets
         global_term = entropy(global_logits, targets[:, ::-1]) * 2 / pairs
-        koleo_term = sum(koleo.koleo_loss(seen.cls.reshape(b, 2, -1)[:, i], groups=shards) for i in range(2))
+        koleo_term = sum(koleo.koleo_loss(seen.cls.reshape(b, 2, -1)[:, i], groups=micro_groups) for i in range(2))
         ibot_term = ibot.ibot_loss(run_head(heads[1], masked_patches), patch_probs, batch['mask_weights'].reshape(-1),
                                    num_crops=2 * b, temperature=c.student_temperature)
         total = c.dino * (local_term + global_term) + c.koleo * koleo_term + c.ibot * ibot_term
@@ -175,7 +180,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         params, opt_state, norm = optim.apply(tx, grads, state)
         ema = optim.ema_update(state.ema, params, momentum(state.step + 1))
         # The new center serves the next step, as in the original.
-        centers = jax.tree.map(lambda old, new: c.center_momentum * old + (1 - c.center_momentum) * new, state.extra, aux['means'])
+        centers = {name: dino.update_center(state.extra[name], mean, c.center_momentum) for name, mean in aux['means'].items()}
         return (state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, extra=centers),
                 aux['metrics'] | {'loss': value, 'grad_norm': norm})
 
@@ -213,7 +218,7 @@ def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainSta
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
     """A trained encoder: the teacher's weights, as the paper uses."""
     config: ml_collections.ConfigDict
@@ -227,20 +232,23 @@ class Encoder:
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """uint8 [h, w, C] of any size -> float32 [H, W, C]: the ADM centre crop, then mean and std. Never flipped."""
         d = self.config.data
-        return augment.normalize(augment.center_crop(image, d.global_size), tuple(d.mean), tuple(d.std))
+        return augment.CenterCrop(d.global_size, tuple(d.mean), tuple(d.std))(image)
 
     def encode(self, images: np.ndarray, *, temperature: float | None = None, batch_size: int = 256) -> dict[str, np.ndarray]:
         """`codes` int32 [N, L], `sem` float32 [N, L, V], `embeddings` float32 [N, D] of preprocessed images.
 
         Codes are computed in float32: near-tied logits must not flip with the compute dtype.
         """
+        return self._compiled(min(batch_size, len(images)), temperature)(jax.random.key(0), images, len(images))
+
+    @functools.lru_cache(maxsize=4)
+    def _compiled(self, batch_size: int, temperature: float | None) -> modules.Batched:
         model = make_model(self.config).clone(dtype=jnp.float32)
 
-        def one(params, _, x):
-            out = model.apply({'params': params}, x, temperature=temperature)
-            return out.dlc, out.sem, out.cls
-        return dict(zip(('codes', 'sem', 'embeddings'), modules.in_batches(
-            one, self.params, jax.random.key(0), images, len(images), min(batch_size, len(images)), None)))
+        def one(params, _, images):
+            out = model.apply({'params': params}, images, temperature=temperature)
+            return {'codes': out.dlc, 'sem': out.sem, 'embeddings': out.cls}
+        return modules.Batched(one, self.params, batch_size)
 
     def encode_images(self, images: list[np.ndarray], **kwargs: Any) -> dict[str, np.ndarray]:
         """`encode` of raw uint8 images."""

@@ -1,5 +1,6 @@
 """The image generator: a DiT conditioned on a code, a class, a continuous embedding or nothing (arXiv 2507.12318 §4)."""
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -14,8 +15,8 @@ from dlc_jax.models import dit
 from experiments.dlc import modules
 from experiments.dlc.batches import ArrayBatches
 from experiments.dlc.codestore import open_code_store
-from experiments.runtime import optim, partition
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import optim
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 
@@ -120,9 +121,9 @@ def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: 
     return diffusion.sample(model_fn, key, shape, sampler=s.name)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Generator:
-    """A trained generator: `sample(key, cond)` in batches, on EMA weights."""
+    """A trained generator on its EMA weights."""
     config: ml_collections.ConfigDict
     params: Any
 
@@ -133,7 +134,7 @@ class Generator:
 
     def sample(self, key: jax.Array, cond: np.ndarray | None, num: int, *, batch_size: int = 256, progress: Any = None,
                **sampler: Any) -> np.ndarray:
-        """float32 [num, H, W, C]. `sampler` overrides fields of `config.sampler`.
+        """float32 [num, H, W, C] in model range. `sampler` overrides fields of `config.sampler`.
 
         Args:
             key: typed key; batch b uses `fold_in(key, b)`.
@@ -142,7 +143,10 @@ class Generator:
             batch_size: samples at once.
             progress: called with the number done after each batch.
         """
-        config = modules.with_sampler(self.config, sampler)
-        batch_size = min(batch_size, num)
-        one = lambda p, k, c: sample(config, p, k, batch_size, c)
-        return modules.in_batches(one, self.params, key, cond, num, batch_size, progress)
+        run = self._compiled(min(batch_size, num), tuple(sorted(sampler.items())))
+        return run(key, cond, num, progress)
+
+    @functools.lru_cache(maxsize=4)
+    def _compiled(self, batch_size: int, sampler: tuple) -> modules.Batched:
+        config = modules.with_sampler(self.config, dict(sampler))
+        return modules.Batched(lambda p, k, c: sample(config, p, k, batch_size, c), self.params, batch_size)

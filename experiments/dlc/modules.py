@@ -78,25 +78,33 @@ def with_sampler(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
     return config
 
 
-def in_batches(one: Callable[[Any, jax.Array, Any], jax.Array], params: Any, key: jax.Array, cond: np.ndarray | None, num: int,
-               batch_size: int, progress: Callable[[int], None] | None) -> Any:
-    """Runs `one(params, key_b, cond_b)`, which makes `batch_size` rows, until there are `num`; the last batch is padded.
+class Batched:
+    """A function of rows, compiled once for one batch size and run on any number of rows over all devices.
 
-    Rows are spread over all devices when their number divides the batch.
+    Args:
+        one: `(params, key, rows) -> outputs` on `batch_size` rows; pure.
+        params: its parameters.
+        batch_size: rows at once; spread over all devices when their number divides it.
     """
-    devices = jax.devices() if batch_size % len(jax.devices()) == 0 else jax.devices()[:1]
-    mesh = mesh_lib.make_mesh({'data': -1}, devices)
-    params = jax.device_put(params, mesh_lib.replicated(mesh))
-    out = []
-    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-        run = jax.jit(one, out_shardings=mesh_lib.batch_sharding(mesh))
-        for index in range(-(-num // batch_size)):
-            rows = None
-            if cond is not None:
-                rows = np.asarray(cond[index * batch_size:(index + 1) * batch_size])
-                rows = np.concatenate([rows, np.repeat(rows[-1:], batch_size - len(rows), axis=0)])
-                rows = jax.device_put(rows, mesh_lib.batch_sharding(mesh))
-            out.append(jax.tree.map(np.asarray, run(params, jax.random.fold_in(key, index), rows)))
-            if progress:
-                progress(min((index + 1) * batch_size, num))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *out)
+
+    def __init__(self, one: Callable[[Any, jax.Array, Any], Any], params: Any, batch_size: int):
+        devices = jax.devices() if batch_size % len(jax.devices()) == 0 else jax.devices()[:1]
+        self._mesh = mesh_lib.make_mesh({'data': -1}, devices)
+        self._params = jax.device_put(params, mesh_lib.replicated(self._mesh))
+        self._run = jax.jit(one, out_shardings=mesh_lib.batch_sharding(self._mesh))
+        self.batch_size = batch_size
+
+    def __call__(self, key: jax.Array, rows: np.ndarray | None, num: int, progress: Callable[[int], None] | None = None) -> Any:
+        """Outputs for `num` rows as numpy arrays; batch b draws from `fold_in(key, b)`, and the last one is padded."""
+        size, out = self.batch_size, []
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+            for index in range(-(-num // size)):
+                part = None
+                if rows is not None:
+                    part = np.asarray(rows[index * size:(index + 1) * size])
+                    part = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+                    part = jax.device_put(part, mesh_lib.batch_sharding(self._mesh))
+                out.append(jax.tree.map(np.asarray, self._run(self._params, jax.random.fold_in(key, index), part)))
+                if progress:
+                    progress(min((index + 1) * size, num))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *out)

@@ -22,7 +22,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def prefixed(prefix: str, rules: Rules) -> tuple[tuple[str, PartitionSpec], ...]:
     """The same rules for a model that sits under `prefix` in a larger tree."""
-    return tuple((f'{prefix}/{pattern}', spec) for pattern, spec in rules)
+    return tuple((f'{prefix}/(?:{pattern})', spec) for pattern, spec in rules)
 
 
 def _spec_for(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:

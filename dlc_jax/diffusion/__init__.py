@@ -1,0 +1,1 @@
+"""Gaussian diffusion of images and discrete diffusion of codes."""
