@@ -1,4 +1,5 @@
 """Inception features of a stream of images: the input of FID, sFID, precision/recall and the Inception Score."""
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,14 +28,18 @@ def inception_features(module: InceptionV3, params: Any, batches: Iterable[np.nd
     Raises:
         ValueError: no image at all, or an array that is not uint8 [n, H, W, 3] of the size of those before it.
     """
-    apply = jax.jit(lambda p, x: module.apply({'params': p}, x))
     rows = []
     for batch, count in _regroup(batches, batch_size):
         x = batch if sharding is None else jax.device_put(batch, sharding)
-        rows.append(jax.tree.map(lambda y: np.asarray(y)[:count], apply(params, x)))
+        rows.append(jax.tree.map(lambda y: np.asarray(y)[:count], _apply(module, params, x)))
     if not rows:
         raise ValueError('inception_features: batches holds no image')
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # at module level, so that a second stream does not compile again
+def _apply(module: InceptionV3, params: Any, images: jax.Array) -> InceptionOutput:
+    return module.apply({'params': params}, images)
 
 
 def _regroup(batches: Iterable[np.ndarray], batch_size: int) -> Iterator[tuple[np.ndarray, int]]:

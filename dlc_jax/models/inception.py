@@ -202,7 +202,7 @@ class InceptionV3(nn.Module):
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f'InceptionV3: images must be [B, H, W, 3], got {images.shape}; repeat a single channel')
         if self.image_size < 75:
-            raise ValueError(f'InceptionV3.image_size={self.image_size}: must be at least 75 (299 for published numbers)')
+            raise ValueError(f'InceptionV3.image_size={self.image_size}: must be at least 75, 299 for FID')
         unit = functools.partial(ConvUnit, precision=self.precision, dtype=self.dtype, param_dtype=self.param_dtype)
         # TensorFlow 1 resizes before it normalises.
         x = (resize_bilinear(images.astype(jnp.float32), self.image_size) - 128.0) / 128.0

@@ -188,10 +188,12 @@ class AutoencoderKL(nn.Module):
             ValueError: images of another rank, channel count or size.
         """
         if images.ndim != 4 or images.shape[-1] != self.image_channels:
-            raise ValueError(f'AutoencoderKL.encode: images must be [B, H, W, {self.image_channels}], got {images.shape}')
-        if images.shape[1] % self.stride or images.shape[2] % self.stride:
-            raise ValueError(f'AutoencoderKL.encode: image size {images.shape[1]}x{images.shape[2]} is not divisible by '
-                             f'{self.stride}; resize or crop first')
+            raise ValueError(
+                f'AutoencoderKL.encode: images must be [B, H, W, {self.image_channels}], got {images.shape}')
+        height, width = images.shape[1:3]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f'AutoencoderKL.encode: image size {height}x{width} is not divisible by {self.stride}; '
+                             'resize or crop first')
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f'AutoencoderKL.encode: images must be float in [-1, 1], got {images.dtype}')
         moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)
