@@ -5,8 +5,8 @@
 #   experiments/launch/tpu_vm.sh --config=configs/dlc/generator_imagenet.py:L512 --workdir=/mnt/runs/generator
 #   experiments/launch/tpu_vm.sh --dry_run --config=…      # first argument: print the commands, run none
 #
-# Everything after goes to `python -m experiments.train --distributed`. --workdir must be on the shared disk: each worker
-# writes its part of a checkpoint, and the disk outlives the slice. Set the variables here or in the environment.
+# Everything after goes to `python -m experiments.train --distributed`. --workdir must be on the shared disk: each
+# worker writes its part of a checkpoint, and the disk outlives the slice. Set the variables here or in the environment.
 set -euo pipefail
 
 NAME=${NAME:-dlc}
@@ -98,7 +98,7 @@ for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
     exit 0
   fi
   if [[ $status != 0 && $(state) == READY ]]; then
-    echo "$0: failed with status $status on a healthy slice, which is left for you to look at; the same command retries" >&2
+    echo "$0: failed with status $status on a healthy slice, which is left up; the same command retries" >&2
     exit "$status"
   fi
   echo "$0: the slice was lost or not to be had (attempt $attempt of $ATTEMPTS); again in $WAIT s" >&2

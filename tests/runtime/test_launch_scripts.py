@@ -1,6 +1,7 @@
 """The launch wrappers against stand-ins for `gcloud`, `srun` and `scontrol`."""
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def test_tpu_vm_dry_run_prints_every_step_and_runs_none(tools, tmp_path):
                                    'uv', r'experiments.train\ --distributed\ --config=a.py', 'tpu-vm delete x'),
                            strict=True):
         assert words in step
-    assert 'two' in steps[4] and r'\ --dry_run' in steps[4]
+    command = next(a for a in shlex.split(steps[4]) if a.startswith('--command='))
+    assert shlex.split(command)[-3:] == ['--config=a.py', '--config.name=two words', '--dry_run']
 
 
 def gcloud(train):
@@ -113,12 +115,12 @@ def test_tpu_vm_queued_resources(tools, tmp_path):
 @pytest.mark.parametrize('srun, status, requeued', [
     ('echo done', 0, False), (f'echo "{CONTINUE}"', 0, True), (f'echo "{CONTINUE}"; exit 9', 9, False)])
 def test_slurm_requeues_only_what_was_stopped(tools, tmp_path, srun, status, requeued):
-    env = {**tools(srun=srun, scontrol=''), 'SLURM_JOB_ID': '17', 'PYTHON': 'py'}
+    env = {**tools(srun=f"printf '%s\\n' \"$@\"; {srun}", scontrol=''), 'SLURM_JOB_ID': '17', 'PYTHON': 'py'}
     out = bash(LAUNCH / 'slurm.sbatch', '--config=a', '--config.name=two words', env=env)
     assert out.returncode == status, out.stderr
-    made = calls(tmp_path)
-    assert made[0].endswith('py -m experiments.train --distributed --config=a --config.name=two words')
-    assert made[1:] == (['scontrol requeue 17'] if requeued else [])
+    assert out.stdout.splitlines()[1:7] == ['py', '-m', 'experiments.train', '--distributed', '--config=a',
+                                            '--config.name=two words']
+    assert calls(tmp_path)[1:] == (['scontrol requeue 17'] if requeued else [])
 
 
 CHILD = f'''
