@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dlc_jax import codes as codes_lib
+
+RNG = np.random.default_rng(0)
+
+
+def random_codes(num, length=6, vocab=5, dtype=np.uint8):
+    return RNG.integers(0, vocab, (num, length)).astype(dtype)
+
+
+def test_lowest_index_wins_a_tie():
+    logits = jnp.array([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0], [-3.0, -2.0, -1.0]])
+    out = codes_lib.from_logits(logits)
+    assert out.dtype == jnp.int32
+    np.testing.assert_array_equal(out, [1, 0, 2])
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.int32])
+def test_one_hot(dtype):
+    codes = random_codes(7, dtype=dtype)
+    out = codes_lib.one_hot(codes, 5)
+    assert out.shape == (7, 6, 5) and out.dtype == np.float32
+    np.testing.assert_array_equal(out, np.eye(5)[codes])
+
+
+def test_statistics_by_hand():
+    codes = np.array([[0, 1, 2], [0, 1, 3], [0, 2, 0], [0, 2, 1], [0, 1, 2], [0, 2, 3], [0, 1, 0], [0, 2, 1]])
+    stats_ = codes_lib.statistics(codes, 4)
+    np.testing.assert_allclose(stats_['perplexity'], [1, 2, 4])
+    np.testing.assert_allclose(stats_['dead'], [3 / 4, 2 / 4, 0])
+    np.testing.assert_array_equal(stats_['histogram'], [[8, 0, 0, 0], [0, 4, 4, 0], [2, 2, 2, 2]])
+    assert stats_['distinct'] == 6
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.int64])
+@pytest.mark.parametrize('block', [1, 7, 1000])
+def test_histogram_depends_on_neither_block_nor_dtype(dtype, block):
+    codes = random_codes(50, vocab=200)
+    want = np.stack([np.bincount(codes[:, l], minlength=200) for l in range(6)])
+    np.testing.assert_array_equal(codes_lib.histogram(codes.astype(dtype), 200, block=block), want)
+
+
+def test_distinct_codes():
+    codes = random_codes(40, length=3, vocab=3)
+    assert codes_lib.count_distinct(codes) == len({tuple(c) for c in codes})
+    assert codes_lib.count_distinct(np.asfortranarray(codes.astype(np.int32))) == len({tuple(c) for c in codes})
+
+
+def test_hamming():
+    np.testing.assert_array_equal(codes_lib.hamming(jnp.array([[0, 1, 2], [3, 3, 3]]), jnp.array([0, 3, 3])), [2, 1])
+
+
+@pytest.mark.parametrize('block', [(1, 1), (4, 7), (13, 29), (500, 500)])
+def test_nearest_code_whatever_the_block(block):
+    queries, references = random_codes(13), random_codes(29)
+    table = (queries[:, None] != references[None]).sum(-1)
+    distance, index = codes_lib.nearest_hamming(queries, references, return_index=True, block=block)
+    np.testing.assert_array_equal(distance, table.min(1))
+    np.testing.assert_array_equal(index, table.argmin(1))
+    np.testing.assert_array_equal(codes_lib.nearest_hamming(queries, references, block=block), distance)
+
+
+def test_average_of_sharp_soft_codes_picks_a_source_for_each_position():
+    sources = np.array([[0, 1, 2, 3], [4, 1, 0, 3], [4, 2, 2, 3]])
+    sems = codes_lib.one_hot(sources, 5, np.float64)
+    codes = np.asarray(codes_lib.compose(jax.random.key(0), sems, 6000, method='average'))
+    assert codes.shape == (6000, 4) and codes.dtype == np.int32
+    for position, want in enumerate(sems.mean(0)):
+        counts = np.bincount(codes[:, position], minlength=5)
+        assert (counts[want == 0] == 0).all()
+        assert stats.chisquare(counts[want > 0], 6000 * want[want > 0]).pvalue > 1e-5
+    # Positions are drawn independently: were a source drawn for a whole code, (0, 0) could not occur.
+    both = ((codes[:, 0] == 0) & (codes[:, 2] == 0)).mean()
+    assert abs(both - 1 / 9) < 0.02
+
+
+def test_average_of_warm_soft_codes_draws_from_their_mean():
+    sems = RNG.dirichlet(np.ones(4), (2, 3))
+    codes = np.asarray(codes_lib.compose(jax.random.key(0), sems, 20_000, weights=(3, 1)))
+    mean = 0.75 * sems[0] + 0.25 * sems[1]
+    for position in range(3):
+        assert stats.chisquare(np.bincount(codes[:, position], minlength=4), 20_000 * mean[position] / mean[position].sum()).pvalue > 1e-5
+
+
+@pytest.mark.parametrize('weights, shares', [(None, (1 / 3, 1 / 3, 1 / 3)), ((1, 0, 3), (0.25, 0, 0.75))])
+def test_positions_come_from_one_source_each(weights, shares):
+    sources = np.array([[0] * 8, [1] * 8, [2] * 8])
+    codes = codes_lib.compose_positions(jax.random.key(0), sources, 3000, weights=weights)
+    np.testing.assert_allclose(np.bincount(np.asarray(codes).ravel(), minlength=3) / 24_000, shares, atol=0.015)
+    origin = codes_lib.token_origin(np.asarray(codes), sources)
+    np.testing.assert_allclose(origin['source'], shares, atol=0.015)
+    assert origin['shared'] == origin['none'] == 0
+    by_sem = codes_lib.compose(jax.random.key(0), codes_lib.one_hot(sources, 3), 3000, method='positions', weights=weights)
+    np.testing.assert_array_equal(by_sem, codes)
+
+
+def test_token_origin_by_hand():
+    sources = np.array([[0, 1, 2, 3], [0, 2, 2, 4]])
+    composed = np.array([[0, 1, 2, 4], [0, 3, 1, 3]])
+    origin = codes_lib.token_origin(composed, sources)
+    np.testing.assert_allclose(origin['source'], [2 / 8, 1 / 8])
+    assert (origin['shared'], origin['none']) == (3 / 8, 2 / 8)
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: codes_lib.statistics(np.array([[0, 5]]), 5), 'token 5'), (lambda: codes_lib.one_hot(np.array([-1]), 5), 'token -1'),
+    (lambda: codes_lib.histogram(np.zeros(3, int), 5), 'N, L'), (lambda: codes_lib.nearest_hamming(np.zeros((2, 3)), np.zeros((2, 4))), 'cannot be compared'),
+    (lambda: codes_lib.nearest_hamming(np.zeros((2, 3)), np.zeros((0, 3))), 'references'),
+    (lambda: codes_lib.compose(jax.random.key(0), np.ones((2, 3, 4)), 1, method='mix'), 'composition'),
+    (lambda: codes_lib.compose(jax.random.key(0), np.ones((3, 4)), 1), 'sems'),
+    (lambda: codes_lib.compose(jax.random.key(0), np.ones((2, 3, 4)), 1, weights=(1, 2, 3)), 'weights'),
+    (lambda: codes_lib.compose(jax.random.key(0), np.ones((2, 3, 4)), 1, weights=(1, -1)), 'weights')])
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
