@@ -175,7 +175,6 @@ class writer:
         np.lib.format.write_array_header_1_0(file, {'descr': np.lib.format.dtype_to_descr(dtype),
                                                     'fortran_order': False, 'shape': (self.meta['num'], *shape)})
         file.seek(self.done * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, os.SEEK_CUR)
-        file.truncate()
         self._files[name], self._shapes[name] = file, (shape, dtype)
 
     def append(self, rows: Mapping[str, np.ndarray], *, names: Sequence[str]) -> None:
@@ -225,7 +224,7 @@ class writer:
         """Everything written so far reaches the disk before the note that says so."""
         for file in (*self._files.values(), self._names):
             os.fsync(file.fileno())
-        # After a failed append the files are ahead of `done`; what is beyond it is cut off when they are opened again.
+        # After a failed append the files are ahead of `done`; what is beyond it is written over.
         progress = {'done': self.done, 'meta': self.meta, 'names_bytes': self._names_bytes,
                     'arrays': {name: (shape, dtype.str) for name, (shape, dtype) in self._shapes.items()}}
         write_json(self._partial / 'progress.json', progress)
