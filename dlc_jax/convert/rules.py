@@ -213,7 +213,7 @@ def to_torch(params: Mapping[str, Any], rules: Sequence[Rule | Fixed]) -> dict[s
         for i, block in enumerate(value if stacked else value[None]):
             tensor = rule.codec.to_torch(block)
             parts = np.split(tensor, len(rule.names)) if len(rule.names) > 1 else [tensor]
-            out.update({name.format(i=i): np.ascontiguousarray(part) for name, part in zip(rule.names, parts)})
+            out.update({name.format(i=i): np.array(part, order='C') for name, part in zip(rule.names, parts)})
     if set(flat) - used:
         raise ValueError(f'convert: no rule writes parameter {sorted(set(flat) - used)[0]}')
     return out
@@ -242,7 +242,7 @@ def _read(state_dict: dict[str, Any], rule: Rule, shape: tuple[int, ...]) -> np.
     whole = jax.eval_shape(rule.codec.to_torch, jax.ShapeDtypeStruct(one, np.float32)).shape
     wanted = whole if len(rule.names) == 1 else (whole[0] // len(rule.names), *whole[1:])
     out = np.empty(shape, np.float32)
-    for i, target in enumerate(out if stacked else out[None]):
+    for i in range(shape[0] if stacked else 1):
         parts = []
         for name in (n.format(i=i) for n in rule.names):
             if name not in state_dict:
@@ -253,5 +253,5 @@ def _read(state_dict: dict[str, Any], rule: Rule, shape: tuple[int, ...]) -> np.
             if not np.isfinite(tensor.astype(np.float32)).all():
                 raise ValueError(f'convert: {name} holds values that are not finite')
             parts.append(tensor)
-        target[...] = rule.codec.to_flax(parts[0] if len(parts) == 1 else np.concatenate(parts), one)
+        out[i if stacked else ...] = rule.codec.to_flax(parts[0] if len(parts) == 1 else np.concatenate(parts), one)
     return out
