@@ -76,6 +76,18 @@ def hamming(a: Array, b: Array) -> Array:
     return jnp.sum(a != b, -1, dtype=jnp.int32)
 
 
+@jax.jit
+def pairwise_hamming(a: Array, b: Array) -> Array:
+    """Number of positions in which each of `a` [N, L] differs from each of `b` [M, L]: int32 [N, M]."""
+    # Position by position: the running [N, M] count stays in cache, where [N, M, L] would not fit anywhere.
+    a, b = jnp.asarray(a).T, jnp.asarray(b).T
+
+    def add(l: Array, distance: Array) -> Array:
+        return distance + (a[l][:, None] != b[l][None])
+
+    return jax.lax.fori_loop(0, len(a), add, jnp.zeros((a.shape[1], b.shape[1]), jnp.int32))
+
+
 def nearest_hamming(queries: np.ndarray, references: np.ndarray, *, return_index: bool = False,
                     block: tuple[int, int] = (256, 4096)) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Distance of each of `queries` [N, L] to the closest of `references` [M, L]: int32 [N].
@@ -110,13 +122,7 @@ def nearest_hamming(queries: np.ndarray, references: np.ndarray, *, return_index
 
 @jax.jit
 def _closest(queries: Array, references: Array) -> tuple[Array, Array]:
-    # Position by position: the running [N, M] count stays in cache, where [N, M, L] would not fit anywhere.
-    queries, references = queries.T, references.T
-
-    def add(l: Array, distance: Array) -> Array:
-        return distance + (queries[l][:, None] != references[l][None])
-
-    distance = jax.lax.fori_loop(0, len(queries), add, jnp.zeros((queries.shape[1], references.shape[1]), jnp.int32))
+    distance = pairwise_hamming(queries, references)
     return distance.min(1), distance.argmin(1)
 
 
