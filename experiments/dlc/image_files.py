@@ -18,10 +18,13 @@ ARCHIVE_ERRORS = (OSError, EOFError, ValueError, KeyError, AttributeError, NotIm
 
 
 class FolderImages(ImageSource):
-    """Image files below a folder: its folders are the classes, or all files are one class where it has none."""
+    """Image files below a folder: its folders are the classes, or all files are one class where it has none.
+
+    `class_names` numbers the classes where another folder (of the training images) decides.
+    """
 
     def __init__(self, root: pathlib.Path, *, channels: int = 3, image_size: int = 0, split: str = 'all',
-                 heldout: float = 0.1, seed: int = 0):
+                 heldout: float = 0.1, seed: int = 0, class_names: tuple[str, ...] | None = None):
         if not root.is_dir():
             raise FileNotFoundError(f'data.path={root}: no such folder')
         files = sorted(os.path.relpath(os.path.join(folder, file), root)
@@ -34,7 +37,13 @@ class FolderImages(ImageSource):
         if '' in names and len(names) > 1:
             raise ValueError(f'data.path={root}: holds both images and folders of images; move the images, such as '
                              f'{files[classes.index("")]}, into a class folder')
-        super().__init__(tuple(names) if '' not in names else (root.name,), image_size)
+        if '' in names:
+            class_names = (root.name,)
+        elif class_names is not None:
+            if unknown := sorted(set(names) - set(class_names)):
+                raise ValueError(f'data.path={root}: class {unknown[0]} has no training images')
+            labels = np.array([class_names.index(name) for name in names])[labels]
+        super().__init__(tuple(names) if class_names is None else class_names, image_size)
         rows = split_rows(labels, split, heldout, seed)
         # As bytes in one array: a million str objects would be pickled to every worker.
         self._root, self._channels = root, channels or 3
@@ -54,12 +63,20 @@ class FolderImages(ImageSource):
 
 
 def folder(path: str, split: str, *, channels: int, image_size: int, heldout: float, seed: int) -> FolderImages:
-    """`path`/train and `path`/{heldout, val, validation, test} where they are there, else a share of each class."""
-    root = pathlib.Path(path).expanduser()
-    parts = [p for p in (HELDOUT_FOLDERS if split == 'heldout' else (split,)) if (root / p).is_dir()]
-    if parts and (root / 'train').is_dir():
-        return FolderImages(root / parts[0], channels=channels, image_size=image_size)
-    return FolderImages(root, channels=channels, image_size=image_size, split=split, heldout=heldout, seed=seed)
+    """`path`/train and `path`/{heldout, val, validation, test} where both are there, else a share of each class of
+    `path`/train or `path`."""
+    root, kind = pathlib.Path(path).expanduser(), dict(channels=channels, image_size=image_size)
+    parts = [root / part for part in HELDOUT_FOLDERS if (root / part).is_dir()]
+    if (root / 'train').is_dir() and parts:
+        train = FolderImages(root / 'train', **kind)
+        if split == 'train':
+            return train
+        if split != 'heldout' and not (root / split).is_dir():
+            raise ValueError(f"data.split={split!r}: {root} has 'train' and 'heldout' ({parts[0].name})")
+        own = parts[0] if split == 'heldout' else root / split
+        return FolderImages(own, **kind, class_names=train.class_names)
+    root = root / 'train' if (root / 'train').is_dir() else root
+    return FolderImages(root, **kind, split=split, heldout=heldout, seed=seed)
 
 
 class EncodedImages(ImageSource):
@@ -131,6 +148,6 @@ def npz(path: str, split: str, *, channels: int, image_size: int, heldout: float
             raise ValueError(f"{where}: 'offsets' do not fit 'jpeg_bytes' ({len(arrays['jpeg_bytes'])} bytes)")
         return EncodedImages(arrays['jpeg_bytes'], offsets, labels, class_names, **kind)
     images = arrays['images']
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"{where}: 'images' are {images.dtype} {images.shape}; need uint8 [N, H, W] or [N, H, W, C]")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+        raise ValueError(f"{where}: 'images' are {images.dtype} {images.shape}; need uint8 [N, H, W(, 1 or 3)]")
     return ArrayImages(images, labels, class_names, **kind)

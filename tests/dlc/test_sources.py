@@ -119,6 +119,19 @@ def test_folder_with_its_own_split(tmp_path):
     config = dict(name='folder', path=str(tmp_path))
     assert len(image_source(config, 'train')) == 6 and len(image_source(config, 'heldout')) == 4
     assert image_source(config, 'train').class_names == ('cat', 'dog')
+    # Classes are numbered by the training images, whatever else is there.
+    shutil.rmtree(tmp_path / 'val' / 'cat')
+    heldout = image_source(config, 'heldout')
+    assert [heldout[i]['label'] for i in range(2)] == [1, 1] and heldout.class_names == ('cat', 'dog')
+    (tmp_path / 'val' / 'dog').rename(tmp_path / 'val' / 'emu')
+    with pytest.raises(ValueError, match='class emu has no training images'):
+        image_source(config, 'heldout')
+    with pytest.raises(ValueError, match="data.split='extra'"):
+        image_source(config, 'extra')
+    # Without held-out images of their own, a share of the training images is kept apart.
+    shutil.rmtree(tmp_path / 'val')
+    parts = [image_source(config | {'heldout': 1 / 3}, split) for split in ('train', 'heldout')]
+    assert [len(part) for part in parts] == [4, 2] and parts[1].class_names == ('cat', 'dog')
 
 
 def test_colour_modes(tmp_path):
@@ -221,6 +234,7 @@ def test_npz_of_arrays(tmp_path, compress):
     (dict(offsets=np.arange(11) * 10 ** 6), "'offsets' do not fit"),
     (dict(jpeg_bytes=None), "needs 'images'"),
     (dict(jpeg_bytes=None, images=np.zeros((10, 4, 4), np.float32)), 'float32'),
+    (dict(jpeg_bytes=None, images=np.zeros((10, 4, 4, 2), np.uint8)), '1 or 3'),
     (dict(is_test=np.zeros(10, bool)), "no image in split 'heldout'"),
 ])
 def test_bad_npz_is_named(tmp_path, changes, match):
