@@ -52,6 +52,7 @@ def encoder() -> ConfigDict:
             num_registers=4,
             pos_grid=37,  # side of the stored position-embedding grid, patches
             layer_scale=1e-5, drop_path=0.3,
+            init_std=0.02,  # of the blocks' weights; about 1 / sqrt(width) for narrow models from scratch
             form='plain',  # plain | shared | pos_shared
             num_codes=512, vocab_size=256,  # L, V
             temperature=1.0,

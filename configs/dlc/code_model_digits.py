@@ -1,4 +1,4 @@
-"""SEDD over the digits' codes, 32 tokens of 16 values.
+"""SEDD over the digits' codes, 16 tokens of 16 values.
 
     python -m experiments.train --config=configs/dlc/code_model_digits.py --workdir=runs/digits/code_model
 """
@@ -7,10 +7,10 @@ from configs.dlc import base
 
 def get_config():
     config = base.code_model()
-    config.num_steps, config.batch_size = 1500, 64
-    config.log_every, config.checkpoint_every = 25, 500
-    config.model.update(dict(size='small', width=128, depth=4, num_heads=4, num_codes=32, vocab_size=16, cond_dim=64))
-    config.ema.update(dict(decay=0.998, ramp=True))
+    config.num_steps, config.batch_size = 800, 64
+    config.log_every, config.checkpoint_every = 25, 200
+    config.model.update(dict(size='small', width=96, depth=3, num_heads=3, num_codes=16, vocab_size=16, cond_dim=64))
+    config.ema.update(dict(decay=0.995, ramp=True))
     config.optimizer.learning_rate.update(dict(peak=1e-3, warmup_steps=100, final=1e-5, decay='cosine'))
     config.data.path = 'runs/digits/codes/train'
     config.sampler.update(dict(name='analytic', num_steps=64))

@@ -8,11 +8,11 @@ from configs.dlc import base
 
 def get_config(condition: str = 'code'):
     config = base.generator()
-    config.num_steps, config.batch_size = 2000, 64
-    config.log_every, config.checkpoint_every = 25, 500
-    config.model.update(dict(size='S', width=128, depth=4, num_heads=4, patch_size=4, input_size=16, channels=1,
-                             condition=condition or 'code', num_codes=32, vocab_size=16, num_classes=10, embedding_dim=128))
-    config.ema.update(dict(decay=0.998, ramp=True))
+    config.num_steps, config.batch_size = 1000, 64
+    config.log_every, config.checkpoint_every = 25, 250
+    config.model.update(dict(size='S', width=96, depth=4, num_heads=3, patch_size=4, input_size=16, channels=1,
+                             condition=condition or 'code', num_codes=16, vocab_size=16, num_classes=10, embedding_dim=96))
+    config.ema.update(dict(decay=0.995, ramp=True))
     config.optimizer.learning_rate.update(dict(peak=1e-3, warmup_steps=100, final=1e-5, decay='cosine'))
     config.optimizer.clip_norm = 1.0
     config.data.update(dict(path='runs/digits/codes/train', target='images'))

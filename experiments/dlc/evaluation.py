@@ -50,13 +50,14 @@ def representation(train: Mapping[str, np.ndarray], heldout: Mapping[str, np.nda
     views = {}
     if 'sem' in train:
         views['sem'] = tuple(s['sem'].reshape(len(s['sem']), -1).astype(np.float32) for s in (train, heldout))
-    views['codes'] = tuple(codes_lib.one_hot(s['codes'], vocab_size).reshape(len(s['codes']), -1) for s in (train, heldout))
+    views['codes'] = tuple(np.asarray(s['codes'], np.int32) for s in (train, heldout))
     views['embedding'] = (np.asarray(train['embeddings'], np.float32), np.asarray(heldout['embeddings'], np.float32))
     out = {}
     for name, (a, b) in views.items():
         out[name] = {
             'knn': float(probes.knn_accuracy(a, train['labels'], b, heldout['labels'], num_classes=num_classes, k=20)),
-            'linear': float(probes.linear_probe_accuracy(a, train['labels'], b, heldout['labels'], num_classes=num_classes))}
+            'linear': float(probes.linear_probe_accuracy(a, train['labels'], b, heldout['labels'], num_classes=num_classes,
+                                                         vocab_size=vocab_size if name == 'codes' else None))}
     return out
 
 
@@ -64,7 +65,7 @@ def code_usage(codes: np.ndarray, vocab_size: int) -> dict[str, float]:
     """Perplexity a position (mean, least), dead entries and the share of codes that are distinct."""
     stats = codes_lib.statistics(codes, vocab_size)
     return {'perplexity': float(np.mean(stats['perplexity'])), 'perplexity_min': float(np.min(stats['perplexity'])),
-            'dead_entries': float(np.mean(stats['dead'])) , 'distinct': float(stats['distinct'] / len(codes))}
+            'dead_entries': float(np.mean(stats['dead'])), 'distinct': float(stats['distinct'] / len(codes))}
 
 
 def composition(judge: Judge, images: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
