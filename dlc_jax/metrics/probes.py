@@ -139,18 +139,18 @@ def linear_probe_accuracy(train_features: np.ndarray, train_labels: np.ndarray, 
 
     settings, everything = (penalties if method == 'lbfgs' else learning_rates), np.arange(len(x))
     if selection == 'test':
-        return max(_accuracies(fit(everything, settings), test, test_labels))
+        return max(_scores(fit(everything, settings), test, test_labels))[0]
     shuffled = np.random.default_rng(seed).permutation(len(x))
     held = max(int(validation * len(x)), 1)
     chosen = settings[0]
     if len(settings) > 1:
         if held >= len(x):
             raise ValueError(f'validation={validation}: {len(x)} training samples leave nothing to train on')
-        scores = _accuracies(fit(shuffled[held:], settings), x[shuffled[:held]], train_labels[shuffled[:held]])
-        # Of several best: the strongest penalty, the lowest rate.
-        best = [setting for setting, score in zip(settings, scores) if score == max(scores)]
-        chosen = max(best) if method == 'lbfgs' else min(best)
-    return _accuracies(fit(everything, (chosen,)), test, test_labels)[0]
+        probes = fit(shuffled[held:], settings)
+        # The split is small, so several settings may tie in accuracy; the loss tells them apart.
+        scores = _scores(probes, x[shuffled[:held]], np.asarray(train_labels)[shuffled[:held]])
+        chosen = settings[max(range(len(settings)), key=lambda i: scores[i])]
+    return _scores(fit(everything, (chosen,)), test, test_labels)[0][0]
 
 
 def _logits(probe: Linear, x: Array) -> Array:
@@ -204,16 +204,23 @@ def _fit_sgd(x: Array, y: Array, order: Array, rates: Array, key: Array, shape: 
     return jax.lax.scan(step, (probe, jax.tree.map(jnp.zeros_like, probe)), (order, progress))[0][0]
 
 
-def _accuracies(probes: Linear, x: Array, labels: np.ndarray, *, block: int = 4096) -> list[float]:
-    """Accuracy of each of the stacked `probes`."""
+def _scores(probes: Linear, x: Array, labels: np.ndarray, *, block: int = 4096) -> list[tuple[float, float]]:
+    """(accuracy, minus the cross entropy) of each of the stacked `probes`."""
     labels = np.asarray(labels)
-    correct = sum(np.asarray(_correct(probes, x[i:i + block], labels[i:i + block])) for i in range(0, len(labels), block))
-    return [float(c) / len(labels) for c in correct]
+    sums = sum(np.asarray(_score_sums(probes, x[i:i + block], labels[i:i + block]), np.float64)
+               for i in range(0, len(labels), block))
+    return [(float(right) / len(labels), float(-loss) / len(labels)) for right, loss in sums.T]
 
 
 @jax.jit
-def _correct(probes: Linear, x: Array, labels: Array) -> Array:
-    return jnp.sum(jax.vmap(lambda p: _logits(p, x).argmax(1))(probes) == labels, axis=1)
+def _score_sums(probes: Linear, x: Array, labels: Array) -> Array:
+    """[2, probes]: right answers, and cross entropy, summed."""
+    def one(probe: Linear) -> tuple[Array, Array]:
+        logits = _logits(probe, x)
+        right = jnp.sum(logits.argmax(1) == labels).astype(jnp.float32)
+        return right, optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+
+    return jnp.stack(jax.vmap(one)(probes))
 
 
 # ---- Both ------------------------------------------------------------------------------------------------------------------
