@@ -1,0 +1,50 @@
+"""Every config builds its experiment by shape, is laid out by its rules, and its docstring's commands name real files."""
+import importlib
+import pathlib
+import re
+
+import jax
+import pytest
+
+from experiments import train
+from experiments.runtime import launch, partition
+from experiments.runtime import mesh as mesh_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ARGUMENTS = {
+    'encoder_imagenet': ('L512', 'L128', 'L32'), 'generator_imagenet': ('L512', 'L128', 'L32', 'class', 'embedding', 'none'),
+    'code_model_imagenet': ('L512', 'L128', 'L32', 'small_L512'), 'encoder_small': ('fashion_mnist', 'cifar10', 'imagenette'),
+    'generator_small': ('fashion_mnist', 'cifar10', 'imagenette'), 'generator_digits': ('code', 'class', 'embedding', 'none'),
+}
+FILES = sorted(p.stem for p in (ROOT / 'configs' / 'dlc').glob('*.py') if p.stem not in ('__init__', 'base', 'quickstart'))
+PARAMETERS = {  # published counts, where the paper's size is a config (arXiv 2507.12318; without fixed position embeddings)
+    ('generator_imagenet', 'L512'): 825_266_336, ('code_model_imagenet', 'L512'): 322_549_249,
+    ('code_model_imagenet', 'small_L512'): 93_168_897, ('code_model_imagenet', 'L32'): 329_925_889,
+}
+
+
+@pytest.mark.parametrize('name, argument', [(f, a) for f in FILES for a in ARGUMENTS.get(f, ('',))])
+def test_config_builds_and_shards(name, argument):
+    config = launch.load_config(f'configs/dlc/{name}.py' + (f':{argument}' if argument else ''))
+    mesh = mesh_lib.make_mesh(dict(data=2, fsdp=4) if 'imagenet' in name else dict(data=-1))
+    experiment = train.build(config, mesh)
+    state = jax.eval_shape(experiment.init, jax.random.key(0))
+    partition.state_shardings(state, experiment.rules, mesh)
+    jax.eval_shape(experiment.step, state, dict(experiment.batch))
+    if (name, argument) in PARAMETERS:
+        assert sum(x.size for x in jax.tree.leaves(state.params)) == PARAMETERS[name, argument]
+
+
+@pytest.mark.parametrize('name', FILES + ['quickstart'])
+def test_docstring_commands_name_real_files(name):
+    text = importlib.import_module(f'configs.dlc.{name}').__doc__
+    assert 'python -m experiments.' in text
+    for module in re.findall(r'python -m (experiments\.\w+)', text):
+        assert importlib.util.find_spec(module), module
+    for path in re.findall(r'--config=(configs/[\w/]+\.py)', text):
+        assert (ROOT / path).is_file(), path
+
+
+def test_unknown_argument_is_named():
+    with pytest.raises(ValueError, match="'L64' is not one of"):
+        launch.load_config('configs/dlc/encoder_imagenet.py:L64')
