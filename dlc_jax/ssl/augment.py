@@ -267,7 +267,7 @@ def jitter_pil(picture: Image.Image, op: int, factor: float) -> Image.Image:
         return ImageEnhance.Color(picture).enhance(factor)
     h, s, v = picture.convert('HSV').split()
     turned = np.asarray(h) + np.int32(factor * 255).astype(np.uint8)  # hue is a circle: uint8 wraps around
-    return Image.merge('HSV', (Image.fromarray(turned, 'L'), s, v)).convert('RGB')
+    return Image.merge('HSV', (Image.fromarray(turned), s, v)).convert('RGB')
 
 
 def check_image(image: np.ndarray) -> int:
