@@ -109,8 +109,8 @@ def test_dropping_paths_within_shards_moves_no_example():
     run = jax.jit(lambda p, x, key: block.apply({'params': p}, x, rngs={'dropout': key})[0],
                   in_shardings=(everywhere, rows, everywhere), out_shardings=rows)
     text = run.lower(params, x, jax.random.key(0)).compile().as_text()
-    moved = [line for line in text.splitlines() if re.search(r'= .*(all-gather|all-to-all|collective-permute)\(', line)]
-    assert not [line for line in moved if 'f32[' in line.split('= ')[1].split('(')[0]], moved
+    moved = re.findall(r'= (.*) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(', text)
+    assert not [shapes for shapes in moved if 'f32[' in shapes]
 
 
 def test_bfloat16_compute_keeps_float32_parameters():
