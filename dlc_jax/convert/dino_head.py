@@ -21,7 +21,8 @@ def _rules(num_layers: int) -> tuple[Rule, ...]:
             Rule('last_layer.weight_v', 'last_layer/kernel', linear()))
 
 
-def from_torch(state_dict: Mapping[str, Any], *, prefix: str = 'dino_head.', **fields: Any) -> tuple[DINOHead, dict[str, Any]]:
+def from_torch(state_dict: Mapping[str, Any], *, prefix: str = 'dino_head.',
+               **fields: Any) -> tuple[DINOHead, dict[str, Any]]:
     """`DINOHead` and its parameters, from tensors whose names may start with `_orig_mod.`, `module.` and `prefix`.
 
     Where any name starts with `prefix`, the others (the backbone's) are left alone.
@@ -35,7 +36,8 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = 'dino_head.', **f
     prototypes, bottleneck = rules_lib.shape_of(state_dict, 'last_layer.weight_v', 2)
     hidden, width = rules_lib.shape_of(state_dict, 'mlp.0.weight', 2)
     num_layers = len([name for name in state_dict if name.startswith('mlp.') and name.endswith('.weight')])
-    module = DINOHead(**dict(hidden=hidden, bottleneck=bottleneck, prototypes=prototypes, num_layers=num_layers) | fields)
+    sizes = dict(hidden=hidden, bottleneck=bottleneck, prototypes=prototypes, num_layers=num_layers)
+    module = DINOHead(**sizes | fields)
     expected = rules_lib.param_shapes(module, jnp.zeros((1, width)))
     return module, rules_lib.to_flax(state_dict, _rules(num_layers), expected)
 

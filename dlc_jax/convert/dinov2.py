@@ -102,8 +102,8 @@ def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, h
     if grid * grid != positions:
         raise ValueError(f'convert: {name_of("pos_embed")} has {positions} positions, which are not a square grid')
     fields = dict(
-        width=width, depth=rules_lib.num_blocks(state_dict, name_of('blocks.{i}.norm1.weight', '{i}')), patch_size=patch,
-        pos_grid=grid, num_heads=num_heads or max(width // _HEAD_WIDTH, 1),
+        width=width, depth=rules_lib.num_blocks(state_dict, name_of('blocks.{i}.norm1.weight', '{i}')),
+        patch_size=patch, pos_grid=grid, num_heads=num_heads or max(width // _HEAD_WIDTH, 1),
         num_registers=shape('register_tokens', 3)[1] if name_of('register_tokens') in state_dict else 0)
     fields['pos_antialias'] = fields['num_registers'] > 0  # how the released models were trained
     if name_of('blocks.{i}.ls1.gamma') not in state_dict:
@@ -130,8 +130,8 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int | None = None,
     """`VisionTransformer` and its parameters.
 
     Args:
-        state_dict: under the names of facebookresearch/dinov2 or of Hugging Face (those of its files; transformers 5 uses others
-            in memory).
+        state_dict: under the names of facebookresearch/dinov2 or of Hugging Face's files (in memory, transformers 5
+            uses others).
         num_heads: default: width / 64, as in every released model (the tensors do not tell).
         **fields: other fields of the module, `dtype` and the like.
 

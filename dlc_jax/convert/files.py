@@ -103,7 +103,7 @@ def _select(path: pathlib.Path, content: Any, key: str | None) -> dict[str, np.n
 
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
-            raise ValueError(f'{path}: no entry {key!r}; it has {sorted(map(str, content))[:8] if content else "nothing"}')
+            raise ValueError(f'{path}: no entry {key!r}; it has {sorted(map(str, content))[:8]}')
         content = content[key]
     elif isinstance(content, Mapping) and not is_state_dict(content):
         found = [name for name, x in content.items() if is_state_dict(x)]
@@ -120,7 +120,7 @@ def _load_zip(path: pathlib.Path) -> Any:
     with open(path, 'rb') as file:
         magic = file.read(4)
     if magic != b'PK\x03\x04':
-        raise ValueError(f'{path}: neither safetensors nor the zip format of torch.save (PyTorch >= 1.6); save it again as one')
+        raise ValueError(f'{path}: neither safetensors nor the zip format of torch.save; save it again as one')
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n for n in archive.namelist() if n.endswith('/data.pkl')]
@@ -151,7 +151,8 @@ class _Unpickler(pickle.Unpickler):
             return self._tensor if name == '_rebuild_tensor_v2' else _parameter
         if module == 'torch' and name in _STORAGES:
             return _Storage(name)
-        raise ValueError(f'{self._path}: refused, because reading it would run {module}.{name}; export its state dict as safetensors')
+        raise ValueError(f'{self._path}: refused, because reading it would run {module}.{name}; export its state '
+                         'dict as safetensors')
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, storage, key, _, count = pid
@@ -164,7 +165,8 @@ class _Unpickler(pickle.Unpickler):
             self._storages[key] = data
         return self._storages[key]
 
-    def _tensor(self, storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
+    def _tensor(self, storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...],
+                *_: Any) -> np.ndarray:
         # as_strided trusts its arguments, and these come from the file.
         last = offset + sum((n - 1) * s for n, s in zip(size, stride))
         if len(size) != len(stride) or min((offset, *size, *stride)) < 0 or (math.prod(size) and last >= storage.size):

@@ -14,9 +14,9 @@ tensor is an error that names it, and so is a parameter that no rule makes.
     params = to_flax(state_dict, RULES, param_shapes(module, images))
     state_dict = to_torch(params, RULES)
 
-`{i}` counts the blocks of a stack: tensors i = 0, 1, ... become the leading axis of the parameter. Rules whose parameter
-the model does not have are skipped, so one list serves every variant of a model; what such a rule would have read is
-then unknown to the model, hence an error. Parameters are float32 numpy arrays.
+`{i}` counts the blocks of a stack: tensors i = 0, 1, ... become the leading axis of the parameter. Rules whose
+parameter the model does not have are skipped, so one list serves every variant of a model; what such a rule would have
+read is then unknown to the model, hence an error. Parameters are float32 numpy arrays.
 """
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -58,13 +58,13 @@ def linear(inputs: int = 1) -> Codec:
 
 
 def patch_conv(size: int) -> Codec:
-    """Convolution (O, I, p, p) of stride p <-> dense kernel [p * p * I, O] on patches flattened as (row, column, channel)."""
+    """Convolution (O, I, p, p) of stride p <-> dense kernel [p * p * I, O] on patches as (row, column, channel)."""
     return Codec(lambda t, shape: t.transpose(2, 3, 1, 0).reshape(shape),
                  lambda p: p.reshape(size, size, -1, p.shape[-1]).transpose(3, 2, 0, 1))
 
 
 class Rule(NamedTuple):
-    """`flax` (path 'a/b/c') is made of `torch`: one name, or several whose tensors are joined along their first axis."""
+    """`flax` (path 'a/b/c') is made of `torch`: one name, or several to be joined along their first axis."""
     torch: str | tuple[str, ...]
     flax: str
     codec: Codec = SAME
@@ -107,13 +107,14 @@ def strip_prefixes(state_dict: Mapping[str, Any], prefixes: Sequence[str]) -> di
         for prefix in prefixes:
             name = name.removeprefix(prefix)
         if name in out:
-            raise ValueError(f'convert: {full} and another tensor are both called {name} without the prefixes {tuple(prefixes)}')
+            raise ValueError(f'convert: {full} and another tensor are both called {name} without the prefixes '
+                             f'{tuple(prefixes)}')
         out[name] = tensor
     return out
 
 
 def num_blocks(state_dict: Mapping[str, Any], pattern: str) -> int:
-    """How many blocks `state_dict` holds, `pattern` being the name of a tensor that each of them has ('blocks.{i}.norm1.weight').
+    """How many blocks `state_dict` holds; each has a tensor `pattern`, such as 'blocks.{i}.norm1.weight'.
 
     Raises:
         ValueError: none.
@@ -140,7 +141,7 @@ def shape_of(state_dict: Mapping[str, Any], name: str, ndim: int) -> tuple[int, 
 
 
 def param_shapes(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Nested dict of the `ShapeDtypeStruct`s that `module.init(key, *args, **kwargs)['params']` would hold; nothing is computed."""
+    """`module.init(key, *args, **kwargs)['params']` as nested dict of `ShapeDtypeStruct`; nothing is computed."""
     return jax.eval_shape(lambda key: module.init(key, *args, **kwargs), jax.random.key(0))['params']
 
 
@@ -164,7 +165,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def to_flax(state_dict: Mapping[str, Any], rules: Sequence[Rule | Fixed], expected: Mapping[str, Any]) -> dict[str, Any]:
+def to_flax(state_dict: Mapping[str, Any], rules: Sequence[Rule | Fixed],
+            expected: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters shaped like `expected` (see `param_shapes`) from `state_dict`, as float32 numpy arrays.
 
     Args:

@@ -1,5 +1,5 @@
-"""SEM encoders (arXiv 2507.12318) under the names of the paper's training code: the released models, and the `teacher` of a
-training checkpoint.
+"""SEM encoders (arXiv 2507.12318) under the names of the paper's training code: the released models, and the `teacher`
+of a training checkpoint.
 
 Two things a checkpoint may hold are left out on the way in: `sem_cls_norm`, which the original allocates and never
 reads (written as ones and zeros on the way out, so that its strict loader is content), and the training heads
@@ -55,7 +55,8 @@ def from_torch(state_dict: Mapping[str, Any], *, num_codes: int | None = None, v
     num_codes = num_codes or logits // vocab_size
     vocab_size = vocab_size or logits // num_codes
     if num_codes * vocab_size != logits:
-        raise ValueError(f'sem: num_codes={num_codes} x vocab_size={vocab_size} is not the {logits} rows of sem_embed.weight')
+        raise ValueError(f'sem: num_codes={num_codes} x vocab_size={vocab_size} is not the {logits} rows of '
+                         'sem_embed.weight')
     module = SEMEncoder(**dinov2.vit_fields(state_dict, num_heads) | dict(
         num_codes=num_codes, vocab_size=vocab_size, form=form, pos_antialias=True) | fields)
     channels = state_dict['patch_embed.proj.weight'].shape[1]

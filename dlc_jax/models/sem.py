@@ -1,8 +1,8 @@
 """SEM encoder: DINOv2's vision transformer whose class token passes through discrete simplices (arXiv 2507.12318 §4).
 
-Class token and registers, before the final layer norm, are projected to L groups of V logits. A layer norm over all L * V
-of them together and a softmax in each group give the simplicial embedding, SEM (arXiv 2204.00616); its arg max is the
-discrete latent code, DLC. For training, the SEM is projected back to the width of the class token.
+Class token and registers, before the final layer norm, are projected to L groups of V logits. A layer norm over all
+L * V of them together and a softmax in each group give the simplicial embedding, SEM (arXiv 2204.00616); its arg max
+is the discrete latent code, DLC. For training, the SEM is projected back to the width of the class token.
 """
 import functools
 from typing import Any
@@ -84,8 +84,8 @@ class SEMEncoder(vit.VisionTransformer):
     form: str = 'plain'
 
     @nn.compact
-    def __call__(self, images: Array, masks: Array | None = None, *, train: bool = False, temperature: float | Array | None = None,
-                 only_codes: bool = False) -> SEMOutput:
+    def __call__(self, images: Array, masks: Array | None = None, *, train: bool = False,
+                 temperature: float | Array | None = None, only_codes: bool = False) -> SEMOutput:
         """
         Args:
             images: [B, H, W, C] float, normalised; H and W divisible by `patch_size`.
@@ -111,7 +111,8 @@ class SEMEncoder(vit.VisionTransformer):
             (self.num_codes, self.vocab_size), use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
             kernel_init=vit.torch_default_init, precision=jax.lax.Precision.HIGHEST,
             dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32), name='sem_embed')
-        logits = JointLayerNorm(param_dtype=self.param_dtype, name='sem_norm')(embed(tokens[:, :first].reshape(len(tokens), -1)))
+        logits = embed(tokens[:, :first].reshape(len(tokens), -1))
+        logits = JointLayerNorm(param_dtype=self.param_dtype, name='sem_norm')(logits)
         sem = jax.nn.softmax(logits / temperature)
         dlc = jnp.argmax(logits, -1).astype(jnp.int32)
         if only_codes:
@@ -128,7 +129,8 @@ class SEMEncoder(vit.VisionTransformer):
     @nn.nowrap
     def _project_back(self, sem: Array) -> Array:
         """[B, L, V] -> [B, D]."""
-        fields = dict(use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=vit.torch_default_init)
+        fields = dict(use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
+                      kernel_init=vit.torch_default_init)
         if self.form == 'plain':
             return nn.DenseGeneral(self.width, axis=(-2, -1), name='sem_out', **fields)(sem)
         # The mean over positions commutes with the shared matrix, so it comes first: one row a sample, not L.

@@ -1,6 +1,7 @@
 """Vision transformer of DINOv2 (arXiv 2304.07193) with registers (arXiv 2309.16588).
 
-Numerically the original's `models/vision_transformer.py`. Parameter names are the original's, blocks stacked under `blocks`.
+Numerically the original's `models/vision_transformer.py`. Parameter names are the original's, blocks stacked under
+`blocks`.
 """
 from collections.abc import Callable
 from typing import Any
@@ -76,9 +77,9 @@ def interpolate_pos_embed(pos_embed: Array, grid: tuple[int, int], *, antialias:
     Args:
         pos_embed: [1, 1 + G * G, D]; the first is the class token's and stays.
         grid: rows and columns wanted.
-        antialias: which bicubic filter. True: a = -0.5, widened when it shrinks the grid, as DINOv2's register models and SEM
-            encoders are trained. False: a = -0.75, never widened, for a grid 0.1 larger than asked, as its models without
-            registers are. Each is wrong for the other's weights: every code shifts.
+        antialias: which bicubic filter. True: a = -0.5, widened when it shrinks the grid, as DINOv2's register models
+            and SEM encoders are trained. False: a = -0.75, never widened, for a grid 0.1 larger than asked, as its
+            models without registers are. Each is wrong for the other's weights: every code shifts.
 
     Returns:
         [1, 1 + rows * columns, D] float32.
@@ -153,7 +154,8 @@ class Block(nn.Module):
         fields = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         hidden = int(x.shape[-1] * self.mlp_ratio)
         kernel_init = nn.initializers.normal(self.init_std)
-        attn = Attention(self.num_heads, attention_impl=self.attention_impl, kernel_init=kernel_init, name='attn', **fields)
+        attn = Attention(self.num_heads, attention_impl=self.attention_impl, kernel_init=kernel_init, name='attn',
+                         **fields)
         if self.ffn == 'swiglu':
             mlp = SwiGLU(swiglu_hidden(hidden), self.init_std, name='mlp', **fields)
         else:
@@ -203,8 +205,8 @@ class VisionTransformer(nn.Module):
             Other image sizes are interpolated from it.
         pos_antialias: how; see `interpolate_pos_embed`.
         layer_scale: initial LayerScale; 0 leaves the layers out.
-        init_std: of the blocks' dense weights. 0.02 suits widths near 1000; a narrow model trained from scratch wants about
-            1 / sqrt(width), or its class token starts all but blind to the image.
+        init_std: of the blocks' dense weights. 0.02 suits widths near 1000; a narrow model trained from scratch wants
+            about 1 / sqrt(width), or its class token starts all but blind to the image.
         drop_path: share of the batch that skips a residual branch when `train` (rng stream 'dropout').
         drop_path_groups: parts of the batch within which those are drawn.
         remat, unroll: see `layers.scan_blocks`.
@@ -246,10 +248,10 @@ class VisionTransformer(nn.Module):
 
     @nn.nowrap
     def encode_tokens(self, images: Array, masks: Array | None, train: bool) -> Array:
-        """[B, 1 + R + N, D]: tokens after the last block. For use inside a compact method of this class or one like it."""
+        """[B, 1 + R + N, D]: tokens after the last block. For use inside a compact method."""
         b, h, w, _ = images.shape
         if h % self.patch_size or w % self.patch_size:
-            raise ValueError(f'images are {h}x{w}, not divisible by patch_size={self.patch_size}; resize or change the patch')
+            raise ValueError(f'images are {h}x{w}, not divisible by patch_size={self.patch_size}; change one of them')
         if self.ffn not in ('mlp', 'swiglu'):
             raise ValueError(f"ffn={self.ffn!r} is not 'mlp' or 'swiglu'")
         grid = (h // self.patch_size, w // self.patch_size)
@@ -258,24 +260,25 @@ class VisionTransformer(nn.Module):
                              f'{(b, grid[0] * grid[1])}')
         token = lambda name, shape, std: self.param(name, nn.initializers.normal(std), shape, self.param_dtype)
         cls_token = token('cls_token', (1, 1, self.width), 1e-6)
-        register_tokens = token('register_tokens', (1, self.num_registers, self.width), 1e-6) if self.num_registers else None
         pos_embed = token('pos_embed', (1, 1 + self.pos_grid ** 2, self.width), 0.02)
         mask_token = self.param('mask_token', nn.initializers.zeros, (1, self.width), self.param_dtype)
 
         x = nn.Dense(self.width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=torch_default_init,
-                     bias_init=self._patch_bias_init(images.shape[-1]), name='patch_embed')(patchify(images, self.patch_size))
+                     bias_init=self._patch_bias_init(images.shape[-1]),
+                     name='patch_embed')(patchify(images, self.patch_size))
         if masks is not None:
             x = jnp.where(masks[..., None], mask_token.astype(self.dtype), x)
         pos = interpolate_pos_embed(pos_embed, grid, antialias=self.pos_antialias).astype(self.dtype)
         cls = jnp.broadcast_to(cls_token.astype(self.dtype) + pos[:, :1], (b, 1, self.width))
         parts = [cls, x + pos[:, 1:]]
-        if register_tokens is not None:
+        if self.num_registers:
+            register_tokens = token('register_tokens', (1, self.num_registers, self.width), 1e-6)
             parts.insert(1, jnp.broadcast_to(register_tokens.astype(self.dtype), (b, self.num_registers, self.width)))
         x = jnp.concatenate(parts, 1)
 
         blocks = scan_blocks(Block, self.depth, remat=self.remat, unroll=self.unroll)(
-            self.num_heads, mlp_ratio=self.mlp_ratio, ffn=self.ffn, layer_scale=self.layer_scale, init_std=self.init_std,
-            drop_path=self.drop_path if train else 0.0, drop_path_groups=self.drop_path_groups,
+            self.num_heads, mlp_ratio=self.mlp_ratio, ffn=self.ffn, layer_scale=self.layer_scale,
+            init_std=self.init_std, drop_path=self.drop_path if train else 0.0, drop_path_groups=self.drop_path_groups,
             attention_impl=self.attention_impl, dtype=self.dtype, param_dtype=self.param_dtype, name='blocks')
         return blocks(x)[0]
 

@@ -41,11 +41,12 @@ class WeightNormDense(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP (exact GELU), L2 normalisation, weight-normed layer of prototypes: [..., D] -> [..., prototypes] float32 logits.
+    """MLP (exact GELU), L2 normalisation, weight-normed layer of prototypes: [..., D] -> [..., K] float32 logits.
 
     Attributes:
         hidden: width of the MLP's inner layers.
         bottleneck: width of its output.
+        prototypes: K.
         num_layers: layers of the MLP.
     """
     hidden: int = 2048
@@ -99,12 +100,12 @@ def dino_loss(student: Array, teacher: Array, temperature: float | Array = 0.1) 
 
 
 def softmax_center(logits: Array, center: Array, temperature: float | Array) -> Array:
-    """Teacher's probabilities `softmax((logits - center) / temperature)`: logits [..., K], center [1, K] -> float32 [..., K]."""
+    """Teacher's probabilities `softmax((logits - center) / temperature)`, float32 [..., K]; `center` is [1, K]."""
     return jax.nn.softmax((logits.astype(jnp.float32) - center) / temperature)
 
 
 def batch_center(logits: Array, weights: Array | None = None) -> Array:
-    """Mean of the teacher's logits over all rows, [..., K] -> [1, K] float32; `weights` [...] leaves rows out where it is 0."""
+    """Mean of the teacher's logits over all rows but those where `weights` is 0: [..., K], [...] -> [1, K] float32."""
     logits = logits.astype(jnp.float32).reshape(-1, logits.shape[-1])
     if weights is None:
         return logits.mean(0, keepdims=True)
@@ -117,11 +118,12 @@ def update_center(center: Array, mean: Array, momentum: float = 0.9) -> Array:
     return center * momentum + mean * (1 - momentum)
 
 
-def sinkhorn_knopp(logits: Array, temperature: float | Array, *, weights: Array | None = None, num_iterations: int = 3) -> Array:
+def sinkhorn_knopp(logits: Array, temperature: float | Array, *, weights: Array | None = None,
+                   num_iterations: int = 3) -> Array:
     """Teacher's probabilities that use all prototypes equally (arXiv 2006.09882 §3.1, DINOv2 §4).
 
-    `exp(logits / temperature)` is scaled in turn to equal mass on each prototype and on each row. Done in logarithms, on
-    one vector of scales for prototypes and one for rows, so it neither overflows nor stores intermediate matrices.
+    `exp(logits / temperature)` is scaled in turn to equal mass on each prototype and on each row. Done in logarithms,
+    on one vector of scales for prototypes and one for rows, so it neither overflows nor stores intermediate matrices.
 
     Args:
         logits: [B, K]. Under jit on a sharded batch, B is the global batch.

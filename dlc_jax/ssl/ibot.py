@@ -7,7 +7,8 @@ from dlc_jax.ssl.dino import cross_entropy
 Array = jax.Array
 
 
-def ibot_loss(student: Array, teacher: Array, weights: Array, *, num_crops: int, temperature: float | Array = 0.1) -> Array:
+def ibot_loss(student: Array, teacher: Array, weights: Array, *, num_crops: int,
+              temperature: float | Array = 0.1) -> Array:
     """Mean over crops of the mean cross entropy over a crop's masked patches; scalar float32.
 
     Args:

@@ -1,4 +1,7 @@
-"""KoLeo: spreads embeddings apart (Kozachenko-Leonenko entropy estimate, arXiv 1806.03198; the original's `loss/koleo_loss.py`)."""
+"""KoLeo: spreads embeddings apart (arXiv 1806.03198, from the Kozachenko-Leonenko estimate of entropy).
+
+After the original's `loss/koleo_loss.py`.
+"""
 import jax
 import jax.numpy as jnp
 

@@ -32,7 +32,8 @@ def state_of(kind, module, *args):
 def test_dinov2_round_trip_is_exact(fields):
     module = vit.VisionTransformer(**TINY | fields)
     params, state = state_of('dinov2', module, IMAGES)
-    assert state['blocks.2.attn.qkv.weight'].shape == (48, 16) and state['patch_embed.proj.weight'].shape == (16, 3, 4, 4)
+    assert state['blocks.2.attn.qkv.weight'].shape == (48, 16)
+    assert state['patch_embed.proj.weight'].shape == (16, 3, 4, 4)
     again, converted = convert.from_torch('dinov2', state, num_heads=2, layer_scale=module.layer_scale)
     assert again == module
     assert_same(converted, params)
@@ -56,7 +57,8 @@ def test_dino_head_round_trip_is_exact():
     module = dino.DINOHead(hidden=6, bottleneck=5, prototypes=7)
     params, state = state_of('dino_head', module, jnp.zeros((1, 4)))
     assert state['last_layer.weight_g'].shape == (7, 1) and state['mlp.4.weight'].shape == (5, 6)
-    checkpoint = {'module.dino_head.' + name: x for name, x in state.items()} | {'module.backbone.norm.weight': np.ones(4)}
+    checkpoint = {'module.dino_head.' + name: x for name, x in state.items()}
+    checkpoint['module.backbone.norm.weight'] = np.ones(4)
     again, converted = convert.from_torch('dino_head', checkpoint)
     assert again == module
     assert_same(converted, params)
@@ -76,8 +78,9 @@ def test_hugging_face_names(ffn):
     module = vit.VisionTransformer(**TINY, ffn=ffn)
     params, state = state_of('dinov2', module, IMAGES)
     names = {
-        'cls_token': 'embeddings.cls_token', 'pos_embed': 'embeddings.position_embeddings', 'mask_token': 'embeddings.mask_token',
-        'register_tokens': 'embeddings.register_tokens', 'norm.weight': 'layernorm.weight', 'norm.bias': 'layernorm.bias',
+        'cls_token': 'embeddings.cls_token', 'pos_embed': 'embeddings.position_embeddings',
+        'mask_token': 'embeddings.mask_token', 'register_tokens': 'embeddings.register_tokens',
+        'norm.weight': 'layernorm.weight', 'norm.bias': 'layernorm.bias',
         'patch_embed.proj.weight': 'embeddings.patch_embeddings.projection.weight',
         'patch_embed.proj.bias': 'embeddings.patch_embeddings.projection.bias'}
     theirs = {}
@@ -88,8 +91,9 @@ def test_hugging_face_names(ffn):
                 theirs[f'dinov2.encoder.layer.{i}.attention.attention.{part}.{kind}'] = rows
             continue
         new = names.get(name) or name.replace('blocks.', 'encoder.layer.')
-        for old, to in (('attn.proj', 'attention.output.dense'), ('ls1.gamma', 'layer_scale1.lambda1'), ('mlp.w12', 'mlp.weights_in'),
-                        ('ls2.gamma', 'layer_scale2.lambda1'), ('mlp.w3', 'mlp.weights_out')):
+        for old, to in (('attn.proj', 'attention.output.dense'), ('ls1.gamma', 'layer_scale1.lambda1'),
+                        ('ls2.gamma', 'layer_scale2.lambda1'), ('mlp.w12', 'mlp.weights_in'),
+                        ('mlp.w3', 'mlp.weights_out')):
             new = new.replace(old, to)
         theirs['dinov2.' + new] = tensor
     again, converted = convert.from_torch('dinov2', theirs, num_heads=2)
@@ -113,12 +117,15 @@ def broken(change):
     (lambda s: [s.pop(n) for n in list(s) if n.startswith('blocks')], 'missing tensor blocks.0.norm1.weight'),
     (lambda s: s.update(extra=np.zeros(3)), 'unknown tensor extra'),
     (lambda s: s.update({'blocks.3.norm1.weight': np.ones(16)}), 'missing tensor blocks.3.norm1.bias'),
-    (lambda s: s.update({'blocks.0.attn.proj.bias': np.ones(15)}), r'blocks.0.attn.proj.bias has shape \(15,\), expected \(16,\)'),
-    (lambda s: s.update({'blocks.0.mlp.fc2.weight': s['blocks.0.mlp.fc2.weight'].T}), r'fc2.weight has shape \(64, 16\), expected \(16, 64\)'),
+    (lambda s: s.update({'blocks.0.attn.proj.bias': np.ones(15)}),
+     r'blocks.0.attn.proj.bias has shape \(15,\), expected \(16,\)'),
+    (lambda s: s.update({'blocks.0.mlp.fc2.weight': s['blocks.0.mlp.fc2.weight'].T}),
+     r'fc2.weight has shape \(64, 16\), expected \(16, 64\)'),
     (lambda s: s.update({'norm.bias': np.full(16, np.nan)}), 'norm.bias holds values that are not finite'),
     (lambda s: s.update({'norm.bias': np.full(16, np.inf, np.float16)}), 'norm.bias holds values that are not finite'),
     (lambda s: s.update(pos_embed=np.zeros((1, 7, 16))), 'pos_embed has 6 positions, which are not a square'),
-    (lambda s: s.update({'module.norm.bias': s['norm.bias']}), 'module.norm.bias and another tensor are both called norm.bias'),
+    (lambda s: s.update({'module.norm.bias': s['norm.bias']}),
+     'module.norm.bias and another tensor are both called norm.bias'),
 ])
 def test_a_tensor_that_does_not_fit_is_named(change, message):
     with pytest.raises(ValueError, match=message):
@@ -127,7 +134,8 @@ def test_a_tensor_that_does_not_fit_is_named(change, message):
 
 def test_codes_and_vocabulary_must_fit():
     _, state = state_of('sem', sem.SEMEncoder(**TINY, num_codes=4, vocab_size=6), IMAGES)
-    for fields, message in ((dict(), 'give num_codes or vocab_size'), (dict(num_codes=5), 'num_codes=5 x vocab_size=4 is not the 24'),
+    for fields, message in ((dict(), 'give num_codes or vocab_size'),
+                            (dict(num_codes=5), 'num_codes=5 x vocab_size=4 is not the 24'),
                             (dict(num_codes=4, vocab_size=5), 'num_codes=4 x vocab_size=5')):
         with pytest.raises(ValueError, match=message):
             convert.from_torch('sem', state, num_heads=2, **fields)

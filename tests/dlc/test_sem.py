@@ -11,7 +11,8 @@ from dlc_jax.convert.rules import flatten, param_shapes
 from dlc_jax.models import sem, vit
 from random_params import random_params
 
-TINY = dict(width=16, depth=1, num_heads=2, patch_size=4, num_registers=2, pos_grid=2, layer_scale=0.5, num_codes=4, vocab_size=6)
+TINY = dict(width=16, depth=1, num_heads=2, patch_size=4, num_registers=2, pos_grid=2, layer_scale=0.5,
+            num_codes=4, vocab_size=6)
 IMAGES = np.random.default_rng(1).normal(size=(4, 8, 8, 3)).astype(np.float32)
 
 
@@ -25,8 +26,14 @@ def run(model, params, images, temperature=None, **flags):
     return model.apply({'params': params}, images, temperature=temperature, **flags)
 
 
+def joint_norm(z, scale, bias):
+    z = z - z.mean((1, 2), keepdims=True)
+    return z / np.sqrt((z ** 2).mean((1, 2), keepdims=True) + 1e-6) * scale + bias
+
+
 # The published totals, less the 2 * 1024 values of sem_cls_norm, which the original allocates and never reads.
-@pytest.mark.parametrize('form, published', [('plain', 1_109_943_296), ('shared', 975_987_712), ('pos_shared', 976_512_000)])
+@pytest.mark.parametrize('form, published', [
+    ('plain', 1_109_943_296), ('shared', 975_987_712), ('pos_shared', 976_512_000)])
 def test_parameter_counts_of_the_published_encoders(form, published):
     model = sem.SEMEncoder(**vit.SIZES['L'], num_codes=512, vocab_size=256, form=form)
     shapes = flatten(param_shapes(model, jnp.zeros((1, 224, 224, 3))))
@@ -56,7 +63,8 @@ def test_class_token_is_rebuilt_from_the_sem_alone(form):
     back = back - back.mean(-1, keepdims=True)
     back = back / np.sqrt((back ** 2).mean(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(out.cls, back * params['norm']['scale'] + params['norm']['bias'], atol=1e-4)
-    np.testing.assert_array_equal(run(model, params, IMAGES, train=True).cls, out.cls)  # pos_shared has no evaluation mode
+    # pos_shared has no evaluation mode
+    np.testing.assert_array_equal(run(model, params, IMAGES, train=True).cls, out.cls)
 
 
 def test_one_layer_norm_spans_all_positions():
@@ -72,9 +80,7 @@ def test_sem_reads_tokens_before_the_final_norm():
     model, params = make()
     out = run(model, params, IMAGES)
     u = np.asarray(out.prenorm[:, :3]).reshape(4, -1)
-    z = np.einsum('bd,dlv->blv', u, params['sem_embed']['kernel'])
-    z = z - z.mean((1, 2), keepdims=True)
-    z = z / np.sqrt((z ** 2).mean((1, 2), keepdims=True) + 1e-6) * params['sem_norm']['scale'] + params['sem_norm']['bias']
+    z = joint_norm(np.einsum('bd,dlv->blv', u, params['sem_embed']['kernel']), **params['sem_norm'])
     np.testing.assert_allclose(out.logits, z, atol=1e-4)
     np.testing.assert_array_equal(out.dlc, z.argmax(-1))
 
@@ -86,7 +92,8 @@ def test_codes_do_not_need_the_way_back_nor_the_temperature():
     bare = run(model, needed, IMAGES, only_codes=True)
     assert bare.cls is None and bare.patches is None
     np.testing.assert_array_equal(bare.dlc, full.dlc)
-    np.testing.assert_array_equal(jax.jit(lambda p: model.apply({'params': p}, IMAGES, method='codes'))(needed), full.dlc)
+    codes = jax.jit(lambda p: model.apply({'params': p}, IMAGES, method='codes'))(needed)
+    np.testing.assert_array_equal(codes, full.dlc)
     cold = run(model, needed, IMAGES, 1e-5, only_codes=True)
     np.testing.assert_array_equal(cold.dlc, full.dlc)
     np.testing.assert_allclose(cold.sem, jax.nn.one_hot(full.dlc, 6), atol=1e-6)
@@ -133,9 +140,7 @@ def test_bfloat16_compute_keeps_logits_and_sem_in_float32():
     np.testing.assert_allclose(out.sem.sum(-1), 1, atol=1e-6)
     rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)  # inputs are; sums must not be
     u = rounded(out.prenorm[:, :3]).reshape(4, -1)
-    z = np.einsum('bd,dlv->blv', u, rounded(params['sem_embed']['kernel']))
-    z = z - z.mean((1, 2), keepdims=True)
-    z = z / np.sqrt((z ** 2).mean((1, 2), keepdims=True) + 1e-6) * params['sem_norm']['scale'] + params['sem_norm']['bias']
+    z = joint_norm(np.einsum('bd,dlv->blv', u, rounded(params['sem_embed']['kernel'])), **params['sem_norm'])
     np.testing.assert_allclose(out.logits, z, atol=1e-4)
     np.testing.assert_allclose(out.sem, run(make()[0], params, IMAGES).sem, atol=0.03)
 

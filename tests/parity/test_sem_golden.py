@@ -59,7 +59,7 @@ def test_position_embeddings_as_torch_interpolates(grid, antialias):
     size = dict(size=grid, antialias=True) if antialias else dict(scale_factor=tuple((n + 0.1) / 37 for n in grid))
     patches = torch.from_numpy(pos[:, 1:]).reshape(1, 37, 37, 3).permute(0, 3, 1, 2)
     theirs = torch.nn.functional.interpolate(patches, mode='bicubic', **size).permute(0, 2, 3, 1).reshape(1, -1, 3)
-    ours = jax.jit(vit.interpolate_pos_embed, static_argnames=('grid', 'antialias'))(pos, grid=grid, antialias=antialias)
+    ours = jax.jit(lambda x: vit.interpolate_pos_embed(x, grid, antialias=antialias))(pos)
     close(ours[:, 1:], theirs.numpy())
 
 
@@ -90,7 +90,7 @@ def test_koleo_loss(golden):
 
 
 def test_what_torch_saves_loads_without_torch_types(tmp_path, golden):
-    """Strided views, parameters, half precision, and a state dict beside other entries, as training scripts save them."""
+    """Strided views, parameters, half precision, and a state dict beside other entries, as training scripts do."""
     torch = pytest.importorskip('torch')
     rows = torch.arange(12.0).reshape(3, 4)
     tensors = {'view': rows.T[1:], 'part': rows[1:, 2:], 'half': torch.ones(2, dtype=torch.bfloat16) / 3,
@@ -108,6 +108,7 @@ def test_what_torch_saves_loads_without_torch_types(tmp_path, golden):
 
 def test_torch_tensors_convert_as_they_are(golden, encoder):
     torch = pytest.importorskip('torch')
-    state = {'module.backbone.' + name: torch.nn.Parameter(torch.from_numpy(x)) for name, x in section(golden, 'sem/param/').items()}
+    state = {'module.backbone.' + name: torch.nn.Parameter(torch.from_numpy(x))
+             for name, x in section(golden, 'sem/param/').items()}
     _, params = convert.from_torch('sem', state, num_codes=6, num_heads=2)
     jax.tree.map(np.testing.assert_array_equal, params, encoder[1])
