@@ -106,6 +106,7 @@ def generator() -> ConfigDict:
             num_codes=512, vocab_size=256,
             num_classes=1000, embedding_dim=1024,
             cond_dropout=0.1,  # probability, a sample
+            time_init_std=0.02, code_init_std=0.0,  # larger for narrow models; 0: 1 / sqrt(width)
             **_precision(),
         ),
         diffusion=dict(num_timesteps=1000, beta_start=1e-4, beta_end=0.02),

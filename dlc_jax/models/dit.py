@@ -83,24 +83,25 @@ def unpatchify(x: Array, patch: int, grid: int) -> Array:
 class TimestepEmbedder(nn.Module):
     """256 [cos, sin] features of the timestep, then Linear, SiLU, Linear. [B] -> [B, width]."""
     width: int
+    init_std: float = 0.02
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
-        dense = functools.partial(nn.Dense, self.width, kernel_init=_normal(0.02), dtype=self.dtype,
+        dense = functools.partial(nn.Dense, self.width, kernel_init=_normal(self.init_std), dtype=self.dtype,
                                   param_dtype=self.param_dtype)
         h = layers.sinusoidal_embedding(t, 256)
         return dense(name='fc2')(nn.silu(dense(name='fc1')(h)))
 
 
-def _code_table_init(key: Array, shape: tuple[int, int, int], dtype: Any) -> Array:
-    """N(0, 1 / width); the null row (last) is drawn once and copied to every position."""
+def _code_table_init(std: float, key: Array, shape: tuple[int, int, int], dtype: Any) -> Array:
+    """N(0, std²); the null row (last) is drawn once and copied to every position."""
     rows_key, null_key = jax.random.split(key)
     length, vocab, width = shape
     rows = jax.random.normal(rows_key, (length, vocab - 1, width), dtype)
     null = jnp.broadcast_to(jax.random.normal(null_key, (width,), dtype), (length, 1, width))
-    return jnp.concatenate([rows, null], 1) / np.sqrt(width).astype(dtype)
+    return jnp.concatenate([rows, null], 1) * jnp.asarray(std, dtype)
 
 
 class ConditionEmbedder(nn.Module):
@@ -111,6 +112,7 @@ class ConditionEmbedder(nn.Module):
     vocab_size: int
     num_classes: int
     embedding_dim: int
+    init_std: float = 0.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -120,7 +122,8 @@ class ConditionEmbedder(nn.Module):
 
     def _code(self, cond, drop):
         length, vocab = self.num_codes, self.vocab_size
-        table = self.param('codes', _code_table_init, (length, vocab + 1, self.width), self.param_dtype)
+        init = functools.partial(_code_table_init, self.init_std or self.width ** -0.5)
+        table = self.param('codes', init, (length, vocab + 1, self.width), self.param_dtype)
         if jnp.issubdtype(cond.dtype, jnp.integer):
             _expect('cond', cond.shape[1:], (length,), 'num_codes')
             if drop is not None:
@@ -213,6 +216,8 @@ class DiT(nn.Module):
         embedding_dim: size of the continuous embedding.
         cond_dropout: probability, a sample, of training on the null.
         learn_sigma: also return `channels` variance logits.
+        time_init_std, code_init_std: of the time MLP's weights and of the code table (0: 1 / sqrt(width)). The papers' values
+            suit widths near 1000; in a narrow model they leave time and code too faint to be learnt quickly.
         dtype, param_dtype: compute and storage.
         remat, unroll: see `layers.scan_blocks`.
         attention_impl: see `layers.attention`.
@@ -230,6 +235,8 @@ class DiT(nn.Module):
     embedding_dim: int = 0
     cond_dropout: float = 0.1
     learn_sigma: bool = True
+    time_init_std: float = 0.02
+    code_init_std: float = 0.0
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -262,13 +269,13 @@ class DiT(nn.Module):
         h = nn.Dense(self.width, kernel_init=nn.initializers.xavier_uniform(), name='patch_embed', **types)(
             patchify(x, self.patch_size))
         h = h + jnp.asarray(sincos_position_embedding(grid, self.width), self.dtype)
-        c = TimestepEmbedder(self.width, name='time_embed', **types)(t)
+        c = TimestepEmbedder(self.width, self.time_init_std, name='time_embed', **types)(t)
         if self.condition != 'none':
             if train and self.cond_dropout > 0:
                 dropped = jax.random.bernoulli(self.make_rng('dropout'), self.cond_dropout, (x.shape[0],))
                 drop = dropped if drop is None else drop | dropped
             embed = ConditionEmbedder(self.condition, self.width, self.num_codes, self.vocab_size, self.num_classes,
-                                      self.embedding_dim, name='cond_embed', **types)
+                                      self.embedding_dim, self.code_init_std, name='cond_embed', **types)
             c = c + embed(cond, drop).astype(self.dtype)
         c = nn.silu(c)
         blocks = layers.scan_blocks(Block, self.depth, remat=self.remat, unroll=self.unroll, num_broadcast=1)
