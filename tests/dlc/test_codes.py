@@ -58,6 +58,7 @@ def test_hamming():
 @pytest.mark.parametrize('block', [(1, 1), (4, 7), (13, 29), (500, 500)])
 def test_nearest_code_whatever_the_block(block):
     queries, references = random_codes(13), random_codes(29)
+    references[-1] = queries[3]
     table = (queries[:, None] != references[None]).sum(-1)
     distance, index = codes_lib.nearest_hamming(queries, references, return_index=True, block=block)
     np.testing.assert_array_equal(distance, table.min(1))
@@ -92,6 +93,8 @@ def test_positions_come_from_one_source_each(weights, shares):
     sources = np.array([[0] * 8, [1] * 8, [2] * 8])
     codes = codes_lib.compose_positions(jax.random.key(0), sources, 3000, weights=weights)
     np.testing.assert_allclose(np.bincount(np.asarray(codes).ravel(), minlength=3) / 24_000, shares, atol=0.015)
+    share = np.asarray(codes)[:, :2] == 2  # drawn anew for each position, not once a code
+    np.testing.assert_allclose(share.all(1).mean(), shares[2] ** 2, atol=0.05)
     origin = codes_lib.token_origin(np.asarray(codes), sources)
     np.testing.assert_allclose(origin['source'], shares, atol=0.015)
     assert origin['shared'] == origin['none'] == 0
