@@ -312,7 +312,7 @@ class DiscreteDiffusion:
         """
         jump_key, value_key, remask_key = jax.random.split(key, 3)
         total, stay = jnp.exp(move.log_weights).sum(-1), jnp.maximum(move.stay, 0.0)
-        chance = jnp.where(total > 0, total / (total + stay), 0.0)
+        chance = jnp.where(stay > 0, total / (total + stay), 1.0)  # 1 even where `total` has underflowed
         value = _draw(value_key, move.log_weights, temperature)
         jumped = jnp.where(jax.random.bernoulli(jump_key, chance, mode='high'), value, x)
         if self.process == 'uniform':
