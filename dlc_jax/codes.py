@@ -30,7 +30,7 @@ def one_hot(codes: np.ndarray, vocab_size: int, dtype: type = np.float32) -> np.
     return out
 
 
-# ---- Statistics ------------------------------------------------------------------------------------------------------------
+# ---- Statistics ----------------------------------------------------------------------------------------------------
 
 def histogram(codes: np.ndarray, vocab_size: int, *, block: int = 8192) -> np.ndarray:
     """How often each position of `codes` [N, L] takes each value: int64 [L, V]. Reads `block` codes at a time.
@@ -53,14 +53,15 @@ def statistics(codes: np.ndarray, vocab_size: int) -> dict[str, np.ndarray | int
     """How codes [N, L] use their vocabulary.
 
     Returns:
-        `histogram` int64 [L, V]; `perplexity` float64 [L], exp of the entropy of each position's histogram: 1 if it never
-        changes, V if it uses all values alike; `dead` float64 [L], share of values that never occur there; `distinct`,
-        number of different codes.
+        `histogram` int64 [L, V]; `perplexity` float64 [L], exp of the entropy of each position's histogram: 1 if it
+        never changes, V if it uses all values alike; `dead` float64 [L], share of values that never occur there;
+        `distinct`, number of different codes.
     """
     counts = histogram(codes, vocab_size)
     p = counts / max(len(codes), 1)
     entropy = -np.sum(p * np.log(np.where(p > 0, p, 1.0)), -1)
-    return {'histogram': counts, 'perplexity': np.exp(entropy), 'dead': (counts == 0).mean(-1), 'distinct': count_distinct(codes)}
+    return {'histogram': counts, 'perplexity': np.exp(entropy), 'dead': (counts == 0).mean(-1),
+            'distinct': count_distinct(codes)}
 
 
 def count_distinct(codes: np.ndarray) -> int:
@@ -69,7 +70,7 @@ def count_distinct(codes: np.ndarray) -> int:
     return len(np.unique(rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))))) if rows.size else 0
 
 
-# ---- Distances -------------------------------------------------------------------------------------------------------------
+# ---- Distances -----------------------------------------------------------------------------------------------------
 
 def hamming(a: Array, b: Array) -> Array:
     """Number of positions in which codes [..., L] differ; leading axes broadcast. int32 [...]."""
@@ -94,13 +95,14 @@ def nearest_hamming(queries: np.ndarray, references: np.ndarray, *, return_index
 
     Args:
         return_index: also the index of that reference, the first of several, int64 [N].
-        block: so many queries and references are compared at a time, on the default device; nothing [N, M] is ever held.
+        block: so many queries and references are compared at a time, on the default device; [N, M] is never held.
 
     Raises:
         ValueError: codes of different lengths, or no reference.
     """
     if queries.ndim != 2 or references.ndim != 2 or queries.shape[1] != references.shape[1]:
-        raise ValueError(f'codes of shapes {queries.shape} and {references.shape} cannot be compared; expected [N, L] and [M, L]')
+        raise ValueError(f'codes of shapes {queries.shape} and {references.shape} cannot be compared; '
+                         'expected [N, L] and [M, L]')
     if not len(references):
         raise ValueError('references: there is no code to compare with')
     rows, columns = min(block[0], max(len(queries), 1)), min(block[1], len(references))
@@ -126,14 +128,15 @@ def _closest(queries: Array, references: Array) -> tuple[Array, Array]:
     return distance.min(1), distance.argmin(1)
 
 
-# ---- Composition -----------------------------------------------------------------------------------------------------------
+# ---- Composition ---------------------------------------------------------------------------------------------------
 
-def compose(key: Array, sems: Array, num: int, *, method: str = 'average', weights: Sequence[float] | None = None) -> Array:
+def compose(key: Array, sems: Array, num: int, *, method: str = 'average',
+            weights: Sequence[float] | None = None) -> Array:
     """`num` codes int32 [num, L] that mix K sources, from their soft codes `sems` [K, L, V].
 
     'average' (arXiv 2507.12318, §5.2, as `sample_comp_imgs.py` does it) draws each token from the mean of the sources'
-    distributions; at a low temperature of the soft codes that is one source's token or another's, and the values between
-    get a chance as it rises. 'positions' takes each token from one source, whole.
+    distributions; at a low temperature of the soft codes that is one source's token or another's, and others get a
+    chance as it rises. 'positions' takes each token from one source, whole.
 
     Args:
         weights: share of each source, [K]; equal if None.
@@ -153,11 +156,12 @@ def compose(key: Array, sems: Array, num: int, *, method: str = 'average', weigh
 
 
 def compose_positions(key: Array, codes: Array, num: int, *, weights: Sequence[float] | None = None) -> Array:
-    """`num` codes int32 [num, L], each token from one of the K sources `codes` int [K, L], drawn anew for every position."""
+    """`num` codes int32 [num, L], each token from one of the sources `codes` int [K, L], one draw a position."""
     codes = jnp.asarray(codes, jnp.int32)
     if codes.ndim != 2:
         raise ValueError(f'codes have shape {codes.shape}, expected [sources, L]')
-    source = jax.random.categorical(key, jnp.log(_shares(weights, len(codes))), shape=(num, codes.shape[1]), mode='high')
+    log_shares = jnp.log(_shares(weights, len(codes)))
+    source = jax.random.categorical(key, log_shares, shape=(num, codes.shape[1]), mode='high')
     return jnp.take_along_axis(codes, source, 0)
 
 
@@ -165,12 +169,13 @@ def token_origin(composed: np.ndarray, sources: np.ndarray) -> dict[str, np.ndar
     """Where the tokens of `composed` [N, L] come from, given the codes `sources` [K, L] they mix.
 
     Returns:
-        Shares of all tokens: `source` float64 [K], that only this source has there; `shared`, that several have; `none`,
-        that none has. They add up to 1.
+        Shares of all tokens: `source` float64 [K], that only this source has there; `shared`, that several have;
+        `none`, that none has. They add up to 1.
     """
     match = np.asarray(composed)[:, None] == np.asarray(sources)[None]  # [N, K, L]
     held = match.sum(1, keepdims=True)
-    return {'source': (match & (held == 1)).mean((0, 2)), 'shared': float((held > 1).mean()), 'none': float((held == 0).mean())}
+    return {'source': (match & (held == 1)).mean((0, 2)), 'shared': float((held > 1).mean()),
+            'none': float((held == 0).mean())}
 
 
 def _shares(weights: Sequence[float] | None, num: int) -> Array:

@@ -75,4 +75,5 @@ def to_torch(module: SEDD, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _frequencies(head_dim: int) -> Fixed:
-    return Fixed('rotary_emb.inv_freq', (10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32), exact=True)
+    frequencies = 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+    return Fixed('rotary_emb.inv_freq', frequencies.astype(np.float32), exact=True)

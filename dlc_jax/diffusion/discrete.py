@@ -1,8 +1,9 @@
-"""Discrete diffusion by score entropy (arXiv 2310.16834): two processes, two noise schedules, the loss and the samplers.
+"""Discrete diffusion by score entropy (arXiv 2310.16834): two processes, two noise schedules, the loss, the samplers.
 
-Time runs from 0, the data, to 1, noise. A token is destroyed at rate sigma'(t), independently of the others: the absorbing
-process turns it into the mask, whose index is V; the uniform process draws it anew from 0..V-1. A network gives
-`log s(x, sigma)[b, l, y]`, the log-ratio of the marginals of (x with y at position l) and x, zero where y is already there.
+Time runs from 0, the data, to 1, noise. A token is destroyed at rate sigma'(t), independently of the others: the
+absorbing process turns it into the mask, whose index is V; the uniform process draws it anew from 0..V-1. A network
+gives `log s(x, sigma)[b, l, y]`, the log-ratio of the marginals of (x with y at position l) and x, zero where y already
+is.
 
 Follows `graph_lib.py`, `noise_lib.py`, `losses.py` and `sampling.py` of louaaron/SEDD and lavoiems/DiscreteLatentCode.
 """
@@ -74,7 +75,8 @@ class DiscreteDiffusion:
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f'diffusion.{name}={getattr(self, name)} must lie between 0 and 1')
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f'diffusion.sigma_min={self.sigma_min} must be positive and below sigma_max={self.sigma_max}')
+            raise ValueError(f'diffusion.sigma_min={self.sigma_min} must be positive and below '
+                             f'sigma_max={self.sigma_max}')
         if self.vocab_size < 1:
             raise ValueError(f'diffusion.vocab_size={self.vocab_size} must be positive')
 
@@ -82,7 +84,7 @@ class DiscreteDiffusion:
     def num_states(self) -> int:
         return self.vocab_size + (self.process == 'absorbing')
 
-    # ---- Noise -------------------------------------------------------------------------------------------------------
+    # ---- Noise -----------------------------------------------------------------------------------------------------
     # In float32, 1 - (1 - eps) t loses its digits at t = 1 and log(1 - x) loses them at t = 0; hence the forms below.
 
     def sigma(self, t: Array) -> Array:
@@ -111,7 +113,7 @@ class DiscreteDiffusion:
     def _log_range(self) -> Array:
         return jnp.log(self.sigma_max / self.sigma_min)
 
-    # ---- Training ----------------------------------------------------------------------------------------------------
+    # ---- Training --------------------------------------------------------------------------------------------------
 
     def sample_times(self, key: Array, num: int) -> Array:
         """Training times float32 [num] in [min_time, 1]."""
@@ -135,8 +137,8 @@ class DiscreteDiffusion:
     def score_entropy(self, log_score: Array, xt: Array, x0: Array, sigma: Array) -> Array:
         """Denoising score entropy (arXiv 2310.16834, eq. 9) of each position, [B, L] float32, not negative.
 
-        H = sum over y != x_t of Q(y -> x_t) (e^{s_y} - r_y s_y + r_y (log r_y - 1)), r_y = p(y | x_0) / p(x_t | x_0). For
-        the absorbing process that is sum_{y < V} e^{s_y} - r s_{x_0} + r (log r - 1) at masked positions,
+        H = sum over y != x_t of Q(y -> x_t) (e^{s_y} - r_y s_y + r_y (log r_y - 1)), r_y = p(y | x_0) / p(x_t | x_0).
+        For the absorbing process that is sum_{y < V} e^{s_y} - r s_{x_0} + r (log r - 1) at masked positions,
         r = 1 / (e^sigma - 1), and 0 elsewhere.
 
         Args:
@@ -176,7 +178,7 @@ class DiscreteDiffusion:
         loss = self.example_loss(score_fn(xt, self.sigma(t)), xt, x0, t).mean()
         return loss, {'corrupted': jnp.mean(xt != x0, dtype=jnp.float32)}
 
-    # ---- One reverse step ----------------------------------------------------------------------------------------------
+    # ---- One reverse step ------------------------------------------------------------------------------------------
 
     def jumps(self, log_score: Array, x: Array, t: Array, dt: Array, *, sampler: str = 'analytic', eta: Array = 0.0,
               parity: bool = False) -> Jumps:
@@ -188,7 +190,8 @@ class DiscreteDiffusion:
 
         Args:
             parity: 'remasking' as the original `corrector` computes it: its step in time is dt + eta (1 - t), and the
-                added mass eta (1 - P_mask) is given to the mask, and taken from the likeliest token where that beats it.
+                added mass eta (1 - P_mask) is given to the mask, and taken from the likeliest token where that beats
+                it.
         """
         s, v = log_score.astype(jnp.float32), self.vocab_size
         step = self.sigma_increment(t, dt)
@@ -238,7 +241,7 @@ class DiscreteDiffusion:
         probs = self.transition_probs(log_score, x, self.final_time, self.final_time)
         return probs[..., :self.vocab_size]
 
-    # ---- Sampling ------------------------------------------------------------------------------------------------------
+    # ---- Sampling --------------------------------------------------------------------------------------------------
 
     def prior(self, key: Array, batch: int, length: int) -> Array:
         """Codes at time 1: all masks, or uniform tokens. int32 [batch, length]."""
@@ -247,20 +250,20 @@ class DiscreteDiffusion:
         return jax.random.randint(key, (batch, length), 0, self.vocab_size, jnp.int32)
 
     def sample(self, score_fn: ScoreFn, key: Array, batch: int, length: int, *, sampler: str = 'analytic',
-               num_steps: int = 1024, eta: float = 0.01, window: tuple[float, float] = (0.3, 0.55), parity: bool = False,
-               tokens_per_call: int = 1, temperature: float = 1.0) -> Array:
+               num_steps: int = 1024, eta: float = 0.01, window: tuple[float, float] = (0.3, 0.55),
+               parity: bool = False, tokens_per_call: int = 1, temperature: float = 1.0) -> Array:
         """Codes int32 [batch, length] in 0..V-1, by one loop on the device.
 
-        'analytic', 'euler' and 'remasking' take `num_steps` even steps in time and a last one that denoises: num_steps + 1
-        network calls. 'first_hitting' (absorbing; arXiv 2409.02908, §4) makes `length` calls: it draws the times at which
-        positions unmask, then the token at each. It is the limit of 'analytic' for infinitely many steps, exactly, when
-        the scores at a masked position sum to 1 / (e^sigma - 1), which is what the loss drives them to.
+        'analytic', 'euler' and 'remasking' take `num_steps` even steps in time and a last one that denoises:
+        num_steps + 1 network calls. 'first_hitting' (absorbing; arXiv 2409.02908, §4) makes `length` calls: it draws
+        the times at which positions unmask, then the token at each. It is the limit of 'analytic' for infinitely many
+        steps, exactly, when the scores at a masked position sum to 1 / (e^sigma - 1), which the loss drives them to.
 
         Args:
             eta, window: 'remasking' remasks tokens with probability `eta` a step while window[0] < t < window[1].
             parity: see `jumps`.
-            tokens_per_call: 'first_hitting' unmasks so many a call, in ceil(length / tokens_per_call) calls; above 1 the
-                tokens of one call are drawn independently of each other.
+            tokens_per_call: 'first_hitting' unmasks so many a call, in ceil(length / tokens_per_call) calls; above 1
+                the tokens of one call are drawn independently of each other.
             temperature: of the choice among tokens, not of when they change; 1 samples the model.
 
         Raises:
@@ -306,9 +309,9 @@ class DiscreteDiffusion:
     def _step(self, key: Array, x: Array, move: Jumps, remask: Array, temperature: float) -> Array:
         """Draws whether each position jumps, and only then where to.
 
-        One categorical draw over tokens and "stay" would compare noise on probabilities that differ by 1e-6 and less, where
-        float32 Gumbel noise is cut off and acts as a lower temperature (arXiv 2409.02908, §5; the original draws in
-        float64). A Bernoulli draw on 46 bits and a categorical one among the tokens alone have no such tail.
+        One categorical draw over tokens and "stay" would have to resolve probabilities of 1e-6 and less, where float32
+        Gumbel noise is cut off and acts as a lower temperature (arXiv 2409.02908, §5; the original draws in float64). A
+        Bernoulli draw on 46 bits and a categorical one among the tokens alone have no such tail.
         """
         jump_key, value_key, remask_key = jax.random.split(key, 3)
         total, stay = jnp.exp(move.log_weights).sum(-1), jnp.maximum(move.stay, 0.0)
@@ -324,8 +327,8 @@ class DiscreteDiffusion:
         (batch, length), v = x.shape, self.vocab_size
         calls = network_calls('first_hitting', length, num_steps=0, tokens_per_call=tokens)
         time_key, value_key = jax.random.split(key)
-        # Going back in time a position is still masked at t with probability (1 - e^-sigma(t)) / (1 - e^-sigma(1)): setting
-        # that to a uniform draw and solving for sigma gives the noise level at which it unmasks.
+        # Going back in time a position is still masked at t with probability (1 - e^-sigma(t)) / (1 - e^-sigma(1)):
+        # setting that to a uniform draw and solving for sigma gives the noise level at which it unmasks.
         u = jax.random.uniform(time_key, x.shape)
         order = jnp.argsort(-u, axis=1).astype(jnp.int32)
         hit = -jnp.log1p(jnp.take_along_axis(u, order, 1) * jnp.expm1(-self.sigma(1.0)))

@@ -20,10 +20,10 @@ class Statistics(NamedTuple):
 
 
 class Accumulator:
-    """Statistics of features that arrive in batches, in one pass, by merging the moments of the parts (Chan et al. 1979).
+    """Statistics of features that arrive in batches, in one pass: moments of parts are merged (Chan et al. 1979).
 
-    Squares are summed about the running mean, so features far from the origin lose no digits, and how a stream is cut into
-    batches changes nothing beyond rounding.
+    Squares are summed about the running mean, so features far from the origin lose no digits, and how a stream is cut
+    into batches changes nothing beyond rounding.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         ValueError: features of different sizes.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f'features have {a.mean.size} and {b.mean.size} dimensions; use one feature extractor for both')
+        raise ValueError(f'features have {a.mean.size} and {b.mean.size} dimensions; '
+                         'use one feature extractor for both')
     values, vectors = np.linalg.eigh(a.covariance)
     root = vectors * np.sqrt(np.maximum(values, 0))
     product = np.linalg.eigvalsh(root.T @ b.covariance @ root)

@@ -13,13 +13,14 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def blocks(queries: np.ndarray, references: np.ndarray, block: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """(rows, squared distances of those rows of `queries` [N, F] to all of `references` [M, F]), `block` rows at a time.
+    """(rows, squared distances of those rows of `queries` [N, F] to all `references` [M, F]), `block` rows at a time.
 
     Raises:
         ValueError: features of different sizes, no reference, or values that are not finite.
     """
     if queries.ndim != 2 or references.ndim != 2 or queries.shape[1] != references.shape[1]:
-        raise ValueError(f'features of shapes {queries.shape} and {references.shape} cannot be compared; expected [N, F] and [M, F]')
+        raise ValueError(f'features of shapes {queries.shape} and {references.shape} cannot be compared; '
+                         'expected [N, F] and [M, F]')
     if not len(references):
         raise ValueError('references: there is nothing to compare with')
     # About one point, so that the subtraction in |a|^2 + |b|^2 - 2ab keeps its digits.

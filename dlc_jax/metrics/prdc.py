@@ -3,15 +3,16 @@ import numpy as np
 
 from dlc_jax.metrics import nearest
 
-# One distance, computed in blocks of different shapes, may differ in its last bits; being on a ball's edge must not hang on it.
+# One distance, computed in blocks of different shapes, may differ in its last bits; whether a point on a ball's edge is
+# inside must not hang on them.
 _SLACK = 1 + 1e-9
 
 
 def prdc(real: np.ndarray, fake: np.ndarray, *, k: int = 3, block: int = 1024) -> dict[str, float]:
     """Four scores of `fake` [N, F] against `real` [M, F].
 
-    A real point's ball reaches to its k-th nearest real neighbour, a fake point's to its k-th nearest fake one, and a point on
-    the edge is inside. Precision and recall of the ADM suite are these at k = 3, of 10 000 reals and all fakes.
+    A real point's ball reaches to its k-th nearest real neighbour, a fake point's to its k-th nearest fake one, and a
+    point on the edge is inside. The ADM suite's precision and recall are these at k = 3, of 10 000 reals and all fakes.
 
     Args:
         block: rows at a time; memory is `block` x max(N, M).

@@ -1,7 +1,8 @@
-"""How well labels can be read off frozen features: nearest neighbours and a linear probe, as DINOv2 does (arXiv 2304.07193).
+"""How well labels can be read off frozen features: k nearest neighbours and a linear probe (DINOv2, arXiv 2304.07193).
 
-Features are float [N, F], or bare codes, integers [N, L]: those stand for their one-hot encoding [N, L * V], which is never
-built. Two codes have as cosine the share of positions they agree in, and a linear map of a code sums one row a position.
+Features are float [N, F], or bare codes, integers [N, L]: those stand for their one-hot encoding [N, L * V], which is
+never built. Two codes have as cosine the share of positions they agree in, and a linear map of a code sums one row a
+position.
 """
 import functools
 from collections.abc import Sequence
@@ -27,14 +28,14 @@ class Linear(NamedTuple):
     bias: Array
 
 
-# ---- Nearest neighbours ----------------------------------------------------------------------------------------------------
+# ---- Nearest neighbours --------------------------------------------------------------------------------------------
 
-def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray, *,
-                 num_classes: int, k: int | Sequence[int] = 20, temperature: float = 0.07,
+def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray,
+                 test_labels: np.ndarray, *, num_classes: int, k: int | Sequence[int] = 20, temperature: float = 0.07,
                  block: int = 512) -> float | dict[int, float]:
     """Share of the test set that its `k` nearest training samples classify rightly.
 
-    Neighbours vote with weight exp(cosine / temperature) (`eval/knn.py` of DINOv2, there with k of 10, 20, 100 and 200).
+    Neighbours vote with weight exp(cosine / temperature) (`eval/knn.py` of DINOv2, there for k of 10, 20, 100, 200).
 
     Args:
         k: one number, or several.
@@ -49,7 +50,8 @@ def knn_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_feat
     _check(train_features, train_labels, test_features, test_labels, num_classes)
     ks = (k,) if isinstance(k, int) else tuple(k)
     if not 1 <= min(ks) <= max(ks) <= len(train_features):
-        raise ValueError(f'k={max(ks) if min(ks) > 0 else min(ks)}: choose from 1 to the {len(train_features)} training samples')
+        wrong = max(ks) if min(ks) > 0 else min(ks)
+        raise ValueError(f'k={wrong}: choose from 1 to the {len(train_features)} training samples')
     prepare = _unit if _is_float(train_features) else jnp.asarray
     train, labels = prepare(train_features), jnp.asarray(train_labels, jnp.int32)
     rows = min(block, len(test_features))
@@ -85,24 +87,25 @@ def _unit(features: np.ndarray) -> Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-# ---- Linear probe ----------------------------------------------------------------------------------------------------------
+# ---- Linear probe --------------------------------------------------------------------------------------------------
 
 def linear_probe_accuracy(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray,
-                          test_labels: np.ndarray, *, num_classes: int, vocab_size: int | None = None, method: str = 'lbfgs',
-                          selection: str = 'split', validation: float = 0.1, seed: int = 0, num_steps: int = 12_500,
-                          batch_size: int = 128, learning_rates: Sequence[float] = LEARNING_RATES,
+                          test_labels: np.ndarray, *, num_classes: int, vocab_size: int | None = None,
+                          method: str = 'lbfgs', selection: str = 'split', validation: float = 0.1, seed: int = 0,
+                          num_steps: int = 12_500, batch_size: int = 128,
+                          learning_rates: Sequence[float] = LEARNING_RATES,
                           penalties: Sequence[float] = PENALTIES, max_iterations: int = 200) -> float:
     """Test accuracy of a linear classifier on frozen features.
 
-    'lbfgs': logistic regression to its optimum, for small sets; `penalties` (times |kernel|²/2) are tried. 'sgd': DINOv2's
-    recipe, momentum 0.9, no decay, cosine to 0 over `num_steps` of `batch_size`, for all `learning_rates` (each times
-    batch_size / 256) at once; here the features are fixed, so training images are not augmented. Float features are
-    standardised for 'lbfgs', as a penalty has no scale of its own.
+    'lbfgs': logistic regression to its optimum, for small sets; `penalties` (times |kernel|² / 2) are tried. 'sgd':
+    DINOv2's recipe, momentum 0.9, no decay, cosine to 0 over `num_steps` of `batch_size`, for all `learning_rates` at
+    once (each times batch_size / 256); the features are fixed, so training images are not augmented. Float features
+    are standardised for 'lbfgs', as a penalty has no scale of its own.
 
     Args:
         vocab_size: V of codes; None reads it off the largest token.
-        selection: how the penalty or rate is chosen: 'split' on a share `validation` of the training set, after which the
-            probe is trained on all of it; 'test' on the test set, as DINOv2 reports it and a little too good.
+        selection: how the penalty or rate is chosen: 'split' on a share `validation` of the training set, after which
+            the probe is trained on all of it; 'test' on the test set, as DINOv2 reports it and a little too good.
         seed: of that split, and of initialisation and order in 'sgd'.
 
     Raises:
@@ -166,8 +169,9 @@ def _cross_entropy(probe: Linear, x: Array, y: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
-def _fit_lbfgs(x: Array, y: Array, weights: Array, penalty: Array, shape: tuple[int, ...], max_iterations: int) -> Linear:
-    """Minimises the cross entropy, averaged with `weights` [N], plus the penalty. One program for every split and penalty."""
+def _fit_lbfgs(x: Array, y: Array, weights: Array, penalty: Array, shape: tuple[int, ...],
+               max_iterations: int) -> Linear:
+    """Minimises the cross entropy, averaged with `weights` [N], plus the penalty; one program for all splits."""
     def objective(probe: Linear) -> Array:
         return jnp.sum(weights * _cross_entropy(probe, x, y)) + penalty / 2 * jnp.sum(probe.kernel ** 2)
 
@@ -223,7 +227,7 @@ def _score_sums(probes: Linear, x: Array, labels: Array) -> Array:
     return jnp.stack(jax.vmap(one)(probes))
 
 
-# ---- Both ------------------------------------------------------------------------------------------------------------------
+# ---- Both ----------------------------------------------------------------------------------------------------------
 
 def _is_float(features: np.ndarray | Array) -> bool:
     return jnp.issubdtype(features.dtype, jnp.floating)
@@ -236,7 +240,8 @@ def _device(features: np.ndarray) -> Array:
 def _check(train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray,
            num_classes: int) -> None:
     if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(f'features of shapes {train_features.shape} and {test_features.shape}; expected [N, F] and [M, F]')
+        raise ValueError(f'features of shapes {train_features.shape} and {test_features.shape}; '
+                         'expected [N, F] and [M, F]')
     if _is_float(train_features) != _is_float(test_features):
         raise ValueError(f'features are {train_features.dtype} for training but {test_features.dtype} for testing; '
                          'integers are codes, floats are features')
@@ -244,6 +249,7 @@ def _check(train_features: np.ndarray, train_labels: np.ndarray, test_features: 
         if len(labels) != len(features) or not len(labels):
             raise ValueError(f'{name} set: {len(features)} features but {len(labels)} labels')
         if np.min(labels) < 0 or np.max(labels) >= num_classes:
-            raise ValueError(f'{name} set: labels go from {np.min(labels)} to {np.max(labels)} but num_classes={num_classes}')
+            raise ValueError(f'{name} set: labels go from {np.min(labels)} to {np.max(labels)} '
+                             f'but num_classes={num_classes}')
         if not np.isfinite(features).all():
             raise ValueError(f'{name} set: features hold values that are not finite')

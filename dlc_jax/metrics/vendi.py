@@ -5,8 +5,8 @@ import numpy as np
 def vendi_score(features: np.ndarray) -> float:
     """exp of the entropy of the eigenvalues of K / N, K the cosine similarities of `features` [N, F].
 
-    1 if all samples are alike (up to length), N if all are orthogonal. Of the N x N kernel and the F x F matrix with the
-    same eigenvalues the smaller is decomposed.
+    1 if all samples are alike (up to length), N if all are orthogonal. Of the N x N kernel and the F x F matrix with
+    the same eigenvalues the smaller is decomposed.
 
     Raises:
         ValueError: not [N, F], no sample, or a feature of length 0.

@@ -1,7 +1,7 @@
-"""SEDD: the transformer that scores codes for discrete diffusion (arXiv 2310.16834), as codes need it (arXiv 2507.12318 §4).
+"""SEDD, the transformer that scores codes for discrete diffusion (arXiv 2310.16834; for codes arXiv 2507.12318 §4).
 
-One structural change from louaaron/SEDD `model/transformer.py`: a learned absolute position embedding beside the rotary one,
-so that position l of a code has an identity of its own. Weights of lavoiems/DiscreteLatentCode `sedd/` load unchanged.
+One structural change from louaaron/SEDD `model/transformer.py`: a learned absolute position embedding beside the rotary
+one, so that position l of a code has an identity of its own. Loads the weights of lavoiems/DiscreteLatentCode `sedd/`.
 """
 import functools
 from typing import Any
@@ -22,8 +22,8 @@ SIZES = {
 
 PROCESSES = ('absorbing', 'uniform')
 
-# No rule splits the vocabulary (with its mask entry it has V + 1 rows, which nothing divides), nor cond_dim (128: too few for
-# a large slice).
+# No rule splits the vocabulary (with its mask entry it has V + 1 rows, which nothing divides), nor cond_dim (128 is too
+# few for a large slice).
 PARTITION_RULES = (
     (r'embed', P(None, 'fsdp')),
     (r'embed_by_position', P(None, None, 'fsdp')),
@@ -41,7 +41,7 @@ PARTITION_RULES = (
 )
 
 _EPS = 1e-5
-# The original keeps PyTorch's defaults, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), for every matrix that does not start at zero.
+# PyTorch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the original keeps it where a matrix does not start at zero.
 _torch_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
@@ -73,7 +73,7 @@ class SigmaEmbedder(nn.Module):
 
 
 class Block(nn.Module):
-    """`x += gate drop(Attn(modulate(LN x))); x += gate drop(MLP(modulate(LN x)))`, modulated by `cond` [B, cond_dim]."""
+    """`x += gate drop(Attn(modulate(LN x))); x += gate drop(MLP(modulate(LN x)))`, modulated by `cond` [B, C]."""
     num_heads: int
     hidden: int
     dropout: float
@@ -103,7 +103,8 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated layer norm and a linear map to `num_states` scores; starts at zero. Always float32.
 
-    Scores are exponentiated and summed by the loss and by every sampler: at their magnitude of 4 to 8 a bfloat16 is off by 3 %.
+    Scores are exponentiated and summed by the loss and by every sampler: at their magnitude of 4 to 8 bfloat16 is 3 %
+    off.
     """
     num_states: int
     param_dtype: Any = jnp.float32
@@ -126,8 +127,8 @@ class SEDD(nn.Module):
         cond_dim: width of the embedding of sigma.
         dropout: on both residual branches, with `train=True` and rng stream 'dropout'.
         process: 'absorbing' or 'uniform'.
-        scale_by_sigma: subtract log(e^sigma - 1) + log V, so that the network only learns which token it was (absorbing only:
-            there every ratio at a masked position has that scale).
+        scale_by_sigma: subtract log(e^sigma - 1) + log V, so that the network only learns which token it was (absorbing
+            only: there every ratio at a masked position has that scale).
         shared_embedding: one token table for all positions, or one a position.
         learned_positions: the absolute position embedding; released SEDD text models have none.
         remat, unroll: see `layers.scan_blocks`.
@@ -177,12 +178,13 @@ class SEDD(nn.Module):
         x = self._embed(tokens).astype(self.dtype)
         cond = SigmaEmbedder(self.cond_dim, name='sigma_embed', **types)(sigma)
         blocks = layers.scan_blocks(Block, self.depth, remat=self.remat, unroll=self.unroll, num_broadcast=1)
-        x, _ = blocks(self.num_heads, self.mlp_ratio * self.width, self.dropout, train, attention_impl=self.attention_impl,
-                      name='blocks', **types)(x, cond)
+        x, _ = blocks(self.num_heads, self.mlp_ratio * self.width, self.dropout, train,
+                      attention_impl=self.attention_impl, name='blocks', **types)(x, cond)
         log_score = FinalLayer(self.num_states, self.param_dtype, name='final')(x, cond)
         if self.scale_by_sigma:
             # expm1, as sigma goes down to 1e-5 in the last step of a sampler.
-            log_score -= (jnp.log(jnp.expm1(sigma.astype(jnp.float32))) + jnp.log(float(self.vocab_size)))[:, None, None]
+            scale = jnp.log(jnp.expm1(sigma.astype(jnp.float32))) + jnp.log(float(self.vocab_size))
+            log_score -= scale[:, None, None]
         own = tokens[..., None] == jnp.arange(self.num_states)
         return jnp.where(own, 0.0, log_score)
 
@@ -207,6 +209,7 @@ class SEDD(nn.Module):
             raise ValueError('SEDD: scale_by_sigma is for the absorbing process; set model.scale_by_sigma=False with '
                              f'diffusion.process={self.process!r}')
         if tokens.ndim != 2 or tokens.shape[1] != self.length:
-            raise ValueError(f'SEDD: tokens have shape {tokens.shape} but length is {self.length}; check model.num_codes')
+            raise ValueError(f'SEDD: tokens have shape {tokens.shape} but length is {self.length}; '
+                             'check model.num_codes')
         if sigma.shape != tokens.shape[:1]:
             raise ValueError(f'SEDD: sigma has shape {sigma.shape}, expected one number a code, {tokens.shape[:1]}')

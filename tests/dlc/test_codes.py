@@ -85,7 +85,8 @@ def test_average_of_warm_soft_codes_draws_from_their_mean():
     codes = np.asarray(codes_lib.compose(jax.random.key(0), sems, 20_000, weights=(3, 1)))
     mean = 0.75 * sems[0] + 0.25 * sems[1]
     for position in range(3):
-        assert stats.chisquare(np.bincount(codes[:, position], minlength=4), 20_000 * mean[position] / mean[position].sum()).pvalue > 1e-5
+        want = 20_000 * mean[position] / mean[position].sum()
+        assert stats.chisquare(np.bincount(codes[:, position], minlength=4), want).pvalue > 1e-5
 
 
 @pytest.mark.parametrize('weights, shares', [(None, (1 / 3, 1 / 3, 1 / 3)), ((1, 0, 3), (0.25, 0, 0.75))])
@@ -98,7 +99,8 @@ def test_positions_come_from_one_source_each(weights, shares):
     origin = codes_lib.token_origin(np.asarray(codes), sources)
     np.testing.assert_allclose(origin['source'], shares, atol=0.015)
     assert origin['shared'] == origin['none'] == 0
-    by_sem = codes_lib.compose(jax.random.key(0), codes_lib.one_hot(sources, 3), 3000, method='positions', weights=weights)
+    sems = codes_lib.one_hot(sources, 3)
+    by_sem = codes_lib.compose(jax.random.key(0), sems, 3000, method='positions', weights=weights)
     np.testing.assert_array_equal(by_sem, codes)
 
 
@@ -111,8 +113,10 @@ def test_token_origin_by_hand():
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda: codes_lib.statistics(np.array([[0, 5]]), 5), 'token 5'), (lambda: codes_lib.one_hot(np.array([-1]), 5), 'token -1'),
-    (lambda: codes_lib.histogram(np.zeros(3, int), 5), 'N, L'), (lambda: codes_lib.nearest_hamming(np.zeros((2, 3)), np.zeros((2, 4))), 'cannot be compared'),
+    (lambda: codes_lib.statistics(np.array([[0, 5]]), 5), 'token 5'),
+    (lambda: codes_lib.one_hot(np.array([-1]), 5), 'token -1'),
+    (lambda: codes_lib.histogram(np.zeros(3, int), 5), 'N, L'),
+    (lambda: codes_lib.nearest_hamming(np.zeros((2, 3)), np.zeros((2, 4))), 'cannot be compared'),
     (lambda: codes_lib.nearest_hamming(np.zeros((2, 3)), np.zeros((0, 3))), 'references'),
     (lambda: codes_lib.compose(jax.random.key(0), np.ones((2, 3, 4)), 1, method='mix'), 'composition'),
     (lambda: codes_lib.compose(jax.random.key(0), np.ones((3, 4)), 1), 'sems'),

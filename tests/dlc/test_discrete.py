@@ -43,6 +43,12 @@ def exact_score(process, joint=JOINT):
     return score
 
 
+def ignorant_score(tokens, sigma):
+    """`score_fn` of the absorbing process that finds all tokens equally likely."""
+    scale = -jnp.log(jnp.expm1(sigma))[:, None, None] - np.log(V)
+    return jnp.where(tokens[..., None] == jnp.arange(V + 1), 0.0, scale)
+
+
 def draw_data(key, num):
     flat = jax.random.categorical(key, jnp.log(jnp.asarray(JOINT.ravel())), shape=(num,))
     return jnp.stack([flat // V, flat % V], 1).astype(jnp.int32)
@@ -54,7 +60,7 @@ def chi_square(codes, probs):
     return stats.chisquare(counts, probs.ravel() * len(codes) / probs.sum()).pvalue
 
 
-# ---- Noise and corruption ------------------------------------------------------------------------------------------------
+# ---- Noise and corruption ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('noise', NOISES)
 @PROPERTY
@@ -62,7 +68,8 @@ def chi_square(codes, probs):
 def test_noise_is_consistent(noise, t, share):
     d, dt = DiscreteDiffusion(V, **noise), t * share
     t32 = np.float32(t)
-    np.testing.assert_allclose(d.sigma_increment(t, dt), float(d.sigma(t)) - float(d.sigma(t - dt)), rtol=2e-3, atol=1e-6)
+    difference = float(d.sigma(t)) - float(d.sigma(t - dt))
+    np.testing.assert_allclose(d.sigma_increment(t, dt), difference, rtol=2e-3, atol=1e-6)
     rate = (float(d.sigma(t32 * np.float32(1.01))) - float(d.sigma(t32 * np.float32(0.99)))) / (0.02 * float(t32))
     if t < 0.9:
         np.testing.assert_allclose(d.dsigma(t), rate, rtol=2e-2)
@@ -120,7 +127,7 @@ def test_training_times(how, num):
         np.testing.assert_allclose(np.diff(np.sort(t)), 0.999 / 64, rtol=1e-3)
 
 
-# ---- Score entropy ---------------------------------------------------------------------------------------------------------
+# ---- Score entropy -------------------------------------------------------------------------------------------------
 
 @PROPERTY
 @given(seed=st.integers(0, 2 ** 31 - 1), t=st.floats(1e-3, 1.0))
@@ -164,7 +171,8 @@ def test_score_entropy_is_the_textbook_sum_and_least_at_the_true_ratio(process, 
         for y in sources:
             r = prob(y) / prob(x)
             ratios[b, l, y] = r
-            want[b, l] += (np.exp(s64[b, l, y]) - r * s64[b, l, y] + (r * (np.log(r) - 1) if r else 0)) / (1 if process == 'absorbing' else V)
+            term = np.exp(s64[b, l, y]) - r * s64[b, l, y] + (r * (np.log(r) - 1) if r else 0)
+            want[b, l] += term / (1 if process == 'absorbing' else V)
     got = d.score_entropy(log_score, xt, x0, sigma)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * max(1.0, ratios.max()) * 1e-2)
     best = jnp.log(jnp.maximum(jnp.asarray(ratios, jnp.float32), 1e-30))
@@ -186,12 +194,11 @@ def test_the_loss_of_exact_scores_is_the_entropy_of_the_data(process):
 def test_loss_is_summed_over_positions_and_averaged_over_the_batch():
     d = DiscreteDiffusion(V)
     x0 = jnp.zeros((512, 8), jnp.int32)
-    uniform = lambda x, s: jnp.where(x[..., None] == jnp.arange(V + 1), 0.0, -jnp.log(jnp.expm1(s))[:, None, None] - np.log(V))
-    loss, _ = jax.jit(functools.partial(d.loss, uniform))(jax.random.key(0), x0)
+    loss, _ = jax.jit(functools.partial(d.loss, ignorant_score))(jax.random.key(0), x0)
     np.testing.assert_allclose(loss, 8 * np.log(V), rtol=0.1)
 
 
-# ---- Reverse steps ---------------------------------------------------------------------------------------------------------
+# ---- Reverse steps -------------------------------------------------------------------------------------------------
 
 @PROPERTY
 @given(seed=st.integers(0, 2 ** 31 - 1), t=st.floats(0.31, 0.54), eta=st.floats(0.0, 0.2))
@@ -202,7 +209,8 @@ def test_rows_of_exact_scores_are_probabilities(seed, t, eta):
         tokens = x if process == 'absorbing' else x % V
         log_score = exact_score(process)(tokens, jnp.full(16, d.sigma(t)))
         for sampler in set(SAMPLERS[process]) - {'first_hitting'}:
-            rows = d.transition_probs(log_score, tokens, t, 1 / 64, sampler=sampler, eta=eta if sampler == 'remasking' else 0.0)
+            rate = eta if sampler == 'remasking' else 0.0
+            rows = d.transition_probs(log_score, tokens, t, 1 / 64, sampler=sampler, eta=rate)
             assert (rows >= 0).all(), (process, sampler)
             np.testing.assert_allclose(rows.sum(-1), 1.0, atol=1e-5, err_msg=f'{process} {sampler}')
 
@@ -230,7 +238,8 @@ def test_analytic_step_of_one_token_is_the_posterior(process, noise):
 def test_temperature_changes_which_token_and_not_when():
     d = DiscreteDiffusion(V)
     steps = dict(sampler='analytic', num_steps=1)  # both tokens of nearly every code at once, from their marginals
-    cold = np.asarray(jax.jit(lambda k: d.sample(exact_score('absorbing'), k, 4000, L, temperature=0.25, **steps))(FAST))
+    sample = jax.jit(lambda k: d.sample(exact_score('absorbing'), k, 4000, L, temperature=0.25, **steps))
+    cold = np.asarray(sample(FAST))
     for position in range(L):
         sharp = JOINT.sum(1 - position) ** 4
         np.testing.assert_allclose(np.bincount(cold[:, position], minlength=V) / 4000, sharp / sharp.sum(), atol=0.04)
@@ -243,12 +252,13 @@ def test_jumps_that_float32_noise_cannot_resolve_happen_as_often_as_they_should(
     """Four tokens at 2.5e-8 each, 6e7 times. Gumbel noise on 23 bits ends at 15.9, where these would need 17.5."""
     d, shape = DiscreteDiffusion(4), (1000, 1000)
     move = Jumps(jnp.full((*shape, 4), np.log(2.5e-8), jnp.float32), jnp.full(shape, 1 - 1e-7))
-    count = lambda i, total: total + jnp.sum(d._step(jax.random.fold_in(FAST, i), jnp.full(shape, 4), move, 0.0, 1.0) != 4)
+    step = lambda i: d._step(jax.random.fold_in(FAST, i), jnp.full(shape, 4), move, 0.0, 1.0)
+    count = lambda i, total: total + jnp.sum(step(i) != 4)
     jumps = int(jax.jit(lambda: jax.lax.fori_loop(0, 60, count, 0))())
     assert 2 <= jumps <= 15  # 6 expected; 0.2 with one float32 draw among tokens and staying
 
 
-# ---- Samplers --------------------------------------------------------------------------------------------------------------
+# ---- Samplers ------------------------------------------------------------------------------------------------------
 
 CASES = [('absorbing', s, {}) for s in SAMPLERS['absorbing']] + [('uniform', s, {}) for s in SAMPLERS['uniform']] + [
     ('absorbing', 'remasking', dict(parity=True)),
@@ -261,7 +271,8 @@ def test_every_sampler_draws_the_known_joint(process, sampler, options):
     options = dict(options)
     noise = NOISES[1] if options.pop('noise', None) else NOISES[0]
     d = DiscreteDiffusion(V, process=process, **noise)
-    codes = jax.jit(lambda k: d.sample(exact_score(process), k, 8000, L, sampler=sampler, num_steps=250, **options))(FAST)
+    score = exact_score(process)
+    codes = jax.jit(lambda k: d.sample(score, k, 8000, L, sampler=sampler, num_steps=250, **options))(FAST)
     assert codes.dtype == jnp.int32 and codes.shape == (8000, L) and codes.min() >= 0 and codes.max() < V
     assert chi_square(codes, JOINT) > 1e-5
     assert chi_square(codes, np.outer(JOINT.sum(1), JOINT.sum(0))) < 1e-30  # the test could tell independent tokens
@@ -270,29 +281,33 @@ def test_every_sampler_draws_the_known_joint(process, sampler, options):
 def test_tokens_drawn_together_are_independent():
     """What first_hitting gives up when it reveals both tokens in one call."""
     d = DiscreteDiffusion(V)
-    codes = jax.jit(lambda k: d.sample(exact_score('absorbing'), k, 8000, L, sampler='first_hitting', tokens_per_call=2))(FAST)
+    options = dict(sampler='first_hitting', tokens_per_call=2)
+    codes = jax.jit(lambda k: d.sample(exact_score('absorbing'), k, 8000, L, **options))(FAST)
     assert chi_square(codes, np.outer(JOINT.sum(1), JOINT.sum(0))) > 1e-5
 
 
 @pytest.mark.parametrize('sampler, options, calls', [
     ('analytic', dict(num_steps=9), 10), ('euler', dict(num_steps=9), 10), ('remasking', dict(num_steps=9), 10),
-    ('first_hitting', {}, 7), ('first_hitting', dict(tokens_per_call=3), 3), ('first_hitting', dict(tokens_per_call=10), 1)])
+    ('first_hitting', {}, 7), ('first_hitting', dict(tokens_per_call=3), 3),
+    ('first_hitting', dict(tokens_per_call=10), 1)])
 def test_network_calls_and_what_each_sees(sampler, options, calls):
     d, seen = DiscreteDiffusion(V), []
 
     def score(tokens, sigma):
-        jax.debug.callback(lambda masks, noise: seen.append((np.asarray(masks), np.asarray(noise))), (tokens == V).sum(-1), sigma, ordered=True)
-        return jnp.where(tokens[..., None] == jnp.arange(V + 1), 0.0, -jnp.log(jnp.expm1(sigma))[:, None, None] - np.log(V))
+        note = lambda *now: seen.append(tuple(map(np.asarray, now)))
+        jax.debug.callback(note, (tokens == V).sum(-1), sigma, ordered=True)
+        return ignorant_score(tokens, sigma)
 
     codes = jax.jit(lambda k: d.sample(score, k, 5, 7, sampler=sampler, **options))(jax.random.key(0))
     jax.effects_barrier()
     assert codes.max() < V
-    assert len(seen) == calls == network_calls(sampler, 7, num_steps=9, tokens_per_call=options.get('tokens_per_call', 1))
+    step = options.get('tokens_per_call', 1)
+    assert len(seen) == calls == network_calls(sampler, 7, num_steps=9, tokens_per_call=step)
     noise = np.stack([noise for _, noise in seen])
     assert (np.diff(noise, axis=0) < 0).all()
     if sampler == 'first_hitting':  # every call finds tokens_per_call masks fewer, at a time that is each code's own
-        step = options.get('tokens_per_call', 1)
-        np.testing.assert_array_equal(np.stack([masks for masks, _ in seen]), (7 - step * np.arange(calls))[:, None].repeat(5, 1))
+        masks = np.stack([masks for masks, _ in seen])
+        np.testing.assert_array_equal(masks, (7 - step * np.arange(calls))[:, None].repeat(5, 1))
         assert len(np.unique(noise[0])) == 5
     else:
         assert (noise == noise[:, :1]).all()
@@ -304,7 +319,8 @@ def test_first_hitting_times_follow_the_process():
     d, seen = DiscreteDiffusion(V, noise='geometric', sigma_max=1.0), []
 
     def score(tokens, sigma):
-        jax.debug.callback(lambda masks, noise: seen.append((np.asarray(masks), np.asarray(noise))), (tokens == V).sum(-1), sigma, ordered=True)
+        note = lambda *now: seen.append(tuple(map(np.asarray, now)))
+        jax.debug.callback(note, (tokens == V).sum(-1), sigma, ordered=True)
         return jnp.zeros((*tokens.shape, V + 1))
 
     jax.block_until_ready(jax.jit(lambda k: d.sample(score, k, 4000, 5, sampler='first_hitting'))(jax.random.key(0)))
@@ -314,7 +330,8 @@ def test_first_hitting_times_follow_the_process():
     np.testing.assert_allclose(share, np.arange(5, 0, -1) / 6 * (1 - np.exp(-1)), atol=0.015)
 
 
-@pytest.mark.parametrize('eta, window, parity', [(0.15, (0.3, 0.9), False), (0.15, (0.3, 0.9), True), (1.0, (0.05, 0.9), False)])
+@pytest.mark.parametrize('eta, window, parity', [
+    (0.15, (0.3, 0.9), False), (0.15, (0.3, 0.9), True), (1.0, (0.05, 0.9), False)])
 def test_remasking_keeps_the_share_of_masks_on_its_course(eta, window, parity):
     """At 0.15 tokens are redrawn several times over; a rate of 1 cannot be made up for by unmasking, and is capped."""
     d, seen, codes_of = DiscreteDiffusion(V), [], 3000
@@ -324,7 +341,8 @@ def test_remasking_keeps_the_share_of_masks_on_its_course(eta, window, parity):
                            jnp.mean(tokens == V, dtype=jnp.float32), sigma[0])
         return exact_score('absorbing')(tokens, sigma)
 
-    run = jax.jit(lambda k: d.sample(score, k, codes_of, L, sampler='remasking', num_steps=100, eta=eta, window=window, parity=parity))
+    options = dict(sampler='remasking', num_steps=100, eta=eta, window=window, parity=parity)
+    run = jax.jit(lambda k: d.sample(score, k, codes_of, L, **options))
     codes = np.asarray(run(FAST))
     jax.effects_barrier()
     assert len(seen) == 101
@@ -332,7 +350,8 @@ def test_remasking_keeps_the_share_of_masks_on_its_course(eta, window, parity):
         want = -np.expm1(-noise)
         assert abs(share - want) < 0.01 + 5 * np.sqrt(want * (1 - want) / (codes_of * L)), (share, want)
     for position in range(L):
-        np.testing.assert_allclose(np.bincount(codes[:, position], minlength=V) / codes_of, JOINT.sum(1 - position), atol=0.05)
+        share = np.bincount(codes[:, position], minlength=V) / codes_of
+        np.testing.assert_allclose(share, JOINT.sum(1 - position), atol=0.05)
 
 
 def test_same_key_same_codes():
@@ -342,7 +361,7 @@ def test_same_key_same_codes():
     assert (sample(jax.random.key(3)) != sample(jax.random.key(4))).any()
 
 
-@pytest.mark.parametrize('process, sampler', [(process, sampler) for process in SAMPLERS for sampler in SAMPLERS[process]])
+@pytest.mark.parametrize('process, sampler', [(process, name) for process in SAMPLERS for name in SAMPLERS[process]])
 def test_scores_that_do_not_add_up_still_give_tokens(process, sampler):
     d = DiscreteDiffusion(V, process=process)
 
@@ -353,12 +372,13 @@ def test_scores_that_do_not_add_up_still_give_tokens(process, sampler):
         return d.sample(score, key, 32, L, sampler=sampler, num_steps=5)
 
     for level, swing in ((0.0, 30.0), (-30.0, 0.0), (-200.0, 0.0), (200.0, 0.0)):
-        codes = sample(jax.random.key(0), level, swing)
+        codes = sample(FAST, level, swing)
         assert codes.min() >= 0 and codes.max() < V, (level, swing)
 
 
 @pytest.mark.parametrize('fields, message', [
-    (dict(process='masked'), 'process'), (dict(noise='cosine'), 'noise'), (dict(time_sampling='sobol'), 'time_sampling'),
+    (dict(process='masked'), 'process'), (dict(noise='cosine'), 'noise'),
+    (dict(time_sampling='sobol'), 'time_sampling'),
     (dict(eps=0.0), 'eps'), (dict(sigma_min=2.0, sigma_max=1.0), 'sigma_min'), (dict(vocab_size=0), 'vocab_size')])
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
