@@ -29,7 +29,8 @@ def make_model(config: ml_collections.ConfigDict, groups: int = 1) -> sem.SEMEnc
 
 def make_head(config: ml_collections.ConfigDict) -> dino.DINOHead:
     h = config.head
-    return dino.DINOHead(hidden=h.hidden, bottleneck=h.bottleneck, prototypes=h.prototypes, dtype=modules.dtype(config.model))
+    return dino.DINOHead(hidden=h.hidden, bottleneck=h.bottleneck, prototypes=h.prototypes, init_std=h.init_std,
+                         dtype=modules.dtype(config.model))
 
 
 def make_masking(config: ml_collections.ConfigDict) -> masking.BlockMasking:
