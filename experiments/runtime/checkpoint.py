@@ -31,7 +31,8 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
-        self.directory = storage.resolve(directory).absolute()
+        directory = storage.resolve(directory)
+        self.directory = directory if storage.is_remote(directory) else directory.absolute()
         # Asynchronous only where arrays leave the device by copy: on CPU Orbax may write from the very buffer that the
         # next step has been donated.
         options = ocp.CheckpointManagerOptions(
