@@ -38,8 +38,8 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
     # A store that was begun with another encoder or other settings is not continued: all this is compared.
     meta = dict(num_codes=m.num_codes, vocab_size=m.vocab_size, class_names=tuple(source.class_names or ()),
                 image_size=image_size, flip=flip, seed=seed, encoder=fingerprint(encoder.params))
-    with codestore.writer(out, num=len(source), meta=meta) as store:
-        bar = tqdm(total=len(source), initial=store.done, desc='encode', unit='image', dynamic_ncols=True)
+    with codestore.writer(out, num=len(source), meta=meta) as store, \
+            tqdm(total=len(source), initial=store.done, desc='encode', unit='image', dynamic_ncols=True) as bar:
         for start in range(store.done, len(source), batch_size):
             items = [source[i] for i in range(start, min(start + batch_size, len(source)))]
             raw = [item['image'] for item in items]
@@ -60,7 +60,6 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
                                              jax.random.fold_in(jax.random.key(seed), start)).astype(np.float16)
             store.append(rows, names=[item['name'] for item in items])
             bar.update(len(raw))
-        bar.close()
     if source.skipped:
         print(f'{len(source.skipped)} unreadable image(s), each with the next good one in its place: {", ".join(source.skipped)}')
 
