@@ -7,6 +7,7 @@ the code model, samples, composes, evaluates. Interrupt it anywhere and run it a
 same numbers.
 """
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -36,6 +37,9 @@ METHODS = {
     'codes of held-out images': ('code', 'heldout'),
     'embeddings of held-out images': ('embedding', 'heldout'),
 }
+
+# Column of a table in metrics.json -> its heading on the page, where they differ by more than underscores.
+HEADINGS = {'frechet': 'Fréchet distance', 'knn': '20 nearest neighbours', 'linear': 'linear probe'}
 
 
 def once(path: pathlib.Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -173,8 +177,8 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
     }
 
 
-def with_spread(rows: dict[str, dict[str, Any]], digits: int = 3) -> list[dict[str, Any]]:
-    """Table rows in which `x` and `x_std` have become one column "x ± std"."""
+def with_spread(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Table rows in which `x` and `x_std` have become one column "x ± std", both to the second digit of the spread."""
     out = []
     for name, row in rows.items():
         line = {'': name}
@@ -182,8 +186,11 @@ def with_spread(rows: dict[str, dict[str, Any]], digits: int = 3) -> list[dict[s
             if key.endswith('_std'):
                 continue
             spread = row.get(f'{key}_std')
-            text = report.format_value(value, digits)
-            line[key.replace('_', ' ')] = f'{text} ± {report.format_value(spread, 2)}' if spread is not None else text
+            text = report.format_value(value)
+            if value is not None and spread:
+                decimals = max(0, 1 - math.floor(math.log10(spread)))
+                text = f'{value:.{decimals}f} ± {spread:.{decimals}f}'
+            line[HEADINGS.get(key, key.replace('_', ' '))] = text
         out.append(line)
     return out
 
@@ -203,15 +210,15 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
     page.heading('Samples')
     images = np.asarray(heldout.array('images'))
     for method, draws in sets.items():
-        page.images(draws[0]['images'][:64], 16, method, scale=2)
-    page.images(images[:64], 16, 'the held-out images themselves', scale=2)
+        page.images(draws[0]['images'][:64], 16, method, scale=3)
+    page.images(images[:64], 16, 'the held-out images themselves', scale=3)
 
     page.heading('Compositions')
     count = min(12, config.composition.pairs)
     for method, caption in (('average', 'codes drawn from the averaged soft codes'), ('positions', 'each position from either source'),
                             ('embedding', 'averaged continuous embeddings')):
         rows = np.concatenate([images[composed['sources'][:count]], composed[method][:count]], axis=1)
-        page.images(rows.reshape(-1, *rows.shape[2:]), rows.shape[1], f'two sources, then {caption}', scale=2)
+        page.images(rows.reshape(-1, *rows.shape[2:]), rows.shape[1], f'two sources, then {caption}', scale=4)
     page.table(with_spread(metrics['composition']))
     page.text('Share of composed images whose most likely class, to the separate classifier, is that of the first source, of the '
               'second, of either; both: its two most likely classes are the two sources.')

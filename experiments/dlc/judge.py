@@ -1,5 +1,6 @@
 """A small classifier of pixels that no compared model has seen the inside of: its features measure them all alike."""
 import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,14 @@ class Judge:
     @classmethod
     def fit(cls, images: np.ndarray, labels: np.ndarray, *, features: int = 64, seed: int = 0) -> 'Judge':
         """`images` uint8 [N, H, W, C], `labels` int [N]. Deterministic in `seed`."""
-        from sklearn.neural_network import MLPClassifier  # deferred: seconds of imports that --help need not wait for
+        # Deferred: seconds of imports that --help need not wait for.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.neural_network import MLPClassifier
         model = MLPClassifier((256, features), alpha=0.01, learning_rate_init=2e-3, batch_size=128, max_iter=60, tol=0.0,
                               n_iter_no_change=60, random_state=seed)
-        return cls(model.fit(_rows(images), labels))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', ConvergenceWarning)  # the number of epochs is fixed, on purpose
+            return cls(model.fit(_rows(images), labels))
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """float64 [N, F]: activations of the last hidden layer."""

@@ -170,15 +170,23 @@ class StopSignal:
 
 
 class Log:
-    """Every `every` steps: means of the metrics, step time and time spent waiting for data, to `writer` and the bar."""
+    """Every `every` steps: means of the metrics, seconds a step and how many of them went by waiting for the batch, to
+    `writer` and the bar. The first report's seconds include compilation."""
 
     def __init__(self, writer: MetricsWriter | None, every: int):
         self.writer, self.every = writer, every
         self.last: dict[str, float] = {}
-        self._since, self._count = time.monotonic(), 0
+        self._since, self._count, self._waited = time.monotonic(), 0, 0.0
+
+    def next(self, batches: Iterator[Any]) -> Any:
+        """The next batch; the time that takes is what the step waited for."""
+        started = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - started
+        self._count += 1
+        return batch
 
     def __call__(self, step, state, metrics):
-        self._count += 1
         if step % self.every:
             return None
         self.report(metrics.take(leave=1))
@@ -190,7 +198,8 @@ class Log:
         step, values = row
         now = time.monotonic()
         values['seconds_per_step'] = (now - self._since) / max(self._count, 1)
-        self._since, self._count, self.last = now, 0, values
+        values['seconds_waiting_for_batch'] = self._waited / max(self._count, 1)
+        self._since, self._count, self._waited, self.last = now, 0, 0.0, values
         if self.writer:
             self.writer.write(step, values)
 
@@ -247,9 +256,11 @@ def run(state: TrainState, step: Step, batches: Iterator[Any], hooks: Sequence[H
         try:
             for n in range(start + 1, num_steps + 1):
                 with jax.profiler.StepTraceAnnotation(name, step_num=n):
-                    state, values = step(state, next(batches))
+                    state, values = step(state, log_hook.next(batches) if log_hook else next(batches))
                 metrics.push(n, values)
-                for hook in (*hooks, *(h for h in (log_hook, save) if h)):
+                # The last steps are reported after the loop, whole: a step late there is nothing more to wait for.
+                own = (log_hook if n < num_steps else None, save)
+                for hook in (*hooks, *(h for h in own if h)):
                     replaced = hook(n, state, metrics)
                     state = state if replaced is None else replaced
                 bar.update()

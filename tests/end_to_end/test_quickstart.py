@@ -1,0 +1,69 @@
+"""The quickstart's tiny config: everything it promises is written, and interruptions change no number."""
+import json
+
+import numpy as np
+import pytest
+
+from configs.dlc import quickstart as config_lib
+from experiments import quickstart
+from experiments.runtime import loop
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('whole')
+    return workdir, quickstart.quickstart(config_lib.get_config('tiny'), workdir)
+
+
+def test_report_and_metrics_hold_what_is_promised(uninterrupted):
+    workdir, metrics = uninterrupted
+    assert metrics == json.loads((workdir / 'metrics.json').read_text())
+    assert set(metrics['methods']) == {*quickstart.METHODS, 'real training images'}
+    for row in metrics['methods'].values():
+        assert {'frechet', 'precision', 'recall', 'frechet_std', 'nearest_train'} <= set(row)
+        assert np.isfinite([row[name] for name in ('frechet', 'precision', 'recall')]).all()
+    assert set(metrics['representation']) == {'sem', 'codes', 'embedding'}
+    assert set(metrics['codes']) == {'training images', 'held-out images', 'code model'}
+    assert {'perplexity', 'dead_entries', 'nearest_train_code'} <= set(metrics['codes']['code model'])
+    for row in metrics['composition'].values():
+        assert row['first'] + row['second'] == pytest.approx(row['either'])
+    page = (workdir / 'report.html').read_text()
+    for part in ('Methods', 'Samples', 'Compositions', 'Codes and representation', 'Training'):
+        assert f'>{part}<' in page
+    # 4 methods and the held-out images, 3 kinds of compositions, 4 plots
+    assert page.count('<img') == 12 and 'src="http' not in page
+
+
+def test_interrupted_at_three_stages_the_numbers_are_the_same(uninterrupted, tmp_path, monkeypatch):
+    """Stopped in the encoder, in the second generator and while sampling; then run to the end."""
+    config = config_lib.get_config('tiny')
+    steps = config.encoder.num_steps
+    for stop_at in (5, 2 * steps + 3 - 5):  # steps taken by the run that stops: the second one starts at step 5
+        taken = iter(range(1, 10 * steps))
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == stop_at)
+            with pytest.raises(loop.Stopped, match='run the same command to continue'):
+                quickstart.quickstart(config, tmp_path)
+
+    made = []
+
+    def once(path, make):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(path)
+        return original(path, make)
+    original = quickstart.once
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart, 'once', once)
+        with pytest.raises(KeyboardInterrupt):
+            quickstart.quickstart(config, tmp_path)
+    assert (tmp_path / 'generator_none' / 'checkpoints').exists() and not (tmp_path / 'metrics.json').exists()
+
+    assert quickstart.quickstart(config, tmp_path) == uninterrupted[1]
+
+
+def test_another_config_in_the_same_workdir_is_refused(uninterrupted):
+    other = config_lib.get_config('tiny')
+    other.encoder.seed = 1
+    with pytest.raises(ValueError, match='another config; choose another --workdir or delete it'):
+        quickstart.quickstart(other, uninterrupted[0])
