@@ -41,8 +41,10 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | pathlib.Pat
         raise ValueError('experiments.encode writes one store from one process; run it without --distributed')
     m, wanted = encoder.config.model, ('codes', 'embeddings') + ('sem',) * store_sem
 
+    transform = encoder.transform
+
     def prepare(image):
-        return {'input': encoder.preprocess(image), 'crop': augment.center_crop(image, image_size)}
+        return {'input': transform(image), 'crop': augment.center_crop(image, image_size)}
 
     # All that decides what is written: another store is never taken for this one.
     meta = dict(num_codes=m.num_codes, vocab_size=m.vocab_size, class_names=tuple(source.class_names or ()),

@@ -233,10 +233,18 @@ class Encoder:
         config, state = modules.load(workdir, build)
         return cls(config, state.ema['encoder'])
 
-    def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, C] of any size -> float32 [H, W, C]: the ADM centre crop, then mean and std. Never flipped."""
+    @property
+    def transform(self) -> augment.CenterCrop:
+        """uint8 [h, w, C] of any size -> float32 [H, W, C]: the ADM centre crop, then mean and std. Never flipped.
+
+        Without the parameters, so that it can travel to worker processes.
+        """
         d = self.config.data
-        return augment.CenterCrop(d.global_size, tuple(d.mean), tuple(d.std))(image)
+        return augment.CenterCrop(d.global_size, tuple(d.mean), tuple(d.std))
+
+    def preprocess(self, image: np.ndarray) -> np.ndarray:
+        """`transform` of one image."""
+        return self.transform(image)
 
     def encode(self, images: np.ndarray, *, temperature: float | None = None, batch_size: int = 256,
                outputs: Sequence[str] = OUTPUTS) -> dict[str, np.ndarray]:

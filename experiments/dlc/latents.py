@@ -46,7 +46,7 @@ class LatentDecoder:
         return self._run('decode', latents, progress)
 
     def _run(self, what: str, rows: np.ndarray, progress: Callable[[int], None] | None) -> Any:
-        size = min(IMAGES_A_DEVICE * len(jax.devices()), len(rows))
+        size = IMAGES_A_DEVICE * len(jax.devices()) if len(rows) > IMAGES_A_DEVICE else len(rows)
         return self._compiled(what, size)(jax.random.key(0), rows, len(rows), progress)
 
     @functools.lru_cache(maxsize=4)

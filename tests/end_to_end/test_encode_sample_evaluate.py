@@ -2,6 +2,7 @@
 import functools
 import json
 
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +104,20 @@ def test_a_stores_rows_depend_on_the_image_alone(latent_store, encoder, vae, pic
     again = codestore.open_code_store(tmp_path / 'codes')
     for name in ('latents', 'codes', 'labels'):
         np.testing.assert_allclose(again.array(name), latent_store.array(name), rtol=2e-3, atol=2e-3, err_msg=name)
+
+
+def test_worker_processes_are_not_sent_the_encoder(monkeypatch, encoder, pictures, tmp_path):
+    """4 GB of parameters for each of 32 of them."""
+    class Seen(Exception):
+        pass
+
+    def eval_batches(source, transform, batch_size, **kw):
+        assert kw['num_workers'] == 5
+        assert len(cloudpickle.dumps(transform)) < 10_000
+        raise Seen
+    monkeypatch.setattr(encode, 'eval_batches', eval_batches)
+    with pytest.raises(Seen):
+        encode.encode(encoder, pictures, tmp_path / 'codes', image_size=16, num_workers=5)
 
 
 @pytest.mark.parametrize('change, field', [(dict(flip=0.0), 'flip'), (dict(vae=None), 'stored'), (dict(seed=1), 'seed'),
