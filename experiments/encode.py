@@ -6,7 +6,9 @@
 
 Run again after an interruption, it continues; on a finished store it returns at once.
 """
-import pathlib
+import hashlib
+import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,10 +20,10 @@ from experiments.dlc.batches import eval_batches
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import to_model_range
 from experiments.dlc.latents import LatentDecoder
-from experiments.runtime import launch
+from experiments.runtime import launch, storage
 
 
-def encode(encoder: Encoder, source: sources.ImageSource, out: str | pathlib.Path, *, image_size: int,
+def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike, *, image_size: int,
            vae: LatentDecoder | None = None, flip: float = 0.0, store_sem: bool = False, batch_size: int = 256,
            seed: int = 0, num_workers: int = 0) -> None:
     """Writes the code store `out`.
@@ -48,7 +50,7 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | pathlib.Pat
 
     # All that decides what is written: another store is never taken for this one.
     meta = dict(num_codes=m.num_codes, vocab_size=m.vocab_size, class_names=tuple(source.class_names or ()),
-                encoder=encoder.digest, image_size=image_size, stored='images' if vae is None else 'latents',
+                encoder=fingerprint(encoder.params), image_size=image_size, stored='images' if vae is None else 'latents',
                 store_sem=store_sem, flip=flip, seed=seed)
     with codestore.writer(out, num=len(source), meta=meta) as store:
         bar = tqdm(total=len(source), initial=store.done, desc='encode', unit='image', dynamic_ncols=True)
@@ -71,8 +73,16 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | pathlib.Pat
             store.append(rows, names=[source.name(i) for i in batch['index'][real]])
             bar.update(int(real.sum()))
         bar.close()
-    for name in getattr(source, 'skipped', ()):
-        print(f'skipped unreadable {name}')
+    if source.skipped:
+        print(f'{len(source.skipped)} unreadable image(s), each with the next good one in its place: {", ".join(source.skipped)}')
+
+
+def fingerprint(params: Any) -> str:
+    """16 hexadecimal digits that tell one set of weights from another."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()[:16]
 
 
 def main() -> None:
@@ -90,6 +100,11 @@ def main() -> None:
     p.add_argument('--num_workers', type=int, help='processes that read images (default: as the encoder was trained)')
     p.add_argument('--seed', type=int, default=0)
     args, _ = launch.parse(p)
+    if args.batch_size < 1 or (args.image_size is not None and args.image_size < 1):
+        raise ValueError('--batch_size and --image_size must be at least 1')
+    if not 0 <= args.flip <= 1:
+        raise ValueError(f'--flip={args.flip} is a probability; choose it between 0 and 1')
+    storage.check_writable(storage.resolve(args.out).parent, '--out')
     launch.initialize(args)
     encoder = Encoder.load(args.encoder)
     data = encoder.config.data.copy_and_resolve_references()

@@ -11,8 +11,8 @@ the ADM suite's reference file this gives FID, sFID, Inception score, precision 
 without --inception, distances in the features of a small classifier fitted to the --train images, comparable only among
 themselves.
 """
+import argparse
 import json
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,7 +23,7 @@ from dlc_jax.metrics import frechet, inception_features, inception_score, prdc, 
 from dlc_jax.models.inception import InceptionOutput
 from experiments.dlc import codestore, evaluation
 from experiments.dlc.judge import Judge
-from experiments.runtime import launch
+from experiments.runtime import launch, storage
 
 
 def load_images(path: str) -> np.ndarray:
@@ -32,20 +32,23 @@ def load_images(path: str) -> np.ndarray:
     Raises:
         ValueError, OSError: nothing of the kind is there.
     """
-    if pathlib.Path(path).is_dir():
+    place = storage.resolve(path)
+    if not place.exists():
+        raise FileNotFoundError(f'{path}: nothing there; give an .npz of images or a code store')
+    if place.is_dir():
         return np.asarray(codestore.open_code_store(path).array('images'))
     try:
-        with np.load(path) as arrays:
-            for name in ('arr_0', 'images'):
-                if name in arrays:
-                    return arrays[name]
-            raise ValueError(f'{path}: holds {arrays.files}, but no images under arr_0 or images')
-    except (OSError, EOFError) as error:
-        raise OSError(f'{path}: cannot be read ({error}); give an .npz of images or a code store') from error
-    except Exception as error:
-        if isinstance(error, ValueError):
-            raise
-        raise OSError(f'{path}: not a whole .npz ({error}); write it again') from error
+        with np.load(storage.local_copy(path), allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in ('arr_0', 'images') if name in arrays.files}
+            held = arrays.files
+    except Exception as error:  # numpy, zipfile and zlib each have their own
+        raise OSError(f'{path}: truncated or no .npz ({error}); write it again') from None
+    if not found:
+        raise ValueError(f'{path}: holds {held}, but no images under arr_0 or images')
+    images = next(iter(found.values()))
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f'{path}: images are {images.dtype} {images.shape}; expected uint8 [N, H, W, C]')
+    return images
 
 
 def load_statistics(path: str) -> dict[str, frechet.Statistics]:
@@ -54,9 +57,9 @@ def load_statistics(path: str) -> dict[str, frechet.Statistics]:
     The 10 000 images there are for precision and recall; published FIDs are against these statistics, which are of the
     whole training set.
     """
-    if pathlib.Path(path).is_dir():
+    if storage.resolve(path).is_dir():
         return {}
-    with np.load(path) as arrays:
+    with np.load(storage.local_copy(path), allow_pickle=False) as arrays:
         return {name: frechet.Statistics(arrays[f'mu{end}'], arrays[f'sigma{end}'], 0)
                 for name, end in (('pool', ''), ('spatial', '_s')) if f'mu{end}' in arrays and f'sigma{end}' in arrays}
 
@@ -77,6 +80,22 @@ def inception_scores(ours: InceptionOutput, theirs: InceptionOutput,
             'inception_score_std': spread, **scores, 'vendi': vendi.vendi_score(ours.pool)}
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises a ValueError or OSError for flags that do not add up to a measurement."""
+    if not (args.samples or args.heldout):
+        raise ValueError('nothing to measure: give --samples and --reference, or --train and --heldout')
+    if args.samples and not args.reference:
+        raise ValueError('--samples needs --reference: real images to compare with')
+    if args.samples and not (args.inception or args.train):
+        raise ValueError('--samples needs a feature space: --inception=FILE, or --train=STORE to fit a small classifier')
+    if args.heldout and not args.train:
+        raise ValueError('--heldout needs --train: the store that probes are fitted to')
+    if args.batch_size < 1:
+        raise ValueError(f'--batch_size={args.batch_size} must be at least 1')
+    if args.json:
+        storage.check_writable(storage.resolve(args.json).parent, '--json')
+
+
 def main() -> None:
     p = launch.parser(__doc__)
     p.add_argument('--samples', metavar='NPZ', help='images to judge')
@@ -89,32 +108,32 @@ def main() -> None:
     p.add_argument('--batch_size', type=int, default=64)
     p.add_argument('--json', metavar='FILE', help='also write the numbers there')
     args, _ = launch.parse(p)
+    check_flags(args)
     launch.initialize(args)
-    out = {}
+    # ---- Everything is opened before anything is measured --------------------------------------------------------------
+    stores = {name: codestore.open_code_store(path) for name, path in (('train', args.train), ('heldout', args.heldout)) if path}
+    sizes = {name: (store.num_codes, store.vocab_size) for name, store in stores.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f'--train holds codes of L x V = {sizes["train"]} but --heldout {sizes["heldout"]}; encode both with one '
+                         'encoder')
     if args.samples:
-        if not args.reference:
-            raise ValueError('--samples needs --reference: real images to compare with')
-        samples, reference = load_images(args.samples), load_images(args.reference)
-        if samples.shape[1:] != reference.shape[1:]:
-            raise ValueError(f'--samples are {samples.shape[1:]} but --reference images {reference.shape[1:]}; '
-                             'use one size')
-        if args.inception:
-            module, params = convert.from_torch('inception', load_state_dict(args.inception))
-            ours, theirs = (inception_features.inception_features(module, params, [images], batch_size=args.batch_size)
-                            for images in (samples, reference))
-            out['samples'] = inception_scores(ours, theirs, load_statistics(args.reference))
-        elif args.train:
-            store = codestore.open_code_store(args.train)
-            train = np.asarray(store.array('images'))
-            judge = Judge.fit(train, np.asarray(store.array('labels')))
-            out['samples'] = evaluation.sample_set(judge, samples, reference, train)
-        else:
-            raise ValueError('--samples needs a feature space: --inception=FILE, or --train=STORE to fit a '
-                             'small classifier')
+        images = {'samples': load_images(args.samples), 'reference': load_images(args.reference)}
+        if not args.inception:
+            images['train'] = np.asarray(stores['train'].array('images'))
+        for name, x in images.items():
+            if x.shape[1:] != images['samples'].shape[1:]:
+                raise ValueError(f'--samples are {images["samples"].shape[1:]} but --{name} images {x.shape[1:]}; use one size')
+
+    out = {}
+    if args.samples and args.inception:
+        module, params = convert.from_torch('inception', load_state_dict(storage.local_copy(args.inception)))
+        ours, theirs = (inception_features.inception_features(module, params, [images[name]], batch_size=args.batch_size)
+                        for name in ('samples', 'reference'))
+        out['samples'] = inception_scores(ours, theirs, load_statistics(args.reference))
+    elif args.samples:
+        judge = Judge.fit(images['train'], np.asarray(stores['train'].array('labels')))
+        out['samples'] = evaluation.sample_set(judge, images['samples'], images['reference'], images['train'])
     if args.heldout:
-        if not args.train:
-            raise ValueError('--heldout needs --train: the store that probes are fitted to')
-        stores = {name: codestore.open_code_store(getattr(args, name)) for name in ('train', 'heldout')}
         # Not the images or latents: of ImageNet they do not fit into memory.
         sets = {name: {a: np.asarray(store.array(a)) for a in evaluation.REPRESENTATION if a in store.arrays}
                 for name, store in stores.items()}
@@ -122,13 +141,12 @@ def main() -> None:
         out['representation'] = evaluation.representation(sets['train'], sets['heldout'], num_classes, vocab_size,
                                                           probe=args.probe)
         out['codes'] = {name: evaluation.code_usage(s['codes'], vocab_size) for name, s in sets.items()}
-    if not out:
-        raise ValueError('nothing to measure: give --samples and --reference, or --train and --heldout')
     text = json.dumps(out, indent=1)
     print(text)
     if args.json:
-        pathlib.Path(args.json).write_text(text + '\n')
+        with storage.write_whole(args.json) as file:
+            file.write((text + '\n').encode())
 
 
 if __name__ == '__main__':
-    launch.main(main)
+    launch.main(main, stopped='nothing was written; run the same command again', status=None)

@@ -2,8 +2,7 @@
 arXiv 2304.07193). SEM is a bottleneck on the class token only."""
 import dataclasses
 import functools
-import pathlib
-import zlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from dlc_jax.ssl import augment, dino, ibot, koleo, masking
 from experiments.dlc import batches as batches_lib
 from experiments.dlc import modules, sources
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import optim, partition
+from experiments.runtime import optim, partition, storage
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 
@@ -202,7 +201,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
 def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
     """Student and teacher backbones from released DINOv2 weights; the SEM and DINO heads keep their random start."""
-    _, released = convert.from_torch('dinov2', load_state_dict(config.pretrained), num_heads=make_model(config).num_heads)
+    _, released = convert.from_torch('dinov2', load_state_dict(storage.local_copy(config.pretrained)), num_heads=make_model(config).num_heads)
     flat = partition.flatten(released)
     used = set()
 
@@ -229,8 +228,8 @@ class Encoder:
     params: Any
 
     @classmethod
-    def load(cls, workdir: str | pathlib.Path) -> 'Encoder':
-        config, state = modules.load(workdir, build)
+    def load(cls, workdir: str | os.PathLike) -> 'Encoder':
+        config, state = modules.load(workdir, 'encoder', build)
         return cls(config, state.ema['encoder'])
 
     @property
@@ -272,11 +271,6 @@ class Encoder:
                 out = model.apply({'params': params}, images, temperature=temperature)
             return {name: x for name, x in zip(OUTPUTS, (out.dlc, out.sem, out.cls)) if name in outputs}
         return modules.Batched(one, self.params, batch_size)
-
-    @functools.cached_property
-    def digest(self) -> int:
-        """Tells this encoder's weights from others': a checksum of those that every training step moves."""
-        return zlib.crc32(b''.join(np.asarray(self.params[name]).tobytes() for name in ('cls_token', 'pos_embed')))
 
     def encode_images(self, images: list[np.ndarray], **kwargs: Any) -> dict[str, np.ndarray]:
         """`encode` of raw uint8 images."""

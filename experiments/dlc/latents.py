@@ -1,7 +1,7 @@
 """Latents of the released Stable Diffusion autoencoder: how the paper's generator sees images (arXiv 2507.12318 §4)."""
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +14,7 @@ from dlc_jax.convert.files import load_state_dict
 from dlc_jax.diffusion.gaussian import to_uint8
 from dlc_jax.models.vae import SCALING_FACTOR
 from experiments.dlc import modules
+from experiments.runtime import storage
 
 IMAGES_A_DEVICE = 16  # at 256 pixels the decoder's widest features take a gigabyte for as many
 
@@ -25,9 +26,9 @@ class LatentDecoder:
     params: Any
 
     @classmethod
-    def load(cls, path: str | pathlib.Path) -> 'LatentDecoder':
+    def load(cls, path: str | os.PathLike) -> 'LatentDecoder':
         """From a directory or file of released weights (diffusers names)."""
-        return cls(*convert.from_torch('sd_vae', load_state_dict(path)))
+        return cls(*convert.from_torch('sd_vae', load_state_dict(storage.local_copy(path))))
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """(height, width, channels) of the latents of square images of `image_size` pixels."""

@@ -126,11 +126,35 @@ def test_killed_and_resumed_is_bit_identical(kind, store, tmp_path):
         np.testing.assert_array_equal(leaf, other, err_msg=name)
 
 
-def test_accumulated_encoder_step_is_finite_and_close(store):
-    """Two microbatches: the same loss up to what is per microbatch (centers see half the batch, as two GPUs would)."""
+def accumulating(centering, store):
+    """The encoder's config in two microbatches. Its `groups` are given, so masks and neighbours do not depend on that."""
     config = config_of('encoder', store)
-    config.model.drop_path = 0.0
-    _, whole = run(config, one_device(), 1)
-    config.accumulate = 2
-    _, parts = run(config, one_device(), 1)
-    assert parts[0]['loss'] == pytest.approx(whole[0]['loss'], rel=1e-4)
+    config.model.drop_path, config.loss.centering, config.accumulate = 0.0, centering, 2
+    return config
+
+
+def test_microbatches_with_centers_take_the_step_of_the_whole_batch(store):
+    """Targets come row by row from centers of earlier steps, and every term is a mean over rows, crops or groups."""
+    config = accumulating('center', store)
+    parts_state, (parts,) = run(config, one_device(), 1)
+    config.accumulate = 1
+    whole_state, (whole,) = run(config, one_device(), 1)
+    for name in set(whole) - {'sem_usage'}:  # which is no mean: the perplexity of the mean code of the rows at hand
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
+    np.testing.assert_allclose(parts_state.extra['dino'], whole_state.extra['dino'], rtol=1e-4, atol=1e-7)
+
+
+def test_microbatches_with_sinkhorn_are_each_a_batch_of_their_own(store):
+    """Sinkhorn-Knopp spreads the rows at hand over the prototypes, so here a microbatch has targets of its own, as a GPU
+    of the original would if it did not exchange them: the step is the mean over microbatches, not that of the whole."""
+    config = accumulating('sinkhorn_knopp', store)
+    stepped, (got,) = run(config, one_device(), 1)
+    experiment, batch = train.build(config, one_device()), next(train.build(config, one_device()).open_batches())
+    state, loss = experiment.init(jax.random.key(0)), jax.jit(experiment.loss)
+    halves = [loss(state.params, state, {name: np.split(x, 2)[i] for name, x in batch.items()}, jax.random.key(1)) for i in range(2)]
+    assert got['loss'] == pytest.approx(np.mean([value for value, _ in halves]), rel=1e-5)
+    for name in halves[0][1]['metrics']:
+        assert got[name] == pytest.approx(np.mean([aux['metrics'][name] for _, aux in halves]), rel=1e-5), name
+    for name in ('dino', 'ibot'):  # centers start at 0 and move by 1 - momentum
+        mean = np.mean([aux['means'][name] for _, aux in halves], axis=0)
+        np.testing.assert_allclose(stepped.extra[name], (1 - config.loss.center_momentum) * mean, rtol=1e-4, atol=1e-7)
