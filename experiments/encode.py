@@ -52,8 +52,8 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
     meta = dict(num_codes=m.num_codes, vocab_size=m.vocab_size, class_names=tuple(source.class_names or ()),
                 encoder=fingerprint(encoder.params), image_size=image_size, stored='images' if vae is None else 'latents',
                 store_sem=store_sem, flip=flip, seed=seed)
-    with codestore.writer(out, num=len(source), meta=meta) as store:
-        bar = tqdm(total=len(source), initial=store.done, desc='encode', unit='image', dynamic_ncols=True)
+    with codestore.writer(out, num=len(source), meta=meta) as store, \
+            tqdm(total=len(source), initial=store.done, desc='encode', unit='image', dynamic_ncols=True) as bar:
         for batch in eval_batches(source, prepare, min(batch_size, len(source)), start=store.done,
                                   num_workers=num_workers):
             real = batch['mask']
@@ -72,7 +72,6 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
                 rows['latents'] = (mean + std * noise)[real].astype(np.float16)
             store.append(rows, names=[source.name(i) for i in batch['index'][real]])
             bar.update(int(real.sum()))
-        bar.close()
     if source.skipped:
         print(f'{len(source.skipped)} unreadable image(s), each with the next good one in its place: {", ".join(source.skipped)}')
 

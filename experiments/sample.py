@@ -243,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    launch.main(main, stopped='nothing was written; run the same command again', status=None)
+    launch.main(main, stopped=launch.NOTHING_WRITTEN, status=None)

@@ -1,20 +1,9 @@
-"""Shared fixtures. The whole suite runs on eight fake CPU devices, so that every sharded path is exercised.
-
-Compiled programs are kept for the length of the run and shared by its workers, for the same training steps come up in many
-tests. Set JAX_COMPILATION_CACHE_DIR to keep them from run to run.
-"""
-import atexit
+"""Shared fixtures. The whole suite runs on eight fake CPU devices, so that every sharded path is exercised."""
 import os
-import shutil
-import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # workers and commands started by tests inherit it
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='compiled-')
-    atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import pathlib
 

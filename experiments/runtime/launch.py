@@ -24,6 +24,7 @@ from experiments.runtime.loop import Stopped
 
 log = logging.getLogger(__name__)
 
+NOTHING_WRITTEN = 'nothing was written; run the same command again'  # for `main`'s `stopped`
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
 

@@ -1,14 +1,21 @@
-"""What a user may get wrong, through the real commands: one line that names the thing and the fix, before anything is computed."""
-import json
+"""What a user may get wrong, through the real commands: one line that names the thing and the fix, before anything is computed.
+
+Then what may go wrong around them: damaged images and checkpoints, a full disk, a signal.
+"""
+import errno
 import os
 import re
 import resource
 import signal
 import sys
+import types
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from PIL import Image
 
 from experiments import compile as compile_command
@@ -17,6 +24,8 @@ from experiments.dlc import codestore, modules
 from experiments.runtime import launch, loop
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
+from experiments.runtime.experiment import Experiment
+from experiments.runtime.state import TrainState
 
 COMMANDS = {'train': train, 'encode': encode, 'sample': sample, 'evaluate': evaluate, 'quickstart': quickstart,
             'compile': compile_command}
@@ -91,15 +100,18 @@ def places(tmp_path_factory):
 @pytest.fixture
 def call(places, monkeypatch, capfd):
     """Runs a command in this process: exit status and what it said on stderr."""
+    endings = {sample: dict(stopped=launch.NOTHING_WRITTEN, status=None)}
+
     def run(command, arguments):
         monkeypatch.setattr(sys, 'argv', [command, *arguments.format(at=places).split()])
         capfd.readouterr()
         try:
-            launch.main(COMMANDS[command].main)
+            launch.main(COMMANDS[command].main, **endings.get(COMMANDS[command], {}))
             status = 0
         except SystemExit as stop:
             status = stop.code
-        return status, capfd.readouterr().err
+        run.printed, said = capfd.readouterr()
+        return status, said
     return run
 
 
@@ -237,3 +249,195 @@ def test_one_line_that_names_the_thing(command, arguments, says, call, places, n
     assert len(lines) == 1 and lines[0].startswith('error: '), said
     assert re.search(says, lines[0]), said
     assert not list(places.glob('new*/checkpoints/*')) and not list(places.glob('*.partial'))
+
+
+# ---- Around a run: stand-ins for the networks, everything else is real ------------------------------------------------
+
+def hit_at(number):
+    """A function that sends this process SIGTERM the `number`-th time it is called."""
+    calls = []
+
+    def hit():
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return hit
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    """Takes the place of trained encoders; `encoder.each_batch` is called with every batch."""
+    model = ml_collections.ConfigDict(dict(num_codes=L, vocab_size=V))
+    data = ml_collections.ConfigDict(dict(name='digits', path='', image_size=16, channels=1, global_size=16, heldout=0.25))
+    stub = types.SimpleNamespace(config=ml_collections.ConfigDict(dict(model=model, data=data)), params={'w': np.ones(3)},
+                                 preprocess=lambda image: image.astype(np.float32), each_batch=lambda: None)
+
+    def codes(x, batch_size):
+        stub.each_batch()
+        value = x.reshape(len(x), -1).mean(1).astype(int) % V
+        return {'codes': np.repeat(value[:, None], L, 1), 'embeddings': np.zeros((len(x), 4), np.float32)}
+    stub.encode = codes
+    monkeypatch.setattr(encode.Encoder, 'load', lambda path: stub)
+    return stub
+
+
+def test_a_corrupt_image_is_skipped_counted_and_named(call, encoder, tmp_path):
+    for i in range(6):
+        Image.fromarray(np.full((16, 16), 20 * i, np.uint8)).save(tmp_path / f'{i}.png')
+    (tmp_path / '4.png').write_bytes(b'\x89PNG but no more')
+    status, _ = call('encode', f'--encoder=x --data=folder --path={tmp_path} --split=all --out={tmp_path}/codes')
+    assert status == 0
+    assert '1 unreadable image(s), each with the next good one in its place: 4.png' in call.printed
+    store = codestore.open_code_store(tmp_path / 'codes')
+    assert store.names == ['0.png', '1.png', '2.png', '3.png', '5.png', '5.png']
+
+
+def test_encode_stopped_by_a_signal_continues(call, encoder, tmp_path):
+    arguments = f'--encoder=x --split=heldout --batch_size=100 --out={tmp_path}'
+    assert call('encode', arguments + '/whole')[0] == 0
+    encoder.each_batch = hit_at(3)
+    status, said = call('encode', arguments + '/cut')
+    assert status == 0 and said.strip().endswith('stopped by signal; run the same command to continue')
+    with pytest.raises(OSError, match='unfinished, 200 of 450'):
+        codestore.open_code_store(tmp_path / 'cut')
+    assert call('encode', arguments + '/cut')[0] == 0
+    whole, cut = (codestore.open_code_store(tmp_path / name) for name in ('whole', 'cut'))
+    for name in whole.arrays:
+        np.testing.assert_array_equal(whole.array(name), cut.array(name))
+    encoder.params = {'w': np.zeros(3)}
+    status, said = call('encode', arguments + '/cut')
+    assert status == 2 and 'holds a store with encoder=' in said
+
+
+@pytest.fixture
+def generator(monkeypatch, places):
+    """Takes the place of trained generators; `generator.while_sampling` is called by `sample`."""
+    stub = types.SimpleNamespace(config=launch.read_config(places / 'none'), while_sampling=lambda: None)
+
+    def draw(key, cond, num, **unused):
+        stub.while_sampling()
+        return np.zeros((num, 16, 16, 1), np.float32)
+    stub.sample = draw
+    monkeypatch.setattr(sample.Generator, 'load', lambda path: stub)
+    return stub
+
+
+def test_sample_stopped_by_a_signal_says_so(call, generator, tmp_path):
+    generator.while_sampling = hit_at(1)
+    status, said = call('sample', f'--unconditional --generator=x --out={tmp_path}/x.npz')
+    assert status == 128 + signal.SIGTERM and 'stopped by signal; nothing was written; run the same command again' in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_does_not_cost_the_samples(call, generator, tmp_path, monkeypatch):
+    def full(*unused):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(sample, 'write', full)
+    monkeypatch.setattr(sample.tempfile, 'mkdtemp', lambda: str(tmp_path))
+    status, said = call('sample', f'--unconditional --generator=x --num=3 --out={tmp_path}/x.png')
+    assert status == 2 and f'No space left on device; the samples are in {tmp_path}/samples.npz' in said
+    with np.load(tmp_path / 'samples.npz') as arrays:
+        assert arrays['arr_0'].shape == (3, 16, 16, 1)
+
+
+def test_quickstart_stopped_by_a_signal_says_how_to_continue(call, tmp_path, monkeypatch):
+    hit = hit_at(1)
+    monkeypatch.setattr(quickstart, 'train', lambda *unused, **also: hit())
+    status, said = call('quickstart', f'--config=configs/dlc/quickstart.py:tiny --workdir={tmp_path}')
+    assert status == 0 and 'run the same command to continue' in said
+
+
+@pytest.fixture
+def linear(monkeypatch):
+    """A linear model in place of the networks, so that `train` runs in no time."""
+    width = 2048  # 32 KiB: more than the file-size limit below
+
+    class Stream:
+        def __init__(self):
+            self.position = 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.position += 1
+            return {'x': np.random.default_rng(self.position).normal(size=(8, 4)).astype(np.float32)}
+
+        def get_state(self):
+            return {'position': self.position}
+
+        def set_state(self, state):
+            self.position = state['position']
+
+    def loss(params, state, batch, rng):
+        return jnp.mean((batch['x'] @ params['w']) ** 2), {}
+
+    def step(state, batch):
+        value, grads = jax.value_and_grad(lambda p: loss(p, state, batch, None)[0])(state.params)
+        return state.replace(step=state.step + 1, params=jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads)), {'loss': value}
+
+    def init(key):
+        return TrainState(jnp.int32(0), {'w': jax.random.normal(key, (4, width))}, (), None, key)
+
+    experiment = Experiment(init, loss, step, ((r'w', PartitionSpec()),), {'x': jax.ShapeDtypeStruct((8, 4), jnp.float32)}, Stream)
+    monkeypatch.setattr(train, 'build', lambda config, mesh: experiment)
+
+
+def weights(workdir):
+    like = {'w': jax.ShapeDtypeStruct((4, 2048), jnp.float32)}
+    checkpointer = Checkpointer(workdir / 'checkpoints', read_only=True)
+    step, state, _ = checkpointer.restore(TrainState(jax.ShapeDtypeStruct((), jnp.int32), like, (), None,
+                                                     jax.eval_shape(jax.random.key, 0)))
+    checkpointer.close()
+    return step, np.asarray(state.params['w'])
+
+
+def test_a_truncated_newest_checkpoint_falls_back_and_says_so(call, linear, places, tmp_path, caplog):
+    arguments = '--config={at}/tiny.py:none --workdir=' + str(tmp_path)
+    assert call('train', arguments)[0] == 0
+    step, whole = weights(tmp_path)
+    for path in (tmp_path / 'checkpoints' / '8' / 'state').rglob('*'):
+        if path.is_file() and path.stat().st_size > 64:
+            os.truncate(path, path.stat().st_size // 2)
+    assert call('train', arguments)[0] == 0
+    assert 'unreadable checkpoint 8' in caplog.text and 'continuing from 4' in caplog.text
+    again, resumed = weights(tmp_path)
+    assert step == again == 8
+    np.testing.assert_array_equal(whole, resumed)
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # as in test_loop_checkpoint.py
+def test_a_full_disk_costs_no_step_that_was_saved(call, linear, places, tmp_path, monkeypatch):
+    arguments = '--config={at}/tiny.py:none --workdir=' + str(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = loop.Save.save
+
+    def save_on_a_full_disk(self, step, state):
+        if step > 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, limits[1]))
+        save(self, step, state)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Save, 'save', save_on_a_full_disk)
+            status, said = call('train', arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and re.search('error: could not write checkpoint 8 .*checkpoint 4 is intact.*run the same command again', said)
+    assert call('train', arguments)[0] == 0 and weights(tmp_path)[0] == 8
+
+
+def test_train_stopped_by_a_signal_continues(call, linear, places, tmp_path, monkeypatch):
+    arguments = '--config={at}/tiny.py:none --workdir=' + str(tmp_path)
+    hit, write = hit_at(2), loop.MetricsWriter.write
+
+    def write_and_hit(self, step, values):
+        write(self, step, values)
+        hit()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.MetricsWriter, 'write', write_and_hit)
+        status, said = call('train', arguments)
+    assert status == 0 and re.search(r'stopped by signal at step \d of 8, state saved; run the same command to continue', said)
+    assert weights(tmp_path)[0] < 8
+    assert call('train', arguments)[0] == 0 and weights(tmp_path)[0] == 8
+    status, said = call('train', arguments + ' --config.num_steps=6')
+    assert status == 0 and weights(tmp_path)[0] == 8

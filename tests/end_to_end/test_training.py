@@ -7,24 +7,44 @@ import numpy as np
 import pytest
 
 from configs.dlc import quickstart
-from experiments import encode, train
-from experiments.dlc import sources
-from experiments.dlc.encoder import Encoder
+from experiments import train
+from experiments.dlc import codestore, sources
 from experiments.runtime import partition
 from experiments.runtime import mesh as mesh_lib
 
-KINDS = ('encoder', 'code', 'none', 'embedding', 'code_model')
+# Tests of one kind run in one worker (--dist loadgroup), for they share compiled steps.
+KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in ('encoder', 'code', 'none', 'embedding', 'code_model')]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def built_once():
+    """One experiment for each config and mesh: jax then compiles its step once, however often a test trains it.
+
+    A persistent compilation cache would do the same across workers, but programs that XLA:CPU reads back from one may
+    order their collectives differently on each of several devices, and hang.
+    """
+    built, build = {}, train.build
+
+    def once(config, mesh):
+        key = config.to_json(), mesh
+        if key not in built:
+            built[key] = build(config.copy_and_resolve_references(), mesh)
+        return built[key]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'build', once)
+        yield
 
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
-    """A code store made by an untrained encoder: enough to train on."""
-    root = tmp_path_factory.mktemp('store')
-    config = quickstart.get_config('tiny').encoder.copy_and_resolve_references()
-    config.num_steps = 1
-    train.train(config, root / 'encoder', mesh=one_device())
-    encode.encode(Encoder.load(root / 'encoder'), sources.image_source(config.data, 'heldout'), root / 'codes', image_size=16)
-    return root / 'codes'
+    """Held-out digits with codes and embeddings drawn at random: enough to train on."""
+    path, rng = tmp_path_factory.mktemp('store') / 'codes', np.random.default_rng(0)
+    source = sources.image_source(quickstart.get_config('tiny').encoder.data, 'heldout')
+    with codestore.writer(path, num=len(source), meta=dict(num_codes=16, vocab_size=16)) as opened:
+        opened.append({'codes': rng.integers(0, 16, (len(source), 16)), 'labels': source.labels, 'images': source.images,
+                       'embeddings': rng.normal(size=(len(source), 32)).astype(np.float32)},
+                      names=[source.name(i) for i in range(len(source))])
+    return path
 
 
 def one_device():
@@ -83,7 +103,7 @@ def unsharded(kind, store):
     return run(config_of(kind, store), one_device(), 3)
 
 
-@pytest.mark.parametrize('kind', sorted(GOLDEN))
+@pytest.mark.parametrize('kind', [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in sorted(GOLDEN)])
 def test_golden_metrics_of_three_steps(kind, store):
     _, losses = unsharded(kind, store)
     for name, values in GOLDEN[kind].items():
