@@ -1,23 +1,26 @@
 """Measures trained models and sets of samples.
 
     # k-NN and linear probe on soft codes, bare codes and the embedding; how the codes use their vocabulary
-    python -m experiments.evaluate --train=codes/train --heldout=codes/heldout
+    python -m experiments.evaluate --train=codes/train --heldout=codes/heldout          (ImageNet: --probe=sgd)
     # images against a reference, in a feature space of your choice
     python -m experiments.evaluate --samples=samples.npz --reference=codes/heldout --train=codes/train
-    python -m experiments.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --inception=DIR
+    python -m experiments.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --inception=FILE
 
-Stores come from experiments.encode, samples.npz from experiments.sample. With --inception (the released FID weights) this
-gives FID, sFID, Inception score, precision and recall as they are published; without, distances in the features of a
-small classifier fitted to the --train images, comparable only among themselves.
+Stores come from experiments.encode, samples.npz from experiments.sample. With --inception (the released FID weights) and
+the ADM suite's reference file this gives FID, sFID, Inception score, precision and recall as they are published;
+without --inception, distances in the features of a small classifier fitted to the --train images, comparable only among
+themselves.
 """
 import argparse
 import json
+from collections.abc import Mapping
 
 import numpy as np
 
 from dlc_jax import convert
 from dlc_jax.convert.files import load_state_dict
-from dlc_jax.metrics import frechet, inception_features, inception_score
+from dlc_jax.metrics import frechet, inception_features, inception_score, prdc, probes, vendi
+from dlc_jax.models.inception import InceptionOutput
 from experiments.dlc import codestore, evaluation
 from experiments.dlc.judge import Judge
 from experiments.runtime import launch, storage
@@ -48,16 +51,33 @@ def load_images(path: str) -> np.ndarray:
     return images
 
 
-def inception_scores(weights: str, samples: np.ndarray, reference: np.ndarray, batch_size: int) -> dict[str, float]:
-    """FID, sFID, IS, precision and recall in the released Inception's features (the ADM suite's protocol)."""
-    module, params = convert.from_torch('inception', load_state_dict(storage.local_copy(weights)))
+def load_statistics(path: str) -> dict[str, frechet.Statistics]:
+    """Means and covariances stored beside the images of an ADM reference file: `pool` (FID) and `spatial` (sFID), or {}.
 
-    ours, theirs = (inception_features.inception_features(module, params, [images], batch_size=batch_size)
-                    for images in (samples, reference))
-    scores = evaluation.compare(ours.pool, theirs.pool)
+    The 10 000 images there are for precision and recall; published FIDs are against these statistics, which are of the
+    whole training set.
+    """
+    if storage.resolve(path).is_dir():
+        return {}
+    with np.load(storage.local_copy(path), allow_pickle=False) as arrays:
+        return {name: frechet.Statistics(arrays[f'mu{end}'], arrays[f'sigma{end}'], 0)
+                for name, end in (('pool', ''), ('spatial', '_s')) if f'mu{end}' in arrays and f'sigma{end}' in arrays}
+
+
+def inception_scores(ours: InceptionOutput, theirs: InceptionOutput,
+                     statistics: Mapping[str, frechet.Statistics]) -> dict[str, float]:
+    """The ADM suite's scores, and the Vendi score, of samples with features `ours`.
+
+    Args:
+        theirs: features of reference images.
+        statistics: of the reference, in place of those of `theirs`: `pool`, `spatial`, or none.
+    """
+    distance = lambda name: frechet.frechet_distance(
+        frechet.statistics(getattr(ours, name)), statistics.get(name) or frechet.statistics(getattr(theirs, name)))
     mean, spread = inception_score.inception_score(ours.unbiased_logits)
-    return {'fid': scores.pop('frechet'), 'inception_score': float(mean), 'inception_score_std': float(spread),
-            'sfid': frechet.frechet_distance(frechet.statistics(ours.spatial), frechet.statistics(theirs.spatial)), **scores}
+    scores = prdc.prdc(theirs.pool, ours.pool, k=3)
+    return {'fid': distance('pool'), 'sfid': distance('spatial'), 'inception_score': mean,
+            'inception_score_std': spread, **scores, 'vendi': vendi.vendi_score(ours.pool)}
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -67,7 +87,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.samples and not args.reference:
         raise ValueError('--samples needs --reference: real images to compare with')
     if args.samples and not (args.inception or args.train):
-        raise ValueError('--samples needs a feature space: --inception=DIR, or --train=STORE to fit a small classifier')
+        raise ValueError('--samples needs a feature space: --inception=FILE, or --train=STORE to fit a small classifier')
     if args.heldout and not args.train:
         raise ValueError('--heldout needs --train: the store that probes are fitted to')
     if args.batch_size < 1:
@@ -82,7 +102,9 @@ def main() -> None:
     p.add_argument('--reference', metavar='NPZ|STORE', help='real images that no model has seen')
     p.add_argument('--train', metavar='STORE', help='code store of the training images')
     p.add_argument('--heldout', metavar='STORE', help='code store of the held-out images')
-    p.add_argument('--inception', metavar='DIR', help='released FID Inception weights')
+    p.add_argument('--probe', choices=probes.METHODS, default='lbfgs',
+                   help="linear probe: to its optimum, for small sets, or by DINOv2's recipe")
+    p.add_argument('--inception', metavar='FILE', help='released FID Inception weights')
     p.add_argument('--batch_size', type=int, default=64)
     p.add_argument('--json', metavar='FILE', help='also write the numbers there')
     args, _ = launch.parse(p)
@@ -104,15 +126,21 @@ def main() -> None:
 
     out = {}
     if args.samples and args.inception:
-        out['samples'] = inception_scores(args.inception, images['samples'], images['reference'], args.batch_size)
+        module, params = convert.from_torch('inception', load_state_dict(storage.local_copy(args.inception)))
+        ours, theirs = (inception_features.inception_features(module, params, [images[name]], batch_size=args.batch_size)
+                        for name in ('samples', 'reference'))
+        out['samples'] = inception_scores(ours, theirs, load_statistics(args.reference))
     elif args.samples:
         judge = Judge.fit(images['train'], np.asarray(stores['train'].array('labels')))
         out['samples'] = evaluation.sample_set(judge, images['samples'], images['reference'], images['train'])
     if args.heldout:
-        sets = {name: {a: np.asarray(store.array(a)) for a in store.arrays} for name, store in stores.items()}
-        vocab = stores['train'].vocab_size
-        out['representation'] = evaluation.representation(sets['train'], sets['heldout'], int(sets['train']['labels'].max()) + 1, vocab)
-        out['codes'] = {name: evaluation.code_usage(s['codes'], vocab) for name, s in sets.items()}
+        # Not the images or latents: of ImageNet they do not fit into memory.
+        sets = {name: {a: np.asarray(store.array(a)) for a in evaluation.REPRESENTATION if a in store.arrays}
+                for name, store in stores.items()}
+        num_classes, vocab_size = int(sets['train']['labels'].max()) + 1, stores['train'].vocab_size
+        out['representation'] = evaluation.representation(sets['train'], sets['heldout'], num_classes, vocab_size,
+                                                          probe=args.probe)
+        out['codes'] = {name: evaluation.code_usage(s['codes'], vocab_size) for name, s in sets.items()}
     text = json.dumps(out, indent=1)
     print(text)
     if args.json:

@@ -5,6 +5,9 @@
     # from the codes of real images, and from several images' codes at once
     python -m experiments.sample --from_images a.png b.png --encoder=RUN --generator=RUN --out=out_dir/
     python -m experiments.sample --compose a.png b.png --encoder=RUN --generator=RUN --num=16 --out=samples.npz
+    # the paper's 50 000 images from a generator of latents, decoded by the released sd-vae-ft-ema (diffusers format)
+    python -m experiments.sample --unconditional --code_model=RUN --generator=RUN --vae=sd-vae-ft-ema/ --num=50000 \\
+        --guidance=1.4 --out=samples.npz
 
 RUN is the --workdir of a training run. --out decides the form: one .png grid, an .npz of uint8 [N, H, W, C] under
 `arr_0` (what FID evaluators read), or a directory of numbered files.
@@ -69,23 +72,56 @@ def check_codes(generator: Generator, num_codes: int, vocab_size: int, of: str) 
     """Raises a ValueError unless the generator takes the codes that `of` makes."""
     m = generator.config.model
     if m.condition != 'code':
-        raise ValueError(f'the generator is conditioned on {m.condition!r}, not on codes; train one with model.condition=code')
+        raise ValueError(f'the generator is conditioned on {m.condition!r}, not on codes; train one with '
+                         'model.condition=code')
     if (m.num_codes, m.vocab_size) != (num_codes, vocab_size):
-        raise ValueError(f'{of} makes codes of {num_codes} x {vocab_size} but the generator takes {m.num_codes} x {m.vocab_size}; '
-                         'use models trained on the same code store')
+        raise ValueError(f'{of} makes codes of {num_codes} x {vocab_size} but the generator takes '
+                         f'{m.num_codes} x {m.vocab_size}; use models trained on the same code store')
+
+
+def read_condition(generator: Generator, encoder: Encoder, images: list[np.ndarray], num: int, *, compose: bool,
+                   key: jax.Array, method: str, temperature: float) -> np.ndarray:
+    """Conditions [num, ...] made of uint8 `images` of any size: theirs in turn, or compositions of all of them.
+
+    A generator on continuous embeddings gets those; composed, it is their mean, the paper's baseline (arXiv 2507.12318
+    §5.2), which has no draws: its samples differ by their noise alone.
+
+    Raises:
+        ValueError: the generator takes neither the encoder's codes nor its embeddings.
+    """
+    if generator.config.model.condition == 'embedding':
+        rows = encoder.encode_images(images, outputs=('embeddings',))['embeddings']
+        if rows.shape[1] != generator.config.model.embedding_dim:
+            raise ValueError(f'the encoder makes embeddings of {rows.shape[1]} numbers but the generator takes '
+                             f'{generator.config.model.embedding_dim}')
+        rows = rows.mean(0, keepdims=True) if compose else rows
+        return np.resize(rows, (num, rows.shape[1]))
+    check_codes(generator, encoder.config.model.num_codes, encoder.config.model.vocab_size, '--encoder')
+    if compose:
+        sems = encoder.encode_images(images, temperature=temperature, outputs=('sem',))['sem']
+        return np.asarray(codes_lib.compose(key, sems, num, method=method))
+    return np.resize(encoder.encode_images(images, outputs=('codes',))['codes'], (num, encoder.config.model.num_codes))
+
+
+def to_bytes(x: np.ndarray, block: int = 4096) -> np.ndarray:
+    """Images in model range -> uint8, `block` at a time on the device."""
+    return np.concatenate([np.asarray(to_uint8(x[i:i + block])) for i in range(0, len(x), block)])
 
 
 def parser() -> argparse.ArgumentParser:
     p = launch.parser(__doc__)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument('--unconditional', action='store_true', help='codes from --code_model (or none, for a generator without one)')
-    what.add_argument('--from_images', nargs='+', metavar='IMAGE', help='codes of these images')
+    what.add_argument('--unconditional', action='store_true',
+                      help='codes from --code_model (or none, for a generator without a condition)')
+    what.add_argument('--from_images', nargs='+', metavar='IMAGE', help='codes (or embeddings) of these images')
     what.add_argument('--compose', nargs='+', metavar='IMAGE', help='codes composed of those of two or more images')
-    what.add_argument('--classes', nargs='+', type=int, metavar='CLASS', help='class indices, for a class-conditional generator')
+    what.add_argument('--classes', nargs='+', type=int, metavar='CLASS',
+                      help='class indices, for a class-conditional generator')
     p.add_argument('--generator', '--dit', required=True, metavar='RUN')
     p.add_argument('--code_model', '--sedd', metavar='RUN')
     p.add_argument('--encoder', '--sem', metavar='RUN')
-    p.add_argument('--vae', metavar='DIR', help='released autoencoder weights, for generators of latents')
+    p.add_argument('--vae', metavar='DIR',
+                   help='released autoencoder weights (directory or file), for generators of latents')
     p.add_argument('--out', required=True, help='x.png: grid; x.npz: array; x/: files')
     p.add_argument('--num', type=int, help='samples in all (default 16; --from_images: one an image)')
     p.add_argument('--seed', type=int, default=0)
@@ -98,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
                         help='guide only in this share of the noise levels')
     pixels.add_argument('--steps', type=int, help='network calls, out of 1000')
     pixels.add_argument('--sampler', choices=('ddpm', 'ddim'))
+    pixels.add_argument('--ddim_eta', type=float, help='0: deterministic given the first noise; 1: as noisy as ddpm')
     code = p.add_argument_group('code sampler (default: as the code model\'s config says)')
     code.add_argument('--code_sampler', choices=('analytic', 'euler', 'remasking', 'first_hitting'))
     code.add_argument('--code_steps', type=int)
@@ -106,7 +143,8 @@ def parser() -> argparse.ArgumentParser:
     composition = p.add_argument_group('composition')
     composition.add_argument('--composition', choices=('average', 'positions'), default='average',
                              help='average the soft codes and draw each position, or take each position from one image')
-    composition.add_argument('--temperature', type=float, default=0.001, help='of the soft codes; low: one source or the other')
+    composition.add_argument('--temperature', type=float, default=0.001,
+                             help='of the soft codes; low: one source or the other')
     return p
 
 
@@ -124,6 +162,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ValueError(f'--{name}={low} {high}: need 0 <= LOW <= HIGH <= 1')
     if args.eta is not None and not 0 <= args.eta <= 1:
         raise ValueError(f'--eta={args.eta} is a probability; choose it between 0 and 1')
+    if args.ddim_eta is not None and not 0 <= args.ddim_eta <= 1:
+        raise ValueError(f'--ddim_eta={args.ddim_eta} must lie between 0 and 1')
     if args.temperature <= 0:
         raise ValueError(f'--temperature={args.temperature} must be positive')
     if args.compose and len(args.compose) < 2:
@@ -150,9 +190,10 @@ def main() -> None:
     launch.initialize(args)
     generator = Generator.load(args.generator)
     check_sampler(args, generator.config)
-    decode = LatentDecoder.load(args.vae) if args.vae else None
-    if generator.config.data.target == 'latents' and decode is None:
-        raise ValueError('this generator makes latents: give the autoencoder weights with --vae=DIR')
+    vae = LatentDecoder.load(args.vae) if args.vae else None
+    if (generator.config.data.target == 'latents') != bool(args.vae):
+        raise ValueError('this generator makes latents: give the autoencoder weights with --vae=DIR' if not args.vae else
+                         'this generator makes pixels: leave --vae out')
     code_key, image_key = jax.random.split(jax.random.key(args.seed))
     num, cond = args.num or 16, None
 
@@ -166,31 +207,30 @@ def main() -> None:
         num = args.num or len(args.classes)
         cond = np.resize(np.asarray(args.classes, np.int32), num)
     elif args.unconditional and generator.config.model.condition != 'none':
+        if instead := {'class': '--classes', 'embedding': '--from_images'}.get(generator.config.model.condition):
+            raise ValueError(f'--unconditional: this generator is conditioned on {generator.config.model.condition!r}, '
+                             f'which no code model makes; use {instead}')
         if not args.code_model:
-            raise ValueError('--unconditional needs --code_model=RUN: this generator is conditioned on '
-                             f'{generator.config.model.condition!r}')
+            raise ValueError('--unconditional needs --code_model=RUN: this generator is conditioned on codes')
         code_model = CodeModel.load(args.code_model)
         check_codes(generator, code_model.config.model.num_codes, code_model.config.model.vocab_size, args.code_model)
         cond = code_model.sample(code_key, num, batch_size=args.batch_size, progress=progress('codes', num),
                                  name=args.code_sampler, num_steps=args.code_steps, eta=args.eta,
                                  window=tuple(args.window) if args.window else None)
     elif args.from_images or args.compose:
-        encoder = Encoder.load(args.encoder)
-        check_codes(generator, encoder.config.model.num_codes, encoder.config.model.vocab_size, args.encoder)
         paths = args.from_images or args.compose
+        encoder = Encoder.load(args.encoder)
+        num = args.num or (len(paths) if args.from_images else 16)
         images = [read_image(path, encoder.config.data.channels) for path in paths]
-        if args.from_images:
-            num = args.num or len(paths)
-            cond = np.resize(encoder.encode_images(images)['codes'], (num, encoder.config.model.num_codes))
-        else:
-            sems = encoder.encode_images(images, temperature=args.temperature)['sem']
-            cond = np.asarray(codes_lib.compose(code_key, sems, num, method=args.composition))
+        cond = read_condition(generator, encoder, images, num, compose=bool(args.compose), key=code_key,
+                              method=args.composition, temperature=args.temperature)
 
     # ---- Pixels ------------------------------------------------------------------------------------------------------
-    x = generator.sample(image_key, cond, num, batch_size=args.batch_size, progress=progress('images', num), name=args.sampler,
-                         num_steps=args.steps, guidance=args.guidance, guidance_channels=args.guidance_channels,
+    x = generator.sample(image_key, cond, num, batch_size=args.batch_size, progress=progress('images', num),
+                         name=args.sampler, ddim_eta=args.ddim_eta, num_steps=args.steps, guidance=args.guidance,
+                         guidance_channels=args.guidance_channels,
                          guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None)
-    images = np.asarray(to_uint8(decode(x) if decode else x))
+    images = vae.decode(x, progress('pixels', num)) if vae else to_bytes(x)
     if jax.process_index() == 0:
         try:
             write(images, args.out, args.columns)

@@ -51,6 +51,7 @@ def encoder() -> ConfigDict:
             patch_size=14,  # pixels
             num_registers=4,
             pos_grid=37,  # side of the stored position-embedding grid, patches
+            pos_antialias=True,  # how it is resized: True for models with registers, False for DINOv2's first, without
             layer_scale=1e-5, drop_path=0.3,
             init_std=0.02,  # of the blocks' weights; about 1 / sqrt(width) for narrow models from scratch
             pos_init_std=0.02,  # of the position embedding; of the order of a patch's embedding for models from scratch
@@ -121,7 +122,8 @@ def generator() -> ConfigDict:
             path='',  # code store written by experiments.encode
             target='latents',  # latents | images
         ),
-        sampler=dict(name='ddpm', num_steps=250, guidance=1.4, guidance_channels=0,  # channels guided; 0: all
+        sampler=dict(name='ddpm', num_steps=250, ddim_eta=0.0,  # ddpm | ddim; its noise, 0 to 1
+                     guidance=1.4, guidance_channels=0,  # channels guided; 0: all
                      guidance_interval=(0.0, 1.0)),  # share of the noise levels
     )).lock()
 
@@ -139,7 +141,9 @@ def code_model() -> ConfigDict:
             scale_by_sigma=True,
             **_precision(),
         ),
-        diffusion=dict(process='absorbing', noise='loglinear', eps=1e-3),
+        diffusion=dict(process='absorbing', noise='loglinear',  # absorbing | uniform; loglinear | geometric
+                       eps=1e-3, sigma_min=1e-4, sigma_max=20.0,  # of the log-linear, of the geometric noise
+                       time_sampling='uniform'),  # of training times: uniform | antithetic | stratified
         ema=dict(decay=0.9999, ramp=True),
         optimizer=_adamw(_schedule(3e-4, warmup_steps=2500, first_step=1), _schedule(0.0), clip_norm=1.0),
         data=dict(path=''),  # code store written by experiments.encode

@@ -3,6 +3,7 @@ arXiv 2304.07193). SEM is a bottleneck on the class token only."""
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import optim, partition, storage
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
+
+OUTPUTS = ('codes', 'sem', 'embeddings')  # of `Encoder.encode`
 
 
 def make_model(config: ml_collections.ConfigDict, groups: int = 1) -> sem.SEMEncoder:
@@ -230,25 +233,44 @@ class Encoder:
         config, state = modules.load(workdir, 'encoder', build)
         return cls(config, state.ema['encoder'])
 
-    def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, C] of any size -> float32 [H, W, C]: the ADM centre crop, then mean and std. Never flipped."""
-        d = self.config.data
-        return augment.CenterCrop(d.global_size, tuple(d.mean), tuple(d.std))(image)
+    @property
+    def transform(self) -> augment.CenterCrop:
+        """uint8 [h, w, C] of any size -> float32 [H, W, C]: the ADM centre crop, then mean and std. Never flipped.
 
-    def encode(self, images: np.ndarray, *, temperature: float | None = None, batch_size: int = 256) -> dict[str, np.ndarray]:
+        Without the parameters, so that it can travel to worker processes.
+        """
+        d = self.config.data
+        return augment.CenterCrop(d.global_size, tuple(d.mean), tuple(d.std))
+
+    def preprocess(self, image: np.ndarray) -> np.ndarray:
+        """`transform` of one image."""
+        return self.transform(image)
+
+    def encode(self, images: np.ndarray, *, temperature: float | None = None, batch_size: int = 256,
+               outputs: Sequence[str] = OUTPUTS) -> dict[str, np.ndarray]:
         """`codes` int32 [N, L], `sem` float32 [N, L, V], `embeddings` float32 [N, D] of preprocessed images.
 
-        Codes are computed in float32: near-tied logits must not flip with the compute dtype.
+        Codes are computed in float32, products included where the hardware would round them (TF32, bf16 passes): near-tied
+        logits must not flip with the compute dtype.
+
+        Args:
+            images: float32 [N, H, W, C].
+            temperature: of `sem`; None: the config's.
+            batch_size: images at once.
+            outputs: which of the three to return. `sem` is V numbers a token: leave it out of large sets.
         """
-        return self._compiled(min(batch_size, len(images)), temperature)(jax.random.key(0), images, len(images))
+        run = self._compiled(min(batch_size, len(images)), temperature, tuple(outputs))
+        return run(jax.random.key(0), images, len(images))
 
     @functools.lru_cache(maxsize=4)
-    def _compiled(self, batch_size: int, temperature: float | None) -> modules.Batched:
-        model = make_model(self.config).clone(dtype=jnp.float32)
+    def _compiled(self, batch_size: int, temperature: float | None, outputs: tuple[str, ...]) -> modules.Batched:
+        # cuDNN's attention has no float32.
+        model = make_model(self.config).clone(dtype=jnp.float32, attention_impl='xla')
 
         def one(params, _, images):
-            out = model.apply({'params': params}, images, temperature=temperature)
-            return {'codes': out.dlc, 'sem': out.sem, 'embeddings': out.cls}
+            with jax.default_matmul_precision('highest'):
+                out = model.apply({'params': params}, images, temperature=temperature)
+            return {name: x for name, x in zip(OUTPUTS, (out.dlc, out.sem, out.cls)) if name in outputs}
         return modules.Batched(one, self.params, batch_size)
 
     def encode_images(self, images: list[np.ndarray], **kwargs: Any) -> dict[str, np.ndarray]:

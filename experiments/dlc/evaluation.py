@@ -41,14 +41,18 @@ def mean_and_spread(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return out
 
 
+REPRESENTATION = ('codes', 'embeddings', 'labels', 'sem')  # what `representation` reads
+
+
 def representation(train: Mapping[str, np.ndarray], heldout: Mapping[str, np.ndarray], num_classes: int,
-                   vocab_size: int) -> dict[str, dict[str, float]]:
+                   vocab_size: int, *, probe: str = 'lbfgs') -> dict[str, dict[str, float]]:
     """k-NN and linear-probe accuracy of soft codes, bare codes and the continuous embedding, held out.
 
-    Both sets: `codes` [N, L], `embeddings` [N, D], `labels` [N], and `sem` [N, L, V] where it was stored.
+    Both sets: `codes` [N, L], `embeddings` [N, D], `labels` [N], and `sem` [N, L, V] where it was stored. `probe`: the
+    method of `probes.linear_probe_accuracy`.
     """
     views = {}
-    if 'sem' in train:
+    if 'sem' in train and 'sem' in heldout:
         views['sem'] = tuple(s['sem'].reshape(len(s['sem']), -1).astype(np.float32) for s in (train, heldout))
     views['codes'] = tuple(np.asarray(s['codes'], np.int32) for s in (train, heldout))
     views['embedding'] = (np.asarray(train['embeddings'], np.float32), np.asarray(heldout['embeddings'], np.float32))
@@ -56,8 +60,9 @@ def representation(train: Mapping[str, np.ndarray], heldout: Mapping[str, np.nda
     for name, (a, b) in views.items():
         out[name] = {
             'knn': float(probes.knn_accuracy(a, train['labels'], b, heldout['labels'], num_classes=num_classes, k=20)),
-            'linear': float(probes.linear_probe_accuracy(a, train['labels'], b, heldout['labels'], num_classes=num_classes,
-                                                         vocab_size=vocab_size if name == 'codes' else None))}
+            'linear': float(probes.linear_probe_accuracy(
+                a, train['labels'], b, heldout['labels'], num_classes=num_classes, method=probe,
+                vocab_size=vocab_size if name == 'codes' else None))}
     return out
 
 

@@ -118,7 +118,7 @@ def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: 
                                channels=s.guidance_channels or None, interval=tuple(s.guidance_interval),
                                num_timesteps=config.diffusion.num_timesteps)
     shape = (num, config.model.input_size, config.model.input_size, config.model.channels)
-    return diffusion.sample(model_fn, key, shape, sampler=s.name)
+    return diffusion.sample(model_fn, key, shape, sampler=s.name, eta=s.ddim_eta)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -51,8 +51,9 @@ def build_dataclass(cls: type[T], name: str, fields: Mapping[str, Any]) -> T:
     return cls(**fields)
 
 
-def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., Any]) -> tuple[ml_collections.ConfigDict, TrainState]:
-    """Config and newest state of the run in `workdir`, on the first device.
+def load(workdir: str | os.PathLike, kind: str,
+         build_experiment: Callable[..., Any]) -> tuple[ml_collections.ConfigDict, TrainState]:
+    """Config and newest state of the run in `workdir`, in host memory: the moments in it are never needed on a device.
 
     Raises:
         ValueError: `workdir` holds no run, one of another `kind` (config.experiment), or no checkpoint yet.
@@ -64,11 +65,21 @@ def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., 
     one.accumulate = 1
     experiment = build_experiment(one, mesh_lib.make_mesh({}, jax.devices()[:1]))
     checkpointer = Checkpointer(storage.resolve(workdir) / 'checkpoints', read_only=True)
-    restored = checkpointer.restore(jax.eval_shape(experiment.init, jax.random.key(0)))
+    like = jax.eval_shape(experiment.init, jax.random.key(0))
+    host = jax.sharding.SingleDeviceSharding(_host())
+    restored = checkpointer.restore(like, jax.tree.map(lambda _: host, like))
     checkpointer.close()
     if restored is None:
         raise ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
     return config, restored[1]
+
+
+def _host() -> jax.Device:
+    """The CPU, or the first device where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend='cpu')[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def with_sampler(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> ml_collections.ConfigDict:

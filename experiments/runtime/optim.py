@@ -20,8 +20,11 @@ Schedule = Callable[[jax.Array], jax.Array]
 def schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
     """Linear warm-up from `init` (default 0) to `peak`, then constant or cosine to `final`, at float32 step `s`.
 
-    Keys: `peak`, `warmup_steps`, `decay` ('constant' | 'cosine'), `final`, optional `decay_steps` (default: `num_steps`),
-    `init`, `first_step`: 1 makes the first update use step 1 of the warm-up (SEDD) instead of step 0 (DINOv2).
+    The last of `warmup_steps` updates is the first at `peak`. The first of them is at `init` itself (DINOv2), or with
+    `first_step` 1 already one of `warmup_steps` equal steps above it (SEDD).
+
+    Keys: `peak`, `warmup_steps`, `decay` ('constant' | 'cosine' | 'linear'), `final`, optional `decay_steps` (default:
+    `num_steps`), `init`, `first_step`.
     """
     peak, warmup, final = float(config['peak']), int(config.get('warmup_steps', 0)), float(config.get('final', 0.0))
     decay, init, first = config.get('decay', 'constant'), float(config.get('init', 0.0)), int(config.get('first_step', 0))
@@ -38,7 +41,7 @@ def schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
             after = peak + (final - peak) * frac
         else:
             after = jnp.float32(peak)
-        return jnp.where(s < warmup, init + (peak - init) * s / max(warmup, 1), after)
+        return jnp.where(s < warmup, init + (peak - init) * s / max(warmup - 1 + first, 1), after)
 
     return at
 

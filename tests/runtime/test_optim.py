@@ -15,11 +15,21 @@ def config(**fields):
 
 def test_schedule_by_hand():
     cosine = optim.schedule(dict(peak=1.0, final=0.0, warmup_steps=10, decay='cosine'), 110)
-    assert [float(cosine(s)) for s in (0, 5, 10, 60, 110, 500)] == pytest.approx([0, 0.5, 1, 0.5, 0, 0], abs=1e-6)
+    assert [float(cosine(s)) for s in (0, 5, 10, 60, 110, 500)] == pytest.approx([0, 5 / 9, 1, 0.5, 0, 0], abs=1e-6)
     sedd = optim.schedule(dict(peak=3e-4, warmup_steps=2500, first_step=1), 10_000)
     assert float(sedd(0)) == pytest.approx(3e-4 / 2500) and float(sedd(9999)) == pytest.approx(3e-4)
+    assert float(sedd(2498)) == pytest.approx(3e-4 * 2499 / 2500) and float(sedd(2499)) == pytest.approx(3e-4)
     with pytest.raises(ValueError, match='decay='):
         optim.schedule(dict(peak=1.0, decay='exp'), 10)
+
+
+def test_schedule_is_dinov2s():
+    """Its `CosineScheduler`: a warm-up that includes both its ends, then a cosine that starts at the peak again."""
+    warmup, total, init, peak, final = 12, 40, 0.1, 1.0, 0.25
+    cosine = final + 0.5 * (peak - final) * (1 + np.cos(np.pi * np.arange(total - warmup) / (total - warmup)))
+    want = np.concatenate([np.linspace(init, peak, warmup), cosine])
+    ours = optim.schedule(dict(peak=peak, init=init, final=final, warmup_steps=warmup, decay='cosine'), total)
+    np.testing.assert_allclose(ours(np.arange(total)), want, rtol=1e-5)
 
 
 def test_plain_adamw_equals_optax():

@@ -1,0 +1,109 @@
+"""The encoder's optimizer groups, schedules and loss at the paper's configuration, against the numbers of its recipe."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.dlc import encoder_imagenet, quickstart
+from experiments.dlc import encoder
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import optim, partition
+
+DEPTH = 24
+
+
+@pytest.fixture(scope='module')
+def groups():
+    """{path: Group} of every parameter of the L512 encoder, with all its forms of SEM."""
+    config = encoder_imagenet.get_config('L512')
+    with config.unlocked():
+        config.model.form = 'pos_shared'
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    init = lambda key: {'encoder': encoder.make_model(config).init(key, jnp.zeros(images.shape))['params'],
+                        'dino_head': encoder.make_head(config).init(key, jnp.zeros((1, 1024)))['params']}
+    assigned = optim.assign_groups(jax.eval_shape(init, jax.random.key(0)), encoder.optimizer_groups(config))
+    leaves = jax.tree_util.tree_leaves_with_path(assigned, is_leaf=lambda x: isinstance(x, optim.Group))
+    return {partition.path_name(path): group for path, group in leaves}
+
+
+def test_layer_wise_decay(groups):
+    blocks = [g for name, g in groups.items() if name.startswith('encoder/blocks/')]
+    assert len(blocks) == 14
+    for group in blocks:
+        np.testing.assert_allclose(np.ravel(group.learning_rate), 0.9 ** (24 - np.arange(24)), rtol=1e-5)
+    for name in ('pos_embed', 'cls_token', 'register_tokens', 'mask_token'):
+        assert groups[f'encoder/{name}'].learning_rate == pytest.approx(0.9 ** 25)
+    for name in ('kernel', 'bias'):
+        assert groups[f'encoder/patch_embed/{name}'].learning_rate == pytest.approx(0.2 * 0.9 ** 25)
+    rest = {name: g for name, g in groups.items() if np.all(g.learning_rate == 1.0)}
+    assert {name.split('/')[1] for name in rest if name.startswith('encoder')} == {
+        'norm', 'sem_embed', 'sem_norm', 'sem_out_shared', 'sem_bias'}
+    assert {name for name in groups if name.startswith('dino_head')} <= set(rest)
+
+
+def test_weight_decay_spares_biases_norms_and_layer_scale_and_nothing_else(groups):
+    spared = {name for name, g in groups.items() if g.weight_decay == 0}
+    assert spared == {name for name in groups if name.endswith(('/bias', '/scale', '/gamma'))}
+    assert not {'encoder/sem_bias', 'dino_head/last_layer/gain', 'encoder/pos_embed', 'encoder/mask_token'} & spared
+
+
+def test_only_the_last_layer_waits(groups):
+    assert {name: g.frozen_steps for name, g in groups.items() if g.frozen_steps} == {
+        'dino_head/last_layer/kernel': 1250, 'dino_head/last_layer/gain': 1250}
+
+
+def test_schedules():
+    config = encoder_imagenet.get_config()
+    o, steps = config.optimizer, config.num_steps
+    rate, decay = optim.schedule(o.learning_rate, steps), optim.schedule(o.weight_decay, steps)
+    temperature, momentum = optim.schedule(config.loss.teacher_temperature, steps), optim.ema_decay(config.ema, steps)
+    assert [float(rate(s)) for s in (0, 12_499, 12_500, 125_000)] == pytest.approx([0, 5e-5, 5e-5, 1e-6])
+    assert [float(decay(s)) for s in (0, 62_500, 125_000)] == pytest.approx([0.04, 0.22, 0.4])
+    assert [float(temperature(s)) for s in (0, 37_499, 124_999)] == pytest.approx([0.04, 0.07, 0.07])
+    # The n-th update of the teacher, counted from 1, is the original's iteration n - 1.
+    assert [float(momentum(n)) for n in (1, 62_501, 125_000)] == pytest.approx([0.992, 0.996, 1.0], abs=1e-6)
+    assert (o.clip_norm, o.clip_per_module, o.b1, o.b2, o.eps) == (3.0, True, 0.9, 0.999, 1e-8)
+
+
+def test_loss_is_the_sum_over_pairs_of_views():
+    """Term by term and view by view, on two globals and two locals: 2 x 2 local and 2 global pairs, each a sixth."""
+    config = quickstart.get_config('tiny').encoder.copy_and_resolve_references()
+    config.batch_size, config.loss.centering, config.model.depth = 4, 'center', 1
+    experiment = encoder.build(config, mesh_lib.make_mesh({}, jax.devices()[:1]))
+    shapes = jax.eval_shape(experiment.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    scramble = lambda tree: jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.asarray(
+        (path[-1].key in ('scale', 'gain', 'gamma')) + rng.normal(0, 0.1, leaf.shape), jnp.float32), tree)
+    center = scramble(shapes.extra)
+    state = shapes.replace(step=jnp.int32(0), params=scramble(shapes.params), ema=scramble(shapes.ema), extra=center,
+                           opt_state=None, rng=None)
+    batch = next(experiment.open_batches())
+    got, aux = jax.jit(experiment.loss)(state.params, state, batch, jax.random.key(0))
+
+    model, head = encoder.make_model(config), encoder.make_head(config)
+    see = jax.jit(lambda p, x, masks=None: model.apply({'params': p['encoder']}, x, masks))
+    score = jax.jit(lambda p, x: head.apply({'params': p['dino_head']}, x))
+    soft = lambda logits, name: np.asarray(jax.nn.softmax((logits - center[name]) / 0.04), np.float64)
+    cross = lambda logits, target: -(target * np.asarray(jax.nn.log_softmax(logits / 0.1), np.float64)).sum(-1)
+    views = batch['global_crops'].shape[1]
+    teacher = [see(state.ema, batch['global_crops'][:, v]) for v in range(views)]
+    student = [see(state.params, batch['global_crops'][:, v], batch['masks'][:, v]) for v in range(views)]
+    targets = [soft(score(state.ema, t.cls), 'dino') for t in teacher]
+    glimpses = [score(state.params, see(state.params, batch['local_crops'][:, v]).cls) for v in range(2)]
+    local = sum(cross(g, t).mean() for g in glimpses for t in targets) / 6
+    across = sum(cross(score(state.params, student[v].cls), targets[1 - v]).mean() for v in range(2)) / 6
+    masked = 0.0
+    for v in range(views):
+        each = cross(score(state.params, student[v].patches), soft(score(state.ema, teacher[v].patches), 'ibot'))
+        for row, mask in zip(each, batch['masks'][:, v]):
+            masked += row[mask].mean() if mask.any() else 0.0
+    spread = 0.0
+    for s in student:
+        x = np.asarray(s.cls, np.float64)
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        spread -= np.log((np.linalg.norm(x[:, None] - x[None], axis=-1) + 10 * np.eye(len(x))).min(1)).mean()
+    want = {'loss_local': local, 'loss_global': across, 'loss_koleo': spread, 'loss_ibot': masked / (2 * 4)}
+    for name, value in want.items():
+        assert float(aux['metrics'][name]) == pytest.approx(value, rel=1e-3), name
+    assert float(got) == pytest.approx(local + across + 0.1 * spread + masked / 8, rel=1e-3)
+    assert batch['masks'].any((1, 2)).any() and masked > 0

@@ -1,0 +1,265 @@
+"""What surrounds training: the code store with latents, every way to sample, the published scores. Untrained models."""
+import functools
+import json
+
+import cloudpickle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.dlc import quickstart
+from dlc_jax.metrics import frechet
+from dlc_jax.models.inception import InceptionOutput
+from dlc_jax.models.vae import SCALING_FACTOR, AutoencoderKL
+from experiments import encode, evaluate, sample
+from experiments.dlc import codestore, generator, sources
+from experiments.dlc.encoder import Encoder, make_model
+from experiments.dlc.generator import Generator
+from experiments.dlc.latents import LatentDecoder
+
+NUM = 7
+
+
+def random_params(module, *args):
+    """Random numbers of every parameter's shape: zero-initialised layers would hide what flows through them."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)['params']
+    rng = np.random.default_rng(3)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.asarray(
+        (path[-1].key in ('scale', 'gamma')) + rng.normal(0, 0.2, leaf.shape), jnp.float32), shapes)
+
+
+@pytest.fixture(scope='module')
+def encoder():
+    config = quickstart.get_config('tiny').encoder.copy_and_resolve_references()
+    return Encoder(config, random_params(make_model(config), jnp.zeros((1, 16, 16, 1)), jnp.zeros((1, 16), bool)))
+
+
+@pytest.fixture(scope='module')
+def vae():
+    module = AutoencoderKL(widths=(8, 8), depth=1, num_groups=4, image_channels=1)
+    return LatentDecoder(module, random_params(module, jnp.zeros((1, 16, 16, 1))))
+
+
+@pytest.fixture(scope='module')
+def pictures():
+    """The first few digits, as a source without an `images` array, so that they are read one by one."""
+    class Few(sources.ImageSource):
+        def __init__(self):
+            super().__init__(tuple('0123456789'))
+            self._digits = sources.digits('train', channels=1, image_size=0, heldout=0.25, seed=0)
+
+        def __len__(self):
+            return NUM
+
+        def name(self, i):
+            return f'few/{i}'
+
+        def read(self, i):
+            return self._digits.read(i)
+    return Few()
+
+
+@functools.lru_cache(maxsize=None)
+def make_generator(condition, target='images', **fields):
+    config = quickstart.get_config('tiny').generators.code.copy_and_resolve_references()
+    config.model.update(dict(condition=condition) | fields)
+    config.data.target, config.sampler.num_steps, config.sampler.guidance = target, 2, 1.5
+    spec = generator.condition_spec(config, 1)
+    cond = None if spec is None else jnp.zeros(spec.shape, spec.dtype)
+    m = config.model
+    return Generator(config, random_params(generator.make_model(config), jnp.zeros(
+        (1, m.input_size, m.input_size, m.channels)), jnp.zeros(1, jnp.int32), cond))
+
+
+# ---- Code stores ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def latent_store(encoder, vae, pictures, tmp_path_factory):
+    path = tmp_path_factory.mktemp('latents') / 'codes'
+    encode.encode(encoder, pictures, path, image_size=16, vae=vae, flip=0.5, batch_size=4)
+    return codestore.open_code_store(path)
+
+
+def test_latents_are_one_posterior_sample_of_the_flipped_image(latent_store, encoder, vae, pictures):
+    latents = np.asarray(latent_store.array('latents'), np.float32)
+    assert latents.shape == (NUM, 8, 8, 4)
+    images = np.stack([encoder.preprocess(pictures[i]['image']) for i in range(NUM)])
+    encoded = jax.jit(lambda x: vae.module.apply({'params': vae.params}, x, method='encode'))
+    distances = []
+    for x in (images, images[:, :, ::-1]):
+        mean, logvar = map(np.asarray, encoded(x))
+        z = (latents / SCALING_FACTOR - mean) / np.exp(0.5 * logvar)  # of the right image: standard normal
+        distances.append(np.abs(z.std((1, 2, 3)) - 1) + np.abs(z.mean((1, 2, 3))))
+    assert (np.minimum(*distances) < 0.2).all() and (np.maximum(*distances) > 0.2).sum() > NUM // 2
+    assert 0 < np.sum(distances[1] < distances[0]) < NUM
+    # The code is that of the image as it is: it says nothing of left and right.
+    np.testing.assert_array_equal(latent_store.array('codes'), encoder.encode(images)['codes'])
+    assert latent_store.names == [f'few/{i}' for i in range(NUM)]
+
+
+def test_a_stores_rows_depend_on_the_image_alone(latent_store, encoder, vae, pictures, tmp_path):
+    """Not on the batch size, nor on where an interrupted command went on."""
+    encode.encode(encoder, pictures, tmp_path / 'codes', image_size=16, vae=vae, flip=0.5, batch_size=3)
+    again = codestore.open_code_store(tmp_path / 'codes')
+    for name in ('latents', 'codes', 'labels'):
+        np.testing.assert_allclose(again.array(name), latent_store.array(name), rtol=2e-3, atol=2e-3, err_msg=name)
+
+
+def test_worker_processes_are_not_sent_the_encoder(monkeypatch, encoder, pictures, tmp_path):
+    """4 GB of parameters for each of 32 of them."""
+    class Seen(Exception):
+        pass
+
+    def eval_batches(source, transform, batch_size, **kw):
+        assert kw['num_workers'] == 5
+        assert len(cloudpickle.dumps(transform)) < 10_000
+        raise Seen
+    monkeypatch.setattr(encode, 'eval_batches', eval_batches)
+    with pytest.raises(Seen):
+        encode.encode(encoder, pictures, tmp_path / 'codes', image_size=16, num_workers=5)
+
+
+@pytest.mark.parametrize('change, field', [(dict(flip=0.0), 'flip'), (dict(vae=None), 'stored'), (dict(seed=1), 'seed'),
+                                           (dict(image_size=8), 'image_size')])
+def test_a_finished_store_of_other_settings_is_not_taken_for_this_one(latent_store, encoder, vae, pictures, change,
+                                                                      field):
+    settings = dict(image_size=16, vae=vae, flip=0.5) | change
+    encode.encode(encoder, pictures, latent_store.path, image_size=16, vae=vae, flip=0.5)  # the same: returns at once
+    with pytest.raises(ValueError, match=f'holds a store with {field}='):
+        encode.encode(encoder, pictures, latent_store.path, **settings)
+
+
+def test_codes_are_computed_in_float32_whatever_the_encoder_trained_with(encoder):
+    config = encoder.config.copy_and_resolve_references()
+    config.model.dtype, config.model.attention_impl = 'bfloat16', 'cudnn'  # which has no float32
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 1)).astype(np.float32)
+    fast = Encoder(config, encoder.params)
+    np.testing.assert_array_equal(fast.encode(images)['sem'], encoder.encode(images)['sem'])
+    run = encoder._compiled(2, None, ('codes',))
+    program = run._run.lower(run._params, jax.random.key(0), images).as_text()
+    products = [line for line in program.splitlines() if 'dot_general' in line]
+    assert products and all('HIGHEST' in line for line in products)
+
+
+# ---- Samples -------------------------------------------------------------------------------------------------------
+
+def run_sample(monkeypatch, tmp_path, arguments, models, encoder=None, vae=None):
+    """`python -m experiments.sample …`, with these models in place of work directories; the images it writes."""
+    monkeypatch.setattr(Generator, 'load', lambda path: models)
+    monkeypatch.setattr(Encoder, 'load', lambda path: encoder)
+    monkeypatch.setattr(LatentDecoder, 'load', lambda path: vae)
+    monkeypatch.setattr('sys.argv', ['sample', *arguments, '--generator=x', f'--out={tmp_path}/out.npz'])
+    sample.main()
+    return np.load(tmp_path / 'out.npz')['arr_0']
+
+
+def test_latents_are_decoded_to_bytes(monkeypatch, tmp_path, vae):
+    model = make_generator('class', 'latents', input_size=8, channels=4, patch_size=4)
+    arguments = ['--classes', '1', '2', '--num=5', '--batch_size=4', '--vae=x']
+    images = run_sample(monkeypatch, tmp_path, arguments, model, vae=vae)
+    assert images.shape == (5, 16, 16, 1) and images.dtype == np.uint8
+    _, key = jax.random.split(jax.random.key(0))
+    latents = model.sample(key, np.array([1, 2, 1, 2, 1]), 5, batch_size=4)
+    decode = jax.jit(lambda z: vae.module.apply({'params': vae.params}, z, method='decode'))
+    pixels = decode(latents / SCALING_FACTOR)
+    want = np.clip(127.5 * np.asarray(pixels) + 128, 0, 255).astype(np.uint8)
+    assert np.abs(images.astype(int) - want).max() <= 1 and want.std() > 1
+    with pytest.raises(ValueError, match='--vae=DIR'):
+        run_sample(monkeypatch, tmp_path, arguments[:-1], model)
+
+
+def write_digits(tmp_path, pictures):
+    for i in range(2):
+        sample.save_image(tmp_path / f'{i}.png', pictures[i]['image'])
+    return [str(tmp_path / f'{i}.png') for i in range(2)]
+
+
+def test_embedding_generator_samples_from_images_and_their_mean(monkeypatch, tmp_path, encoder, pictures):
+    model, paths = make_generator('embedding'), write_digits(tmp_path, pictures)
+    seen = []
+    real = Generator.sample
+    monkeypatch.setattr(Generator, 'sample', lambda self, key, cond, num, **kw: seen.append(cond) or real(
+        self, key, cond, num, **kw))
+    images = run_sample(monkeypatch, tmp_path, ['--from_images', *paths, '--encoder=x', '--num=3'], model, encoder)
+    assert images.shape == (3, 16, 16, 1)
+    run_sample(monkeypatch, tmp_path, ['--compose', *paths, '--encoder=x', '--num=2'], model, encoder)
+    want = encoder.encode_images([pictures[i]['image'] for i in range(2)])['embeddings']
+    np.testing.assert_allclose(seen[0], want[[0, 1, 0]], rtol=1e-5)
+    np.testing.assert_allclose(seen[1], np.repeat(want.mean(0, keepdims=True), 2, 0), rtol=1e-5)
+
+
+def test_composed_codes_come_from_their_sources(monkeypatch, tmp_path, encoder, pictures):
+    model, paths = make_generator('code'), write_digits(tmp_path, pictures)
+    seen = []
+    monkeypatch.setattr(Generator, 'sample', lambda self, key, cond, num, **kw: seen.append(cond) or np.zeros(
+        (num, 16, 16, 1), np.float32))
+    for method in ('average', 'positions'):
+        run_sample(monkeypatch, tmp_path, ['--compose', *paths, '--encoder=x', '--num=64', f'--composition={method}',
+                                           '--temperature=1e-5'], model, encoder)
+    codes = encoder.encode_images([pictures[i]['image'] for i in range(2)])['codes']
+    differ = codes[0] != codes[1]
+    assert differ.any()
+    for composed in seen:
+        match = composed[:, None] == codes[None]
+        assert match.any(1).all()
+        assert 0.3 < match[:, 0, differ].mean() < 0.7
+
+
+@pytest.mark.parametrize('condition, arguments, match', [
+    ('class', ['--unconditional'], 'use --classes'), ('embedding', ['--unconditional'], 'use --from_images'),
+    ('code', ['--unconditional'], '--code_model=RUN'), ('code', ['--from_images', 'a.png'], '--encoder=RUN'),
+    ('code', ['--compose', 'a.png', '--encoder=x'], 'two images'), ('code', ['--classes', '1'], "conditioned on 'code'"),
+    ('class', ['--classes', '10'], 'outside 0..9'), ('none', ['--unconditional', '--vae=x'], 'leave --vae out')])
+def test_what_does_not_fit_the_generator_is_named(monkeypatch, tmp_path, encoder, condition, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        run_sample(monkeypatch, tmp_path, arguments, make_generator(condition), encoder)
+
+
+# ---- Scores --------------------------------------------------------------------------------------------------------
+
+def features(seed, num, shift=0.0):
+    rng = np.random.default_rng(seed)
+    draw = lambda width: rng.normal(shift, 1, (num, width))
+    return InceptionOutput(draw(6), draw(4), draw(5), draw(5))
+
+
+def test_published_fid_is_against_the_reference_files_statistics(tmp_path):
+    """The ADM suite's file holds 10 000 images for precision and recall, and statistics of the whole training set."""
+    ours, theirs, everything = features(0, 60), features(1, 40, 3.0), features(2, 500, 1.0)
+    pool, spatial = frechet.statistics(everything.pool), frechet.statistics(everything.spatial)
+    np.savez(tmp_path / 'reference.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8), mu=pool.mean, sigma=pool.covariance,
+             mu_s=spatial.mean, sigma_s=spatial.covariance)
+    scores = evaluate.inception_scores(ours, theirs, evaluate.load_statistics(str(tmp_path / 'reference.npz')))
+    assert scores['fid'] == pytest.approx(frechet.frechet_distance(frechet.statistics(ours.pool), pool))
+    assert scores['sfid'] == pytest.approx(frechet.frechet_distance(frechet.statistics(ours.spatial), spatial))
+    plain = evaluate.inception_scores(ours, theirs, {})
+    assert plain['fid'] == pytest.approx(
+        frechet.frechet_distance(frechet.statistics(ours.pool), frechet.statistics(theirs.pool)))
+    assert plain['fid'] > 2 * scores['fid'] and plain['precision'] == scores['precision']
+    np.savez(tmp_path / 'images.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8))
+    assert evaluate.load_statistics(str(tmp_path / 'images.npz')) == {}
+
+
+def test_representation_leaves_images_on_disk(monkeypatch, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, num in (('train', 60), ('heldout', 30)):
+        labels = np.arange(num) % 3
+        with codestore.writer(tmp_path / name, num=num, meta=dict(num_codes=4, vocab_size=8)) as store:
+            store.append({'codes': np.minimum(labels[:, None] * 2 + rng.integers(0, 2, (num, 4)), 7),
+                          'embeddings': rng.normal(size=(num, 5)).astype(np.float32), 'labels': labels.astype(np.int32),
+                          'images': np.zeros((num, 4, 4, 1), np.uint8)}, names=[str(i) for i in range(num)])
+    read = codestore.CodeStore.array
+
+    def array(self, name):
+        assert name != 'images', 'of ImageNet these are 250 GB'
+        return read(self, name)
+    def representation(train, heldout, num_classes, vocab_size, *, probe):
+        return [len(train['labels']), len(heldout['embeddings']), num_classes, vocab_size, probe]
+    monkeypatch.setattr(codestore.CodeStore, 'array', array)
+    monkeypatch.setattr(evaluate.evaluation, 'representation', representation)
+    monkeypatch.setattr('sys.argv', ['evaluate', f'--train={tmp_path}/train', f'--heldout={tmp_path}/heldout',
+                                     '--probe=sgd'])
+    evaluate.main()
+    out = json.loads(capsys.readouterr().out)
+    assert out['representation'] == [60, 30, 3, 8, 'sgd'] and set(out['codes']) == {'train', 'heldout'}
