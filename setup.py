@@ -1,4 +1,4 @@
-"""Package metadata. Everything `pip install -e .` needs; extras: test, parity, tpu, cuda, prepare."""
+"""Package metadata. Everything `pip install -e .` needs; extras: test, parity, tpu, cuda, gcs, prepare."""
 from setuptools import find_packages, setup
 
 # One flax release does not serve both Pythons: flax 0.12.12 needs jax >= 0.11.1, which needs Python >= 3.12.
@@ -40,6 +40,7 @@ setup(
         'parity': ['torch>=2.4'],  # oracles of tests/parity and reference of benchmarks/
         'tpu': ["jax[tpu]>=0.10.2,<0.11; python_version<'3.12'", "jax[tpu]>=0.11.1,<0.13; python_version>='3.12'"],
         'cuda': ["jax[cuda13]>=0.10.2,<0.11; python_version<'3.12'", "jax[cuda13]>=0.11.1,<0.13; python_version>='3.12'"],
+        'gcs': ['etils[epath-gcs]>=1.13'],  # work directories and code stores at gs://
         'prepare': ['tensorflow-cpu>=2.20'],  # only to download and prepare TFDS data sets
     },
 )

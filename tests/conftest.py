@@ -2,6 +2,7 @@
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)  # see runtime/launch.py: not for several CPU devices
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 

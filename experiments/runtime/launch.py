@@ -232,6 +232,12 @@ def initialize(args: argparse.Namespace) -> None:
     """Joins the job's processes and sets up the compilation cache. Before anything touches a device."""
     if args.distributed:
         jax.distributed.initialize()
-    if args.compilation_cache:
-        jax.config.update('jax_compilation_cache_dir', args.compilation_cache)
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    if not args.compilation_cache:
+        return
+    if jax.default_backend() == 'cpu' and jax.device_count() > 1:
+        # Seen with jax 0.10.2: read back, a sharded program hung, its devices waiting in different collectives.
+        log.warning('--compilation_cache is left off: programs for several CPU devices may hang when read back')
+        jax.config.update('jax_compilation_cache_dir', None)
+        return
+    jax.config.update('jax_compilation_cache_dir', args.compilation_cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

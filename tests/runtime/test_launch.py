@@ -1,6 +1,10 @@
+import importlib
+import os
+import signal
 import subprocess
 import sys
 
+import jax
 import ml_collections
 import pytest
 
@@ -52,10 +56,22 @@ def test_user_errors_are_one_line_and_defects_keep_their_traceback(capsys):
         launch.main(defect)
 
 
-def test_every_command_has_help():
-    for command in ('train', 'encode', 'sample', 'evaluate', 'compile', 'quickstart'):
-        out = subprocess.run([sys.executable, '-m', f'experiments.{command}', '--help'], capture_output=True, text=True)
-        assert out.returncode == 0 and 'usage' in out.stdout, (command, out.stderr)
+COMMANDS = ('train', 'encode', 'sample', 'evaluate', 'compile', 'quickstart')
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_has_help(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', [command, '--help'])
+    with pytest.raises(SystemExit) as stop:
+        launch.main(importlib.import_module(f'experiments.{command}').main)
+    assert stop.value.code == 0 and 'usage' in capsys.readouterr().out
+
+
+def test_commands_start_without_what_takes_seconds_to_import():
+    slow = ('sklearn', 'matplotlib', 'grain', 'tensorboardX', 'tensorflow', 'tensorflow_datasets', 'torch')
+    code = f'import {", ".join(f"experiments.{c}" for c in COMMANDS)}, sys; print([m for m in {slow} if m in sys.modules])'
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.stdout.strip() == '[]', out.stdout + out.stderr
 
 
 def test_missing_config_is_an_error():
@@ -67,3 +83,46 @@ def test_check_fields_lists_what_exists():
     launch.check_fields('data', {'path': 1}, ('path',))
     with pytest.raises(ValueError, match=r"data.zzz is not a field; the fields are \['path'\]"):
         launch.check_fields('data', ml_collections.ConfigDict({'zzz': 1}), ('path',))
+
+
+def test_a_config_is_read_afresh_whatever_was_read_before():
+    """`configs/dlc/base.py` has no `get_config`, and must not borrow that of another file."""
+    launch.load_config(DIGITS)
+    with pytest.raises(ValueError, match='no get_config'):
+        launch.load_config('configs/dlc/base.py')
+
+
+def test_overrides_may_stand_apart_from_their_values():
+    p = launch.parser('x', config='y')
+    args, config = launch.parse(p, [f'--config={DIGITS}', '--config.batch_size', '16', '--traceback'])
+    assert config.batch_size == 16 and args.traceback
+
+
+def test_a_workdir_tells_what_has_changed(tmp_path, caplog):
+    config = launch.load_config(DIGITS)
+    launch.save_config(config, tmp_path)
+    launch.check_workdir(config, tmp_path)
+    assert not caplog.records
+    launch.check_workdir(launch.load_config(DIGITS, ['--config.num_steps=7', '--config.optimizer.b1=0.5']), tmp_path)
+    assert 'num_steps (1000 -> 7), optimizer.b1 (0.9 -> 0.5)' in caplog.text
+
+
+def test_a_second_signal_is_not_caught():
+    before = signal.getsignal(signal.SIGTERM)
+    caught = []
+    try:
+        signal.signal(signal.SIGTERM, lambda *unused: caught.append(1))
+        with pytest.raises(launch.Stopped) as stopped:
+            with launch.stop_on_signal('go on', None):
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                finally:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped.value.code == 128 + signal.SIGTERM and 'go on' in stopped.value.message and caught == [1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_no_compilation_cache_for_several_cpu_devices(tmp_path, caplog):
+    launch.initialize(launch.parser('x').parse_args([f'--compilation_cache={tmp_path}']))
+    assert 'left off' in caplog.text and jax.config.jax_compilation_cache_dir is None
