@@ -151,9 +151,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
         masked_patches = gather_masked(seen.patches, batch['mask_indices'])
         run_head = lambda name, x: head.apply({'params': params[name]}, x)
-        cls = run_head(heads[0], jnp.concatenate([seen.cls, glimpsed.cls]))
-        global_logits = cls[:2 * b].reshape(b, 2, -1)
-        local_logits = cls[2 * b:].reshape(b, n, -1)
+        # [B, 2 + n, K]: views side by side, so that an image's rows stay on its device.
+        logits = run_head(heads[0], jnp.concatenate([seen.cls.reshape(b, 2, -1), glimpsed.cls.reshape(b, n, -1)], 1))
+        global_logits, local_logits = logits[:, :2], logits[:, 2:]
         targets = cls_probs.reshape(b, 2, -1)
 
         # Each of the 2 n + 2 (student view, teacher view) pairs counts the same; a view is never its own target.

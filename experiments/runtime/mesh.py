@@ -14,7 +14,9 @@ AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
 
 # Logical names of activation axes (flax.linen.with_logical_constraint) -> mesh axes.
-LOGICAL_RULES = (('batch', ('data', 'fsdp')), ('tokens', None), ('embed', None), ('heads', 'tensor'), ('mlp', 'tensor'))
+# 'rows' is the batch where `fsdp` shards features instead ('vocab').
+LOGICAL_RULES = (('batch', ('data', 'fsdp')), ('rows', 'data'), ('tokens', None), ('embed', None), ('heads', 'tensor'),
+                 ('mlp', 'tensor'), ('codes', 'tensor'), ('vocab', 'fsdp'))
 
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
