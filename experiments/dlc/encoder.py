@@ -192,7 +192,11 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     rules = partition.prefixed('encoder', sem.PARTITION_RULES) + tuple(
         rule for name in dict.fromkeys(heads) for rule in partition.prefixed(name, dino.PARTITION_RULES))
-    return Experiment(init, loss, step, rules, batch_spec, open_batches,
+    def encode_once(params, key):
+        images = jax.random.normal(key, (b, d.global_size, d.global_size, d.channels))
+        return encode(config, params['encoder'], images, None)
+
+    return Experiment(init, loss, step, rules, batch_spec, open_batches, sampler=encode_once,
                       warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
 
 
@@ -218,6 +222,14 @@ def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainSta
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
 
+def encode(config: ml_collections.ConfigDict, params: Any, images: jax.Array,
+           temperature: float | None) -> dict[str, jax.Array]:
+    """`codes` [N, L], `sem` [N, L, V] and `embeddings` [N, D] of preprocessed images [N, H, W, C], whatever the config's
+    dtype in float32: near-tied logits must not flip with it. Pure, so that it can be jitted whole."""
+    out = make_model(config).clone(dtype=jnp.float32).apply({'params': params}, images, temperature=temperature)
+    return {'codes': out.dlc, 'sem': out.sem, 'embeddings': out.cls}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
     """A trained encoder: the teacher's weights, as the paper uses."""
@@ -237,18 +249,13 @@ class Encoder:
     def encode(self, images: np.ndarray, *, temperature: float | None = None, batch_size: int = 256) -> dict[str, np.ndarray]:
         """`codes` int32 [N, L], `sem` float32 [N, L, V], `embeddings` float32 [N, D] of preprocessed images.
 
-        Codes are computed in float32: near-tied logits must not flip with the compute dtype.
+        Computed in float32, as `encode` says.
         """
         return self._compiled(min(batch_size, len(images)), temperature)(jax.random.key(0), images, len(images))
 
     @functools.lru_cache(maxsize=4)
     def _compiled(self, batch_size: int, temperature: float | None) -> modules.Batched:
-        model = make_model(self.config).clone(dtype=jnp.float32)
-
-        def one(params, _, images):
-            out = model.apply({'params': params}, images, temperature=temperature)
-            return {'codes': out.dlc, 'sem': out.sem, 'embeddings': out.cls}
-        return modules.Batched(one, self.params, batch_size)
+        return modules.Batched(lambda p, _, images: encode(self.config, p, images, temperature), self.params, batch_size)
 
     def encode_images(self, images: list[np.ndarray], **kwargs: Any) -> dict[str, np.ndarray]:
         """`encode` of raw uint8 images."""
