@@ -33,9 +33,10 @@ def test_step_and_sampler_fit_and_the_state_is_split(topology, chips):
         assert report['fits'] and 0 < report['bytes'] < target.hbm_bytes
         assert f'GiB a chip of {target.hbm_bytes // aot.GIB}' in aot.describe(name, report, target)
     step, sampler = reports['step'], reports['sampler']
-    # Parameters, both moments and EMA: a chip holds its share, and the donated state is returned in place.
+    # Parameters, both moments and EMA: a chip holds its share, padded to tiles of 128 where 16 chips leave 64 columns
+    # of 1024. The donated state is returned in place.
     held = (size(state) + size(dict(experiment.batch))) / chips
-    assert held <= step['arguments'] < 1.1 * held
+    assert held <= step['arguments'] < 1.4 * held
     assert step['outputs'] < 0.01 * step['arguments']
     # Every matrix is gathered where it is used, a layer at a time, and nothing of the size of the scores ever is.
     scores = config.batch_size * 512 * 256 * 2
