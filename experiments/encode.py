@@ -4,7 +4,9 @@
 
 Run again after an interruption, it continues; on a finished store it returns at once.
 """
-import pathlib
+import hashlib
+import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,11 +16,12 @@ from dlc_jax.ssl import augment
 from experiments.dlc import codestore, sources
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.latents import LatentDecoder
-from experiments.runtime import launch
+from experiments.runtime import launch, storage
 
 
-def encode(encoder: Encoder, source: sources.ImageSource, out: str | pathlib.Path, *, image_size: int,
-           vae: LatentDecoder | None = None, flip: float = 0.0, store_sem: bool = False, batch_size: int = 256, seed: int = 0) -> None:
+def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike, *, image_size: int,
+           vae: LatentDecoder | None = None, flip: float = 0.0, store_sem: bool = False, batch_size: int = 256,
+           seed: int = 0) -> None:
     """Writes the code store `out`.
 
     Args:
@@ -32,9 +35,11 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | pathlib.Pat
         seed: of flips and posterior samples, which depend on the image's index alone.
     """
     m = encoder.config.model
-    with codestore.writer(out, num=len(source), meta=dict(num_codes=m.num_codes, vocab_size=m.vocab_size,
-                                                          class_names=tuple(source.class_names or ()))) as store:
-        bar = tqdm(total=len(source), initial=store.done, desc='encode', unit='image', dynamic_ncols=True)
+    # A store that was begun with another encoder or other settings is not continued: all this is compared.
+    meta = dict(num_codes=m.num_codes, vocab_size=m.vocab_size, class_names=tuple(source.class_names or ()),
+                image_size=image_size, flip=flip, seed=seed, encoder=fingerprint(encoder.params))
+    with codestore.writer(out, num=len(source), meta=meta) as store, \
+            tqdm(total=len(source), initial=store.done, desc='encode', unit='image', dynamic_ncols=True) as bar:
         for start in range(store.done, len(source), batch_size):
             items = [source[i] for i in range(start, min(start + batch_size, len(source)))]
             raw = [item['image'] for item in items]
@@ -55,9 +60,16 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | pathlib.Pat
                                              jax.random.fold_in(jax.random.key(seed), start)).astype(np.float16)
             store.append(rows, names=[item['name'] for item in items])
             bar.update(len(raw))
-        bar.close()
-    for name in getattr(source, 'skipped', ()):
-        print(f'skipped unreadable {name}')
+    if source.skipped:
+        print(f'{len(source.skipped)} unreadable image(s), each with the next good one in its place: {", ".join(source.skipped)}')
+
+
+def fingerprint(params: Any) -> str:
+    """16 hexadecimal digits that tell one set of weights from another."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()[:16]
 
 
 def main() -> None:
@@ -74,6 +86,11 @@ def main() -> None:
     p.add_argument('--batch_size', type=int, default=256)
     p.add_argument('--seed', type=int, default=0)
     args, _ = launch.parse(p)
+    if args.batch_size < 1 or (args.image_size is not None and args.image_size < 1):
+        raise ValueError('--batch_size and --image_size must be at least 1')
+    if not 0 <= args.flip <= 1:
+        raise ValueError(f'--flip={args.flip} is a probability; choose it between 0 and 1')
+    storage.check_writable(storage.resolve(args.out).parent, '--out')
     launch.initialize(args)
     encoder = Encoder.load(args.encoder)
     data = encoder.config.data.copy_and_resolve_references()

@@ -10,9 +10,12 @@ RUN is the --workdir of a training run. --out decides the form: one .png grid, a
 `arr_0` (what FID evaluators read), or a directory of numbered files.
 """
 import argparse
+import os
 import pathlib
+import tempfile
 
 import jax
+import ml_collections
 import numpy as np
 from tqdm import tqdm
 
@@ -23,22 +26,30 @@ from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
 from experiments.dlc.sources import read_image
-from experiments.runtime import launch
+from experiments.runtime import launch, storage
 from experiments.runtime.report import image_grid, save_image
 
 
-def write(images: np.ndarray, out: str | pathlib.Path, columns: int = 0) -> None:
+def check_out(out: str | os.PathLike) -> None:
+    """Raises a ValueError or OSError unless samples can be written to `out`."""
+    path = storage.resolve(out)
+    if path.suffix not in ('', '.png', '.npz'):
+        raise ValueError(f'--out={out}: end it in .png (grid), .npz (array) or / (a directory of files)')
+    if path.suffix and path.is_dir():
+        raise ValueError(f'--out={out} is a directory; give the name of a file')
+    storage.check_writable(path.parent if path.suffix else path, '--out')
+
+
+def write(images: np.ndarray, out: str | os.PathLike, columns: int = 0) -> None:
     """uint8 [N, H, W, C] to a .png grid, an .npz or, for any other name, a directory of files."""
-    out = pathlib.Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = storage.resolve(out)
     if out.suffix == '.npz':
-        np.savez(out, arr_0=images)
+        with storage.write_whole(out) as file:
+            np.savez(file, arr_0=images)
     elif out.suffix == '.png':
         save_image(out, image_grid(images, columns or int(np.ceil(np.sqrt(len(images))))))
-    elif out.suffix:
-        raise ValueError(f'--out={out}: end it in .png (grid), .npz (array) or / (a directory of files)')
     else:
-        out.mkdir(exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
             save_image(out / f'{i:06d}.png', image)
 
@@ -99,12 +110,46 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises a ValueError for what is wrong whatever the models turn out to be."""
+    for name in ('num', 'batch_size', 'code_steps'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f'--{name}={getattr(args, name)} must be at least 1')
+    for name in ('columns', 'guidance_channels'):
+        if (getattr(args, name) or 0) < 0:
+            raise ValueError(f'--{name}={getattr(args, name)} must not be negative')
+    for name in ('guidance_interval', 'window'):
+        low, high = getattr(args, name) or (0, 1)
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f'--{name}={low} {high}: need 0 <= LOW <= HIGH <= 1')
+    if args.eta is not None and not 0 <= args.eta <= 1:
+        raise ValueError(f'--eta={args.eta} is a probability; choose it between 0 and 1')
+    if args.temperature <= 0:
+        raise ValueError(f'--temperature={args.temperature} must be positive')
+    if args.compose and len(args.compose) < 2:
+        raise ValueError('--compose needs two images or more; for the codes of one image there is --from_images')
+    if (args.compose or args.from_images) and not args.encoder:
+        raise ValueError('give the encoder that reads the images with --encoder=RUN')
+
+
+def check_sampler(args: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError unless the generator of `config` can be sampled as the flags say."""
+    guided = [name for name in ('guidance', 'guidance_channels', 'guidance_interval') if getattr(args, name) is not None]
+    if config.model.condition == 'none' and guided:
+        raise ValueError(f'--{guided[0]}: this generator is unconditional, there is nothing to guide; leave the flag out')
+    if args.steps is not None and not 2 <= args.steps <= config.diffusion.num_timesteps:
+        raise ValueError(f'--steps={args.steps} must lie in 2..{config.diffusion.num_timesteps}')
+    if (args.guidance_channels or 0) > config.model.channels:
+        raise ValueError(f'--guidance_channels={args.guidance_channels}: the generator has {config.model.channels}')
+
+
 def main() -> None:
     args, _ = launch.parse(parser())
+    check_flags(args)
+    check_out(args.out)
     launch.initialize(args)
-    if args.num is not None and args.num < 1:
-        raise ValueError(f'--num={args.num}: ask for at least one sample')
     generator = Generator.load(args.generator)
+    check_sampler(args, generator.config)
     decode = LatentDecoder.load(args.vae) if args.vae else None
     if generator.config.data.target == 'latents' and decode is None:
         raise ValueError('this generator makes latents: give the autoencoder weights with --vae=DIR')
@@ -130,8 +175,6 @@ def main() -> None:
                                  name=args.code_sampler, num_steps=args.code_steps, eta=args.eta,
                                  window=tuple(args.window) if args.window else None)
     elif args.from_images or args.compose:
-        if not args.encoder:
-            raise ValueError('give the encoder that reads the images with --encoder=RUN')
         encoder = Encoder.load(args.encoder)
         check_codes(generator, encoder.config.model.num_codes, encoder.config.model.vocab_size, args.encoder)
         paths = args.from_images or args.compose
@@ -140,8 +183,6 @@ def main() -> None:
             num = args.num or len(paths)
             cond = np.resize(encoder.encode_images(images)['codes'], (num, encoder.config.model.num_codes))
         else:
-            if len(paths) < 2:
-                raise ValueError('--compose needs two images or more')
             sems = encoder.encode_images(images, temperature=args.temperature)['sem']
             cond = np.asarray(codes_lib.compose(code_key, sems, num, method=args.composition))
 
@@ -151,9 +192,15 @@ def main() -> None:
                          guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None)
     images = np.asarray(to_uint8(decode(x) if decode else x))
     if jax.process_index() == 0:
-        write(images, args.out, args.columns)
+        try:
+            write(images, args.out, args.columns)
+        except OSError as error:  # a full disk must not cost the samples
+            spare = pathlib.Path(tempfile.mkdtemp()) / 'samples.npz'
+            np.savez(spare, arr_0=images)
+            raise OSError(f'--out={args.out}: {error.strerror or error}; the samples are in {spare} instead, make room and move '
+                          'them') from error
         print(f'{num} samples -> {args.out}')
 
 
 if __name__ == '__main__':
-    launch.main(main)
+    launch.main(main, stopped=launch.NOTHING_WRITTEN, status=None)

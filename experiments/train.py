@@ -5,7 +5,7 @@ checkpoint in the work directory; else released weights named by the config; els
 """
 import importlib
 import logging
-import pathlib
+import os
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from experiments.runtime import experiment as experiment_lib
-from experiments.runtime import launch, loop, partition
+from experiments.runtime import launch, loop, partition, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.metrics import MetricsWriter
@@ -33,11 +33,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> experiment_lib.Exper
     """The experiment that `config.experiment` names, checked against `mesh`; reads no data."""
     if config.experiment not in EXPERIMENTS:
         raise ValueError(f'experiment={config.experiment!r} is not one of {sorted(EXPERIMENTS)}')
+    experiment_lib.check_numbers(config)
     experiment_lib.check_batch(config, mesh)
     return importlib.import_module(EXPERIMENTS[config.experiment]).build(config, mesh)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, mesh: Mesh | None = None,
+def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh: Mesh | None = None,
           hooks: Sequence[loop.Hook] = (), name: str | None = None) -> TrainState:
     """Trains to `config.num_steps`, continuing what `workdir` holds.
 
@@ -45,14 +46,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, mes
         The final state, laid out over `mesh` (default: `config.mesh` over all devices).
 
     Raises:
-        ValueError: a config, data set or checkpoint that does not fit; before anything is compiled.
+        ValueError, OSError: a config, data set, checkpoint or place that does not fit; before anything is compiled.
         loop.Stopped: a signal came and the state was saved.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = storage.resolve(workdir)
 
     # ---- Mesh, model, data -------------------------------------------------------------------------------------------
     mesh = mesh or mesh_lib.make_mesh(config.mesh)
     experiment = build(config, mesh)
+    launch.check_workdir(config, workdir)
+    storage.check_writable(workdir, '--workdir')
     abstract = jax.eval_shape(experiment.init, jax.random.key(config.seed))
     shardings = partition.state_shardings(abstract, experiment.rules, mesh)
     checkpointer = Checkpointer(workdir / 'checkpoints', keep=config.keep_checkpoints)
@@ -61,6 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, mes
         # ---- Resume, or start ----------------------------------------------------------------------------------------
         restored = checkpointer.restore(abstract, shardings)
         if restored and restored[0] >= config.num_steps:
+            log.info('%s: at step %d of %d already; nothing to do', workdir, restored[0], config.num_steps)
             checkpointer.close()
             return restored[1]
         batches = loop.Prefetch(experiment.open_batches(), mesh_lib.batch_sharding(mesh))
@@ -71,6 +75,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, mes
             batches.set_state(position)
             log.info('%s: continuing from step %d of %d', workdir, start, config.num_steps)
         else:
+            if config.get('pretrained') and not storage.resolve(config.pretrained).exists():
+                raise FileNotFoundError(f'pretrained={config.pretrained}: nothing there; give released weights, or \'\' for none')
             start, state = 0, jax.jit(experiment.init, out_shardings=shardings)(jax.random.key(config.seed))
             if experiment.warm_start:
                 state = jax.device_put(experiment.warm_start(state), shardings)
@@ -97,14 +103,14 @@ def main() -> None:
     p.add_argument('--dry_run', action='store_true', help='print mesh, parameters, memory and batch split, then exit')
     p.add_argument('--profile', metavar='DIR', help='write a profiler trace of the whole (short) run to DIR')
     args, config = launch.parse(p)
+    if not (args.workdir or args.dry_run):
+        raise ValueError('--workdir is missing: where should checkpoints and metrics go?')
     launch.initialize(args)
     if args.dry_run:
         mesh = mesh_lib.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             print(experiment_lib.describe(build(config, mesh), config, mesh))
         return
-    if not args.workdir:
-        raise ValueError('--workdir is missing: where should checkpoints and metrics go?')
     if args.profile:
         with jax.profiler.trace(args.profile):
             train(config, args.workdir)

@@ -53,12 +53,17 @@ def encoder() -> ConfigDict:
             pos_grid=37,  # side of the stored position-embedding grid, patches
             layer_scale=1e-5, drop_path=0.3,
             init_std=0.02,  # of the blocks' weights; about 1 / sqrt(width) for narrow models from scratch
+            pos_init_std=0.02,  # of the position embedding; of the order of a patch's embedding for models from scratch
             form='plain',  # plain | shared | pos_shared
             num_codes=512, vocab_size=256,  # L, V
             temperature=1.0,
             **_precision(),
         ),
-        head=dict(hidden=2048, bottleneck=256, prototypes=65536, separate_ibot=False),
+        head=dict(
+            hidden=2048, bottleneck=256, prototypes=65536,
+            init_std=0.02,  # of the MLP's weights; about 1 / sqrt(hidden) for narrow heads
+            separate_ibot=False,  # a head of its own for patches
+        ),
         loss=dict(
             dino=1.0, koleo=0.1, ibot=1.0,  # weights
             centering='center',  # center | sinkhorn_knopp

@@ -7,8 +7,8 @@ from configs.dlc import base
 
 def get_config():
     config = base.code_model()
-    config.num_steps, config.batch_size = 800, 64
-    config.log_every, config.checkpoint_every = 25, 200
+    config.num_steps, config.batch_size = 2000, 64
+    config.log_every, config.checkpoint_every = 50, 500
     config.model.update(dict(size='small', width=96, depth=3, num_heads=3, num_codes=16, vocab_size=16, cond_dim=64))
     config.ema.update(dict(decay=0.995, ramp=True))
     config.optimizer.learning_rate.update(dict(peak=1e-3, warmup_steps=100, final=1e-5, decay='cosine'))

@@ -19,8 +19,9 @@ def get_config(data: str = 'fashion_mnist'):
     config = base.encoder()
     config.num_steps, config.batch_size = 20_000, 256
     config.model.update(dict(size='S', width=256, depth=6, num_heads=4, patch_size=patch, pos_grid=pixels // patch,
-                             layer_scale=1.0, init_std=0.06, drop_path=0.1, num_codes=32, vocab_size=64))
-    config.head.update(dict(hidden=1024, bottleneck=128, prototypes=2048))
+                             layer_scale=1.0, init_std=0.06, pos_init_std=0.5, drop_path=0.1, num_codes=32, vocab_size=64,
+                             temperature=0.2))
+    config.head.update(dict(hidden=1024, bottleneck=128, prototypes=2048, init_std=0.03))
     config.loss.centering = 'sinkhorn_knopp'
     config.loss.teacher_temperature.update(dict(peak=0.06, init=0.04, warmup_steps=5000))
     config.ema.update(dict(decay=0.99, final=1.0))

@@ -207,6 +207,8 @@ class VisionTransformer(nn.Module):
         layer_scale: initial LayerScale; 0 leaves the layers out.
         init_std: of the blocks' dense weights. 0.02 suits widths near 1000; a narrow model trained from scratch wants
             about 1 / sqrt(width), or its class token starts all but blind to the image.
+        pos_init_std: of the position embedding. 0.02 is far below a patch's embedding, so a model starts on bags of patches
+            and has to grow out of that; short runs from scratch want about the patches' own 0.5.
         drop_path: share of the batch that skips a residual branch when `train` (rng stream 'dropout').
         drop_path_groups: parts of the batch within which those are drawn.
         remat, unroll: see `layers.scan_blocks`.
@@ -222,6 +224,7 @@ class VisionTransformer(nn.Module):
     pos_antialias: bool = True
     layer_scale: float = 1e-5
     init_std: float = 0.02
+    pos_init_std: float = 0.02
     drop_path: float = 0.0
     drop_path_groups: int = 1
     remat: str = 'none'
@@ -260,7 +263,7 @@ class VisionTransformer(nn.Module):
                              f'{(b, grid[0] * grid[1])}')
         token = lambda name, shape, std: self.param(name, nn.initializers.normal(std), shape, self.param_dtype)
         cls_token = token('cls_token', (1, 1, self.width), 1e-6)
-        pos_embed = token('pos_embed', (1, 1 + self.pos_grid ** 2, self.width), 0.02)
+        pos_embed = token('pos_embed', (1, 1 + self.pos_grid ** 2, self.width), self.pos_init_std)
         mask_token = self.param('mask_token', nn.initializers.zeros, (1, self.width), self.param_dtype)
 
         x = nn.Dense(self.width, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=torch_default_init,

@@ -48,11 +48,14 @@ class DINOHead(nn.Module):
         bottleneck: width of its output.
         prototypes: K.
         num_layers: layers of the MLP.
+        init_std: of the MLP's weights; the original's 0.02 is about 1 / sqrt(hidden) there. A narrow head needs more, or
+            its biases soon outweigh what it is given and every sample gets the same logits.
     """
     hidden: int = 2048
     bottleneck: int = 256
     prototypes: int = 65536
     num_layers: int = 3
+    init_std: float = 0.02
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -65,7 +68,7 @@ class DINOHead(nn.Module):
         for i in range(1, self.num_layers + 1):
             last = i == self.num_layers
             x = nn.Dense(self.bottleneck if last else self.hidden, dtype=self.dtype, param_dtype=self.param_dtype,
-                         kernel_init=nn.initializers.normal(0.02), name=f'fc{i}')(x)
+                         kernel_init=nn.initializers.normal(self.init_std), name=f'fc{i}')(x)
             x = split(x if last else nn.gelu(x, approximate=False))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))

@@ -1,7 +1,7 @@
 """The code model: SEDD, a discrete diffusion over codes (arXiv 2507.12318 §4, arXiv 2310.16834)."""
 import dataclasses
 import functools
-import pathlib
+import os
 from typing import Any
 
 import jax
@@ -88,8 +88,8 @@ class CodeModel:
     params: Any
 
     @classmethod
-    def load(cls, workdir: str | pathlib.Path) -> 'CodeModel':
-        config, state = modules.load(workdir, build)
+    def load(cls, workdir: str | os.PathLike) -> 'CodeModel':
+        config, state = modules.load(workdir, 'code_model', build)
         return cls(config, state.ema)
 
     def sample(self, key: jax.Array, num: int, *, batch_size: int = 256, progress: Any = None, **sampler: Any) -> np.ndarray:

@@ -6,7 +6,8 @@
     meta.json                                        num, num_codes, vocab_size, arrays, class_names, ...
 
 `writer` streams rows into `<path>.partial` and renames it when all are there, so that a store exists whole or not at
-all; interrupted, it continues after the last rows known to be on disk.
+all; interrupted, it continues after the last rows known to be on disk. A store at a URL (`gs://...`) is written to a local
+cache and copied there when it is complete, and copied back before it is opened.
 """
 import dataclasses
 import errno
@@ -19,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from experiments.runtime import storage
 
 SYNC_SECONDS = 10.0  # at most this much work is done again after a kill
 
@@ -68,15 +71,15 @@ def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
         OSError: there is no store, it is unfinished, or an array is missing or truncated.
         ValueError: its codes are of another L x V.
     """
-    path = pathlib.Path(path).expanduser()
+    shown, path = os.fspath(path), local_folder(path)
     if not (path / 'meta.json').exists():
         partial = partial_path(path)
         if (partial / 'progress.json').exists():
             found = json.loads((partial / 'progress.json').read_text())
-            raise FileNotFoundError(f'{path}: unfinished, {found["done"]} of {found["meta"]["num"]} rows; run the same '
+            raise FileNotFoundError(f'{shown}: unfinished, {found["done"]} of {found["meta"]["num"]} rows; run the same '
                                     'python -m experiments.encode command again to complete it')
-        raise FileNotFoundError(f'{path}: no code store there; write one with python -m experiments.encode '
-                                f'--out={path}')
+        raise FileNotFoundError(f'{shown}: no code store there; write one with python -m experiments.encode '
+                                f'--out={shown}')
     try:
         meta = json.loads((path / 'meta.json').read_text())
         num, codes, vocab = meta['num'], meta['num_codes'], meta['vocab_size']
@@ -93,6 +96,13 @@ def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
     if (largest := int(arrays['codes'][:2 ** 16].max())) >= vocab:
         raise ValueError(f'{path}: codes.npy holds {largest} but meta.json says vocab_size={vocab}; encode again')
     return CodeStore(path, meta, arrays)
+
+
+def local_folder(path: str | os.PathLike) -> pathlib.Path:
+    """Where the store `path` lies on this machine: a finished remote one is copied, an unfinished one was begun there."""
+    if not storage.is_remote(path):
+        return pathlib.Path(path).expanduser()
+    return storage.local_copy(path) if (storage.resolve(path) / 'meta.json').exists() else storage.cached(path)
 
 
 def open_array(path: pathlib.Path, num: int) -> np.ndarray:
@@ -134,7 +144,8 @@ class writer:
     """
 
     def __init__(self, path: str | os.PathLike, *, num: int, meta: Mapping[str, Any]):
-        self.path = pathlib.Path(path).expanduser()
+        self._remote = os.fspath(path) if storage.is_remote(path) else None
+        self.path = storage.cached(path) if self._remote else pathlib.Path(path).expanduser()
         self.meta = json.loads(json.dumps(dict(meta) | {'num': num}))
         self.done = 0
         self._partial = partial_path(self.path)
@@ -142,6 +153,10 @@ class writer:
         self._synced, self._finished = time.monotonic(), False
 
     def __enter__(self) -> 'writer':
+        if self._remote and (storage.resolve(self._remote) / 'meta.json').exists():
+            self._claim(json.loads((storage.resolve(self._remote) / 'meta.json').read_text()), self._remote)
+            self.done, self._finished, self._remote = self.meta['num'], True, None
+            return self
         if (self.path / 'meta.json').exists():
             self._claim(json.loads((self.path / 'meta.json').read_text()), self.path)
             self.done, self._finished = self.meta['num'], True
@@ -160,7 +175,7 @@ class writer:
         self._names.truncate(self._names_bytes)
         return self
 
-    def _claim(self, found: Mapping[str, Any], where: pathlib.Path) -> None:
+    def _claim(self, found: Mapping[str, Any], where: str | pathlib.Path) -> None:
         """Raises unless the store found is the one that is to be written."""
         for key, value in self.meta.items():
             if found.get(key) != value:
@@ -231,17 +246,21 @@ class writer:
         self._synced = time.monotonic()
 
     def __exit__(self, kind, error, trace) -> None:
-        if self._finished:
-            return
+        if not self._finished:
+            self._close(failed=kind is not None)
+        if self._remote and kind is None:
+            storage.upload(self.path, self._remote, last='meta.json')
+
+    def _close(self, *, failed: bool) -> None:
         try:
             self._sync()
-        except OSError as failed:
-            if kind is None:
-                raise self._full(failed) from failed
+        except OSError as error:
+            if not failed:
+                raise self._full(error) from error
         finally:
             for file in (*self._files.values(), self._names):
                 file.close()
-        if kind is not None:
+        if failed:
             return
         if self.done != self.meta['num']:
             raise ValueError(f'{self.path}: {self.done} of {self.meta["num"]} rows were written; append the rest')

@@ -2,7 +2,7 @@
 arXiv 2304.07193). SEM is a bottleneck on the class token only."""
 import dataclasses
 import functools
-import pathlib
+import os
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from dlc_jax.ssl import augment, dino, ibot, koleo, masking
 from experiments.dlc import batches as batches_lib
 from experiments.dlc import modules, sources
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import optim, partition
+from experiments.runtime import optim, partition, storage
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 
@@ -29,7 +29,8 @@ def make_model(config: ml_collections.ConfigDict, groups: int = 1) -> sem.SEMEnc
 
 def make_head(config: ml_collections.ConfigDict) -> dino.DINOHead:
     h = config.head
-    return dino.DINOHead(hidden=h.hidden, bottleneck=h.bottleneck, prototypes=h.prototypes, dtype=modules.dtype(config.model))
+    return dino.DINOHead(hidden=h.hidden, bottleneck=h.bottleneck, prototypes=h.prototypes, init_std=h.init_std,
+                         dtype=modules.dtype(config.model))
 
 
 def make_masking(config: ml_collections.ConfigDict) -> masking.BlockMasking:
@@ -202,7 +203,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
 def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
     """Student and teacher backbones from released DINOv2 weights; the SEM and DINO heads keep their random start."""
-    _, released = convert.from_torch('dinov2', load_state_dict(config.pretrained), num_heads=make_model(config).num_heads)
+    _, released = convert.from_torch('dinov2', load_state_dict(storage.local_copy(config.pretrained)), num_heads=make_model(config).num_heads)
     flat = partition.flatten(released)
     used = set()
 
@@ -237,8 +238,8 @@ class Encoder:
     params: Any
 
     @classmethod
-    def load(cls, workdir: str | pathlib.Path) -> 'Encoder':
-        config, state = modules.load(workdir, build)
+    def load(cls, workdir: str | os.PathLike) -> 'Encoder':
+        config, state = modules.load(workdir, 'encoder', build)
         return cls(config, state.ema['encoder'])
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:

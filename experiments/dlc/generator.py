@@ -1,7 +1,7 @@
 """The image generator: a DiT conditioned on a code, a class, a continuous embedding or nothing (arXiv 2507.12318 §4)."""
 import dataclasses
 import functools
-import pathlib
+import os
 from typing import Any
 
 import jax
@@ -128,8 +128,8 @@ class Generator:
     params: Any
 
     @classmethod
-    def load(cls, workdir: str | pathlib.Path) -> 'Generator':
-        config, state = modules.load(workdir, build)
+    def load(cls, workdir: str | os.PathLike) -> 'Generator':
+        config, state = modules.load(workdir, 'generator', build)
         return cls(config, state.ema)
 
     def sample(self, key: jax.Array, cond: np.ndarray | None, num: int, *, batch_size: int = 256, progress: Any = None,

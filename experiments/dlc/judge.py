@@ -3,7 +3,6 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from sklearn.neural_network import MLPClassifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +13,7 @@ class Judge:
     @classmethod
     def fit(cls, images: np.ndarray, labels: np.ndarray, *, features: int = 64, seed: int = 0) -> 'Judge':
         """`images` uint8 [N, H, W, C], `labels` int [N]. Deterministic in `seed`."""
+        from sklearn.neural_network import MLPClassifier  # deferred: seconds of imports that --help need not wait for
         model = MLPClassifier((256, features), alpha=0.01, learning_rate_init=2e-3, batch_size=128, max_iter=60, tol=0.0,
                               n_iter_no_change=60, random_state=seed)
         return cls(model.fit(_rows(images), labels))

@@ -1,6 +1,6 @@
 """Latents of the released Stable Diffusion autoencoder: how the paper's generator sees images (arXiv 2507.12318 §4)."""
 import dataclasses
-import pathlib
+import os
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from dlc_jax import convert
 from dlc_jax.convert.files import load_state_dict
+from experiments.runtime import storage
 
 SCALE = 0.18215  # latents are stored and modelled at about unit variance
 
@@ -20,9 +21,9 @@ class LatentDecoder:
     params: Any
 
     @classmethod
-    def load(cls, path: str | pathlib.Path) -> 'LatentDecoder':
+    def load(cls, path: str | os.PathLike) -> 'LatentDecoder':
         """From a directory or file of released weights (diffusers names)."""
-        return cls(*convert.from_torch('sd_vae', load_state_dict(path)))
+        return cls(*convert.from_torch('sd_vae', load_state_dict(storage.local_copy(path))))
 
     def __call__(self, latents: np.ndarray, *, batch_size: int = 16) -> np.ndarray:
         decode = jax.jit(lambda p, z: self.module.apply({'params': p}, z / SCALE, method='decode'))

@@ -1,6 +1,6 @@
 """From configs and work directories to modules and parameters; what encoder, generator and code model share."""
 import dataclasses
-import pathlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments.runtime import launch
+from experiments.runtime import launch, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.state import TrainState
@@ -51,17 +51,19 @@ def build_dataclass(cls: type[T], name: str, fields: Mapping[str, Any]) -> T:
     return cls(**fields)
 
 
-def load(workdir: str | pathlib.Path, build_experiment: Callable[..., Any]) -> tuple[ml_collections.ConfigDict, TrainState]:
+def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., Any]) -> tuple[ml_collections.ConfigDict, TrainState]:
     """Config and newest state of the run in `workdir`, on the first device.
 
     Raises:
-        ValueError: `workdir` holds no run, or no checkpoint yet.
+        ValueError: `workdir` holds no run, one of another `kind` (config.experiment), or no checkpoint yet.
     """
     config = launch.read_config(workdir)
+    if config.get('experiment') != kind:
+        raise ValueError(f'{workdir}: holds a run of experiment={config.get("experiment")!r}; give the --workdir of one of {kind!r}')
     one = config.copy_and_resolve_references()
     one.accumulate = 1
     experiment = build_experiment(one, mesh_lib.make_mesh({}, jax.devices()[:1]))
-    checkpointer = Checkpointer(pathlib.Path(workdir) / 'checkpoints', read_only=True)
+    checkpointer = Checkpointer(storage.resolve(workdir) / 'checkpoints', read_only=True)
     restored = checkpointer.restore(jax.eval_shape(experiment.init, jax.random.key(0)))
     checkpointer.close()
     if restored is None:

@@ -4,13 +4,14 @@ A step directory appears whole or not at all. `restore` takes the newest readabl
 a checkpoint of another model is an error that names the first parameter that differs, never a silent fallback.
 """
 import logging
-import pathlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from experiments.runtime import storage
 from experiments.runtime.partition import flatten
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ class Checkpointer:
         read_only: never create or clean anything (sampling, evaluation).
     """
 
-    def __init__(self, directory: str | pathlib.Path, *, keep: int = 2, read_only: bool = False):
-        self.directory = pathlib.Path(directory).absolute()
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
+        directory = storage.resolve(directory)
+        self.directory = directory if storage.is_remote(directory) else directory.absolute()
         # Asynchronous only where arrays leave the device by copy: on CPU Orbax may write from the very buffer that the
         # next step has been donated.
         options = ocp.CheckpointManagerOptions(

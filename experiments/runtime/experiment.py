@@ -41,6 +41,16 @@ class Experiment:
     sampler: Callable[[Any, jax.Array], Any] | None = None
 
 
+LEAST = {'num_steps': 1, 'batch_size': 1, 'accumulate': 1, 'log_every': 1, 'checkpoint_every': 0, 'keep_checkpoints': 1}
+
+
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError for a number of the runner's own that means nothing."""
+    for name, least in LEAST.items():
+        if config[name] < least:
+            raise ValueError(f'{name}={config[name]} must be at least {least}; set --config.{name}')
+
+
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     """Raises a ValueError if the batch cannot be dealt out over the mesh, its processes and the microbatches."""
     shards, parts = mesh_lib.batch_shards(mesh), config.accumulate

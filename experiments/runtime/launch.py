@@ -1,31 +1,49 @@
 """Command lines: flags, one `--config` file with overrides, one-line errors, and processes."""
 import argparse
+import contextlib
 import difflib
+import importlib.util
 import json
 import logging
 import os
 import pathlib
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from experiments.runtime import storage
 from experiments.runtime.loop import Stopped
 
 log = logging.getLogger(__name__)
 
+NOTHING_WRITTEN = 'nothing was written; run the same command again'  # for `main`'s `stopped`
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line, with the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        kind, _, rest = message.partition('unrecognized arguments: ')
+        if not kind and rest.startswith('-'):
+            given = rest.split()[0].split('=')[0]
+            near = difflib.get_close_matches(given, self._option_string_actions, 1)
+            message = f'{given} is not a flag' + (f'; did you mean {near[0]}?' if near else '')
+        raise ValueError(f'{message} (--help lists the flags)')
+
+
 def parser(description: str, *, config: str | None = None) -> argparse.ArgumentParser:
     """A parser with the flags every command has. `config`: help of `--config`, for commands that take one."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     if config:
         p.add_argument('--config', metavar='FILE[:ARG]', help=config + '; override any field with --config.FIELD=VALUE')
     p.add_argument('--traceback', action='store_true', help='show where an error was raised')
@@ -43,12 +61,16 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
     Raises:
         ValueError: missing file, unknown field (with the nearest name) or a value of the wrong type.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    overrides = [a for a in argv if a.startswith('--config.')]
-    args = p.parse_args([a for a in argv if a not in overrides])
+    overrides, rest = [], []
+    for arg in sys.argv[1:] if argv is None else argv:
+        if overrides and '=' not in overrides[-1] and not arg.startswith('-'):
+            overrides[-1] += f'={arg}'  # --config.field value
+        else:
+            (overrides if arg.startswith('--config.') else rest).append(arg)
+    args = p.parse_args(rest)
     if not hasattr(args, 'config'):
         if overrides:
-            p.error(f'unrecognized arguments: {overrides[0]}')
+            p.error(f'{overrides[0]}: this command has no --config')
         return args, None
     path = args.config or default_config
     if path is None:
@@ -58,12 +80,7 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """`get_config()` of a Python file, `FILE` or `FILE:ARG`, with `--config.field=value` overrides."""
-    file = path.split(':', 1)[0]
-    if not pathlib.Path(file).is_file():
-        folder = pathlib.Path(file).parent
-        near = difflib.get_close_matches(file, [str(f) for f in folder.glob('*.py')] if folder.is_dir() else [], 1)
-        raise ValueError(f'--config: no file {file}' + (f'; did you mean {near[0]}?' if near else ''))
-    config = _parse_config([f'--config={path}'])
+    config = _run_config_file(path)
     for override in overrides:
         name = override.split('=', 1)[0].removeprefix('--config.')
         node, parents = config, 'config'
@@ -74,20 +91,36 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
             node, parents = node[part], f'{parents}.{part}'
         if isinstance(node, ml_collections.ConfigDict):
             raise ValueError(f'{parents} is a group; set one of its fields {sorted(node)}')
-    return _parse_config([f'--config={path}', *overrides])
-
-
-def _parse_config(argv: list[str]) -> ml_collections.ConfigDict:
-    values = flags.FlagValues()
-    argv = ['command', *argv]
-    config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+    values, argv = flags.FlagValues(), ['command', *overrides]
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
     try:
         values(argv)
-        config = values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(' '.join(str(error).strip('"').split())) from error
+    return values.config
+
+
+def _run_config_file(path: str) -> ml_collections.ConfigDict:
+    file, colon, argument = path.partition(':')
+    if not pathlib.Path(file).is_file():
+        folder = pathlib.Path(file).parent
+        near = difflib.get_close_matches(file, [str(f) for f in folder.glob('*.py')] if folder.is_dir() else [], 1)
+        raise ValueError(f'--config: no file {file}' + (f'; did you mean {near[0]}?' if near else ''))
+    # A module of its own each time: `config_flags` would run the file inside the module of the config before.
+    spec = importlib.util.spec_from_file_location('config_file', file)
+    if spec is None:
+        raise ValueError(f'--config: {file} is not a Python file')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, 'get_config', None)
+        config = get_config and (get_config(argument) if colon else get_config())
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a user's file may raise
+        raise ValueError(f'--config={path}: {type(error).__name__}: {error}') from error
     if not isinstance(config, ml_collections.ConfigDict):
-        raise ValueError(f'{argv[1]}: the file has no get_config() that returns a ConfigDict')
+        raise ValueError(f'--config={path}: the file has no get_config() that returns a ConfigDict')
     return config
 
 
@@ -100,23 +133,48 @@ def check_fields(name: str, given: Iterable[str], allowed: Sequence[str]) -> Non
                                                                 f'; the fields are {sorted(allowed)}'))
 
 
-def save_config(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> None:
+def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
     """Writes `workdir/config.json`, from which sampling and evaluation rebuild the model."""
-    workdir = pathlib.Path(workdir)
+    workdir = storage.resolve(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=1) + '\n')
+    with storage.write_whole(workdir / 'config.json') as file:
+        file.write((json.dumps(config.to_dict(), indent=1) + '\n').encode())
 
 
-def read_config(workdir: str | pathlib.Path) -> ml_collections.ConfigDict:
+def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     """The config a run was started with.
 
     Raises:
         ValueError: `workdir` holds no run.
     """
-    path = pathlib.Path(workdir) / 'config.json'
-    if not path.is_file():
+    path = storage.resolve(workdir) / 'config.json'
+    if not path.exists():
         raise ValueError(f'{workdir}: no config.json there; give the --workdir of a training run')
-    return ml_collections.ConfigDict(json.loads(path.read_text(), object_hook=_tuples))
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text(), object_hook=_tuples))
+    except ValueError as error:
+        raise ValueError(f'{path}: damaged ({error}); run its training command again') from None
+
+
+def check_workdir(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
+    """Raises a ValueError if `workdir` holds a run of another kind; warns of fields that have changed since."""
+    if not (storage.resolve(workdir) / 'config.json').exists():
+        return
+    before, now = (_flat(c.to_dict()) for c in (read_config(workdir), config))
+    if before.get('experiment') != now['experiment']:
+        raise ValueError(f'{workdir}: holds a run of experiment={before.get("experiment")!r}, not {now["experiment"]!r}; choose '
+                         'another --workdir')
+    changed = [f'{name} ({before.get(name)!r} -> {now.get(name)!r})' for name in sorted(before.keys() | now.keys())
+               if before.get(name) != now.get(name)]
+    if changed:
+        log.warning('%s: the config has changed since this run was started: %s', workdir, ', '.join(changed))
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    out = {}
+    for name, value in fields.items():
+        out |= _flat(value, f'{prefix}{name}.') if isinstance(value, Mapping) else {prefix + name: value}
+    return out
 
 
 def _tuples(value: Any) -> Any:
@@ -126,13 +184,40 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-def main(command: Callable[[], None]) -> None:
-    """Runs a command: a user's error becomes one line and exit status 2, a signal a line and status 0."""
+@contextlib.contextmanager
+def stop_on_signal(message: str, status: int | None) -> Iterator[None]:
+    """SIGTERM and SIGINT raise `Stopped` inside the block, wherever it is. A second signal is not caught.
+
+    `runtime.loop` has a gentler way, which it puts in place while it runs.
+    """
+    def stop(number, frame):
+        for n, handler in previous.items():
+            signal.signal(n, handler or signal.SIG_DFL)
+        raise Stopped(f'stopped by signal; {message}', 128 + number if status is None else status)
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for n, handler in previous.items():
+            signal.signal(n, handler or signal.SIG_DFL)
+
+
+def main(command: Callable[[], None], *, stopped: str = 'run the same command to continue', status: int | None = 0) -> None:
+    """Runs a command: a user's error becomes one line and exit status 2, a signal a line too.
+
+    Args:
+        command: reads `sys.argv`.
+        stopped: what to tell somebody who stopped it by a signal.
+        status: exit status then. None: 128 + the signal's number, for commands that have nothing to show for it.
+    """
     logging.basicConfig(level=logging.INFO, format='%(levelname).1s %(message)s')
     for noisy in ('absl', 'orbax', 'jax._src', 'tensorboardX'):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        command()
+        with stop_on_signal(stopped, status):
+            command()
     except Stopped as stop:
         print(stop.message, file=sys.stderr)
         raise

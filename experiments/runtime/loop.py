@@ -34,10 +34,10 @@ class Hook(Protocol):
 
 
 class Stopped(SystemExit):
-    """SIGTERM or SIGINT was answered: the state is saved and the same command continues. Exit status 0."""
+    """SIGTERM or SIGINT was answered. Exit status 0 where what was done is saved and the same command continues."""
 
-    def __init__(self, message: str):
-        super().__init__(0)
+    def __init__(self, message: str, status: int = 0):
+        super().__init__(status)
         self.message = message
 
 

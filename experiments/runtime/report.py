@@ -2,15 +2,14 @@
 import base64
 import html
 import io
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
+from typing import IO
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
+
+from experiments.runtime import storage
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -38,9 +37,12 @@ def image_grid(images: np.ndarray, columns: int, *, gap: int = 1) -> np.ndarray:
     return canvas
 
 
-def save_image(path: str | pathlib.Path | io.BytesIO, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 1 or 3] as PNG."""
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path, format='PNG')
+def save_image(file: str | os.PathLike | IO, image: np.ndarray) -> None:
+    """Writes uint8 [H, W, 1 or 3] as PNG to a path or an open file."""
+    if isinstance(file, (str, os.PathLike)):
+        with storage.write_whole(file) as opened:
+            return save_image(opened, image)
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format='PNG')
 
 
 def format_value(value: object, digits: int = 3) -> str:
@@ -90,7 +92,9 @@ class Report:
     def lines(self, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, *, x: str = 'step', y: str = '',
               log_y: bool = False) -> None:
         """A line chart of {label: (xs, ys)}."""
-        figure, axes = plt.subplots(figsize=(5.2, 3.1), dpi=110)
+        from matplotlib.figure import Figure  # deferred: most commands draw nothing
+        figure = Figure(figsize=(5.2, 3.1), dpi=110)
+        axes = figure.subplots()
         for label, (xs, ys) in curves.items():
             axes.plot(xs, ys, label=label, linewidth=1.4)
         axes.set_xlabel(x)
@@ -102,7 +106,6 @@ class Report:
             axes.legend(fontsize=8, frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format='PNG', bbox_inches='tight')
-        plt.close(figure)
         self._figure(buffer, caption, 'class=chart')
 
     def _figure(self, buffer: io.BytesIO, caption: str, attributes: str) -> None:
@@ -110,10 +113,8 @@ class Report:
         self._parts.append(f'<figure><img {attributes} alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
                            f'<figcaption>{html.escape(caption)}</figcaption></figure>')
 
-    def save(self, path: str | pathlib.Path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         page = (f'<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(self._title)}</title>'
                 f'<meta name=viewport content="width=device-width"><style>{_STYLE}</style>' + '\n'.join(self._parts) + '</html>\n')
-        path = pathlib.Path(path)
-        partial = path.with_suffix('.partial')
-        partial.write_text(page)
-        partial.replace(path)
+        with storage.write_whole(path) as file:
+            file.write(page.encode())

@@ -1,0 +1,143 @@
+"""Where runs live: a local disk or an object store (`gs://`, `s3://`), through one kind of path.
+
+Work directories, checkpoints and results are read and written in place. What has to be memory-mapped, or is read by a
+library that knows local files only, comes through `local_copy`.
+"""
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import IO
+
+from etils import epath
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = {'gs': ('gcs', "pip install -e '.[gcs]'"), 's3': ('s3', 'pip install s3fs')}  # scheme -> fsspec name, cure
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether `path` is a URL rather than a place on a local (or mounted) disk."""
+    return '://' in os.fspath(path)
+
+
+def resolve(path: str | os.PathLike) -> epath.Path:
+    """A path with pathlib's methods; `~` is expanded.
+
+    Raises:
+        ValueError: a scheme that cannot be read here.
+    """
+    if not is_remote(path):
+        return epath.Path(path).expanduser()
+    scheme = os.fspath(path).split('://', 1)[0]
+    if scheme not in _PACKAGES:
+        raise ValueError(f'{os.fspath(path)}: no storage {scheme}://; use a local path or one of '
+                         f'{", ".join(f"{s}://" for s in _PACKAGES)}')
+    import fsspec
+    name, cure = _PACKAGES[scheme]
+    try:
+        fsspec.get_filesystem_class(name)
+    except ImportError:
+        raise ValueError(f'{os.fspath(path)}: reading and writing {scheme}:// needs a package; {cure}') from None
+    return epath.Path(path)
+
+
+@contextlib.contextmanager
+def write_whole(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Opens `path` for writing bytes; it appears, or is replaced, only when the block ends without an error."""
+    path = resolve(path)
+    partial = path.with_name(path.name + '.partial')
+    try:
+        with partial.open('wb') as file:
+            yield file
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(directory: str | os.PathLike, what: str) -> None:
+    """Creates `directory` and writes to it, so that a place that cannot be written shows before any work is done.
+
+    Raises:
+        OSError: it cannot; names `what` (a flag, say) and the reason.
+    """
+    directory = resolve(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f'.writable-{os.getpid()}'
+        probe.write_text('')
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f'{what}: {directory} cannot be written ({error.strerror or error}); choose another place or mend its '
+                      'permissions') from None
+
+
+# ---- Copies of what is remote ------------------------------------------------------------------------------------------
+
+def cache_directory() -> pathlib.Path:
+    """Where `local_copy` puts things: `$DLC_CACHE`, or `~/.cache/dlc_jax`."""
+    return pathlib.Path(os.environ.get('DLC_CACHE', '~/.cache/dlc_jax')).expanduser()
+
+
+def cached(path: str | os.PathLike) -> pathlib.Path:
+    """The local place that stands for the remote `path`."""
+    url = os.fspath(path).rstrip('/')
+    return cache_directory() / hashlib.sha256(url.encode()).hexdigest()[:16] / url.rsplit('/', 1)[-1]
+
+
+def local_copy(path: str | os.PathLike) -> pathlib.Path:
+    """`path` itself where it is local; else a copy of that file or flat folder, made again when sizes or dates change.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: no room for the copy.
+    """
+    source = resolve(path)
+    if not is_remote(path):
+        return pathlib.Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f'{path}: nothing there')
+    files = [f for f in source.iterdir() if not f.is_dir()] if source.is_dir() else [source]
+    stats = {f.name: f.stat() for f in files}
+    signature = {name: [stat.length, stat.mtime] for name, stat in sorted(stats.items())}
+    target = cached(path)
+    note = target.with_name('copied.json')
+    if target.exists() and note.exists() and json.loads(note.read_text()) == signature:
+        return target
+    partial = target.with_name(f'{target.name}.{os.getpid()}')
+    log.info('%s: copying %.2f GB to %s', path, sum(size for size, _ in signature.values()) / 1e9, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            partial.mkdir()
+        for file in files:
+            file.copy(partial / file.name if source.is_dir() else partial, overwrite=True)
+        remove(target)
+        partial.replace(target)
+        note.write_text(json.dumps(signature))
+    except OSError as error:
+        remove(partial)
+        raise OSError(f'{path}: could not be copied to {target} ({error.strerror or error}); make room or set DLC_CACHE to '
+                      'another disk') from None
+    return target
+
+
+def upload(folder: pathlib.Path, path: str | os.PathLike, *, last: str) -> None:
+    """Copies the files of a local folder to the remote `path`; `last` after all others, so that it vouches for them."""
+    target = resolve(path)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.iterdir(), key=lambda f: (f.name == last, f.name)):
+        epath.Path(file).copy(target / file.name, overwrite=True)
+
+
+def remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

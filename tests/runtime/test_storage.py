@@ -1,0 +1,170 @@
+"""Runs at a URL, on fsspec's file system in memory in place of a bucket: the same calls as for `gs://`, no network."""
+import json
+import sys
+
+import ml_collections
+import numpy as np
+import pytest
+
+from experiments.dlc import codestore
+from experiments.runtime import launch, metrics, storage
+from experiments.runtime.checkpoint import Checkpointer
+from experiments.runtime.report import Report, save_image
+from experiments.sample import check_out, write
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """An empty `gs://bucket`; the local cache is below `tmp_path`."""
+    from etils.epath import backend
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        protocol = ('gcs', 'gs')
+        cachable = False
+        store, pseudo_dirs = {}, ['']
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(str(path).removeprefix('gs://'))
+
+        def _open(self, path, mode='rb', **kwargs):
+            if mode in ('ab', 'r+b'):
+                raise NotImplementedError('an object store writes whole objects')
+            return super()._open(path, mode, **kwargs)
+
+    monkeypatch.setitem(sys.modules['fsspec.registry']._registry, 'gcs', Bucket)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setenv('DLC_CACHE', str(tmp_path / 'cache'))
+    yield 'gs://bucket/runs'
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_paths(bucket, tmp_path, monkeypatch):
+    assert storage.is_remote('gs://b/x') and not storage.is_remote(tmp_path)
+    assert str(storage.resolve('gs://b/x') / 'y') == 'gs://b/x/y'
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert str(storage.resolve('~/x')) == str(tmp_path / 'x')
+    with pytest.raises(ValueError, match='no storage ftp://; use a local path or one of gs://, s3://'):
+        storage.resolve('ftp://x/y')
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    import fsspec
+    def absent(name):
+        raise ImportError(name)
+    monkeypatch.setattr(fsspec, 'get_filesystem_class', absent)
+    with pytest.raises(ValueError, match=r"gs://b/x: .* needs a package; pip install -e '.\[gcs\]'"):
+        storage.resolve('gs://b/x')
+
+
+@pytest.mark.parametrize('remote', [False, True])
+def test_written_whole_or_not_at_all(bucket, tmp_path, remote):
+    place = storage.resolve(bucket if remote else tmp_path)
+    storage.check_writable(place, '--out')
+    with storage.write_whole(place / 'x') as file:
+        file.write(b'one')
+    with pytest.raises(KeyError):
+        with storage.write_whole(place / 'x') as file:
+            file.write(b'tw')
+            raise KeyError
+    assert (place / 'x').read_bytes() == b'one'
+    assert [f.name for f in place.iterdir()] == ['x']
+
+
+def test_config_and_metrics(bucket, monkeypatch):
+    config = ml_collections.ConfigDict({'experiment': 'x', 'pair': (1, 2)})
+    launch.save_config(config, bucket)
+    assert launch.read_config(bucket).to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match="gs://bucket/runs: holds a run of experiment='x', not 'y'"):
+        launch.check_workdir(ml_collections.ConfigDict({'experiment': 'y'}), bucket)
+
+    monkeypatch.setattr(metrics, 'REMOTE_SECONDS', 0.0)
+    writer = metrics.MetricsWriter(bucket, tensorboard=False)
+    writer.write(1, {'loss': 3.0})
+    assert metrics.read_metrics(bucket + '/metrics.jsonl') == [{'step': 1, 'loss': 3.0}]
+    monkeypatch.setattr(metrics, 'REMOTE_SECONDS', 1e9)
+    for step in (2, 3):
+        writer.write(step, {'loss': 2.0})
+    assert len(metrics.read_metrics(bucket + '/metrics.jsonl')) == 1
+    writer.close()
+    assert [row['step'] for row in metrics.read_metrics(bucket + '/metrics.jsonl')] == [1, 2, 3]
+    writer = metrics.MetricsWriter(bucket, from_step=2, tensorboard=False)
+    writer.write(3, {'loss': 1.0})
+    writer.close()
+    assert [row['loss'] for row in metrics.read_metrics(bucket + '/metrics.jsonl')] == [3.0, 2.0, 1.0]
+
+
+def test_checkpoints_stay_at_their_url(bucket):
+    """Orbax takes it from there, with a driver of its own that no fake file system reaches."""
+    checkpointer = Checkpointer(bucket + '/checkpoints', read_only=True)
+    assert str(checkpointer.directory) == 'gs://bucket/runs/checkpoints' and checkpointer.steps() == []
+
+
+def fill(path, *, stop_at=None, value=0):
+    with codestore.writer(path, num=6, meta=dict(num_codes=2, vocab_size=9)) as store:
+        began = store.done
+        for i in range(store.done, 6):
+            if i == stop_at:
+                raise KeyboardInterrupt
+            store.append({'codes': np.full((1, 2), (i + value) % 9)}, names=[str(i)])
+    return began
+
+
+def test_code_store(bucket, tmp_path):
+    path = bucket + '/codes'
+    with pytest.raises(FileNotFoundError, match='gs://bucket/runs/codes: no code store there'):
+        codestore.open_code_store(path)
+    with pytest.raises(KeyboardInterrupt):
+        fill(path, stop_at=4)
+    assert not storage.resolve(path).exists()
+    with pytest.raises(FileNotFoundError, match='gs://bucket/runs/codes: unfinished, 4 of 6 rows'):
+        codestore.open_code_store(path)
+    assert fill(path) == 4 and fill(path) == 6
+    assert {f.name for f in storage.resolve(path).iterdir()} == {'codes.npy', 'meta.json', 'names.txt'}
+
+    storage.remove(tmp_path / 'cache')  # another machine
+    assert fill(path) == 6
+    store = codestore.open_code_store(path)
+    np.testing.assert_array_equal(store.array('codes')[:, 0], range(6))
+    assert isinstance(store.array('codes'), np.memmap) and store.path.is_relative_to(tmp_path / 'cache')
+    before = (store.path / 'codes.npy').stat().st_mtime_ns
+    assert (codestore.open_code_store(path).path / 'codes.npy').stat().st_mtime_ns == before  # not copied twice
+
+
+def test_an_upload_that_breaks_off_is_no_store(bucket, monkeypatch):
+    real = storage.epath.Path.copy
+    def failing(self, target, **options):
+        if self.name == 'names.txt':
+            raise OSError('connection lost')
+        return real(self, target, **options)
+    monkeypatch.setattr(type(storage.epath.Path('x')), 'copy', failing)
+    with pytest.raises(OSError, match='connection lost'):
+        fill(bucket + '/codes')
+    assert not (storage.resolve(bucket) / 'codes' / 'meta.json').exists()
+
+
+def test_a_store_that_has_changed_is_copied_again(bucket, tmp_path):
+    path = bucket + '/codes'
+    fill(path)
+    codestore.open_code_store(path)
+    array = np.full((6, 2), 5, np.uint8)
+    np.save(tmp_path / 'codes.npy', np.concatenate([array, array]))
+    meta = json.loads((storage.resolve(path) / 'meta.json').read_text()) | {'num': 12}
+    storage.epath.Path(tmp_path / 'codes.npy').copy(storage.resolve(path) / 'codes.npy', overwrite=True)
+    (storage.resolve(path) / 'meta.json').write_text(json.dumps(meta))
+    assert (codestore.open_code_store(path).array('codes') == 5).all()
+
+
+def test_samples_and_reports(bucket):
+    images = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4, 1)
+    for name in ('x.npz', 'x.png', 'many'):
+        check_out(f'{bucket}/{name}')
+        write(images, f'{bucket}/{name}')
+    with (storage.resolve(bucket) / 'x.npz').open('rb') as file, np.load(file) as arrays:
+        np.testing.assert_array_equal(arrays['arr_0'], images)
+    assert (storage.resolve(bucket) / 'x.png').read_bytes().startswith(b'\x89PNG')
+    assert sorted(f.name for f in (storage.resolve(bucket) / 'many').iterdir()) == ['000000.png', '000001.png']
+    save_image(f'{bucket}/one.png', images[0])
+    Report('Größe').save(f'{bucket}/report.html')
+    assert 'Größe' in (storage.resolve(bucket) / 'report.html').read_bytes().decode()
