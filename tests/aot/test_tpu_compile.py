@@ -61,6 +61,17 @@ def test_a_mesh_that_cannot_fit_is_reported(monkeypatch, capsys):
     assert 'DOES NOT FIT' in capsys.readouterr().out
 
 
+@needs_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('topology, sizes', [
+    ('v5e-16', dict(fsdp=-1, tensor=2)), ('v5e-64', dict(data=2, fsdp=-1, tensor=2)),
+    ('v5p-128', dict(fsdp=-1, tensor=8))])
+def test_every_axis_finds_its_place_in_a_slice(topology, sizes):
+    devices = aot.tpu_slice(topology).devices
+    mesh = mesh_lib.make_mesh(sizes, devices)
+    assert set(mesh.devices.flat) == set(devices) and mesh.shape['tensor'] == sizes['tensor']
+
+
 @pytest.mark.parametrize('name, message', [
     ('v7x-16', r"--topology='v7x-16': write GENERATION-SIZE with a generation of \('v4', 'v5e', 'v5p', 'v6e'\)"),
     ('v5e', "--topology='v5e': write GENERATION-SIZE"),
