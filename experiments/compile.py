@@ -1,29 +1,40 @@
 """Compiles a config's training step and sampler for a TPU slice that is not here, with the real TPU compiler.
 
     pip install -e ".[tpu]"
-    python -m experiments.compile --config=configs/dlc/generator_imagenet.py --topology=v5e-16
+    python -m experiments.compile --config=configs/dlc/generator_imagenet.py:L512 --topology=v5e-16
+    python -m experiments.compile --all --topology=v5e-16
 
-Prints bytes a chip against its HBM, collectives and a time estimate's ingredients. Needs no TPU and no data.
+Prints, for one chip, bytes against HBM, matrix products against peak, and collectives. Needs no TPU and no data. A
+program that does not fit ends the command with status 2.
 """
 import dataclasses
 import json
+import math
 import os
 import re
+import sys
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # there is no metadata server to ask
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # nothing is run, so two compilations may share a machine
+os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')  # these two stop warnings of the TPU that is not there
+os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-16')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import flax.linen as nn
 import jax
 import ml_collections
 from jax.experimental.topologies import get_topology_desc
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import Mesh
 
 from experiments.runtime import launch, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.train import build
+
+PAPER = tuple(f'configs/dlc/{name}_imagenet.py:L512' for name in ('encoder', 'generator', 'code_model'))
 
 # Names count chips for v5e and v6e but TensorCores, two a chip, for v4 and v5p, as Google Cloud does.
 _FLAT = {4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'}
@@ -34,11 +45,12 @@ GENERATIONS = {  # grid of each slice, HBM GiB a chip, peak bf16 TFLOP/s a chip
     'v5p': (_CUBE, 95, 459),
     'v6e': (_FLAT, 32, 918),
 }
+GIB = 2 ** 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A TPU slice by name: its devices, and one chip's memory and peak."""
+    """A TPU slice by name: its chips, and one chip's memory and peak."""
     name: str
     devices: tuple
     hbm_bytes: int
@@ -53,7 +65,8 @@ def tpu_slice(name: str) -> Slice:
     """
     match = re.fullmatch(r'(v\w+)-(\d+)', name)
     if not match or match[1] not in GENERATIONS:
-        raise ValueError(f'--topology={name!r}: write GENERATION-SIZE with a generation of {tuple(GENERATIONS)}, such as v5e-16')
+        raise ValueError(f'--topology={name!r}: write GENERATION-SIZE with a generation of {tuple(GENERATIONS)}, '
+                         'such as v5e-16')
     grids, gib, tflops = GENERATIONS[match[1]]
     if int(match[2]) not in grids:
         raise ValueError(f'--topology={name!r}: sizes of {match[1]} are {tuple(grids)}')
@@ -61,67 +74,144 @@ def tpu_slice(name: str) -> Slice:
     try:
         topology = get_topology_desc(platform='tpu', topology_name=f'{match[1]}:{grids[int(match[2])]}', **options)
     except Exception as error:
-        raise ValueError(f"no TPU compiler for {name}: pip install -e '.[tpu]' ({str(error).splitlines()[0]})") from error
-    return Slice(name, tuple(topology.devices), gib * 2 ** 30, tflops * 1e12)
+        why = str(error).splitlines()[0]
+        raise ValueError(f"no TPU compiler for {name}: pip install -e '.[tpu]' ({why})") from error
+    return Slice(name, tuple(topology.devices), gib * GIB, tflops * 1e12)
 
 
-def report(executable: Any, target: Slice, seconds: float) -> dict[str, Any]:
-    """What the compiler says of one program, for one chip."""
-    memory, cost = executable.memory_analysis(), executable.cost_analysis()
-    used = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes)
-    text = executable.as_text()
-    kinds = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
-    return {
-        'bytes_per_chip': used, 'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
-        'hbm_bytes': target.hbm_bytes, 'share_of_hbm': used / target.hbm_bytes, 'flops_per_chip': cost.get('flops'),
-        'collectives': {kind: n for kind in kinds if (n := len(re.findall(rf'{kind}(?:-start)?\(', text)))},
-        'compile_seconds': seconds,
-    }
+def matmul_flops(jaxpr: Any) -> float:
+    """FLOPs of all matrix products and convolutions of a jaxpr: loops times their length, the dearer branch of each
+    condition, what is recomputed for the backward pass included. (XLA's own count takes the body of a loop once.)"""
+    total = 0.0
+    for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+        if eqn.primitive.name == 'dot_general':
+            contracted = eqn.params['dimension_numbers'][0][0]
+            total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        elif eqn.primitive.name == 'conv_general_dilated':
+            kernel, features = eqn.invars[1].aval, eqn.params['dimension_numbers'].rhs_spec[0]
+            total += 2 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[features]
+        elif eqn.primitive.name == 'cond':
+            total += max(map(matmul_flops, eqn.params['branches']))
+        else:
+            inner = sum(map(matmul_flops, jaxprs_in_params(eqn.params)))
+            total += inner * (eqn.params['length'] if eqn.primitive.name == 'scan' else 1)
+    return total
 
 
-def compile_config(config: ml_collections.ConfigDict, target: Slice, *, sampler: bool = True) -> dict[str, dict[str, Any]]:
-    """{'step': report, 'sampler': report} of `config` on `target`; 'sampler' only where the model is sampled from."""
+def collectives(hlo: str) -> dict[str, dict[str, int]]:
+    """{kind: {'count', 'largest_bytes'}} of a compiled program's text; one in a loop counts once."""
+    kinds, seen = {}, set()
+    for shape, kind, channel in re.findall(
+            r' = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?'
+            r'channel_id=(\d+)', hlo):
+        if channel not in seen:  # an asynchronous one is written down as often as it has stages
+            seen.add(channel)
+            sizes = [_BYTES.get(dtype, 4) * math.prod(map(int, filter(None, dims.split(','))))
+                     for dtype, dims in re.findall(r'([a-z]+\d*)\[([\d,]*)\]', shape)]
+            entry = kinds.setdefault(kind, {'count': 0, 'largest_bytes': 0})
+            entry['count'] += 1
+            entry['largest_bytes'] = max(entry['largest_bytes'], *sizes)
+    return kinds
+
+
+_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8, 'f64': 8}
+
+
+def compile_program(jitted: Any, args: tuple, mesh: Mesh, target: Slice, *, fast: bool = False) -> dict[str, Any]:
+    """What the compiler says of one program, for one chip. Of one that does not fit: only how much it would need.
+
+    `fast`: tell the compiler not to look for the fastest program.
+    """
+    options = {'exec_time_optimization_effort': -1.0} if fast else None
+    started = time.monotonic()
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        traced = jitted.trace(*args)
+        report = {'mesh': dict(mesh.shape), 'hbm_bytes': target.hbm_bytes,
+                  'flops': matmul_flops(traced.jaxpr) / mesh.devices.size}
+        try:
+            executable = traced.lower().compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if 'RESOURCE_EXHAUSTED' not in str(error):
+                raise
+            sizes = re.findall(r'([\d.]+)([KMGT])\b', str(error))  # what it needs is the largest of them
+            report['bytes'] = int(max((float(n) * 1024 ** (1 + 'KMGT'.index(unit)) for n, unit in sizes), default=0))
+        else:
+            memory = executable.memory_analysis()
+            report |= {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
+                       'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,  # without donated ones
+                       'program': memory.generated_code_size_in_bytes}
+            report['bytes'] = sum(report[part] for part in ('arguments', 'temporaries', 'outputs', 'program'))
+            report['collectives'] = collectives(executable.as_text())
+    return report | {'fits': 'arguments' in report and report['bytes'] <= target.hbm_bytes,
+                     'seconds_at_peak': report['flops'] / target.peak_flops,
+                     'compile_seconds': time.monotonic() - started}
+
+
+def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: str | None = None,
+                   fast: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """('step', report) and ('sampler', report) of `config` on `target`, each laid out as it is run there.
+
+    Training follows `config.mesh`. Sampling keeps a copy of the parameters on every chip and splits the batch over all
+    of them, as `experiments.dlc.modules.Batched` does.
+    """
     mesh = mesh_lib.make_mesh(config.mesh, target.devices)
     experiment = build(config, mesh)
     state = jax.eval_shape(experiment.init, jax.random.key(0))
-    shardings = partition.state_shardings(state, experiment.rules, mesh)
-    batch, everywhere = mesh_lib.batch_sharding(mesh), mesh_lib.replicated(mesh)
-    out = {}
+    if only in (None, 'step'):
+        shardings, batch = partition.state_shardings(state, experiment.rules, mesh), mesh_lib.batch_sharding(mesh)
+        step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, batch),
+                       out_shardings=(shardings, mesh_lib.replicated(mesh)))
+        yield 'step', compile_program(step, (state, dict(experiment.batch)), mesh, target, fast=fast)
+    if only in (None, 'sampler') and experiment.sampler:
+        mesh = mesh_lib.make_mesh({'data': -1}, target.devices)
+        sampler = jax.jit(experiment.sampler, in_shardings=mesh_lib.replicated(mesh),
+                          out_shardings=mesh_lib.batch_sharding(mesh))
+        key = jax.eval_shape(jax.random.key, 0)
+        yield 'sampler', compile_program(sampler, (state.params, key), mesh, target, fast=fast)
 
-    def compiled(jitted, *args):
-        started = time.monotonic()
-        with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            executable = jitted.lower(*args).compile()
-        return report(executable, target, time.monotonic() - started)
 
-    out['step'] = compiled(jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, batch),
-                                   out_shardings=(shardings, everywhere)), state, dict(experiment.batch))
-    if sampler and experiment.sampler:
-        out['sampler'] = compiled(jax.jit(experiment.sampler, in_shardings=(shardings.params, everywhere), out_shardings=batch),
-                                  state.params, jax.eval_shape(jax.random.key, 0))
-    return out
+def describe(name: str, report: Mapping[str, Any], target: Slice) -> str:
+    """A report as the command prints it."""
+    gib = lambda part: f'{report[part] / GIB:.2f}'
+    shape = ', '.join(f'{axis}={size}' for axis, size in report['mesh'].items())
+    lines = [f'{name} on {target.name}: {len(target.devices)} chips, mesh {shape}; compiled in '
+             f'{report["compile_seconds"]:.0f} s',
+             f'  memory   {gib("bytes")} GiB a chip of {report["hbm_bytes"] / GIB:.0f} '
+             f'({report["bytes"] / report["hbm_bytes"]:.0%})'
+             + (f': arguments {gib("arguments")}, temporaries {gib("temporaries")}, outputs {gib("outputs")}, program '
+                f'{gib("program")}' if 'arguments' in report else ': DOES NOT FIT'),
+             f'  compute  {report["flops"] / 1e12:.2f} TFLOP a chip in matrix products, '
+             f'{report["seconds_at_peak"]:.4f} s at the peak of {target.peak_flops / 1e12:.0f} TFLOP/s']
+    found = [f'{e["count"]} {kind} (largest {e["largest_bytes"] / 2 ** 20:.2f} MiB)'
+             for kind, e in report.get('collectives', {}).items()]
+    return '\n'.join(lines + ['  network  ' + (', '.join(found) or 'no collectives')] * ('collectives' in report))
 
 
 def main() -> None:
     p = launch.parser(__doc__, config='what to compile')
+    p.add_argument('--all', action='store_true', help=f'compile {", ".join(PAPER)}, one after another')
     p.add_argument('--topology', default='v5e-16', help='GENERATION-SIZE, such as v5e-16, v6e-64, v5p-128')
-    p.add_argument('--no_sampler', action='store_true', help='the training step alone')
+    p.add_argument('--only', choices=('step', 'sampler'), help='one of the two programs')
+    p.add_argument('--fast', action='store_true',
+                   help='compile in a quarter of the time to a slower program; its memory is about the same')
     p.add_argument('--json', metavar='FILE', help='also write the reports there')
-    args, config = launch.parse(p)
+    args, config = launch.parse(p, default_config=PAPER[0] if '--all' in sys.argv else None)
     target = tpu_slice(args.topology)
-    reports = compile_config(config, target, sampler=not args.no_sampler)
-    gib = 2 ** 30
-    for name, r in reports.items():
-        print(f'{name:8s} {target.name} ({len(target.devices)} chips)  {r["bytes_per_chip"] / gib:7.2f} GiB a chip of '
-              f'{r["hbm_bytes"] / gib:.0f} ({r["share_of_hbm"]:.0%}: arguments {r["arguments"] / gib:.2f}, temporaries '
-              f'{r["temporaries"] / gib:.2f})  compiled in {r["compile_seconds"]:.0f} s  collectives {r["collectives"]}')
-    if args.json:
-        with open(args.json, 'w') as file:
-            json.dump({'topology': target.name, **reports}, file, indent=1)
-    full = [name for name, r in reports.items() if r['share_of_hbm'] > 1]
+    configs = {args.config: config}
+    if args.all:
+        configs = {path: launch.load_config(path, [a for a in sys.argv if a.startswith('--config.')]) for path in PAPER}
+    reports = {}
+    for path, config in configs.items():
+        for program, report in compile_config(config, target, only=args.only, fast=args.fast):
+            reports[f'{path} {program}'] = report
+            print(describe(f'{path} {program}', report, target), flush=True)
+            if args.json:
+                with open(args.json, 'w') as file:
+                    json.dump({'topology': target.name, 'programs': reports}, file, indent=1)
+    full = [name for name, report in reports.items() if not report['fits']]
     if full:
-        raise ValueError(f'{full[0]} does not fit {target.name}: raise mesh.fsdp or accumulate, set model.remat, or take a larger slice')
+        raise ValueError(f'{full[0]} does not fit {target.name}: raise mesh.fsdp or accumulate, set model.remat, lower '
+                         'batch_size, or take a larger slice')
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@
 arXiv 2507.12318 section 5 and appendix E: from released DINOv2 weights, 125 000 steps, about a day on two A100; linear
 probe of the codes 85.3 % (DINOv2: 85.9 %). Batch 256 is four of the original's GPUs at 64; the learning rate follows
 1e-4 sqrt(batch / 1024). Without --config.pretrained it trains from scratch, which the paper does not report.
+Compiled for v5e-16 (`experiments.compile --fast`): step 4.2 GiB a chip of 16, encoding 256 images 4.4.
 """
 from configs.dlc import base
 

@@ -19,11 +19,13 @@ Array = jax.Array
 
 FORMS = ('plain', 'shared', 'pos_shared')
 
+# The matrices to and from L * V logits outweigh the whole transformer, and one row a crop goes through them: so each
+# device keeps its own columns of V and sees every row of its `fsdp` group, rather than gathering the matrices.
 PARTITION_RULES = (
-    (r'sem_embed/kernel', P('fsdp', 'tensor', None)),
-    (r'sem_norm/(scale|bias)', P('tensor', None)),
-    (r'sem_out/kernel', P('tensor', None, 'fsdp')),
-    (r'sem_out_shared/kernel', P(None, 'fsdp')),
+    (r'sem_embed/kernel', P(None, 'tensor', 'fsdp')),
+    (r'sem_norm/(scale|bias)', P('tensor', 'fsdp')),
+    (r'sem_out/kernel', P('tensor', 'fsdp', None)),
+    (r'sem_out_shared/kernel', P('fsdp', None)),
     (r'sem_bias', P()),
 ) + vit.PARTITION_RULES
 
@@ -111,7 +113,8 @@ class SEMEncoder(vit.VisionTransformer):
             (self.num_codes, self.vocab_size), use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
             kernel_init=vit.torch_default_init, precision=jax.lax.Precision.HIGHEST,
             dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32), name='sem_embed')
-        logits = embed(tokens[:, :first].reshape(len(tokens), -1))
+        rows = nn.with_logical_constraint(tokens[:, :first].reshape(len(tokens), -1), ('rows', 'embed'))
+        logits = nn.with_logical_constraint(embed(rows), ('rows', 'codes', 'vocab'))
         logits = JointLayerNorm(param_dtype=self.param_dtype, name='sem_norm')(logits)
         sem = jax.nn.softmax(logits / temperature)
         dlc = jnp.argmax(logits, -1).astype(jnp.int32)
@@ -119,7 +122,8 @@ class SEMEncoder(vit.VisionTransformer):
             return SEMOutput(None, None, None, None, logits, sem, dlc)
         norm = self.final_norm()
         normed = norm(tokens)
-        return SEMOutput(cls=norm(self._project_back(sem)), registers=normed[:, 1:first], patches=normed[:, first:],
+        cls = nn.with_logical_constraint(self._project_back(sem), ('batch', 'embed'))
+        return SEMOutput(cls=norm(cls), registers=normed[:, 1:first], patches=normed[:, first:],
                          prenorm=tokens, logits=logits, sem=sem, dlc=dlc)
 
     def codes(self, images: Array) -> Array:

@@ -63,14 +63,16 @@ class DINOHead(nn.Module):
     def __call__(self, x: Array) -> Array:
         if self.num_layers < 1:
             raise ValueError(f'num_layers={self.num_layers} must be at least 1')
+        # With few rows the compiler would rather sum logits over devices than gather this small head.
+        split = lambda x: nn.with_logical_constraint(x, ('batch',) + (None,) * (x.ndim - 1))
         for i in range(1, self.num_layers + 1):
             last = i == self.num_layers
             x = nn.Dense(self.bottleneck if last else self.hidden, dtype=self.dtype, param_dtype=self.param_dtype,
                          kernel_init=nn.initializers.normal(self.init_std), name=f'fc{i}')(x)
-            x = x if last else nn.gelu(x, approximate=False)
+            x = split(x if last else nn.gelu(x, approximate=False))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
-        return WeightNormDense(self.prototypes, self.dtype, self.param_dtype, name='last_layer')(x)
+        return split(WeightNormDense(self.prototypes, self.dtype, self.param_dtype, name='last_layer')(x))
 
 
 def cross_entropy(logits: Array, targets: Array, temperature: float | Array = 0.1) -> Array:

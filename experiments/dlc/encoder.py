@@ -155,9 +155,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
         masked_patches = gather_masked(seen.patches, batch['mask_indices'])
         run_head = lambda name, x: head.apply({'params': params[name]}, x)
-        cls = run_head(heads[0], jnp.concatenate([seen.cls, glimpsed.cls]))
-        global_logits = cls[:2 * b].reshape(b, 2, -1)
-        local_logits = cls[2 * b:].reshape(b, n, -1)
+        # [B, 2 + n, K]: views side by side, so that an image's rows stay on its device.
+        logits = run_head(heads[0], jnp.concatenate([seen.cls.reshape(b, 2, -1), glimpsed.cls.reshape(b, n, -1)], 1))
+        global_logits, local_logits = logits[:, :2], logits[:, 2:]
         targets = cls_probs.reshape(b, 2, -1)
 
         # Each of the 2 n + 2 (student view, teacher view) pairs counts the same; a view is never its own target.
@@ -196,7 +196,11 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     rules = partition.prefixed('encoder', sem.PARTITION_RULES) + tuple(
         rule for name in dict.fromkeys(heads) for rule in partition.prefixed(name, dino.PARTITION_RULES))
-    return Experiment(init, loss, step, rules, batch_spec, open_batches,
+    def encode_once(params, key):
+        images = jax.random.normal(key, (b, d.global_size, d.global_size, d.channels))
+        return encode(config, params['encoder'], images)
+
+    return Experiment(init, loss, step, rules, batch_spec, open_batches, sampler=encode_once,
                       warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
 
 
@@ -220,6 +224,19 @@ def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainSta
         raise ValueError(f'pretrained={config.pretrained}: {sorted(set(flat) - used)[0]} has no place in this config')
     params = state.params | {'encoder': encoder}
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+
+
+def encode(config: ml_collections.ConfigDict, params: Any, images: jax.Array, temperature: float | None = None,
+           outputs: Sequence[str] = OUTPUTS) -> dict[str, jax.Array]:
+    """`codes` [N, L], `sem` [N, L, V] and `embeddings` [N, D], those that `outputs` names, of preprocessed images [N, H, W, C].
+
+    Pure, so that it can be jitted whole. Whatever the config's dtype it computes in float32, products included where the
+    hardware would round them (TF32, bf16 passes): near-tied logits must not flip with the compute dtype.
+    """
+    model = make_model(config).clone(dtype=jnp.float32, attention_impl='xla')  # cuDNN's attention has no float32
+    with jax.default_matmul_precision('highest'):
+        out = model.apply({'params': params}, images, temperature=temperature)
+    return {name: x for name, x in zip(OUTPUTS, (out.dlc, out.sem, out.cls)) if name in outputs}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -250,8 +267,7 @@ class Encoder:
                outputs: Sequence[str] = OUTPUTS) -> dict[str, np.ndarray]:
         """`codes` int32 [N, L], `sem` float32 [N, L, V], `embeddings` float32 [N, D] of preprocessed images.
 
-        Codes are computed in float32, products included where the hardware would round them (TF32, bf16 passes): near-tied
-        logits must not flip with the compute dtype.
+        Computed in float32, as `encode` says.
 
         Args:
             images: float32 [N, H, W, C].
@@ -264,14 +280,7 @@ class Encoder:
 
     @functools.lru_cache(maxsize=4)
     def _compiled(self, batch_size: int, temperature: float | None, outputs: tuple[str, ...]) -> modules.Batched:
-        # cuDNN's attention has no float32.
-        model = make_model(self.config).clone(dtype=jnp.float32, attention_impl='xla')
-
-        def one(params, _, images):
-            with jax.default_matmul_precision('highest'):
-                out = model.apply({'params': params}, images, temperature=temperature)
-            return {name: x for name, x in zip(OUTPUTS, (out.dlc, out.sem, out.cls)) if name in outputs}
-        return modules.Batched(one, self.params, batch_size)
+        return modules.Batched(lambda p, _, images: encode(self.config, p, images, temperature, outputs), self.params, batch_size)
 
     def encode_images(self, images: list[np.ndarray], **kwargs: Any) -> dict[str, np.ndarray]:
         """`encode` of raw uint8 images."""

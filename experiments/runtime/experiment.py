@@ -29,7 +29,7 @@ class Experiment:
         batch: shape and dtype of a global batch.
         open_batches: opens the data and returns this process's stream.
         warm_start: applied to a fresh state, never to a resumed one (released weights).
-        sampler: (params, key) -> samples as one program, for compile checks; None where there is nothing to sample.
+        sampler: (params, key) -> samples (of an encoder: codes of random images) as one program, for compile checks.
     """
     init: Callable[[jax.Array], TrainState]
     loss: LossFn
@@ -38,7 +38,7 @@ class Experiment:
     batch: Mapping[str, jax.ShapeDtypeStruct]
     open_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
     warm_start: Callable[[TrainState], TrainState] | None = None
-    sampler: Callable[[Any, jax.Array], jax.Array] | None = None
+    sampler: Callable[[Any, jax.Array], Any] | None = None
 
 
 LEAST = {'num_steps': 1, 'batch_size': 1, 'accumulate': 1, 'log_every': 1, 'checkpoint_every': 0, 'keep_checkpoints': 1}

@@ -14,7 +14,9 @@ AXES = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
 
 # Logical names of activation axes (flax.linen.with_logical_constraint) -> mesh axes.
-LOGICAL_RULES = (('batch', ('data', 'fsdp')), ('tokens', None), ('embed', None), ('heads', 'tensor'), ('mlp', 'tensor'))
+# 'rows' is the batch where `fsdp` shards features instead ('vocab').
+LOGICAL_RULES = (('batch', ('data', 'fsdp')), ('rows', 'data'), ('tokens', None), ('embed', None), ('heads', 'tensor'),
+                 ('mlp', 'tensor'), ('codes', 'tensor'), ('vocab', 'fsdp'))
 
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
@@ -46,14 +48,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """A mesh over `devices` (default: all). Slices joined by a data-centre network are laid along `data`."""
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
+    # Axes may split those of the torus: tensor=2 on a 4x4 slice has no other place.
     num_slices = len({getattr(d, 'slice_index', 0) for d in devices})
     if num_slices > 1:
         if shape['data'] % num_slices:
             raise ValueError(f"mesh: data={shape['data']} must be a multiple of the {num_slices} slices")
         inner = (shape['data'] // num_slices, shape['fsdp'], shape['tensor'])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (num_slices, 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, (num_slices, 1, 1), devices,
+                                                    allow_split_physical_axes=True)
     elif devices[0].platform == 'tpu' and len(devices) > 1:
-        grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices)
+        grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
     else:
         grid = np.asarray(devices).reshape(tuple(shape.values()))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,6 +1,7 @@
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from dlc_jax.convert.rules import flatten, param_shapes
 from dlc_jax.models import sem, vit
+from experiments.runtime import mesh as mesh_lib
 from random_params import random_params
 
 TINY = dict(width=16, depth=1, num_heads=2, patch_size=4, num_registers=2, pos_grid=2, layer_scale=0.5,
@@ -158,7 +160,11 @@ def test_rules_cover_every_parameter_and_sharded_equals_unsharded(form):
 
     placed = jax.device_put(params, jax.tree_util.tree_map_with_path(sharding, params))
     rows = jax.device_put(IMAGES, NamedSharding(mesh, P(('data', 'fsdp'))))
-    one, many = run(model, params, IMAGES), run(model, placed, rows)
+    one = run(model, params, IMAGES)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        many = run(model, placed, rows)
+    assert many.sem.sharding.is_equivalent_to(NamedSharding(mesh, P('data', 'tensor', 'fsdp')), 3)  # rows come together
+    np.testing.assert_array_equal(many.dlc, one.dlc)
     np.testing.assert_allclose(many.sem, one.sem, atol=1e-5)
     np.testing.assert_allclose(many.cls, one.cls, atol=1e-4)
     assert not placed['sem_embed']['kernel'].sharding.is_fully_replicated

@@ -1,0 +1,139 @@
+"""Paper-size programs through the real TPU compiler, and what reads its answer. The former need libtpu, not a TPU."""
+import importlib.util
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.dlc import base, code_model_imagenet, generator_imagenet
+from experiments import compile as aot
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import partition
+from experiments.train import build
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="pip install -e '.[tpu]'")
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('topology, chips', [('v5e-16', 16), ('v4-16', 8)])
+def test_step_and_sampler_fit_and_the_state_is_split(topology, chips):
+    config, target = code_model_imagenet.get_config('L512'), aot.tpu_slice(topology)
+    assert len(target.devices) == chips
+    experiment = build(config, mesh_lib.make_mesh(config.mesh, target.devices))
+    state = jax.eval_shape(experiment.init, jax.random.key(0))
+    size = lambda tree: sum(int(np.prod(x.shape)) * getattr(x.dtype, 'itemsize', 8) for x in jax.tree.leaves(tree))
+
+    reports = dict(aot.compile_config(config, target, fast=True))
+    assert set(reports) == {'step', 'sampler'}
+    for name, report in reports.items():
+        assert report['fits'] and 0 < report['bytes'] < target.hbm_bytes
+        assert f'GiB a chip of {target.hbm_bytes // aot.GIB}' in aot.describe(name, report, target)
+    step, sampler = reports['step'], reports['sampler']
+    # Parameters, both moments and EMA: a chip holds its share, padded to tiles of 128 where 16 chips leave 64 columns
+    # of 1024. The donated state is returned in place.
+    held = (size(state) + size(dict(experiment.batch))) / chips
+    assert held <= step['arguments'] < 1.4 * held
+    assert step['outputs'] < 0.01 * step['arguments']
+    # Every matrix is gathered where it is used, a layer at a time, and nothing of the size of the scores ever is.
+    scores = config.batch_size * 512 * 256 * 2
+    assert {'all-gather', 'all-reduce'} <= set(step['collectives'])
+    assert max(entry['largest_bytes'] for entry in step['collectives'].values()) < scores / 4
+    assert size(state.params) <= sampler['arguments'] < 1.02 * size(state.params)
+    # 424 M parameters in the blocks, 2 FLOPs each and token, forward, recomputed and backward; attention on top.
+    tokens = config.batch_size * 512 / chips
+    blocks = sum(x.size for x in jax.tree.leaves(state.params['blocks']) if x.ndim > 3 or x.shape[-1] == 4096)
+    assert 4 * 2 * blocks * tokens < step['flops'] < 1.5 * 4 * 2 * blocks * tokens
+    assert sampler['flops'] > 4096 * 2 * 0.9 * blocks * tokens  # every step of the loop counts
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_a_mesh_that_cannot_fit_is_reported(monkeypatch, capsys):
+    config = generator_imagenet.get_config('L512')
+    config.mesh.update(dict(data=-1, fsdp=1))  # 14 GiB of state on every chip
+    monkeypatch.setattr(aot.launch, 'parse', lambda p, **_: (p.parse_args(['--only=step', '--fast']), config))
+    with pytest.raises(ValueError, match='does not fit v5e-16: raise mesh.fsdp'):
+        aot.main()
+    assert 'DOES NOT FIT' in capsys.readouterr().out
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('topology, sizes', [
+    ('v5e-16', dict(fsdp=-1, tensor=2)), ('v5e-64', dict(data=2, fsdp=-1, tensor=2)),
+    ('v5p-128', dict(fsdp=-1, tensor=8))])
+def test_every_axis_finds_its_place_in_a_slice(topology, sizes):
+    devices = aot.tpu_slice(topology).devices
+    mesh = mesh_lib.make_mesh(sizes, devices)
+    assert set(mesh.devices.flat) == set(devices) and mesh.shape['tensor'] == sizes['tensor']
+
+
+@pytest.mark.parametrize('name, message', [
+    ('v7x-16', r"--topology='v7x-16': write GENERATION-SIZE with a generation of \('v4', 'v5e', 'v5p', 'v6e'\)"),
+    ('v5e', "--topology='v5e': write GENERATION-SIZE"),
+    ('v5e-12', r"--topology='v5e-12': sizes of v5e are \(4, 8, 16,"),
+])
+def test_unknown_slices_are_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        aot.tpu_slice(name)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    def missing(**_):
+        raise RuntimeError('Unable to find libtpu\nand more lines')
+    monkeypatch.setattr(aot, 'get_topology_desc', missing)
+    with pytest.raises(ValueError, match=r"v5e-16: pip install -e '\.\[tpu\]' \(Unable to find libtpu\)$"):
+        aot.tpu_slice('v5e-16')
+
+
+def test_flops_count_loops_branches_and_recomputation():
+    w = jnp.ones((8, 8))
+    product = 2 * 4 * 8 * 8
+    count = lambda f: aot.matmul_flops(jax.make_jaxpr(f)(jnp.ones((4, 8))))
+    loop = lambda x: jax.lax.fori_loop(0, 5, lambda _, x: x @ w, x)
+    assert count(lambda x: x @ w) == product
+    assert count(jax.jit(loop)) == 5 * product
+    assert count(lambda x: jax.lax.cond(x[0, 0] > 0, loop, lambda x: x @ w, x)) == 5 * product
+    tower = lambda x: jnp.sin(jnp.sin(x @ w) @ w).sum()
+    assert count(jax.grad(tower)) == 4 * product
+    assert count(jax.grad(jax.checkpoint(tower))) == 6 * product
+    image, kernel = jnp.ones((1, 6, 6, 3)), jnp.ones((3, 3, 3, 5))
+    conv = lambda x: jax.lax.conv_general_dilated(image, kernel, (1, 1), 'VALID',
+                                                  dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    assert count(conv) == 2 * (4 * 4 * 5) * (3 * 3 * 3)
+
+
+def test_collectives_are_counted_once_each_with_their_size():
+    hlo = '''
+  %a.1 = bf16[256,128]{1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={0}
+  %a.2 = bf16[256,128]{1,0:T(8,128)} all-gather(%p.2), channel_id=7, dimensions={0}
+  %b = (f32[4,2]{1,0}, pred[]) all-reduce(%x, %y), channel_id=8, to_apply=%add
+  %c = (f32[16]{0}, f32[16]{0}, u32[]) collective-permute-start(%z), channel_id=9, source_target_pairs={{0,1}}
+  %d = f32[99] fusion(%z), kind=kLoop
+'''
+    assert aot.collectives(hlo) == {
+        'all-gather': {'count': 1, 'largest_bytes': 256 * 128 * 2}, 'all-reduce': {'count': 1, 'largest_bytes': 32},
+        'collective-permute': {'count': 1, 'largest_bytes': 64}}
+
+
+def test_no_logits_of_the_encoder_cross_devices():
+    """Prototype and SEM logits are the largest arrays of its step; each stays where it was computed."""
+    config = base.encoder()
+    config.batch_size, config.num_steps = 32, 10
+    config.model.update(dict(size='S', width=32, depth=1, num_heads=2, num_codes=64, vocab_size=64))
+    config.head.update(dict(hidden=32, bottleneck=8, prototypes=8192))
+    config.data.update(dict(global_size=28, local_size=14, num_local=2))
+    mesh = mesh_lib.make_mesh({'fsdp': 8})
+    experiment = build(config, mesh)
+    state = jax.eval_shape(experiment.init, jax.random.key(0))
+    shardings = partition.state_shardings(state, experiment.rules, mesh)
+    step = jax.jit(experiment.step, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        found = aot.collectives(step.lower(state, dict(experiment.batch)).compile(
+            compiler_options={'xla_backend_optimization_level': 0}).as_text())
+    matrix = 8 * 8192 * 4  # of the prototypes: gathered, and its gradient summed
+    assert found and max(entry['largest_bytes'] for entry in found.values()) <= matrix, found
