@@ -10,14 +10,16 @@ import ml_collections
 import numpy as np
 import torch
 
+from benchmarks import torch_encoder
 from benchmarks import torch_reference as reference
 from benchmarks.dlc import Disagreement, Row, Sizes
 from configs.dlc import base
 from dlc_jax import convert
-from experiments.dlc import code_model, generator
+from dlc_jax.ssl import masking
+from experiments.dlc import code_model, encoder, generator
 from experiments.runtime import mesh as mesh_lib
-from experiments.train import build
 from experiments.runtime.state import TrainState
+from experiments.train import build
 
 GUIDANCE = 1.4
 
@@ -238,3 +240,86 @@ def sedd_sampling(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
                    m, batch, model.length, model.vocab_size, steps, side.device))),
                check, (steps + 1) * batch * (transformer_flops(model.depth, model.length, model.width)
                                              + 2 * model.length * model.width * model.num_states))
+
+
+# ---- Encoder ---------------------------------------------------------------------------------------------------------
+
+
+def encoder_training(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
+    """Multi-crop step: teacher, student, heads, losses, clipping, AdamW, EMA. No drop paths, so that both do the same work."""
+    side, batch = Side(bf16), sizes.batch['encoder_training']
+    config = side.config(base.encoder(), batch, sizes.encoder | dict(drop_path=0.0))
+    config.data.update(sizes.crops)
+    config.head.update(sizes.head)
+    experiment = build(config, mesh_lib.make_mesh({}, jax.devices()[:1]))
+    model, head = encoder.make_model(config), encoder.make_head(config)
+    start = jax.jit(experiment.init)(jax.random.key(0))
+    params = random_params(start.params)
+    put = lambda: start.replace(params=jax.tree.map(jnp.copy, params), ema=jax.tree.map(jnp.copy, params),
+                                opt_state=jax.tree.map(jnp.copy, start.opt_state), step=jnp.int32(0),
+                                extra=jax.tree.map(jnp.copy, start.extra), rng=jnp.copy(start.rng))
+    rng = np.random.default_rng(5)
+    block_masking = encoder.make_masking(config)
+    masks = block_masking(rng, 2 * batch)
+    indices, weights = masking.pack_masks(masks, block_masking.max_masked(2 * batch))
+    arrays = {name: rng.standard_normal(s.shape, np.float32) for name, s in experiment.batch.items() if 'crops' in name}
+    arrays |= dict(masks=masks.reshape(batch, 2, -1), mask_indices=indices[None], mask_weights=weights[None])
+    ours_batch = jax.device_put(arrays)
+    step = jax.jit(experiment.step, donate_argnums=0)
+    held = [put()]
+
+    def ours():
+        held[0], metrics = step(held[0], ours_batch)
+        jax.block_until_ready((held[0].step, metrics))
+
+    def twin():
+        made = torch_encoder.SEMEncoder(
+            width=model.width, depth=model.depth, num_heads=model.num_heads, patch_size=model.patch_size,
+            num_registers=model.num_registers, pos_grid=model.pos_grid, num_codes=model.num_codes,
+            vocab_size=model.vocab_size, channels=config.data.channels)
+        state = convert.to_torch('sem', model, jax.tree.map(np.asarray, params['encoder']))
+        made.load_state_dict({k: torch.tensor(v) for k, v in state.items() if not k.startswith('sem_cls_norm')})
+        top = torch_encoder.DINOHead(model.width, head.hidden, head.bottleneck, head.prototypes)
+        side.load(top, 'dino_head', head, params['dino_head'])
+        return torch_encoder.SelfDistillation(made, top).to(side.device)
+
+    names = ('global_crops', 'local_crops', 'masks', 'mask_indices', 'mask_weights')
+    tensors = dict(zip(names, side.tensors(*(arrays[n] for n in names))))
+    tensors['mask_indices'], tensors['mask_weights'] = tensors['mask_indices'][0].long(), tensors['mask_weights'][0]
+    temperature = config.loss.teacher_temperature.init
+    student, teacher = twin(), twin()
+
+    def theirs(wrap):
+        mine, target = wrap(student), wrap(teacher)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, weight_decay=0.04, fused=True)
+
+        def one():
+            optimizer.zero_grad(set_to_none=True)
+            with side.autocast():
+                value = torch_encoder.loss(mine, target, tensors, temperature)
+            value.backward()
+            for part in (student.encoder, student.head):
+                torch.nn.utils.clip_grad_norm_(part.parameters(), config.optimizer.clip_norm, foreach=True)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - config.ema.decay)
+        return side.blocking(one)
+
+    def check():
+        state = put()
+        value, grads = jax.jit(jax.value_and_grad(
+            lambda p: experiment.loss(p, state, ours_batch, jax.random.key(6))[0]))(params)
+        with side.autocast():
+            other = torch_encoder.loss(student, teacher, tensors, temperature)
+        other.backward()
+        side.agree('encoder loss', value, other)
+        for part, kind, module, key in ((student.encoder, 'sem', model, 'encoder'), (student.head, 'dino_head', head, 'dino_head')):
+            mine = convert.to_torch(kind, module, jax.tree.map(np.asarray, grads[key]))
+            for name, p in part.named_parameters():
+                side.agree(f'gradient of {name}', mine[name], p.grad)
+
+    wrap = {'eager': lambda m: m} | ({'compiled': lambda m: torch.compile(m, dynamic=False)} if compiled else {})
+    tokens = lambda size: 1 + model.num_registers + (size // model.patch_size) ** 2
+    one_pass = lambda size: transformer_flops(model.depth, tokens(size), model.width)
+    large, small = 2 * one_pass(config.data.global_size), config.data.num_local * one_pass(config.data.local_size)
+    return Row(ours, {name: theirs(w) for name, w in wrap.items()}, check, batch * (4 * large + 3 * small))
