@@ -1,8 +1,8 @@
 """Ours against plain PyTorch, side by side: python -m benchmarks.dlc [--rows dit_forward ...] [--device gpu].
 
-Both sides of a row hold the same weights (moved by `dlc_jax.convert`) and are first shown to compute the same; then they
-take turns, ours, eager, compiled, ours, ..., and the table gives medians. PyTorch is needed here only. Sizes: DiT-S/2 in
-float32 on a CPU; DiT-XL/2, SEDD-medium and ViT-L/14 in bfloat16 on a GPU, where no figure has been measured yet.
+Both sides of a row hold the same weights (moved by `dlc_jax.convert`) and are first shown to compute the same; then
+they take turns, ours, eager, compiled, ours, ..., and the table gives medians. PyTorch is needed here only. Sizes: DiT-S/2
+in float32 on a CPU; DiT-XL/2, SEDD-medium and ViT-L/14 in bfloat16 on a GPU, where no figure has been measured yet.
 """
 import argparse
 import dataclasses
@@ -45,7 +45,8 @@ class Row:
 
 
 TARGETS = {  # PyTorch's time over ours, at least
-    'dit_forward': 1.5, 'dit_sampling': 1.5, 'dit_training': 1.0, 'sedd_sampling': 1.5, 'encoder_training': 1.0, 'loader': 20.0,
+    'dit_forward': 1.5, 'dit_sampling': 1.5, 'dit_training': 1.0, 'sedd_sampling': 1.5, 'encoder_training': 1.0,
+    'loader': 20.0,
 }
 FIRST_STEP_SECONDS = 10.0  # to compile and take a training step, at most
 
@@ -97,7 +98,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def wall_and_cpu(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock, and of this process's threads together: where others load the machine, the second moves less."""
+    """Seconds by the clock, and of this process's threads together, which move less where others load the machine."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -169,20 +170,55 @@ def versions(device: str) -> dict[str, str]:
             'git': git.stdout.strip() or 'unknown', 'XLA_FLAGS': os.environ.get('XLA_FLAGS', '')}
 
 
-def line(name: str, times: dict, result: dict) -> str:
-    rivals = '   '.join(f'{side} {spread(times[side])}' for side in sides(times)[1:])
-    cpu = f'   by processor time {result["cpu_ratio"]:.2f}' if jax.default_backend() == 'cpu' and 'cpu_ratio' in result else ''
-    share = f'   {result["share_of_peak"]:.0%} of matmul peak' if 'share_of_peak' in result else ''
+def reached(result: dict[str, Any]) -> str:
+    return f'target {result["target"]:g}   {"reached" if result["reached"] else "NOT reached"}'
+
+
+def line(name: str, times: dict[str, list[float]], result: dict[str, Any]) -> str:
     low, high = result['ratio_turns']
-    return (f'{name:17s} ours {spread(times["ours"])} ms   torch {rivals} ms   ratio {result["ratio"]:.2f} ({low:.2f}..{high:.2f}){cpu}   '
-            f'target {result["target"]:g}   {"reached" if result["reached"] else "NOT reached"}{share}')
+    parts = [f'{name:17s} ours {spread(times["ours"])}',
+             'torch ' + '   '.join(f'{side} {spread(times[side])}' for side in sides(times)[1:]),
+             f'ratio {result["ratio"]:.2f} ({low:.2f}..{high:.2f})']
+    if 'cpu_ratio' in result and jax.default_backend() == 'cpu':
+        parts.append(f'by processor time {result["cpu_ratio"]:.2f}')
+    parts.append(reached(result))
+    if 'share_of_peak' in result:
+        parts.append(f'{result["share_of_peak"]:.0%} of matmul peak')
+    return '   '.join(parts)
+
+
+def first_step(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Seconds that each side took to compile and take its first step."""
+    cold = {side: times[f'first/{side}'][0] for side in sides(times)}
+    return {'seconds': cold, 'target': FIRST_STEP_SECONDS, 'reached': cold['ours'] <= FIRST_STEP_SECONDS}
+
+
+def run_row(name: str, sizes: Sizes, *, bf16: bool, compiled: bool, repeats: int, peak: float,
+            progress: Callable[[str], None]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Times and verdict of one row.
+
+    Raises:
+        Disagreement: the two sides do not compute the same.
+    """
+    if name == 'loader':
+        progress('measuring')
+        times = loader.compare(repeats)
+        return times, verdict(name, times)
+    from benchmarks import dlc_rows
+    progress('building')
+    row = getattr(dlc_rows, name)(sizes, bf16=bf16, compiled=compiled)
+    progress('checking that both sides agree')
+    row.check()
+    jax.clear_caches()  # so that the first call is a cold one
+    times = measure(row, repeats, progress)
+    return times, verdict(name, times) | {'share_of_peak': row.flops / statistics.median(times['ours']) / peak}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--rows', nargs='+', choices=tuple(TARGETS), help='default: all; on a CPU without encoder_training')
     p.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
-    p.add_argument('--sizes', choices=tuple(SIZES), help='default: those of the device; tiny only shows that everything runs')
+    p.add_argument('--sizes', choices=tuple(SIZES), help="default: the device's; tiny only shows that everything runs")
     p.add_argument('--repeats', type=int, default=10, help='turns of every row')
     p.add_argument('--eager', action='store_true', help='leave torch.compile out')
     p.add_argument('--json', metavar='FILE', help='also write every time there')
@@ -190,47 +226,37 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise SystemExit("benchmarks.dlc: PyTorch is the other side of the comparison: pip install -e '.[parity]'") from None
-    from benchmarks import dlc_rows
+        raise SystemExit("error: PyTorch, the other side, is missing: pip install -e '.[parity]'") from None
     names = args.rows or [name for name in TARGETS if args.device == 'gpu' or name != 'encoder_training']
-    sizes, bf16 = SIZES[args.sizes or args.device], args.device == 'gpu'
-    about = versions(args.device)
-    print('  '.join(f'{k} {v}' for k, v in about.items() if v), flush=True)
-    peak = matmul_peak(sizes.gemm, 'bfloat16' if bf16 else 'float32')
-    print(f'matmul peak {peak / 1e12:.3g} TFLOP/s in {"bfloat16" if bf16 else "float32"}; times in ms: median (least..greatest)',
-          flush=True)
+    sizes, dtype = SIZES[args.sizes or args.device], 'bfloat16' if args.device == 'gpu' else 'float32'
+    about, peak = versions(args.device), matmul_peak(sizes.gemm, dtype)
+    print('  '.join(f'{k} {v}' for k, v in about.items() if v))
+    print(f'matmul peak {peak / 1e12:.3g} TFLOP/s in {dtype}; times in ms: median (least..greatest)', flush=True)
     report: dict[str, Any] = {'versions': about, 'peak_flops': peak, 'rows': {}}
     for name in names:
         progress = lambda what: print(f'\r\033[K{name}: {what}', end='', file=sys.stderr, flush=True)
-        if name == 'loader':
-            progress('measuring')
-            out = loader.compare(args.repeats)
-            times = {'ours': [out['ours_ms'] / 1e3], 'lists': [out['reference_ms'] / 1e3]}
-        else:
-            progress('building')
-            jax.clear_caches()
-            row = getattr(dlc_rows, name)(sizes, bf16=bf16, compiled=not args.eager)
-            progress('checking that both sides agree')
-            row.check()
-            jax.clear_caches()  # so that the first call is a cold one
-            times = measure(row, args.repeats, progress)
-        result = verdict(name, times)
-        if name != 'loader':
-            result['share_of_peak'] = row.flops / statistics.median(times['ours']) / peak
-            del row
+        times, result = run_row(name, sizes, bf16=dtype == 'bfloat16', compiled=not args.eager, repeats=args.repeats,
+                                peak=peak, progress=progress)
         print('\r\033[K', end='', file=sys.stderr)
         print(line(name, times, result), flush=True)
         report['rows'][name] = {'seconds': times, **result}
         if name == 'dit_training':
-            first = {side.removeprefix('first/'): v[0] for side, v in times.items() if side.startswith('first/')}
-            report['first_step'] = {'seconds': first, 'target': FIRST_STEP_SECONDS, 'reached': first['ours'] <= FIRST_STEP_SECONDS}
-            print(f'{"first_step":17s} ' + '   '.join(f'{side} {v:.1f} s' for side, v in first.items())
-                  + f'   target {FIRST_STEP_SECONDS:g} s   {"reached" if report["first_step"]["reached"] else "NOT reached"}', flush=True)
+            report['first_step'] = cold = first_step(times)
+            print('   '.join([f'{"first_step":17s} in s:', *(f'{side} {v:.1f}' for side, v in cold['seconds'].items()),
+                              reached(cold)]), flush=True)
     if args.json:
         with open(args.json, 'w') as file:
             json.dump(report, file, indent=1)
     return report
 
 
+def command() -> None:
+    jax.config.update('jax_enable_compilation_cache', False)  # first steps are cold
+    try:
+        main()
+    except Disagreement as error:
+        raise SystemExit(f'error: {error}') from None
+
+
 if __name__ == '__main__':
-    main()
+    command()

@@ -18,7 +18,6 @@ from dlc_jax import convert
 from dlc_jax.ssl import masking
 from experiments.dlc import code_model, encoder, generator
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime.state import TrainState
 from experiments.train import build
 
 GUIDANCE = 1.4
@@ -69,7 +68,8 @@ class Side:
         ours, theirs = np.asarray(ours, np.float32), theirs.detach().float().cpu().numpy()
         error = np.abs(ours - theirs).max() / (np.abs(theirs).max() + 1e-12)
         if not error <= (5e-2 if self.bf16 else 1e-4):
-            raise Disagreement(f'{what}: ours and PyTorch differ by {error:.2g} of the largest entry; not timing different maths')
+            raise Disagreement(f'{what}: ours and PyTorch differ by {error:.2g} of the largest entry; different maths '
+                               'is not timed')
 
 
 def random_params(shapes: Any, std: float = 0.03) -> Any:
@@ -144,15 +144,15 @@ def dit_sampling(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
         few = d.diffusion.respaced(3)
         _, step_key = jax.random.split(key)
         noises = side.tensors(*(jax.random.normal(jax.random.fold_in(step_key, i), d.x.shape) for i in range(3)))
-        short = d.config.copy_and_resolve_references()
         model_fn = generator.gaussian.guided(functools.partial(d.apply, d.params), codes, scale=GUIDANCE)
-        ours = jax.jit(lambda noise: few.sample(model_fn, key, d.x.shape, sampler=short.sampler.name, noise=noise))(d.x)
+        ours = jax.jit(lambda noise: few.sample(model_fn, key, d.x.shape, noise=noise))(d.x)
         theirs = reference.GaussianDiffusion(few.timesteps, side.device)
         with side.autocast():
             side.agree('guided sampling', ours, theirs.sample(d.torch, x, tcodes, GUIDANCE, noises))
     return Row(lambda: jax.block_until_ready(run(d.params, key, codes)),
                _rivals(d.torch, compiled, lambda m: side.blocking(
-                   lambda: process.sample(m, torch.randn_like(x), tcodes, GUIDANCE))), check, 2 * steps * d.forward_flops)
+                   lambda: process.sample(m, torch.randn_like(x), tcodes, GUIDANCE))),
+               check, 2 * steps * d.forward_flops)
 
 
 def dit_training(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
@@ -160,7 +160,7 @@ def dit_training(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
     side = Side(bf16)
     d = _DiT(sizes, side, sizes.batch['dit_training'])
     init = jax.jit(d.experiment.init)(jax.random.key(0))
-    held: list[TrainState] = [init.replace(params=jax.tree.map(jnp.copy, d.params), ema=jax.tree.map(jnp.copy, d.params))]
+    held = [init.replace(params=jax.tree.map(jnp.copy, d.params), ema=jax.tree.map(jnp.copy, d.params))]
     step = jax.jit(d.experiment.step, donate_argnums=0)
     batch = jax.device_put({'x': d.x, 'cond': d.codes})
 
@@ -215,10 +215,11 @@ def sedd_sampling(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
     config = side.config(base.code_model(), batch, sizes.sedd)
     config.sampler.update(dict(name='analytic', num_steps=steps))
     model, process = code_model.make_model(config), code_model.make_diffusion(config)
-    params = random_params(jax.eval_shape(build(config, mesh_lib.make_mesh({}, jax.devices()[:1])).init, jax.random.key(0)).params)
+    experiment = build(config, mesh_lib.make_mesh({}, jax.devices()[:1]))
+    params = random_params(jax.eval_shape(experiment.init, jax.random.key(0)).params)
     theirs = side.load(reference.SEDD(
-        vocab_size=model.vocab_size, length=model.length, width=model.width, depth=model.depth, num_heads=model.num_heads,
-        cond_dim=model.cond_dim), 'sedd', model, params)
+        vocab_size=model.vocab_size, length=model.length, width=model.width, depth=model.depth,
+        num_heads=model.num_heads, cond_dim=model.cond_dim), 'sedd', model, params)
     run = jax.jit(lambda params, key: code_model.sample(config, params, key, batch))
     key = jax.random.key(3)
 
@@ -246,7 +247,7 @@ def sedd_sampling(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
 
 
 def encoder_training(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
-    """Multi-crop step: teacher, student, heads, losses, clipping, AdamW, EMA. No drop paths, so that both do the same work."""
+    """Multi-crop step: teacher, student, heads, losses, clipping, AdamW, EMA; without drop paths."""
     side, batch = Side(bf16), sizes.batch['encoder_training']
     config = side.config(base.encoder(), batch, sizes.encoder | dict(drop_path=0.0))
     config.data.update(sizes.crops)
@@ -313,8 +314,9 @@ def encoder_training(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
             other = torch_encoder.loss(student, teacher, tensors, temperature)
         other.backward()
         side.agree('encoder loss', value, other)
-        for part, kind, module, key in ((student.encoder, 'sem', model, 'encoder'), (student.head, 'dino_head', head, 'dino_head')):
-            mine = convert.to_torch(kind, module, jax.tree.map(np.asarray, grads[key]))
+        converted = {kind: convert.to_torch(kind, module, jax.tree.map(np.asarray, grads[key]))
+                     for kind, module, key in (('sem', model, 'encoder'), ('dino_head', head, 'dino_head'))}
+        for part, mine in ((student.encoder, converted['sem']), (student.head, converted['dino_head'])):
             for name, p in part.named_parameters():
                 side.agree(f'gradient of {name}', mine[name], p.grad)
 

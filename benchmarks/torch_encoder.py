@@ -33,7 +33,8 @@ class Block(nn.Module):
 class SEMEncoder(nn.Module):
     """Images NHWC -> class token rebuilt from SEM [B, D], patches [B, N, D]."""
 
-    def __init__(self, *, width, depth, num_heads, patch_size, num_registers, pos_grid, num_codes, vocab_size, channels):
+    def __init__(self, *, width, depth, num_heads, patch_size, num_registers, pos_grid, num_codes, vocab_size,
+                 channels):
         super().__init__()
         self.patch, self.grid, self.registers, self.code = patch_size, pos_grid, num_registers, (num_codes, vocab_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -59,8 +60,8 @@ class SEMEncoder(nn.Module):
             square = pos.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2).float()
             pos = F.interpolate(square, (rows, columns), mode='bicubic', antialias=True).flatten(2).transpose(1, 2)
         b = x.shape[0]
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(b, -1, -1), self.register_tokens.expand(b, -1, -1),
-                       x + pos], 1)
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(b, -1, -1), self.register_tokens.expand(b, -1, -1), x + pos], 1)
         for block in self.blocks:
             x = block(x)
         first = 1 + self.registers
@@ -113,7 +114,8 @@ def loss(student, teacher, batch, temperature, student_temperature=0.1):
     globals_, at, weights = batch['global_crops'].flatten(0, 1), batch['mask_indices'], batch['mask_weights']
     with torch.no_grad():
         cls, patches, _ = teacher(globals_, None, at)
-        targets, patch_targets = (cls / temperature).softmax(-1).unflatten(0, (b, 2)), (patches / temperature).softmax(-1)
+        targets = (cls / temperature).softmax(-1).unflatten(0, (b, 2))
+        patch_targets = (patches / temperature).softmax(-1)
     logits, patches, cls = student(globals_, batch['masks'].flatten(0, 1), at)
     local, _, _ = student(batch['local_crops'].flatten(0, 1))
     log = lambda x: (x / student_temperature).log_softmax(-1)

@@ -1,7 +1,7 @@
 """DiT, SEDD and their samplers and losses in plain PyTorch: what `benchmarks/dlc.py` measures against.
 
-The same maths as `dlc_jax`, under the parameter names of the originals (so `dlc_jax.convert` moves the weights), written
-for speed as one would in PyTorch: fused layer norm and SDPA, `torch.compile`-able, no checkpointing.
+The same maths as `dlc_jax`, under the parameter names of the originals (so `dlc_jax.convert` moves the weights),
+written for speed as one would in PyTorch: fused layer norm and SDPA, `torch.compile`-able, no checkpointing.
 """
 import math
 

@@ -41,4 +41,4 @@ def test_ratio_is_of_medians_against_the_fastest_rival():
     times = {'first/ours': [9.0], 'ours': [1.0, 2.0, 9.0], 'eager': [6.0, 8.0, 7.0], 'compiled': [3.0, 4.0, 5.0],
              'cpu/ours': [1.0, 1.0, 1.0], 'cpu/eager': [3.0, 3.0, 3.0], 'cpu/compiled': [5.0, 5.0, 5.0]}
     result = dlc.verdict('dit_forward', times)
-    assert (result['ratio'], result['best_rival'], result['cpu_ratio'], result['reached']) == (2.0, 'compiled', 3.0, True)
+    assert (result['ratio'], result['best_rival'], result['cpu_ratio']) == (2.0, 'compiled', 3.0) and result['reached']

@@ -4,7 +4,8 @@ Every module takes `dtype` (compute) and `param_dtype` (storage). Normalisation
 statistics, softmax and rotary angles are float32 whatever `dtype` is.
 
 GELU, layer norm and softmax carry derivative rules of their own: the same derivatives, arranged so that the backward
-pass needs one array of each, not every intermediate of its formula. `computed_once` is the one place where platforms differ.
+pass needs one array of each, not every intermediate of its formula. `computed_once` is the one place where platforms
+differ.
 """
 import functools
 from typing import Any, Callable
@@ -48,9 +49,9 @@ def scan_blocks(block: type[nn.Module], depth: int, *, remat: str = 'none', unro
 def computed_once(x: Any) -> Any:
     """`x`, arrays that the forward pass computes and the backward pass reads.
 
-    XLA's CPU compiler would recompute them, a tanh or an exponential an element, in every fusion that reads them; a barrier
-    keeps it from that. For other platforms this is nothing at all: their compilers weigh recomputation against memory
-    better. Decided when the program is lowered, so that compiling for a TPU on a CPU machine gives the TPU's program.
+    XLA's CPU compiler would recompute them, a tanh or an exponential an element, in every fusion that reads them; a
+    barrier keeps it from that. For other platforms this is nothing at all: there recomputing is often cheaper than
+    memory. Decided when the program is lowered, so that compiling for a TPU on a CPU machine gives the TPU's program.
     """
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
