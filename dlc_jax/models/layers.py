@@ -2,6 +2,10 @@
 
 Every module takes `dtype` (compute) and `param_dtype` (storage). Normalisation
 statistics, softmax and rotary angles are float32 whatever `dtype` is.
+
+GELU, layer norm and softmax carry derivative rules of their own: the same derivatives, arranged so that the backward
+pass needs one array of each, not every intermediate of its formula. `computed_once` is the one place where platforms
+differ.
 """
 import functools
 from typing import Any, Callable
@@ -42,11 +46,67 @@ def scan_blocks(block: type[nn.Module], depth: int, *, remat: str = 'none', unro
                    in_axes=(nn.broadcast,) * num_broadcast, unroll=depth if unroll else 1)
 
 
-def layer_norm(x: Array, scale: Array | None = None, bias: Array | None = None, *, eps: float) -> Array:
-    """Layer norm over the last axis, computed in float32, returned in float32."""
+def computed_once(x: Any) -> Any:
+    """`x`, arrays that the forward pass computes and the backward pass reads.
+
+    XLA's CPU compiler would recompute them, a tanh or an exponential an element, in every fusion that reads them; a
+    barrier keeps it from that. For other platforms this is nothing at all: there recomputing is often cheaper than
+    memory. Decided when the program is lowered, so that compiling for a TPU on a CPU machine gives the TPU's program.
+    """
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def gelu(x: Array, approximate: bool = True) -> Array:
+    """GELU (arXiv 1606.08415), by its tanh approximation or exact; keeps its slope for the backward pass."""
+    return jax.nn.gelu(x, approximate=approximate)
+
+
+@gelu.defjvp
+def _gelu_jvp(approximate, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y, slope = jax.jvp(functools.partial(jax.nn.gelu, approximate=approximate), (x,), (jnp.ones_like(x),))
+    return y, computed_once(slope) * dx
+
+
+@jax.custom_jvp
+def softmax(x: Array) -> Array:
+    """Softmax over the last axis; keeps its result for the backward pass."""
+    e = jnp.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    p = computed_once(softmax(x))
+    return p, p * (dx - jnp.sum(p * dx, -1, keepdims=True))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def standardize(x: Array, eps: float) -> Array:
+    """`(x - mean) / sqrt(variance + eps)` over the last axis, in float32; keeps its result for the backward pass."""
+    return _standardize(x, eps)[0]
+
+
+def _standardize(x: Array, eps: float) -> tuple[Array, Array]:
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    return x * inverse, inverse
+
+
+@standardize.defjvp
+def _standardize_jvp(eps, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y, inverse = computed_once(_standardize(x, eps))
+    dx = dx.astype(jnp.float32)
+    return y, inverse * (dx - dx.mean(-1, keepdims=True) - y * jnp.mean(y * dx, -1, keepdims=True))
+
+
+def layer_norm(x: Array, scale: Array | None = None, bias: Array | None = None, *, eps: float) -> Array:
+    """Layer norm over the last axis, computed in float32, returned in float32."""
+    x = standardize(x, eps)
     if scale is not None:
         x = x * scale.astype(jnp.float32)
     return x if bias is None else x + bias.astype(jnp.float32)
@@ -88,7 +148,12 @@ def attention(q: Array, k: Array, v: Array, *, impl: str = 'xla') -> Array:
     Returns:
         [B, N, H, D] in the dtype of `v`.
     """
-    return jax.nn.dot_product_attention(q, k, v, implementation=impl)
+    if impl != 'xla':
+        return jax.nn.dot_product_attention(q, k, v, implementation=impl)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    logits = jnp.einsum('bhqd,bhkd->bhqk', q, k, preferred_element_type=jnp.float32)
+    probs = softmax(logits * q.shape[-1] ** -0.5).astype(v.dtype)
+    return jnp.swapaxes(jnp.einsum('bhqk,bhkd->bhqd', probs, v), 1, 2)
 
 
 @functools.lru_cache(maxsize=None)
@@ -141,7 +206,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype,
                                   kernel_init=self.kernel_init)
-        h = nn.gelu(dense(self.hidden, name='fc1')(x), approximate=self.approximate_gelu)
+        h = gelu(dense(self.hidden, name='fc1')(x), self.approximate_gelu)
         return dense(x.shape[-1], name='fc2')(h)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from dlc_jax.models.layers import gelu
 from dlc_jax.models.vit import torch_default_init
 
 Array = jax.Array
@@ -69,7 +70,7 @@ class DINOHead(nn.Module):
             last = i == self.num_layers
             x = nn.Dense(self.bottleneck if last else self.hidden, dtype=self.dtype, param_dtype=self.param_dtype,
                          kernel_init=nn.initializers.normal(self.init_std), name=f'fc{i}')(x)
-            x = split(x if last else nn.gelu(x, approximate=False))
+            x = split(x if last else gelu(x, False))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
         return split(WeightNormDense(self.prototypes, self.dtype, self.param_dtype, name='last_layer')(x))

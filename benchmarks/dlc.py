@@ -1,0 +1,262 @@
+"""Ours against plain PyTorch, side by side: python -m benchmarks.dlc [--rows dit_forward ...] [--device gpu].
+
+Both sides of a row hold the same weights (moved by `dlc_jax.convert`) and are first shown to compute the same; then
+they take turns, ours, eager, compiled, ours, ..., and the table gives medians. PyTorch is needed here only. Sizes: DiT-S/2
+in float32 on a CPU; DiT-XL/2, SEDD-medium and ViT-L/14 in bfloat16 on a GPU, where no figure has been measured yet.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch wants room on the same GPU
+
+import jax
+import numpy as np
+
+from benchmarks import loader
+
+
+class Disagreement(Exception):
+    """The two sides of a row do not compute the same; their times would mean nothing."""
+
+
+@dataclasses.dataclass
+class Row:
+    """One comparison.
+
+    Attributes:
+        ours: one blocking call.
+        rivals: the same work in PyTorch, by name.
+        check: raises `Disagreement` unless both sides compute the same.
+        flops: of the matrix products in a call.
+    """
+    ours: Callable[[], Any]
+    rivals: dict[str, Callable[[], Any]]
+    check: Callable[[], None]
+    flops: float
+
+
+TARGETS = {  # PyTorch's time over ours, at least
+    'dit_forward': 1.5, 'dit_sampling': 1.5, 'dit_training': 1.0, 'sedd_sampling': 1.5, 'encoder_training': 1.0,
+    'loader': 20.0,
+}
+FIRST_STEP_SECONDS = 10.0  # to compile and take a training step, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured. `dit`, `sedd`, `encoder`: fields of `config.model`; `batch`: rows of each measurement."""
+    dit: dict
+    sedd: dict
+    encoder: dict
+    batch: dict
+    steps: dict  # of the samplers
+    crops: dict  # fields of `config.data`
+    head: dict
+    gemm: int  # side of the matrix product that sets the peak
+
+
+_CODES = dict(num_codes=32, vocab_size=256)
+SIZES = {
+    'tiny': Sizes(
+        dit=dict(size='S', width=32, depth=2, num_heads=2, input_size=8, num_codes=4, vocab_size=8),
+        sedd=dict(size='small', width=32, depth=2, num_heads=2, num_codes=8, vocab_size=16, cond_dim=16),
+        encoder=dict(size='S', width=32, depth=2, num_heads=2, patch_size=4, pos_grid=4, num_codes=4, vocab_size=8),
+        batch=dict(dit_forward=2, dit_sampling=2, dit_training=2, sedd_sampling=2, encoder_training=4),
+        steps=dict(dit=3, sedd=3), crops=dict(global_size=16, local_size=8, num_local=2),
+        head=dict(hidden=32, bottleneck=16, prototypes=32), gemm=64),
+    'cpu': Sizes(
+        dit=dict(size='S', **_CODES),
+        sedd=dict(size='small', width=384, depth=6, num_heads=6, num_codes=128, vocab_size=1024),
+        encoder=dict(size='S', depth=4, patch_size=8, pos_grid=8, **_CODES),
+        batch=dict(dit_forward=8, dit_sampling=1, dit_training=8, sedd_sampling=4, encoder_training=8),
+        steps=dict(dit=50, sedd=32), crops=dict(global_size=64, local_size=32, num_local=4),
+        head=dict(hidden=384, bottleneck=128, prototypes=1024), gemm=2048),
+    'gpu': Sizes(
+        dit=dict(size='XL', num_codes=512, vocab_size=256),
+        sedd=dict(size='medium', num_codes=512, vocab_size=256),
+        encoder=dict(size='L', patch_size=14, pos_grid=37, num_codes=512, vocab_size=256),
+        batch=dict(dit_forward=256, dit_sampling=64, dit_training=256, sedd_sampling=128, encoder_training=32),
+        steps=dict(dit=50, sedd=64), crops=dict(global_size=224, local_size=98, num_local=8),
+        head=dict(hidden=2048, bottleneck=256, prototypes=65536), gemm=8192),
+}
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    return wall_and_cpu(work)[0]
+
+
+def wall_and_cpu(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock, and of this process's threads together, which move less where others load the machine."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, least and greatest, in ms."""
+    ms = [1e3 * v for v in values]
+    return f'{statistics.median(ms):.4g} ({min(ms):.4g}..{max(ms):.4g})'
+
+
+def measure(row: Row, repeats: int, progress: Callable[[str], None]) -> dict[str, list[float]]:
+    """{side: seconds of each call, the first (which compiles) left out}; sides take turns.
+
+    `first/side` holds that first call, `cpu/side` the processor time of the others.
+    """
+    works = {'ours': row.ours, **row.rivals}
+    times = {}
+    for name, work in works.items():
+        progress(f'first call of {name}')
+        times[f'first/{name}'] = [seconds(work)]
+        work()  # a second call may still compile: torch.compile specialises, allocators grow
+    for turn in range(repeats):
+        progress(f'turn {turn + 1} of {repeats}')
+        for name, work in works.items():
+            wall, cpu = wall_and_cpu(work)
+            times.setdefault(name, []).append(wall)
+            times.setdefault(f'cpu/{name}', []).append(cpu)
+    return times
+
+
+def verdict(name: str, times: dict[str, list[float]]) -> dict[str, Any]:
+    """Ratio of medians against the fastest rival, and whether the target is reached."""
+    rivals = {side: statistics.median(times[side]) for side in sides(times)[1:]}
+    best = min(rivals, key=rivals.get)
+    ratio = rivals[best] / statistics.median(times['ours'])
+    turns = sorted(theirs / ours for theirs, ours in zip(times[best], times['ours']))
+    out = {'ratio': ratio, 'ratio_turns': (turns[0], turns[-1]), 'best_rival': best, 'target': TARGETS[name],
+           'reached': ratio >= TARGETS[name]}
+    if 'cpu/ours' in times:
+        cpu = [statistics.median(times[f'cpu/{side}']) for side in sides(times)]
+        out['cpu_ratio'] = min(cpu[1:]) / cpu[0]
+    return out
+
+
+def sides(times: dict[str, list[float]]) -> list[str]:
+    """Names of what was timed, ours first."""
+    return [side for side in times if '/' not in side]
+
+
+def matmul_peak(side: int, dtype: str) -> float:
+    """FLOP/s of the fastest of ten products of two square matrices."""
+    a, b = (jax.random.normal(jax.random.key(i), (side, side)).astype(dtype) for i in range(2))
+    product = jax.jit(lambda a, b: a @ b)
+    run = lambda: jax.block_until_ready(product(a, b))
+    run()
+    return 2 * side ** 3 / min(seconds(run) for _ in range(10))
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+
+
+def versions(device: str) -> dict[str, str]:
+    import torch
+    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
+    theirs = torch.cuda.get_device_name() if device == 'gpu' and torch.cuda.is_available() else platform.machine()
+    return {'jax': jax.__version__, 'torch': torch.__version__, 'device': f'{jax.devices()[0].device_kind} ({theirs})',
+            'cores': str(os.cpu_count()), 'python': platform.python_version(),
+            'git': git.stdout.strip() or 'unknown', 'XLA_FLAGS': os.environ.get('XLA_FLAGS', '')}
+
+
+def reached(result: dict[str, Any]) -> str:
+    return f'target {result["target"]:g}   {"reached" if result["reached"] else "NOT reached"}'
+
+
+def line(name: str, times: dict[str, list[float]], result: dict[str, Any]) -> str:
+    low, high = result['ratio_turns']
+    parts = [f'{name:17s} ours {spread(times["ours"])}',
+             'torch ' + '   '.join(f'{side} {spread(times[side])}' for side in sides(times)[1:]),
+             f'ratio {result["ratio"]:.2f} ({low:.2f}..{high:.2f})']
+    if 'cpu_ratio' in result and jax.default_backend() == 'cpu':
+        parts.append(f'by processor time {result["cpu_ratio"]:.2f}')
+    parts.append(reached(result))
+    if 'share_of_peak' in result:
+        parts.append(f'{result["share_of_peak"]:.0%} of matmul peak')
+    return '   '.join(parts)
+
+
+def first_step(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Seconds that each side took to compile and take its first step."""
+    cold = {side: times[f'first/{side}'][0] for side in sides(times)}
+    return {'seconds': cold, 'target': FIRST_STEP_SECONDS, 'reached': cold['ours'] <= FIRST_STEP_SECONDS}
+
+
+def run_row(name: str, sizes: Sizes, *, bf16: bool, compiled: bool, repeats: int, peak: float,
+            progress: Callable[[str], None]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Times and verdict of one row.
+
+    Raises:
+        Disagreement: the two sides do not compute the same.
+    """
+    if name == 'loader':
+        progress('measuring')
+        times = loader.compare(repeats)
+        return times, verdict(name, times)
+    from benchmarks import dlc_rows
+    progress('building')
+    row = getattr(dlc_rows, name)(sizes, bf16=bf16, compiled=compiled)
+    progress('checking that both sides agree')
+    row.check()
+    jax.clear_caches()  # so that the first call is a cold one
+    times = measure(row, repeats, progress)
+    return times, verdict(name, times) | {'share_of_peak': row.flops / statistics.median(times['ours']) / peak}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--rows', nargs='+', choices=tuple(TARGETS), help='default: all; on a CPU without encoder_training')
+    p.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
+    p.add_argument('--sizes', choices=tuple(SIZES), help="default: the device's; tiny only shows that everything runs")
+    p.add_argument('--repeats', type=int, default=10, help='turns of every row')
+    p.add_argument('--eager', action='store_true', help='leave torch.compile out')
+    p.add_argument('--json', metavar='FILE', help='also write every time there')
+    args = p.parse_args(argv)
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise SystemExit("error: PyTorch, the other side, is missing: pip install -e '.[parity]'") from None
+    names = args.rows or [name for name in TARGETS if args.device == 'gpu' or name != 'encoder_training']
+    sizes, dtype = SIZES[args.sizes or args.device], 'bfloat16' if args.device == 'gpu' else 'float32'
+    about, peak = versions(args.device), matmul_peak(sizes.gemm, dtype)
+    print('  '.join(f'{k} {v}' for k, v in about.items() if v))
+    print(f'matmul peak {peak / 1e12:.3g} TFLOP/s in {dtype}; times in ms: median (least..greatest)', flush=True)
+    report: dict[str, Any] = {'versions': about, 'peak_flops': peak, 'rows': {}}
+    for name in names:
+        progress = lambda what: print(f'\r\033[K{name}: {what}', end='', file=sys.stderr, flush=True)
+        times, result = run_row(name, sizes, bf16=dtype == 'bfloat16', compiled=not args.eager, repeats=args.repeats,
+                                peak=peak, progress=progress)
+        print('\r\033[K', end='', file=sys.stderr)
+        print(line(name, times, result), flush=True)
+        report['rows'][name] = {'seconds': times, **result}
+        if name == 'dit_training':
+            report['first_step'] = cold = first_step(times)
+            print('   '.join([f'{"first_step":17s} in s:', *(f'{side} {v:.1f}' for side, v in cold['seconds'].items()),
+                              reached(cold)]), flush=True)
+    if args.json:
+        with open(args.json, 'w') as file:
+            json.dump(report, file, indent=1)
+    return report
+
+
+def command() -> None:
+    jax.config.update('jax_enable_compilation_cache', False)  # first steps are cold
+    try:
+        main()
+    except Disagreement as error:
+        raise SystemExit(f'error: {error}') from None
+
+
+if __name__ == '__main__':
+    command()

@@ -1,0 +1,102 @@
+"""GELU, softmax, layer norm and attention equal the plain formulas in value and derivatives, however transformed."""
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlc_jax.models import layers
+
+X = 3 * jax.random.normal(jax.random.key(0), (2, 3, 8)) + 1
+SCALE, BIAS = jnp.linspace(0.5, 2, 8), jnp.linspace(-1, 1, 8)
+QKV = jax.random.normal(jax.random.key(1), (3, 2, 5, 2, 4))
+TOLERANCE = dict(rtol=1e-5, atol=1e-6)
+
+
+def plain_layer_norm(x, scale=None, bias=None):
+    y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias
+
+
+def affine(f):
+    """`f` of one array, a row of which is its scale and another its bias, so that these get gradients too."""
+    return lambda x: f(x[0], scale=x[1, 0] + SCALE, bias=x[1, 1] + BIAS)
+
+
+norm = functools.partial(layers.layer_norm, eps=1e-6)
+PAIRS = {  # ours, the plain formula, an input
+    'gelu_tanh': (layers.gelu, functools.partial(nn.gelu, approximate=True), X),
+    'gelu_exact': (functools.partial(layers.gelu, approximate=False), functools.partial(nn.gelu, approximate=False), X),
+    'softmax': (layers.softmax, nn.softmax, X),
+    'layer_norm': (norm, plain_layer_norm, X),
+    'layer_norm_affine': (affine(norm), affine(plain_layer_norm), X),
+    'attention': (lambda x: layers.attention(*x), lambda x: jax.nn.dot_product_attention(*x), QKV),
+}
+
+
+def mixed(f):
+    """A scalar whose gradient weighs every output differently."""
+    def scalar(x):
+        y = f(x)
+        return jnp.sum(y * jnp.sin(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
+    return scalar
+
+
+@pytest.mark.parametrize('name', PAIRS)
+def test_value_and_derivatives_are_those_of_the_plain_formula(name):
+    ours, plain, x = PAIRS[name]
+    direction = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+    def everything(f):
+        loss = mixed(f)
+        return {
+            'value': f(x), 'gradient': jax.grad(loss)(x), 'remat': jax.grad(jax.checkpoint(loss))(x),
+            'forward mode': jax.jvp(f, (x,), (direction,))[1],
+            'batched': jax.vmap(jax.grad(loss))(jnp.stack([x, x + direction])),
+            'second derivative': jax.jvp(jax.grad(loss), (x,), (direction,))[1]}
+
+    got, want = jax.jit(lambda: everything(ours))(), jax.jit(lambda: everything(plain))()
+    for kind in want:
+        scale = 10 if kind == 'second derivative' else 1
+        np.testing.assert_allclose(got[kind], want[kind], rtol=scale * 1e-5, atol=scale * 1e-6, err_msg=kind)
+
+
+def test_gradient_under_scan_and_without_jit():
+    def loss(x, f):
+        return jax.lax.scan(lambda h, w: (f(h * w), None), x, jnp.linspace(0.5, 1, 3))[0].sum()
+    ours = lambda h: layers.gelu(norm(h))
+    plain = lambda h: nn.gelu(plain_layer_norm(h))
+    want = jax.jit(jax.grad(loss), static_argnums=1)(X, plain)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss), static_argnums=1)(X, ours), want, rtol=1e-4, atol=1e-5)
+    eager = jax.grad(lambda x: layers.gelu(x).sum())(X)
+    np.testing.assert_allclose(eager, jax.grad(lambda x: nn.gelu(x).sum())(X), **TOLERANCE)
+
+
+def test_bfloat16_in_and_out():
+    x = X.astype(jnp.bfloat16)
+    assert norm(x).dtype == jnp.float32
+    assert jax.grad(lambda x: norm(x)[..., 0].sum())(x).dtype == jnp.bfloat16
+    slope = jax.grad(lambda x: layers.gelu(x).sum().astype(jnp.float32))(x)
+    assert slope.dtype == jnp.bfloat16
+    np.testing.assert_allclose(slope.astype(jnp.float32), jax.grad(lambda x: nn.gelu(x).sum())(X), atol=0.05)
+    q, k, v = QKV.astype(jnp.bfloat16)
+    out = layers.attention(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), jax.nn.dot_product_attention(*QKV), atol=0.05)
+
+
+def test_backward_pass_keeps_one_array_each():
+    kept = lambda f: sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(f, x)[1], X)))
+    assert kept(layers.gelu) == X.size
+    assert kept(layers.softmax) == X.size
+    assert kept(norm) == X.size + X.size // 8  # and 1 / standard deviation, one a row
+
+
+def test_barrier_is_for_the_cpu_alone_whatever_machine_compiles():
+    step = jax.jit(jax.grad(lambda x: layers.gelu(norm(x)).sum()))
+    assert 'optimization_barrier' in step.lower(X).as_text()
+    for platform in ('tpu', 'cuda'):
+        assert 'optimization_barrier' not in jax.export.export(step, platforms=[platform])(X).mlir_module()
