@@ -73,7 +73,8 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
             store.append(rows, names=[source.name(i) for i in batch['index'][real]])
             bar.update(int(real.sum()))
     if source.skipped:
-        print(f'{len(source.skipped)} unreadable image(s), each with the next good one in its place: {", ".join(source.skipped)}')
+        print(f'{len(source.skipped)} unreadable image(s), each with the next good one in its place: '
+              f'{", ".join(source.skipped)}')
 
 
 def fingerprint(params: Any) -> str:

@@ -110,19 +110,21 @@ def main() -> None:
     args, _ = launch.parse(p)
     check_flags(args)
     launch.initialize(args)
-    # ---- Everything is opened before anything is measured --------------------------------------------------------------
-    stores = {name: codestore.open_code_store(path) for name, path in (('train', args.train), ('heldout', args.heldout)) if path}
+    # ---- Everything is opened before anything is measured ------------------------------------------------------------
+    stores = {name: codestore.open_code_store(path)
+              for name, path in (('train', args.train), ('heldout', args.heldout)) if path}
     sizes = {name: (store.num_codes, store.vocab_size) for name, store in stores.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f'--train holds codes of L x V = {sizes["train"]} but --heldout {sizes["heldout"]}; encode both with one '
-                         'encoder')
+        raise ValueError(f'--train holds codes of L x V = {sizes["train"]} but --heldout {sizes["heldout"]}; encode both '
+                         'with one encoder')
     if args.samples:
         images = {'samples': load_images(args.samples), 'reference': load_images(args.reference)}
         if not args.inception:
             images['train'] = np.asarray(stores['train'].array('images'))
         for name, x in images.items():
             if x.shape[1:] != images['samples'].shape[1:]:
-                raise ValueError(f'--samples are {images["samples"].shape[1:]} but --{name} images {x.shape[1:]}; use one size')
+                raise ValueError(f'--samples are {images["samples"].shape[1:]} but --{name} images {x.shape[1:]}; use one '
+                                 'size')
 
     out = {}
     if args.samples and args.inception:

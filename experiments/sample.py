@@ -174,9 +174,11 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def check_sampler(args: argparse.Namespace, config: ml_collections.ConfigDict) -> None:
     """Raises a ValueError unless the generator of `config` can be sampled as the flags say."""
-    guided = [name for name in ('guidance', 'guidance_channels', 'guidance_interval') if getattr(args, name) is not None]
+    guided = [name for name in ('guidance', 'guidance_channels', 'guidance_interval')
+              if getattr(args, name) is not None]
     if config.model.condition == 'none' and guided:
-        raise ValueError(f'--{guided[0]}: this generator is unconditional, there is nothing to guide; leave the flag out')
+        raise ValueError(f'--{guided[0]}: this generator is unconditional, there is nothing to guide; leave the '
+                         'flag out')
     if args.steps is not None and not 2 <= args.steps <= config.diffusion.num_timesteps:
         raise ValueError(f'--steps={args.steps} must lie in 2..{config.diffusion.num_timesteps}')
     if (args.guidance_channels or 0) > config.model.channels:
@@ -237,8 +239,8 @@ def main() -> None:
         except OSError as error:  # a full disk must not cost the samples
             spare = pathlib.Path(tempfile.mkdtemp()) / 'samples.npz'
             np.savez(spare, arr_0=images)
-            raise OSError(f'--out={args.out}: {error.strerror or error}; the samples are in {spare} instead, make room and move '
-                          'them') from error
+            raise OSError(f'--out={args.out}: {error.strerror or error}; the samples are in {spare} instead, make '
+                          'room and move them') from error
         print(f'{num} samples -> {args.out}')
 
 

@@ -76,7 +76,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
             log.info('%s: continuing from step %d of %d', workdir, start, config.num_steps)
         else:
             if config.get('pretrained') and not storage.resolve(config.pretrained).exists():
-                raise FileNotFoundError(f'pretrained={config.pretrained}: nothing there; give released weights, or \'\' for none')
+                raise FileNotFoundError(f'pretrained={config.pretrained}: nothing there; give released '
+                                        'weights, or leave it empty')
             start, state = 0, jax.jit(experiment.init, out_shardings=shardings)(jax.random.key(config.seed))
             if experiment.warm_start:
                 state = jax.device_put(experiment.warm_start(state), shardings)

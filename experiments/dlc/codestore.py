@@ -6,8 +6,8 @@
     meta.json                                        num, num_codes, vocab_size, arrays, class_names, ...
 
 `writer` streams rows into `<path>.partial` and renames it when all are there, so that a store exists whole or not at
-all; interrupted, it continues after the last rows known to be on disk. A store at a URL (`gs://...`) is written to a local
-cache and copied there when it is complete, and copied back before it is opened.
+all; interrupted, it continues after the last rows known to be on disk. A store at a URL (`gs://...`) is written to a
+local cache and copied there when it is complete, and copied back before it is opened.
 """
 import dataclasses
 import errno
@@ -76,8 +76,8 @@ def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
         partial = partial_path(path)
         if (partial / 'progress.json').exists():
             found = json.loads((partial / 'progress.json').read_text())
-            raise FileNotFoundError(f'{shown}: unfinished, {found["done"]} of {found["meta"]["num"]} rows; run the same '
-                                    'python -m experiments.encode command again to complete it')
+            raise FileNotFoundError(f'{shown}: unfinished, {found["done"]} of {found["meta"]["num"]} rows; run the '
+                                    'same python -m experiments.encode command again to complete it')
         raise FileNotFoundError(f'{shown}: no code store there; write one with python -m experiments.encode '
                                 f'--out={shown}')
     try:
@@ -99,7 +99,7 @@ def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
 
 
 def local_folder(path: str | os.PathLike) -> pathlib.Path:
-    """Where the store `path` lies on this machine: a finished remote one is copied, an unfinished one was begun there."""
+    """Where the store `path` lies on this machine: a finished remote one is copied, an unfinished one was begun here."""
     if not storage.is_remote(path):
         return pathlib.Path(path).expanduser()
     return storage.local_copy(path) if (storage.resolve(path) / 'meta.json').exists() else storage.cached(path)

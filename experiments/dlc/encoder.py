@@ -206,7 +206,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
 def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
     """Student and teacher backbones from released DINOv2 weights; the SEM and DINO heads keep their random start."""
-    _, released = convert.from_torch('dinov2', load_state_dict(storage.local_copy(config.pretrained)), num_heads=make_model(config).num_heads)
+    tensors = load_state_dict(storage.local_copy(config.pretrained))
+    _, released = convert.from_torch('dinov2', tensors, num_heads=make_model(config).num_heads)
     flat = partition.flatten(released)
     used = set()
 

@@ -60,7 +60,8 @@ def load(workdir: str | os.PathLike, kind: str,
     """
     config = launch.read_config(workdir)
     if config.get('experiment') != kind:
-        raise ValueError(f'{workdir}: holds a run of experiment={config.get("experiment")!r}; give the --workdir of one of {kind!r}')
+        raise ValueError(f'{workdir}: holds a run of experiment={config.get("experiment")!r}; '
+                         f'give the --workdir of one of {kind!r}')
     one = config.copy_and_resolve_references()
     one.accumulate = 1
     experiment = build_experiment(one, mesh_lib.make_mesh({}, jax.devices()[:1]))

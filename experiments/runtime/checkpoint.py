@@ -35,9 +35,10 @@ class Checkpointer:
         self.directory = directory if storage.is_remote(directory) else directory.absolute()
         # Asynchronous only where arrays leave the device by copy: on CPU Orbax may write from the very buffer that the
         # next step has been donated.
+        self._asynchronous, self._saving = jax.default_backend() != 'cpu' and not read_only, None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=not read_only, read_only=read_only,
-            enable_async_checkpointing=jax.default_backend() != 'cpu' and not read_only)
+            enable_async_checkpointing=self._asynchronous)
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=('state', 'data', 'meta')) if (
                 not read_only or self.directory.is_dir()) else None
@@ -52,14 +53,19 @@ class Checkpointer:
         Raises:
             OSError: nothing was kept of this step; earlier steps are untouched.
         """
-        if step in self.steps():
+        if self._holds(step):
             return
         try:
-            self._manager.save(step, args=ocp.args.Composite(
+            # Forced, for the manager may take a step whose save failed for one that it has and quietly do nothing.
+            self._manager.save(step, force=True, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data or {})),
                 meta=ocp.args.JsonSave({'shapes': _shapes(state)})))
             self._manager.check_for_errors()
+            self._saving = step
+            if not self._asynchronous:
+                self.wait()
         except Exception as error:  # Orbax and TensorStore report a full disk as ValueError, OSError or their own types
+            self._saving = None
             self._manager.reload()
             kept = max((s for s in self.steps() if s != step), default=None)
             raise OSError(f'could not write checkpoint {step} to {self.directory} ({_first_line(error)}); '
@@ -67,8 +73,18 @@ class Checkpointer:
                           + '. Free space or fix permissions and run the same command again') from error
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk."""
+        """Blocks until the last save is on disk.
+
+        Raises:
+            OSError: it did not get there.
+        """
         self._manager.wait_until_finished()
+        if self._saving is not None and not self._holds(self._saving):
+            raise OSError(f'checkpoint {self._saving} is not in {self.directory} after it was written')
+        self._saving = None
+
+    def _holds(self, step: int) -> bool:
+        return (self.directory / str(step)).is_dir()
 
     def restore(self, like: Any, shardings: Any | None = None) -> tuple[int, Any, dict] | None:
         """The newest readable checkpoint as `(step, state, data)`, or None if the directory holds none.

@@ -162,8 +162,8 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: str | os.PathLike)
         return
     before, now = (_flat(c.to_dict()) for c in (read_config(workdir), config))
     if before.get('experiment') != now['experiment']:
-        raise ValueError(f'{workdir}: holds a run of experiment={before.get("experiment")!r}, not {now["experiment"]!r}; choose '
-                         'another --workdir')
+        raise ValueError(f'{workdir}: holds a run of experiment={before.get("experiment")!r}, not '
+                         f'{now["experiment"]!r}; choose another --workdir')
     changed = [f'{name} ({before.get(name)!r} -> {now.get(name)!r})' for name in sorted(before.keys() | now.keys())
                if before.get(name) != now.get(name)]
     if changed:
@@ -204,7 +204,8 @@ def stop_on_signal(message: str, status: int | None) -> Iterator[None]:
             signal.signal(n, handler or signal.SIG_DFL)
 
 
-def main(command: Callable[[], None], *, stopped: str = 'run the same command to continue', status: int | None = 0) -> None:
+def main(command: Callable[[], None], *, stopped: str = 'run the same command to continue',
+         status: int | None = 0) -> None:
     """Runs a command: a user's error becomes one line and exit status 2, a signal a line too.
 
     Args:

@@ -74,11 +74,11 @@ def check_writable(directory: str | os.PathLike, what: str) -> None:
         probe.write_text('')
         probe.unlink()
     except OSError as error:
-        raise OSError(f'{what}: {directory} cannot be written ({error.strerror or error}); choose another place or mend its '
-                      'permissions') from None
+        raise OSError(f'{what}: {directory} cannot be written ({error.strerror or error}); choose another place '
+                      'or mend its permissions') from None
 
 
-# ---- Copies of what is remote ------------------------------------------------------------------------------------------
+# ---- Copies of what is remote --------------------------------------------------------------------------------------
 
 def cache_directory() -> pathlib.Path:
     """Where `local_copy` puts things: `$DLC_CACHE`, or `~/.cache/dlc_jax`."""
@@ -123,8 +123,8 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
         note.write_text(json.dumps(signature))
     except OSError as error:
         remove(partial)
-        raise OSError(f'{path}: could not be copied to {target} ({error.strerror or error}); make room or set DLC_CACHE to '
-                      'another disk') from None
+        raise OSError(f'{path}: could not be copied to {target} ({error.strerror or error}); make room or set '
+                      'DLC_CACHE to another disk') from None
     return target
 
 

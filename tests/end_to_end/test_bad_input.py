@@ -1,4 +1,5 @@
-"""What a user may get wrong, through the real commands: one line that names the thing and the fix, before anything is computed.
+"""What a user may get wrong, through the real commands: one line that names the thing and the fix, before anything is
+computed.
 
 Then what may go wrong around them: damaged images and checkpoints, a full disk, a signal.
 """
@@ -48,7 +49,8 @@ def write_store(path, num=64, num_codes=L, **arrays):
     with codestore.writer(path, num=num, meta=dict(num_codes=num_codes, vocab_size=V, class_names=['a', 'b'])) as store:
         store.append({'codes': rng.integers(0, V, (num, num_codes)), 'labels': np.arange(num, dtype=np.int32) % 2,
                       'embeddings': rng.normal(size=(num, 32)).astype(np.float32),
-                      'images': rng.integers(0, 256, (num, 16, 16, 1), np.uint8)} | arrays, names=[str(i) for i in range(num)])
+                      'images': rng.integers(0, 256, (num, 16, 16, 1), np.uint8)} | arrays,
+                     names=[str(i) for i in range(num)])
 
 
 def write_run(config, workdir, checkpoint=True):
@@ -56,8 +58,9 @@ def write_run(config, workdir, checkpoint=True):
     launch.save_config(config, workdir)
     if checkpoint:
         experiment = train.build(config, mesh_lib.make_mesh(config.mesh))
-        zeros = jax.tree.map(lambda x: jax.random.key(0) if x.dtype == jax.random.key(0).dtype else np.zeros(x.shape, x.dtype),
-                             jax.eval_shape(experiment.init, jax.random.key(0)))
+        key = jax.random.key(0)
+        zeros = jax.tree.map(lambda x: key if x.dtype == key.dtype else np.zeros(x.shape, x.dtype),
+                             jax.eval_shape(experiment.init, key))
         checkpointer = Checkpointer(workdir / 'checkpoints')
         checkpointer.save(4, zeros)
         checkpointer.close()
@@ -74,7 +77,8 @@ def places(tmp_path_factory):
     for kind in ('encoder', 'code', 'none', 'code_model'):
         write_run(launch.load_config(f'{root}/tiny.py:{kind}'), root / kind)
     write_run(launch.load_config(f'{root}/tiny.py:code'), root / 'no_checkpoint', checkpoint=False)
-    write_run(launch.load_config(f'{root}/tiny.py:code_model', ['--config.model.num_codes=8']), root / 'short_code_model')
+    short = launch.load_config(f'{root}/tiny.py:code_model', ['--config.model.num_codes=8'])
+    write_run(short, root / 'short_code_model')
     launch.save_config(launch.load_config('configs/dlc/quickstart.py'), root / 'quickstart')
     (root / 'damaged').mkdir()
     (root / 'damaged' / 'config.json').write_text('{"experiment": ')
@@ -142,54 +146,69 @@ BAD = {
     'config absent': ('train', '--config={at}/tinny.py --workdir=x', 'no file .*tinny.py; did you mean .*tiny.py'),
     'config does not parse': ('train', '--config={at}/broken.py --workdir=x', r'broken.py: SyntaxError'),
     'config raises': ('train', '--config={at}/raises.py --workdir=x', r"raises.py: KeyError: 'missing'"),
-    'config without get_config': ('train', '--config={at}/nothing.py --workdir=x', 'nothing.py: the file has no get_config'),
+    'config without get_config': ('train', '--config={at}/nothing.py --workdir=x',
+                                  'nothing.py: the file has no get_config'),
     'config without argument': ('train', ENCODER.replace('.py', '.py:big'), 'encoder_digits.py:big: TypeError'),
     'config given to encode': ('encode', ENCODE + ' --config.seed=1', '--config.seed=1: this command has no --config'),
-    'key': ('train', TRAIN + ' --config.batch_sise=3', 'config.batch_sise is not a field; did you mean config.batch_size'),
+    'key': ('train', TRAIN + ' --config.batch_sise=3',
+            'config.batch_sise is not a field; did you mean config.batch_size'),
     'type': ('train', TRAIN + ' --config.batch_size abc', 'config.batch_size=abc'),
     'zero steps': ('train', TRAIN + ' --config.num_steps=0', 'num_steps=0 must be at least 1; set --config.num_steps'),
     'negative steps': ('train', TRAIN + ' --config.num_steps=-5', 'num_steps=-5 must be at least 1'),
     'zero log_every': ('train', TRAIN + ' --config.log_every=0', 'log_every=0 must be at least 1'),
     'experiment': ('train', TRAIN + ' --config.experiment=generater', "experiment='generater' is not one of"),
     'dry run too': ('train', TRAIN + ' --dry_run --config.num_steps=0', 'num_steps=0'),
-    # ---- Sizes that do not fit ----------------------------------------------------------------------------------------
-    'generator patch': ('train', TRAIN + ' --config.model.patch_size=3', 'input_size=16 is not divisible by patch_size=3'),
-    'encoder patch': ('train', ENCODER + ' --config.model.patch_size=5', 'data.global_size=16 is not divisible by model.patch_size=5'),
-    'batch and mesh': ('train', TRAIN + ' --config.batch_size=12', r'batch_size=12 is not divisible by 8 batch shards.*multiple of 8'),
+    # ---- Sizes that do not fit ---------------------------------------------------------------------------------------
+    'generator patch': ('train', TRAIN + ' --config.model.patch_size=3',
+                        'input_size=16 is not divisible by patch_size=3'),
+    'encoder patch': ('train', ENCODER + ' --config.model.patch_size=5',
+                      'data.global_size=16 is not divisible by model.patch_size=5'),
+    'batch and mesh': ('train', TRAIN + ' --config.batch_size=12',
+                       r'batch_size=12 is not divisible by 8 batch shards.*multiple of 8'),
     'mesh': ('train', TRAIN + ' --config.mesh.tensor=3', 'mesh: 8 devices cannot be divided by 3'),
     'mesh and model': ('train', TRAIN + ' --config.mesh.tensor=8', 'mesh.tensor'),
     # ---- Data --------------------------------------------------------------------------------------------------------
-    'no store': ('train', TRAIN + ' --config.data.path={at}/nowhere', 'nowhere: no code store there; write one with python -m'),
-    'truncated store': ('train', TRAIN + ' --config.data.path={at}/cut', 'codes.npy: truncated.*encode the data set again'),
-    'L x V of the store': ('train', TRAIN + ' --config.data.path={at}/short_codes', 'L x V = 8 x 16 but model.num_codes=16'),
+    'no store': ('train', TRAIN + ' --config.data.path={at}/nowhere',
+                 'nowhere: no code store there; write one with python -m'),
+    'truncated store': ('train', TRAIN + ' --config.data.path={at}/cut',
+                        'codes.npy: truncated.*encode the data set again'),
+    'L x V of the store': ('train', TRAIN + ' --config.data.path={at}/short_codes',
+                           'L x V = 8 x 16 but model.num_codes=16'),
     'L x V of the code model': ('train', '--config={at}/tiny.py:code_model --workdir={at}/new --config.model.vocab_size=32',
                                 'L x V = 16 x 16 but model.vocab_size=32'),
-    'images of another size': ('train', TRAIN + ' --config.data.path={at}/large_images', r'images are \(8, 8, 1\).*input_size'),
+    'images of another size': ('train', TRAIN + ' --config.data.path={at}/large_images',
+                               r'images are \(8, 8, 1\).*input_size'),
     'latents absent': ('train', TRAIN + ' --config.data.target=latents', "no 'latents'; encode"),
     'data set': ('train', ENCODER + ' --config.data.name=digit', "did you mean 'digits'"),
     'split': ('train', ENCODER + ' --config.data.split=dev', "data.split='dev'"),
     'empty folder': ('train', ENCODER + ' --config.data.name=folder --config.data.path={at}/empty', 'empty: no .png'),
     'npz cut': ('train', ENCODER + ' --config.data.name=npz --config.data.path={at}/cut.npz', 'cut.npz: truncated'),
-    'released weights absent': ('train', ENCODER + ' --config.pretrained={at}/dino.pth', 'pretrained=.*dino.pth: nothing there'),
+    'released weights absent': ('train', ENCODER + ' --config.pretrained={at}/dino.pth',
+                                'pretrained=.*dino.pth: nothing there'),
     # ---- Work directories --------------------------------------------------------------------------------------------
     'workdir of another kind': ('train', '--config={at}/tiny.py:code --workdir={at}/encoder',
                                 "encoder: holds a run of experiment='encoder', not 'generator'; choose another --workdir"),
     'workdir of another shape': ('train', '--config={at}/tiny.py:code --workdir={at}/none',
                                  r'none/checkpoints/4: .* is absent in the checkpoint but .* in this config; use the config'),
-    'workdir is a file': ('train', '--config={at}/tiny.py:code --workdir={at}/file', '--workdir: .*file cannot be written'),
-    'workdir cannot be made': ('train', '--config={at}/tiny.py:code --workdir={at}/file/run', '--workdir: .*file/run cannot be written'),
+    'workdir is a file': ('train', '--config={at}/tiny.py:code --workdir={at}/file',
+                          '--workdir: .*file cannot be written'),
+    'workdir cannot be made': ('train', '--config={at}/tiny.py:code --workdir={at}/file/run',
+                               '--workdir: .*file/run cannot be written'),
     'quickstart of another config': ('quickstart', '--config=configs/dlc/quickstart.py:tiny --workdir={at}/quickstart',
                                      'holds a quickstart with another config'),
     'quickstart size': ('quickstart', '--config=configs/dlc/quickstart.py:huge --workdir={at}/new', "size 'huge'"),
     # ---- Sampling ----------------------------------------------------------------------------------------------------
-    'generator absent': ('sample', SAMPLE.replace('{at}/code ', '{at}/nowhere '), 'nowhere: no config.json there; give the --workdir'),
-    'generator without checkpoint': ('sample', SAMPLE.replace('{at}/code ', '{at}/no_checkpoint '), 'no checkpoint there yet'),
+    'generator absent': ('sample', SAMPLE.replace('{at}/code ', '{at}/nowhere '),
+                         'nowhere: no config.json there; give the --workdir'),
+    'generator without checkpoint': ('sample', SAMPLE.replace('{at}/code ', '{at}/no_checkpoint '),
+                                     'no checkpoint there yet'),
     'generator damaged': ('sample', SAMPLE.replace('{at}/code ', '{at}/damaged '), 'damaged/config.json: damaged'),
     'encoder for a generator': ('sample', SAMPLE.replace('{at}/code ', '{at}/encoder '),
                                 "holds a run of experiment='encoder'; give the --workdir of one of 'generator'"),
     'generator for an encoder': ('sample', COMPOSE.replace('{at}/encoder', '{at}/code') + ' --generator={at}/code',
                                  "experiment='generator'; give the --workdir of one of 'encoder'"),
-    'code model absent': ('sample', '--unconditional --generator={at}/code --out={at}/new.png', '--unconditional needs --code_model'),
+    'code model absent': ('sample', '--unconditional --generator={at}/code --out={at}/new.png',
+                          '--unconditional needs --code_model'),
     'code model of another L x V': ('sample', SAMPLE.replace('{at}/code_model', '{at}/short_code_model'),
                                     'codes of 8 x 16 but the generator takes 16 x 16'),
     'compose without codes': ('sample', COMPOSE + ' --generator={at}/none', "conditioned on 'none', not on codes"),
@@ -197,8 +216,10 @@ BAD = {
                     '--compose needs two images'),
     'compose without encoder': ('sample', '--compose a.png b.png --generator={at}/code --out=x.png', '--encoder=RUN'),
     'image absent': ('sample', COMPOSE.replace('a.png', 'z.png') + ' --generator={at}/code', 'z.png: no such file'),
-    'image broken': ('sample', COMPOSE.replace('photos/a', 'photos/broken/c') + ' --generator={at}/code', 'c.png: not a readable image'),
-    'classes of a code generator': ('sample', '--classes 1 --generator={at}/code --out={at}/new.png', "conditioned on 'code'"),
+    'image broken': ('sample', COMPOSE.replace('photos/a', 'photos/broken/c') + ' --generator={at}/code',
+                     'c.png: not a readable image'),
+    'classes of a code generator': ('sample', '--classes 1 --generator={at}/code --out={at}/new.png',
+                                    "conditioned on 'code'"),
     'guidance of nothing': ('sample', '--unconditional --guidance=2 --generator={at}/none --out={at}/new.png',
                             '--guidance: this generator is unconditional'),
     'no samples': ('sample', SAMPLE + ' --num=0', '--num=0 must be at least 1'),
@@ -208,14 +229,18 @@ BAD = {
     'eta': ('sample', SAMPLE + ' --eta=3', '--eta=3.0 is a probability'),
     'interval': ('sample', SAMPLE + ' --guidance_interval 0.8 0.2', '--guidance_interval=0.8 0.2: need 0 <= LOW'),
     'out of no kind': ('sample', SAMPLE + '.gif', r'new.png.gif: end it in .png'),
-    'out cannot be written': ('sample', SAMPLE.replace('{at}/new.png', '{at}/file/x.png'), '--out: .*file cannot be written'),
+    'out cannot be written': ('sample', SAMPLE.replace('{at}/new.png', '{at}/file/x.png'),
+                              '--out: .*file cannot be written'),
     'out is a directory': ('sample', SAMPLE.replace('{at}/new.png', '{at}/folder.png'), 'folder.png is a directory'),
     'autoencoder absent': ('sample', SAMPLE + ' --vae={at}/vae.safetensors', 'vae.safetensors'),
     # ---- Encoding ----------------------------------------------------------------------------------------------------
-    'encoder is a generator': ('encode', '--encoder={at}/code --out={at}/new_codes', "give the --workdir of one of 'encoder'"),
+    'encoder is a generator': ('encode', '--encoder={at}/code --out={at}/new_codes',
+                               "give the --workdir of one of 'encoder'"),
     'encode into a file': ('encode', '--encoder={at}/encoder --out={at}/file/codes', '--out: .*file cannot be written'),
-    'encode into a folder of something else': ('encode', '--encoder={at}/encoder --out={at}/photos', 'photos: is there already but is no'),
-    'encode over another store': ('encode', '--encoder={at}/encoder --split=heldout --out={at}/store', 'store: holds a store with'),
+    'encode into a folder of something else': ('encode', '--encoder={at}/encoder --out={at}/photos',
+                                               'photos: is there already but is no'),
+    'encode over another store': ('encode', '--encoder={at}/encoder --split=heldout --out={at}/store',
+                                  'store: holds a store with'),
     'encode split': ('encode', ENCODE + ' --split=dev', "data.split='dev'"),
     'encode data': ('encode', ENCODE + ' --data=folder --path={at}/empty', 'empty: no .png'),
     'encode batch': ('encode', ENCODE + ' --batch_size=0', '--batch_size'),
@@ -223,17 +248,25 @@ BAD = {
     # ---- Evaluating --------------------------------------------------------------------------------------------------
     'nothing to measure': ('evaluate', '', 'nothing to measure'),
     'samples alone': ('evaluate', '--samples={at}/samples.npz', '--samples needs --reference'),
-    'no feature space': ('evaluate', '--samples={at}/samples.npz --reference={at}/store', '--samples needs a feature space'),
+    'no feature space': ('evaluate', '--samples={at}/samples.npz --reference={at}/store',
+                         '--samples needs a feature space'),
     'heldout alone': ('evaluate', '--heldout={at}/store', '--heldout needs --train'),
-    'samples absent': ('evaluate', '--samples=none.npz --reference={at}/store --train={at}/store', 'none.npz: nothing there'),
-    'samples cut': ('evaluate', '--samples={at}/cut.npz --reference={at}/store --train={at}/store', 'cut.npz: truncated or no .npz'),
-    'samples are text': ('evaluate', '--samples={at}/file --reference={at}/store --train={at}/store', 'file: truncated or no .npz'),
-    'samples not uint8': ('evaluate', '--samples={at}/floats.npz --reference={at}/store --train={at}/store', 'float32 .*expected uint8'),
-    'no images': ('evaluate', '--samples={at}/other.npz --reference={at}/store --train={at}/store', r"holds \['labels'\], but no images"),
+    'samples absent': ('evaluate', '--samples=none.npz --reference={at}/store --train={at}/store',
+                       'none.npz: nothing there'),
+    'samples cut': ('evaluate', '--samples={at}/cut.npz --reference={at}/store --train={at}/store',
+                    'cut.npz: truncated or no .npz'),
+    'samples are text': ('evaluate', '--samples={at}/file --reference={at}/store --train={at}/store',
+                         'file: truncated or no .npz'),
+    'samples not uint8': ('evaluate', '--samples={at}/floats.npz --reference={at}/store --train={at}/store',
+                          'float32 .*expected uint8'),
+    'no images': ('evaluate', '--samples={at}/other.npz --reference={at}/store --train={at}/store',
+                  r"holds \['labels'\], but no images"),
     'sizes differ': ('evaluate', '--samples={at}/samples.npz --reference={at}/large_images --train={at}/store',
                      r'--samples are \(16, 16, 1\) but --reference'),
-    'stores differ': ('evaluate', '--train={at}/store --heldout={at}/short_codes', r'L x V = \(16, 16\) but --heldout \(8, 16\)'),
-    'json': ('evaluate', '--train={at}/store --heldout={at}/store --json={at}/file/x.json', '--json: .*file cannot be written'),
+    'stores differ': ('evaluate', '--train={at}/store --heldout={at}/short_codes',
+                      r'L x V = \(16, 16\) but --heldout \(8, 16\)'),
+    'json': ('evaluate', '--train={at}/store --heldout={at}/store --json={at}/file/x.json',
+             '--json: .*file cannot be written'),
     # ---- Compiling ---------------------------------------------------------------------------------------------------
     'topology': ('compile', '--config={at}/tiny.py:code --topology=v9-4', "--topology='v9-4'"),
 }
@@ -251,7 +284,7 @@ def test_one_line_that_names_the_thing(command, arguments, says, call, places, n
     assert not list(places.glob('new*/checkpoints/*')) and not list(places.glob('*.partial'))
 
 
-# ---- Around a run: stand-ins for the networks, everything else is real ------------------------------------------------
+# ---- Around a run: stand-ins for the networks, everything else is real ---------------------------------------------
 
 def hit_at(number):
     """A function that sends this process SIGTERM the `number`-th time it is called."""
@@ -268,8 +301,9 @@ def hit_at(number):
 def encoder(monkeypatch):
     """Takes the place of trained encoders; `encoder.each_batch` is called with every batch."""
     model = ml_collections.ConfigDict(dict(num_codes=L, vocab_size=V))
-    data = ml_collections.ConfigDict(dict(name='digits', path='', image_size=16, channels=1, global_size=16, heldout=0.25))
-    stub = types.SimpleNamespace(config=ml_collections.ConfigDict(dict(model=model, data=data)), params={'w': np.ones(3)},
+    data = dict(name='digits', path='', image_size=16, channels=1, global_size=16, heldout=0.25)
+    config = ml_collections.ConfigDict(dict(model=model, data=data))
+    stub = types.SimpleNamespace(config=config, params={'w': np.ones(3)},
                                  preprocess=lambda image: image.astype(np.float32), each_batch=lambda: None)
 
     def codes(x, batch_size):
@@ -325,7 +359,8 @@ def generator(monkeypatch, places):
 def test_sample_stopped_by_a_signal_says_so(call, generator, tmp_path):
     generator.while_sampling = hit_at(1)
     status, said = call('sample', f'--unconditional --generator=x --out={tmp_path}/x.npz')
-    assert status == 128 + signal.SIGTERM and 'stopped by signal; nothing was written; run the same command again' in said
+    assert status == 128 + signal.SIGTERM
+    assert 'stopped by signal; nothing was written; run the same command again' in said
     assert not list(tmp_path.iterdir())
 
 
@@ -374,12 +409,14 @@ def linear(monkeypatch):
 
     def step(state, batch):
         value, grads = jax.value_and_grad(lambda p: loss(p, state, batch, None)[0])(state.params)
-        return state.replace(step=state.step + 1, params=jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads)), {'loss': value}
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads)
+        return state.replace(step=state.step + 1, params=params), {'loss': value}
 
     def init(key):
         return TrainState(jnp.int32(0), {'w': jax.random.normal(key, (4, width))}, (), None, key)
 
-    experiment = Experiment(init, loss, step, ((r'w', PartitionSpec()),), {'x': jax.ShapeDtypeStruct((8, 4), jnp.float32)}, Stream)
+    experiment = Experiment(init, loss, step, ((r'w', PartitionSpec()),),
+                            {'x': jax.ShapeDtypeStruct((8, 4), jnp.float32)}, Stream)
     monkeypatch.setattr(train, 'build', lambda config, mesh: experiment)
 
 
@@ -422,7 +459,8 @@ def test_a_full_disk_costs_no_step_that_was_saved(call, linear, places, tmp_path
             status, said = call('train', arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 2 and re.search('error: could not write checkpoint 8 .*checkpoint 4 is intact.*run the same command again', said)
+    assert status == 2
+    assert re.search('error: could not write checkpoint 8 .*checkpoint 4 is intact.*run the same command again', said)
     assert call('train', arguments)[0] == 0 and weights(tmp_path)[0] == 8
 
 
@@ -436,7 +474,8 @@ def test_train_stopped_by_a_signal_continues(call, linear, places, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(loop.MetricsWriter, 'write', write_and_hit)
         status, said = call('train', arguments)
-    assert status == 0 and re.search(r'stopped by signal at step \d of 8, state saved; run the same command to continue', said)
+    assert status == 0
+    assert re.search(r'stopped by signal at step \d of 8, state saved; run the same command to continue', said)
     assert weights(tmp_path)[0] < 8
     assert call('train', arguments)[0] == 0 and weights(tmp_path)[0] == 8
     status, said = call('train', arguments + ' --config.num_steps=6')

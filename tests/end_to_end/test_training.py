@@ -14,7 +14,8 @@ from experiments.runtime import partition
 from experiments.runtime import mesh as mesh_lib
 
 # Tests of one kind run in one worker (--dist loadgroup), for they share compiled steps.
-KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in ('encoder', 'code', 'none', 'embedding', 'code_model')]
+KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(kind))
+         for kind in ('encoder', 'code', 'none', 'embedding', 'code_model')]
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -42,8 +43,8 @@ def store(tmp_path_factory):
     path, rng = tmp_path_factory.mktemp('store') / 'codes', np.random.default_rng(0)
     source = sources.image_source(quickstart.get_config('tiny').encoder.data, 'heldout')
     with codestore.writer(path, num=len(source), meta=dict(num_codes=16, vocab_size=16)) as opened:
-        opened.append({'codes': rng.integers(0, 16, (len(source), 16)), 'labels': source.labels, 'images': source.images,
-                       'embeddings': rng.normal(size=(len(source), 32)).astype(np.float32)},
+        opened.append({'codes': rng.integers(0, 16, (len(source), 16)), 'labels': source.labels,
+                       'images': source.images, 'embeddings': rng.normal(size=(len(source), 32)).astype(np.float32)},
                       names=[source.name(i) for i in range(len(source))])
     return path
 
@@ -164,7 +165,7 @@ def test_killed_and_resumed_is_bit_identical(kind, store, tmp_path):
 
 
 def accumulating(centering, store):
-    """The encoder's config in two microbatches. Its `groups` are given, so masks and neighbours do not depend on that."""
+    """The encoder's config in two microbatches. Its `groups` are given: masks and neighbours do not depend on that."""
     config = config_of('encoder', store)
     config.model.drop_path, config.loss.centering, config.accumulate = 0.0, centering, 2
     return config
@@ -182,13 +183,14 @@ def test_microbatches_with_centers_take_the_step_of_the_whole_batch(store):
 
 
 def test_microbatches_with_sinkhorn_are_each_a_batch_of_their_own(store):
-    """Sinkhorn-Knopp spreads the rows at hand over the prototypes, so here a microbatch has targets of its own, as a GPU
-    of the original would if it did not exchange them: the step is the mean over microbatches, not that of the whole."""
+    """Sinkhorn-Knopp spreads the rows at hand over the prototypes, so each microbatch has targets of its own: the step is
+    the mean over microbatches, not that of the whole batch."""
     config = accumulating('sinkhorn_knopp', store)
     stepped, (got,) = run(config, one_device(), 1)
     experiment, batch = train.build(config, one_device()), next(train.build(config, one_device()).open_batches())
     state, loss = stirred_start(experiment), jax.jit(experiment.loss)
-    halves = [loss(state.params, state, {name: np.split(x, 2)[i] for name, x in batch.items()}, jax.random.key(1)) for i in range(2)]
+    halves = [loss(state.params, state, {name: np.split(x, 2)[i] for name, x in batch.items()}, jax.random.key(1))
+              for i in range(2)]
     assert got['loss'] == pytest.approx(np.mean([value for value, _ in halves]), rel=1e-5)
     for name in halves[0][1]['metrics']:
         assert got[name] == pytest.approx(np.mean([aux['metrics'][name] for _, aux in halves]), rel=1e-5), name

@@ -69,7 +69,8 @@ def test_every_command_has_help(command, monkeypatch, capsys):
 
 def test_commands_start_without_what_takes_seconds_to_import():
     slow = ('sklearn', 'matplotlib', 'grain', 'tensorboardX', 'tensorflow', 'tensorflow_datasets', 'torch')
-    code = f'import {", ".join(f"experiments.{c}" for c in COMMANDS)}, sys; print([m for m in {slow} if m in sys.modules])'
+    modules = ', '.join(f'experiments.{c}' for c in COMMANDS)
+    code = f'import {modules}, sys; print([m for m in {slow} if m in sys.modules])'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert out.stdout.strip() == '[]', out.stdout + out.stderr
 
