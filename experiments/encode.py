@@ -70,7 +70,7 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
                 mean, std = vae.posterior(to_model_range(crops))
                 noise = np.stack([rng.standard_normal(vae.latent_shape(image_size), np.float32) for rng in rngs])
                 rows['latents'] = (mean + std * noise)[real].astype(np.float16)
-            store.append(rows, names=[source.name(i) for i in batch['index'][real]])
+            store.append(rows, names=[source.name_read(i) for i in batch['index'][real]])
             bar.update(int(real.sum()))
     if source.skipped:
         print(f'{len(source.skipped)} unreadable image(s), each with the next good one in its place: '

@@ -59,6 +59,10 @@ class ImageSource:
     def read(self, i: int) -> tuple[np.ndarray, int]:
         raise NotImplementedError
 
+    def name_read(self, i: int) -> str:
+        """Name of the image that `self[i]` gave: its own or, where that is known as damaged, the next good one's."""
+        return next(name for k in range(len(self)) if (name := self.name((i + k) % len(self))) not in self.skipped)
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < len(self):
             raise IndexError(f'image {i} of {len(self)}')

@@ -49,7 +49,7 @@ def write_store(path, num=64, num_codes=L, **arrays):
     with codestore.writer(path, num=num, meta=dict(num_codes=num_codes, vocab_size=V, class_names=['a', 'b'])) as store:
         store.append({'codes': rng.integers(0, V, (num, num_codes)), 'labels': np.arange(num, dtype=np.int32) % 2,
                       'embeddings': rng.normal(size=(num, 32)).astype(np.float32),
-                      'images': rng.integers(0, 256, (num, 16, 16, 1), np.uint8)} | arrays,
+                      'images': rng.integers(0, 256, (num, 8, 8, 1), np.uint8)} | arrays,
                      names=[str(i) for i in range(num)])
 
 
@@ -72,7 +72,7 @@ def places(tmp_path_factory):
     root = tmp_path_factory.mktemp('places')
     write_store(root / 'store')
     write_store(root / 'short_codes', num_codes=8)
-    write_store(root / 'large_images', images=np.zeros((64, 8, 8, 1), np.uint8))
+    write_store(root / 'large_images', images=np.zeros((64, 16, 16, 1), np.uint8))
     (root / 'tiny.py').write_text(CONFIG.format(store=str(root / 'store')))
     for kind in ('encoder', 'code', 'none', 'code_model'):
         write_run(launch.load_config(f'{root}/tiny.py:{kind}'), root / kind)
@@ -94,8 +94,8 @@ def places(tmp_path_factory):
     (root / 'nothing.py').write_text('')
     write_store(root / 'cut')
     os.truncate(root / 'cut' / 'codes.npy', 200)
-    np.savez(root / 'samples.npz', arr_0=np.zeros((8, 16, 16, 1), np.uint8))
-    np.savez(root / 'floats.npz', arr_0=np.zeros((8, 16, 16, 1), np.float32))
+    np.savez(root / 'samples.npz', arr_0=np.zeros((8, 8, 8, 1), np.uint8))
+    np.savez(root / 'floats.npz', arr_0=np.zeros((8, 8, 8, 1), np.float32))
     np.savez(root / 'other.npz', labels=np.zeros(8))
     (root / 'cut.npz').write_bytes((root / 'samples.npz').read_bytes()[:150])
     return root
@@ -160,9 +160,9 @@ BAD = {
     'dry run too': ('train', TRAIN + ' --dry_run --config.num_steps=0', 'num_steps=0'),
     # ---- Sizes that do not fit ---------------------------------------------------------------------------------------
     'generator patch': ('train', TRAIN + ' --config.model.patch_size=3',
-                        'input_size=16 is not divisible by patch_size=3'),
+                        'input_size=8 is not divisible by patch_size=3'),
     'encoder patch': ('train', ENCODER + ' --config.model.patch_size=5',
-                      'data.global_size=16 is not divisible by model.patch_size=5'),
+                      'data.global_size=8 is not divisible by model.patch_size=5'),
     'batch and mesh': ('train', TRAIN + ' --config.batch_size=12',
                        r'batch_size=12 is not divisible by 8 batch shards.*multiple of 8'),
     'mesh': ('train', TRAIN + ' --config.mesh.tensor=3', 'mesh: 8 devices cannot be divided by 3'),
@@ -177,7 +177,7 @@ BAD = {
     'L x V of the code model': ('train', '--config={at}/tiny.py:code_model --workdir={at}/new --config.model.vocab_size=32',
                                 'L x V = 16 x 16 but model.vocab_size=32'),
     'images of another size': ('train', TRAIN + ' --config.data.path={at}/large_images',
-                               r'images are \(8, 8, 1\).*input_size'),
+                               r'images are \(16, 16, 1\).*input_size'),
     'latents absent': ('train', TRAIN + ' --config.data.target=latents', "no 'latents'; encode"),
     'data set': ('train', ENCODER + ' --config.data.name=digit', "did you mean 'digits'"),
     'split': ('train', ENCODER + ' --config.data.split=dev', "data.split='dev'"),
@@ -262,7 +262,7 @@ BAD = {
     'no images': ('evaluate', '--samples={at}/other.npz --reference={at}/store --train={at}/store',
                   r"holds \['labels'\], but no images"),
     'sizes differ': ('evaluate', '--samples={at}/samples.npz --reference={at}/large_images --train={at}/store',
-                     r'--samples are \(16, 16, 1\) but --reference'),
+                     r'--samples are \(8, 8, 1\) but --reference'),
     'stores differ': ('evaluate', '--train={at}/store --heldout={at}/short_codes',
                       r'L x V = \(16, 16\) but --heldout \(8, 16\)'),
     'json': ('evaluate', '--train={at}/store --heldout={at}/store --json={at}/file/x.json',
@@ -301,12 +301,12 @@ def hit_at(number):
 def encoder(monkeypatch):
     """Takes the place of trained encoders; `encoder.each_batch` is called with every batch."""
     model = ml_collections.ConfigDict(dict(num_codes=L, vocab_size=V))
-    data = dict(name='digits', path='', image_size=16, channels=1, global_size=16, heldout=0.25)
+    data = dict(name='digits', path='', image_size=16, channels=1, global_size=16, heldout=0.25, num_workers=0)
     config = ml_collections.ConfigDict(dict(model=model, data=data))
     stub = types.SimpleNamespace(config=config, params={'w': np.ones(3)},
-                                 preprocess=lambda image: image.astype(np.float32), each_batch=lambda: None)
+                                 transform=lambda image: image.astype(np.float32), each_batch=lambda: None)
 
-    def codes(x, batch_size):
+    def codes(x, batch_size, outputs):
         stub.each_batch()
         value = x.reshape(len(x), -1).mean(1).astype(int) % V
         return {'codes': np.repeat(value[:, None], L, 1), 'embeddings': np.zeros((len(x), 4), np.float32)}
@@ -350,7 +350,7 @@ def generator(monkeypatch, places):
 
     def draw(key, cond, num, **unused):
         stub.while_sampling()
-        return np.zeros((num, 16, 16, 1), np.float32)
+        return np.zeros((num, 8, 8, 1), np.float32)
     stub.sample = draw
     monkeypatch.setattr(sample.Generator, 'load', lambda path: stub)
     return stub
@@ -372,7 +372,7 @@ def test_a_full_disk_does_not_cost_the_samples(call, generator, tmp_path, monkey
     status, said = call('sample', f'--unconditional --generator=x --num=3 --out={tmp_path}/x.png')
     assert status == 2 and f'No space left on device; the samples are in {tmp_path}/samples.npz' in said
     with np.load(tmp_path / 'samples.npz') as arrays:
-        assert arrays['arr_0'].shape == (3, 16, 16, 1)
+        assert arrays['arr_0'].shape == (3, 8, 8, 1)
 
 
 def test_quickstart_stopped_by_a_signal_says_how_to_continue(call, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ def random_params(module, *args):
 @pytest.fixture(scope='module')
 def encoder():
     config = quickstart.get_config('tiny').encoder.copy_and_resolve_references()
+    config.model.patch_size, config.data.global_size, config.data.local_size = 4, 16, 8
     return Encoder(config, random_params(make_model(config), jnp.zeros((1, 16, 16, 1)), jnp.zeros((1, 16), bool)))
 
 
@@ -63,7 +64,7 @@ def pictures():
 @functools.lru_cache(maxsize=None)
 def make_generator(condition, target='images', **fields):
     config = quickstart.get_config('tiny').generators.code.copy_and_resolve_references()
-    config.model.update(dict(condition=condition) | fields)
+    config.model.update(dict(condition=condition, input_size=16, patch_size=4) | fields)
     config.data.target, config.sampler.num_steps, config.sampler.guidance = target, 2, 1.5
     spec = generator.condition_spec(config, 1)
     cond = None if spec is None else jnp.zeros(spec.shape, spec.dtype)

@@ -105,7 +105,7 @@ def test_a_workdir_tells_what_has_changed(tmp_path, caplog):
     launch.check_workdir(config, tmp_path)
     assert not caplog.records
     launch.check_workdir(launch.load_config(DIGITS, ['--config.num_steps=7', '--config.optimizer.b1=0.5']), tmp_path)
-    assert 'num_steps (1000 -> 7), optimizer.b1 (0.9 -> 0.5)' in caplog.text
+    assert 'num_steps (2000 -> 7), optimizer.b1 (0.9 -> 0.5)' in caplog.text
 
 
 def test_a_second_signal_is_not_caught():
