@@ -9,22 +9,19 @@ from benchmarks import dlc, dlc_rows
 from benchmarks import torch_reference as reference
 
 
-def test_every_row_at_tiny_size(tmp_path, capsys):
-    rows = ['dit_forward', 'dit_sampling', 'dit_training', 'sedd_sampling']
+@pytest.mark.parametrize('rows', [['dit_forward'], pytest.param(
+    ['dit_sampling', 'dit_training', 'sedd_sampling', 'encoder_training', 'loader'], marks=pytest.mark.slow)])
+def test_rows_at_tiny_size(rows, tmp_path, capsys):
     report = dlc.main(['--sizes=tiny', '--eager', '--repeats=2', f'--json={tmp_path / "out.json"}', '--rows', *rows])
     printed = capsys.readouterr().out
     assert list(report['rows']) == rows == list(json.loads((tmp_path / 'out.json').read_text())['rows'])
     for name, row in report['rows'].items():
-        assert len(row['seconds']['ours']) == len(row['seconds']['eager']) == 2
-        assert row['ratio'] > 0 and row['share_of_peak'] > 0 and row['target'] == dlc.TARGETS[name]
-        assert name in printed
-    assert report['first_step']['seconds']['ours'] > 0 and report['peak_flops'] > 0 and report['versions']['torch']
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['encoder_training'])
-def test_encoder_row_agrees(name):
-    getattr(dlc_rows, name)(dlc.SIZES['tiny'], bf16=False, compiled=False).check()
+        rival = 'lists' if name == 'loader' else 'eager'
+        assert len(row['seconds']['ours']) == len(row['seconds'][rival]) == 2
+        assert row['ratio'] > 0 and row['target'] == dlc.TARGETS[name] and name in printed
+        assert name == 'loader' or row['share_of_peak'] > 0
+    assert report['peak_flops'] > 0 and report['versions']['torch']
+    assert 'dit_training' not in rows or report['first_step']['seconds']['ours'] > 0
 
 
 def test_disagreement_is_an_error_that_names_what_differs(monkeypatch):
@@ -33,6 +30,7 @@ def test_disagreement_is_an_error_that_names_what_differs(monkeypatch):
         dlc_rows.dit_forward(dlc.SIZES['tiny'], bf16=False, compiled=False).check()
 
 
+@pytest.mark.slow
 def test_bfloat16_rows_agree_too():
     dlc_rows.dit_forward(dlc.SIZES['tiny'], bf16=True, compiled=False).check()
 
