@@ -64,7 +64,8 @@ def test_gae_limits():
 
 def test_golden_rloo():
     k1 = kl.estimate(golden.LOGPROBS, golden.REF_LOGPROBS)
-    np.testing.assert_allclose(kl.sequence_kl(golden.LOGPROBS, golden.REF_LOGPROBS, golden.MASK), [.2, 0, -.9], atol=1e-6)
+    sums = kl.sequence_kl(golden.LOGPROBS, golden.REF_LOGPROBS, golden.MASK)
+    np.testing.assert_allclose(sums, [.2, 0, -.9], atol=1e-6)
     r = kl.penalized_scores(jnp.array([1.2, -1.]), k1[:2], golden.MASK[:2], 0.05)
     np.testing.assert_allclose(r, [1.19, -1.0], atol=1e-6)
     np.testing.assert_allclose(advantages.leave_one_out(r, 2), [2.19, -2.19], atol=1e-6)

@@ -182,7 +182,7 @@ def test_dpo_gradient_in_closed_form():
 
 
 def test_weights_drop_pairs_from_the_mean():
-    s = [np.array([-3.0, -2.0, np.nan]), np.array([-4.0, -1.0, 0]), np.array([-3.5, -2.5, 0]), np.array([-3.0, -2.0, 0])]
+    s = [np.array(x) for x in ([-3.0, -2.0, np.nan], [-4.0, -1.0, 0], [-3.5, -2.5, 0], [-3.0, -2.0, 0])]
     both, _ = losses.dpo(*(x[:2] for x in s))
     weighted, metrics = losses.dpo(*s, weights=np.array([1, 1, 0]))
     close(weighted, both, 1e-7)
@@ -225,7 +225,8 @@ def test_ties_cost_nothing_ln2_or_a_pair():
 
 
 def test_a_batch_of_ties_has_neither_loss_nor_gradient():
-    (loss, metrics), grad = jax.value_and_grad(losses.online_dpo, has_aux=True)(jnp.asarray(NEW), REF, MASK, jnp.ones(4), 2)
+    f = jax.value_and_grad(losses.online_dpo, has_aux=True)
+    (loss, metrics), grad = f(jnp.asarray(NEW), REF, MASK, jnp.ones(4), 2)
     assert loss == 0 and metrics['pairs'] == 0 and metrics['tied'] == 1
     np.testing.assert_array_equal(grad, 0)
 
@@ -340,7 +341,8 @@ def test_importance_weights_by_hand():
     close(losses.importance_weights(OLD, BEHAVIOUR, MASK, cap=1.5, level='sequence')[:, 0],
           np.minimum(np.exp(sums(OLD) - sums(BEHAVIOUR)), 1.5))
     assert (w[MASK] > 1.1).any() and (w[MASK] < 1.1).any()
-    for kwargs, message in (({'cap': 0}, 'cap=0'), ({'level': 'batch'}, "level='batch'"), ({'beyond': 'x'}, "beyond='x'")):
+    for kwargs, message in (({'cap': 0}, 'cap=0'), ({'level': 'batch'}, "level='batch'"),
+                            ({'beyond': 'x'}, "beyond='x'")):
         with pytest.raises(ValueError, match=message):
             losses.importance_weights(OLD, BEHAVIOUR, MASK, **kwargs)
 
