@@ -181,7 +181,8 @@ def test_the_average_moves_in_float32_where_it_would_freeze_in_bfloat16():
     # One bfloat16 ulp of displacement: the float32 average follows by its 0.005, which bfloat16 would round away.
     ulp = {'x': low['x'] + jnp.bfloat16(2 ** -7)}
     followed = er.tick(er.init(config, low), ulp, config.decay).ema['x'] - low['x'].astype(jnp.float32)
-    np.testing.assert_allclose(followed, .005 * (ulp['x'].astype(jnp.float32) - low['x'].astype(jnp.float32)), rtol=1e-2)
+    displaced = ulp['x'].astype(jnp.float32) - low['x'].astype(jnp.float32)
+    np.testing.assert_allclose(followed, .005 * displaced, rtol=1e-2)
     _, new, _ = er.apply(config, er.init(config, low), ulp, (), NOW)
     assert new['x'].dtype == jnp.bfloat16
     same(new, low)
