@@ -52,6 +52,12 @@ def check(batch: Mapping[str, Any], where: str = 'rollout') -> None:
             raise ValueError(f'{where}: {bad} of {np.size(x)} {name} are not finite')
 
 
+def complete(batch: Batch, version: int) -> None:
+    """Writes `version` as the `policy_version` of every token where the batch does not say it itself."""
+    if 'policy_version' not in batch and 'logprobs' in batch:
+        batch['policy_version'] = np.full(np.shape(batch['logprobs']), version, np.int32)
+
+
 def staleness(batch: Mapping[str, np.ndarray], version: int) -> int:
     """By how many versions the oldest counted token of `batch` lags behind the learner's `version`."""
     counted = np.asarray(batch['mask']) > 0

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from rlhf_jax.rollout import batch as batch_lib
 from rlhf_jax.rollout.batch import Batch
@@ -32,7 +31,9 @@ class Generate(Protocol):
     """Prompts, completions and rewards of batch `index` under `params`: a pure function of its arguments.
 
     `policy_version` may be left out: it is `version` at every token then. A sampler that takes up new weights on the
-    way (from `Weights.newest`) returns its own, token by token, and gives up bit-exactness for freshness.
+    way (from the transport's `newest`) returns its own, token by token, and gives up bit-exactness for freshness.
+    `seconds`, a dict, replaces times that the stream would measure itself (a generator elsewhere knows its own). A
+    `close()`, if there is one, is called when the stream closes.
     """
 
     def __call__(self, params: Any, *, index: int, version: int) -> Mapping[str, Any]: ...
@@ -197,6 +198,8 @@ class RolloutStream(Iterator[Batch]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if close := getattr(self._generate, 'close', None):
+            close()
         if self._thread is not None:
             self._thread.join(self._timeout)
             if self._thread.is_alive():
@@ -233,14 +236,15 @@ class RolloutStream(Iterator[Batch]):
             params = self._weights.fetch(version)
             self._weights.release(version)  # versions only go up
             loaded = self._clock()
-            batch = jax.device_get(dict(self._generate(params, index=index, version=version)))
-            if 'policy_version' not in batch and 'logprobs' in batch:
-                batch['policy_version'] = np.full(np.shape(batch['logprobs']), version, np.int32)
+            batch = dict(self._generate(params, index=index, version=version))
+            measured = batch.pop('seconds', {})
+            batch = jax.device_get(batch)
+            batch_lib.complete(batch, version)
             batch_lib.check(batch, f'batch {index}')
         except BaseException as error:
             error.add_note(f'while generating batch {index} with version {version}')
             raise
-        seconds = {'generator_wait': waited, 'load': loaded - start, 'generate': self._clock() - loaded}
+        seconds = {'generator_wait': waited, 'load': loaded - start, 'generate': self._clock() - loaded} | measured
         with self._changed:
             self._ready.append(_Item(batch, seconds))
             self._produced += 1
