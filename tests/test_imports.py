@@ -9,8 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAVY = {'tensorflow', 'torch', 'wandb', 'transformers', 'diffusers'}
 LIBRARY = {'jax', 'flax', 'optax', 'numpy'}
-EXTRA = {'dlc_jax/ssl/augment.py': {'PIL'}, 'dlc_jax/ssl/pixels.py': {'PIL'}, 'dlc_jax/convert/files.py': {'safetensors'},
-         'rlhf_jax/rollout/publish.py': {'safetensors'}}
+EXTRA = {'dlc_jax/ssl/augment.py': {'PIL'}, 'dlc_jax/ssl/pixels.py': {'PIL'},
+         'dlc_jax/convert/files.py': {'safetensors'}, 'rlhf_jax/rollout/publish.py': {'safetensors'}}
 
 
 def files(*folders):
@@ -62,7 +62,8 @@ def test_importing_the_library_brings_neither_tensorflow_nor_torch():
 
 
 def test_importing_all_of_rlhf_jax_brings_neither_the_runner_nor_anything_heavy():
-    modules = ['.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__') for path in files('rlhf_jax')]
+    names = ('.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in files('rlhf_jax'))
+    modules = [name.removesuffix('.__init__') for name in names]
     unwanted = HEAVY | {'dlc_jax', 'experiments', 'configs', 'safetensors', 'tokenizers', 'orbax'}
     code = (f'import sys, importlib\nfor name in {modules}: importlib.import_module(name)\n'
             f'found = {unwanted} & set(sys.modules)\nprint(found)\nsys.exit(bool(found))')
