@@ -18,7 +18,7 @@ where only those are trained, without the value head where `policy` leaves it ou
 """
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct

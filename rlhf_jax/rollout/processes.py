@@ -27,8 +27,8 @@ from rlhf_jax.rollout.stream import Generate, Weights
 
 
 @dataclasses.dataclass(frozen=True)
-class Session:
-    """What the learner asks for, in `session.json`.
+class Request:
+    """What the learner asks for, in `request.json`.
 
     Attributes:
         attempt: counts the learner's starts.
@@ -51,14 +51,14 @@ class _Folder:
     def __init__(self, directory: str | os.PathLike):
         self.directory = pathlib.Path(directory)
 
-    def session(self) -> Session | None:
+    def request(self) -> Request | None:
         try:
-            return Session(**json.loads((self.directory / 'session.json').read_text()))
+            return Request(**json.loads((self.directory / 'request.json').read_text()))
         except FileNotFoundError:
             return None
 
-    def open(self, session: Session) -> None:
-        write(self.directory / 'session.json', json.dumps(dataclasses.asdict(session)).encode())
+    def open(self, request: Request) -> None:
+        write(self.directory / 'request.json', json.dumps(dataclasses.asdict(request)).encode())
 
     def batch(self, attempt: int, index: int) -> pathlib.Path:
         return self.directory / f'batch-{attempt:06d}-{index:09d}.json'
@@ -88,7 +88,7 @@ class Remote:
         self._folder, self._weights, self._poll = _Folder(directory), weights, poll
         self._max_staleness = max_staleness
         self._base: int | None = None
-        self._session: Session | None = None
+        self._request: Request | None = None
         self._closed = threading.Event()
 
     def publish(self, version: int, params: Any) -> None:
@@ -108,13 +108,13 @@ class Remote:
         Raises:
             RuntimeError: a generator failed, with its traceback; or the stream was closed.
         """
-        if self._session is None:
-            # Weights first, then the session: whoever reads it finds the version that it starts with.
-            before = self._folder.session()
-            self._session = Session(before.attempt + 1 if before else 0, self._base, index, self._max_staleness)
-            self._folder.open(self._session)
-            self._folder.remove(unless=lambda attempt, index: attempt == self._session.attempt)
-        attempt = self._session.attempt
+        if self._request is None:
+            # Weights first, then the request: whoever reads it finds the version that it starts with.
+            before = self._folder.request()
+            self._request = Request(before.attempt + 1 if before else 0, self._base, index, self._max_staleness)
+            self._folder.open(self._request)
+            self._folder.remove(unless=lambda attempt, index: attempt == self._request.attempt)
+        attempt = self._request.attempt
         path, error = self._folder.batch(attempt, index), self._folder.error(attempt, index)
         while not path.exists():
             if error.exists():
@@ -129,13 +129,13 @@ class Remote:
     def close(self) -> None:
         """Sends the generators home."""
         self._closed.set()
-        if self._session is not None and self._folder.session() == self._session:
-            self._folder.open(dataclasses.replace(self._session, closed=True))
+        if self._request is not None and self._folder.request() == self._request:
+            self._folder.open(dataclasses.replace(self._request, closed=True))
 
 
 def serve(generate: Generate, weights: Weights, directory: str | os.PathLike, *, generator: int = 0,
           num_generators: int = 1, poll: float = 0.01, idle_timeout: float | None = None) -> int:
-    """A generator process: makes the batches that the learner's session asks for until it is closed.
+    """A generator process: makes the batches that the learner's request asks for until it is closed.
 
     Args:
         generate: as in one process.
@@ -153,32 +153,32 @@ def serve(generate: Generate, weights: Weights, directory: str | os.PathLike, *,
     """
     if not 0 <= generator < num_generators:
         raise ValueError(f'generator={generator} must be in 0..{num_generators - 1}')
-    folder, session, index, made, held = _Folder(directory), None, 0, 0, (None, None)
+    folder, request, index, made, held = _Folder(directory), None, 0, 0, (None, None)
     idle = time.monotonic()
     while True:
-        current = folder.session()
+        current = folder.request()
         if current and current.closed:
             return made
-        if current and current != session:
-            session, held = current, (None, None)  # a version may have been published anew
-            index = session.first + (generator - session.first) % num_generators
-        newest = weights.newest() if session else None
-        if newest is None or session.version(index) > newest:
+        if current and current != request:
+            request, held = current, (None, None)  # a version may have been published anew
+            index = request.first + (generator - request.first) % num_generators
+        newest = weights.newest() if request else None
+        if newest is None or request.version(index) > newest:
             if idle_timeout is not None and time.monotonic() - idle > idle_timeout:
                 return made
             time.sleep(poll)
             continue
-        if index < newest or folder.batch(session.attempt, index).exists():
+        if index < newest or folder.batch(request.attempt, index).exists():
             index += num_generators  # drawn already, or made before this process was started anew
             continue
         start = time.monotonic()
-        version = session.version(index)
+        version = request.version(index)
         try:
             if held[0] != version:
                 held = (version, weights.fetch(version))
                 weights.release(version)
         except (TimeoutError, ValueError):
-            if folder.session() != session:  # it belonged to a learner that is no more
+            if folder.request() != request:  # it belonged to a learner that is no more
                 continue
             raise
         loaded = time.monotonic()
@@ -188,10 +188,10 @@ def serve(generate: Generate, weights: Weights, directory: str | os.PathLike, *,
             batch_lib.check(batch, f'batch {index}')
         except Exception as error:
             error.add_note(f'while generating batch {index} with version {version}')
-            write(folder.error(session.attempt, index), traceback.format_exc().encode())
+            write(folder.error(request.attempt, index), traceback.format_exc().encode())
             raise
         end = time.monotonic()
         seconds = {'generator_wait': start - idle, 'load': loaded - start, 'generate': end - loaded}
-        write(folder.batch(session.attempt, index),
+        write(folder.batch(request.attempt, index),
               json.dumps({'batch': batch_lib.to_json(batch), 'seconds': seconds}).encode())
         made, index, idle = made + 1, index + num_generators, time.monotonic()

@@ -13,8 +13,8 @@ def score(reward: Callable[..., Sequence[float]], *args: Any, num: int, timeout:
     Args:
         num: N, how many there must be.
         timeout: seconds for the whole batch; the call is left behind in its thread then. None: for ever.
-        replacement: put where a reward is not finite, and in all N places if the function raises or times out, so that a
-            long run goes on; the caller logs the count. None: these are errors.
+        replacement: put where a reward is not finite, and in all N places if the function raises or times out, so that
+            a long run goes on; the caller logs the count. None: these are errors.
 
     Returns:
         `(rewards, replaced)`: float32 [N], and how many of them are replacements.

@@ -113,8 +113,7 @@ class RolloutStream(Iterator[Batch]):
     # ---- The learner's side ----
 
     def publish(self, version: int, params: Any) -> None:
-        """Hands over the policy as it stands after `version` batches. `params` are copied and may be donated
-        afterwards.
+        """Hands over the policy as it stands after `version` batches; `params` are copied and may be donated then.
 
         Raises:
             ValueError: not the version that is due: that of the number of batches drawn so far.

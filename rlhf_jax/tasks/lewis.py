@@ -51,13 +51,12 @@ class Game:
         parts = objects[:first], objects[first:first + second], objects[first + second:]
         for name, part in zip(('supervised', 'self_play', 'held out'), parts):
             if not len(part):
-                raise ValueError(f'{name}: no object of {len(objects)} is left for it; change supervised={supervised} or '
-                                 f'self_play={self_play}')
+                raise ValueError(f'{name}: no object of {len(objects)} is left for it; change supervised={supervised} '
+                                 f'or self_play={self_play}')
         return parts
 
     def messages(self, objects: Array) -> Array:
-        """What the given language says of objects [..., p]: symbols int [..., p], property i's being i t ... i t + t -
-        1."""
+        """What the given language says of objects: int [..., p] -> symbols [..., p], i t ... i t + t - 1 for property i."""
         return objects + self.types * jnp.arange(self.properties)
 
     def encode(self, objects: Array) -> Array:

@@ -42,8 +42,9 @@ def test_exact_match():
         arithmetic.exact_match(['a', 'b'], ['1'])
 
 
-@pytest.mark.parametrize('settings, message', [({'num_steps': 0}, 'num_steps=0'), ({'operations': '/'}, "operations='/'"),
-                                               ({'num_steps': 1, 'max_number': 1}, 'num=900: only')])
+@pytest.mark.parametrize('settings, message', [
+    ({'num_steps': 0}, 'num_steps=0'), ({'operations': '/'}, "operations='/'"),
+    ({'num_steps': 1, 'max_number': 1}, 'num=900: only')])
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         arithmetic.problems(0, 900, **settings)

@@ -32,8 +32,9 @@ class Generators:
         self.made, self.errors = [], []
         def work(g):
             try:
-                self.made.append(serve(generate, weights(path, bound), path / 'batches', generator=g, num_generators=num,
-                                       poll=.002, idle_timeout=WAIT))
+                made = serve(generate, weights(path, bound), path / 'batches', generator=g, num_generators=num, poll=.002,
+                             idle_timeout=WAIT)
+                self.made.append(made)
             except BaseException as error:
                 self.errors.append(error)
         self.threads = [threading.Thread(target=work, args=(g,), daemon=True) for g in range(num)]
