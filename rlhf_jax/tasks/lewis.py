@@ -56,7 +56,7 @@ class Game:
         return parts
 
     def messages(self, objects: Array) -> Array:
-        """What the given language says of objects: int [..., p] -> symbols [..., p], i t ... i t + t - 1 for property i."""
+        """What the given language says of objects: int [..., p] -> symbols [..., p], i t + type for property i."""
         return objects + self.types * jnp.arange(self.properties)
 
     def encode(self, objects: Array) -> Array:
