@@ -32,8 +32,8 @@ class Generators:
         self.made, self.errors = [], []
         def work(g):
             try:
-                made = serve(generate, weights(path, bound), path / 'batches', generator=g, num_generators=num, poll=.002,
-                             idle_timeout=WAIT)
+                made = serve(generate, weights(path, bound), path / 'batches', generator=g, num_generators=num,
+                             poll=.002, idle_timeout=WAIT)
                 self.made.append(made)
             except BaseException as error:
                 self.errors.append(error)
