@@ -9,7 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAVY = {'tensorflow', 'torch', 'wandb', 'transformers', 'diffusers'}
 LIBRARY = {'jax', 'flax', 'optax', 'numpy'}
-EXTRA = {'dlc_jax/ssl/augment.py': {'PIL'}, 'dlc_jax/ssl/pixels.py': {'PIL'}, 'dlc_jax/convert/files.py': {'safetensors'}}
+EXTRA = {'dlc_jax/ssl/augment.py': {'PIL'}, 'dlc_jax/ssl/pixels.py': {'PIL'},
+         'dlc_jax/convert/files.py': {'safetensors'}, 'rlhf_jax/rollout/publish.py': {'safetensors'}}
 
 
 def files(*folders):
@@ -58,3 +59,13 @@ def test_importing_the_library_brings_neither_tensorflow_nor_torch():
     code = ('import sys, dlc_jax, experiments.train, experiments.dlc.encoder, experiments.dlc.generator, experiments.dlc.code_model;'
             'sys.exit(bool({"tensorflow", "torch", "sklearn.neural_network"} & set(sys.modules)))')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+def test_importing_all_of_rlhf_jax_brings_neither_the_runner_nor_anything_heavy():
+    names = ('.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in files('rlhf_jax'))
+    modules = [name.removesuffix('.__init__') for name in names]
+    unwanted = HEAVY | {'dlc_jax', 'experiments', 'configs', 'safetensors', 'tokenizers', 'orbax'}
+    code = (f'import sys, importlib\nfor name in {modules}: importlib.import_module(name)\n'
+            f'found = {unwanted} & set(sys.modules)\nprint(found)\nsys.exit(bool(found))')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

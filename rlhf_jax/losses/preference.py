@@ -1,0 +1,141 @@
+"""Losses on pairs and picks among the completions of a prompt: DPO, Online DPO, Best-of-N."""
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import masked
+from rlhf_jax.logprobs import sequence_logprobs
+from rlhf_jax.responses import by_prompt
+
+Array = jax.Array
+Loss = tuple[Array, dict[str, Array]]
+
+LOSS_TYPES = ('sigmoid', 'ipo')
+TIES = ('drop', 'order', 'same')
+
+
+def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, *, beta: float = 0.1,
+        loss_type: str = 'sigmoid', weights: Array | None = None) -> Loss:
+    """Direct preference optimisation (arXiv 2305.18290, eq. 7) and IPO (arXiv 2310.12036, eq. 17).
+
+        h = (log pi(c) - log pi(r)) - (log ref(c) - log ref(r))
+        sigmoid:  -log sigmoid(beta h)          ipo:  (h - 1 / (2 beta))^2
+
+    Args:
+        chosen, rejected: [N], log-probabilities of whole responses under the policy (`sequence_logprobs`), not divided
+            by their length.
+        ref_chosen, ref_rejected: [N], the same under the reference.
+        beta: price of divergence from the reference.
+        weights: [N], pairs where it is 0 do not count. The mean is over those that do; 0 if none does.
+
+    Returns:
+        Metrics `chosen`, `rejected`: mean implicit rewards `beta (log pi - log ref)`; `margin`, their difference;
+        `accuracy`, share of pairs with a positive one; `pairs`, how many counted.
+
+    Raises:
+        ValueError: another `loss_type`, or `beta` not positive.
+    """
+    if not beta > 0:
+        raise ValueError(f'beta={beta} must be positive')
+    weights = jnp.ones(chosen.shape, bool) if weights is None else weights > 0
+    chosen, rejected, ref_chosen, ref_rejected = (
+        masked.zeroed(x, weights) for x in (chosen, rejected, ref_chosen, ref_rejected))
+    ref_chosen, ref_rejected = jax.lax.stop_gradient((ref_chosen, ref_rejected))
+    h = (chosen - rejected) - (ref_chosen - ref_rejected)
+    if loss_type == 'sigmoid':
+        losses = -jax.nn.log_sigmoid(beta * h)
+    elif loss_type == 'ipo':
+        losses = jnp.square(h - 1 / (2 * beta))
+    else:
+        raise ValueError(f'loss_type={loss_type!r} is not one of {LOSS_TYPES}')
+    return masked.mean(losses, weights), jax.lax.stop_gradient({
+        'chosen': masked.mean(beta * (chosen - ref_chosen), weights),
+        'rejected': masked.mean(beta * (rejected - ref_rejected), weights),
+        'margin': masked.mean(beta * h, weights), 'accuracy': masked.mean((h > 0).astype(jnp.float32), weights),
+        'pairs': weights.sum().astype(jnp.float32)})
+
+
+def best_worst(rewards: Array, num_samples: int, *, ties: str = 'drop') -> tuple[Array, Array, Array]:
+    """Rows of the best and the worst completion of each prompt.
+
+    Args:
+        rewards: [K * B], K-major; the first of several equal ones is taken.
+        num_samples: K >= 2. With K > 2 only the extremes are used.
+        ties: what becomes of a prompt whose completions all have one reward (common: none of them ended, and all got
+            the same penalty). 'drop' does not count it; 'order' makes the first the chosen and the second the rejected;
+            'same' takes one completion for both, which has no gradient but counts in the mean. The last two are the
+            published trainers' habits, with generation in the training library and with vLLM.
+
+    Returns:
+        `(chosen, rejected, counts)`: int32 [B] and [B] rows of the batch, bool [B]. A group that holds a reward which
+        is not finite does not count either.
+
+    Raises:
+        ValueError: K < 2, rows that are no multiple of K, or another `ties`.
+    """
+    if num_samples < 2:
+        raise ValueError(f'num_samples={num_samples}: a pair needs at least 2 completions of a prompt')
+    if ties not in TIES:
+        raise ValueError(f'ties={ties!r} is not one of {TIES}')
+    r = by_prompt(rewards, num_samples)
+    best, worst = jnp.argmax(r, 0), jnp.argmin(r, 0)
+    tied = r.max(0) == r.min(0)
+    counts = jnp.isfinite(r).all(0)
+    if ties == 'drop':
+        counts &= ~tied
+    if ties != 'same':
+        worst = jnp.where(tied, 1, worst)
+    num_prompts = r.shape[1]
+    prompt = jnp.arange(num_prompts)
+    return ((best * num_prompts + prompt).astype(jnp.int32), (worst * num_prompts + prompt).astype(jnp.int32), counts)
+
+
+def online_dpo(logprobs: Array, ref_logprobs: Array, mask: Array, rewards: Array, num_samples: int, *,
+               beta: float = 0.1, loss_type: str = 'sigmoid', ties: str = 'drop') -> Loss:
+    """DPO on the best and worst of K fresh completions (arXiv 2402.04792; async RLHF §3.1).
+
+    There is no correction for stale samples: a pair is a pair, whoever wrote it.
+
+    Args:
+        logprobs, ref_logprobs: [K * B, L] of the sampled tokens under policy and reference.
+        mask: [K * B, L].
+        rewards: [K * B].
+        num_samples: K >= 2.
+        beta, loss_type: as in `dpo`.
+        ties: as in `best_worst`.
+
+    With K > 2 most rows end up unused: to spare their forward passes, pick rows with `best_worst` first and call `dpo`.
+
+    Returns:
+        The metrics of `dpo`, and `tied` (share of prompts whose rewards all agree), `not_finite` (share that hold a
+        reward which is not finite, and do not count), `reward` and `reward_gap` (best - worst), means over the others.
+    """
+    chosen, rejected, counts = best_worst(rewards, num_samples, ties=ties)
+    s, ref = sequence_logprobs(logprobs, mask), sequence_logprobs(ref_logprobs, mask)
+    loss, metrics = dpo(s[chosen], s[rejected], ref[chosen], ref[rejected], beta=beta, loss_type=loss_type,
+                        weights=counts)
+    r = by_prompt(rewards.astype(jnp.float32), num_samples)
+    gap, finite = r.max(0) - r.min(0), jnp.isfinite(r).all(0)
+    return loss, metrics | jax.lax.stop_gradient({
+        'tied': (gap == 0).mean(dtype=jnp.float32), 'not_finite': 1 - finite.mean(dtype=jnp.float32),
+        'reward': masked.mean(r.mean(0), finite), 'reward_gap': masked.mean(gap, finite)})
+
+
+def best_of_n(logprobs: Array, mask: Array, rewards: Array, num_samples: int) -> Loss:
+    """Fine-tuning on the best of K completions (async RLHF §3.4): `-mean_b sum_t log pi(best_b)_t`.
+
+    No reference and no KL; sums are not divided by length; of equal rewards the first wins.
+
+    Args:
+        logprobs, mask: [K * B, L].
+        rewards: [K * B].
+        num_samples: K >= 1; 1 is plain fine-tuning on samples.
+
+    Returns:
+        Metrics `reward` (of all) and `best_reward`. A group that holds a reward which is not finite does not count.
+    """
+    r = by_prompt(rewards.astype(jnp.float32), num_samples)
+    counts = jnp.isfinite(r).all(0)
+    s = by_prompt(sequence_logprobs(logprobs, mask), num_samples)
+    best = jnp.take_along_axis(s, jnp.argmax(r, 0)[None], 0)[0]
+    return -masked.mean(best, counts), jax.lax.stop_gradient({
+        'reward': masked.mean(r.mean(0), counts), 'best_reward': masked.mean(r.max(0), counts)})

@@ -1,0 +1,110 @@
+"""What a rollout batch holds, its minibatches, its staleness, and its form in a checkpoint.
+
+A batch is a dict of arrays over N rows (K-major, see `rlhf_jax`):
+
+    tokens          int [N, P + L], prompt (padded on the left) and response
+    mask            [N, L], True at the response's tokens up to and including EOS
+    logprobs        float32 [N, L], as the sampler drew them
+    rewards         float32 [N]
+    policy_version  int32 [N, L], of the weights that drew each token
+
+and whatever else the task wants to carry (prompt ids, reference log-probabilities), over the same N rows.
+"""
+import base64
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+
+FIELDS = ('tokens', 'mask', 'logprobs', 'rewards', 'policy_version')
+
+
+def check(batch: Mapping[str, Any], where: str = 'rollout') -> None:
+    """Refuses a batch that a learner would choke on, or worse, not choke on.
+
+    Raises:
+        ValueError: a field is missing or has another shape than its kin, there is no row, or a log-probability of a
+            counted token or a reward is not finite.
+    """
+    for name in FIELDS:
+        if name not in batch:
+            raise ValueError(f'{where}: field {name} is missing; a batch holds {FIELDS}')
+    shape = np.shape(batch['logprobs'])
+    if len(shape) != 2 or not shape[0]:
+        raise ValueError(f'{where}: logprobs have shape {shape}, expected [rows, response tokens] and at least one row')
+    for name in ('mask', 'policy_version'):
+        if np.shape(batch[name]) != shape:
+            raise ValueError(f'{where}: {name} has shape {np.shape(batch[name])}, expected {shape} as logprobs')
+    tokens = np.shape(batch['tokens'])
+    if len(tokens) != 2 or tokens[1] < shape[1]:
+        raise ValueError(f'{where}: tokens have shape {tokens}, expected [{shape[0]}, at least {shape[1]}]')
+    if np.shape(batch['rewards']) != shape[:1]:
+        raise ValueError(f"{where}: rewards have shape {np.shape(batch['rewards'])}, expected {shape[:1]}, one a row")
+    for name, x in batch.items():
+        if not np.ndim(x) or len(x) != shape[0]:
+            raise ValueError(f'{where}: {name} has shape {np.shape(x)}, expected {shape[0]} rows')
+    for name, x in (('rewards', batch['rewards']), ('logprobs', np.where(batch['mask'], batch['logprobs'], 0))):
+        if bad := int((~np.isfinite(x)).sum()):
+            raise ValueError(f'{where}: {bad} of {np.size(x)} {name} are not finite')
+
+
+def complete(batch: Batch, version: int) -> None:
+    """Writes `version` as the `policy_version` of every token where the batch does not say it itself."""
+    if 'policy_version' not in batch and 'logprobs' in batch:
+        batch['policy_version'] = np.full(np.shape(batch['logprobs']), version, np.int32)
+
+
+def staleness(batch: Mapping[str, np.ndarray], version: int) -> int:
+    """By how many versions the oldest counted token of `batch` lags behind the learner's `version`."""
+    counted = np.asarray(batch['mask']) > 0
+    versions = np.asarray(batch['policy_version'])
+    return int(version - (versions[counted] if counted.any() else versions).min())
+
+
+def optimizer_steps_behind(lag: int, num_minibatches: int, num_epochs: int, minibatch: int, epoch: int) -> int:
+    """Staleness in optimizer steps of one minibatch of a batch that lags `lag` versions (async RLHF §1.2):
+    `lag N T + epoch N + minibatch`, with N minibatches and T epochs a batch, both counted from 0."""
+    return lag * num_minibatches * num_epochs + epoch * num_minibatches + minibatch
+
+
+def minibatches(batch: Mapping[str, np.ndarray], num_samples: int, num_minibatches: int, *,
+                rng: np.random.Generator | None = None) -> Iterator[Batch]:
+    """Splits a batch between prompts: every minibatch holds all K completions of its prompts, K-major again.
+
+    Args:
+        num_samples: K.
+        num_minibatches: N; must divide the number of prompts.
+        rng: shuffles the prompts first; None keeps their order.
+
+    Raises:
+        ValueError: rows or prompts that do not divide.
+    """
+    rows = len(batch['rewards'])
+    if num_samples < 1 or rows % num_samples:
+        raise ValueError(f'num_samples={num_samples} does not divide the {rows} rows of a batch')
+    prompts = rows // num_samples
+    if num_minibatches < 1 or prompts % num_minibatches:
+        raise ValueError(f'num_minibatches={num_minibatches} does not divide the {prompts} prompts of a batch')
+    order = np.arange(prompts) if rng is None else rng.permutation(prompts)
+    for part in order.reshape(num_minibatches, -1):
+        chosen = (np.arange(num_samples)[:, None] * prompts + part).reshape(-1)
+        yield {name: x[chosen] for name, x in batch.items()}
+
+
+def to_json(batch: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """The batch bit for bit as JSON values, for the data position in a checkpoint."""
+    def one(x):
+        x = np.ascontiguousarray(x)
+        return {'dtype': x.dtype.name, 'shape': list(x.shape),
+                'data': base64.b64encode(zlib.compress(x.tobytes(), 1)).decode('ascii')}
+    return {name: one(x) for name, x in batch.items()}
+
+
+def from_json(saved: Mapping[str, Mapping[str, Any]]) -> Batch:
+    """The batch that `to_json` was given."""
+    return {name: np.frombuffer(zlib.decompress(base64.b64decode(x['data'])), jax.numpy.dtype(x['dtype']))
+            .reshape(x['shape']).copy() for name, x in saved.items()}

@@ -1,0 +1,197 @@
+"""A learner and generators in processes of their own, with a folder between them.
+
+    learner      remote = Remote(folder / 'batches', weights=Files(folder / 'weights', keep=S + 1), max_staleness=S)
+                 stream = RolloutStream(remote, remote, max_staleness=S)          # and on as with one process
+    generator    serve(generate, Files(folder / 'weights', keep=S + 1), folder / 'batches')
+
+The order is that of one process: batch i comes from version max(0, i - S) and from nothing else, so the sequence is the
+same bit for bit whoever generates it. A generator that is killed is simply started again: it goes on at the first batch
+that is not there. A learner that is killed resumes from its checkpoint, with the batches in flight that this holds, and
+opens a new `attempt`; what generators still deliver to the attempt before is ignored.
+"""
+import dataclasses
+import json
+import os
+import pathlib
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from rlhf_jax.rollout import batch as batch_lib
+from rlhf_jax.rollout.publish import write
+from rlhf_jax.rollout.stream import Generate, Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the learner asks for, in `request.json`.
+
+    Attributes:
+        attempt: counts the learner's starts.
+        base: the version it started with; nothing older can be had.
+        first: index of the first batch that it lacks.
+        max_staleness: S.
+        closed: it wants no more; generators leave.
+    """
+    attempt: int
+    base: int
+    first: int
+    max_staleness: int
+    closed: bool = False
+
+    def version(self, index: int) -> int:
+        return max(self.base, index - self.max_staleness)
+
+
+class _Folder:
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = pathlib.Path(directory)
+
+    def request(self) -> Request | None:
+        try:
+            return Request(**json.loads((self.directory / 'request.json').read_text()))
+        except FileNotFoundError:
+            return None
+
+    def open(self, request: Request) -> None:
+        write(self.directory / 'request.json', json.dumps(dataclasses.asdict(request)).encode())
+
+    def batch(self, attempt: int, index: int) -> pathlib.Path:
+        return self.directory / f'batch-{attempt:06d}-{index:09d}.json'
+
+    def error(self, attempt: int, index: int) -> pathlib.Path:
+        return self.directory / f'error-{attempt:06d}-{index:09d}.txt'
+
+    def remove(self, unless: Callable[[int, int], bool]) -> None:
+        """Removes what belongs to `(attempt, index)` unless it is to stay."""
+        for path in (*self.directory.glob('batch-*.json'), *self.directory.glob('error-*.txt')):
+            attempt, index = map(int, path.stem.split('-')[1:])
+            if not unless(attempt, index):
+                path.unlink(missing_ok=True)
+
+
+class Remote:
+    """The learner's end: both the `generate` and the `weights` of its `RolloutStream`.
+
+    Args:
+        directory: for batches; generators see it too.
+        weights: where versions go, `Files` or `Transfer`.
+        max_staleness: S, as the stream's.
+        poll: seconds between looks at the folder.
+    """
+
+    def __init__(self, directory: str | os.PathLike, weights: Weights, *, max_staleness: int, poll: float = 0.01):
+        self._folder, self._weights, self._poll = _Folder(directory), weights, poll
+        self._max_staleness = max_staleness
+        self._base: int | None = None
+        self._request: Request | None = None
+        self._closed = threading.Event()
+
+    def publish(self, version: int, params: Any) -> None:
+        self._weights.publish(version, params)
+        if self._base is None:
+            self._base = version
+
+    def fetch(self, version: int) -> None:
+        """Nothing: the learner's process generates nothing."""
+
+    def release(self, before: int) -> None:
+        """Nothing: generators hold the weights."""
+
+    def __call__(self, params: None, *, index: int, version: int) -> Mapping[str, Any]:
+        """Waits for batch `index` from the generators.
+
+        Raises:
+            RuntimeError: a generator failed, with its traceback; or the stream was closed.
+        """
+        if self._request is None:
+            # Weights first, then the request: whoever reads it finds the version that it starts with.
+            before = self._folder.request()
+            self._request = Request(before.attempt + 1 if before else 0, self._base, index, self._max_staleness)
+            self._folder.open(self._request)
+            self._folder.remove(unless=lambda attempt, index: attempt == self._request.attempt)
+        attempt = self._request.attempt
+        path, error = self._folder.batch(attempt, index), self._folder.error(attempt, index)
+        while not path.exists():
+            if error.exists():
+                raise RuntimeError(f'a generator failed:\n{error.read_text()}')
+            if self._closed.wait(self._poll):
+                raise RuntimeError('the rollout stream was closed while a batch was awaited')
+        # A batch stays until the learner has surely drawn it, so that a generator that starts anew finds it done.
+        self._folder.remove(unless=lambda a, i: a == attempt and i >= index - self._max_staleness)
+        saved = json.loads(path.read_bytes())
+        return batch_lib.from_json(saved['batch']) | {'seconds': saved['seconds']}
+
+    def close(self) -> None:
+        """Sends the generators home."""
+        self._closed.set()
+        if self._request is not None and self._folder.request() == self._request:
+            self._folder.open(dataclasses.replace(self._request, closed=True))
+
+
+def serve(generate: Generate, weights: Weights, directory: str | os.PathLike, *, generator: int = 0,
+          num_generators: int = 1, poll: float = 0.01, idle_timeout: float | None = None) -> int:
+    """A generator process: makes the batches that the learner's request asks for until it is closed.
+
+    Args:
+        generate: as in one process.
+        weights: the learner's `weights` as seen from here. Its own time-out bounds the wait of a single fetch only.
+        directory: the learner's.
+        generator, num_generators: which one this is; batch i is made by generator `i % num_generators`.
+        poll: seconds between looks at the folder.
+        idle_timeout: leave after so many seconds with nothing to do (the learner is gone); None: wait for ever.
+
+    Returns:
+        How many batches it made.
+
+    Raises:
+        Exception: what `generate` raised, after telling the learner.
+    """
+    if not 0 <= generator < num_generators:
+        raise ValueError(f'generator={generator} must be in 0..{num_generators - 1}')
+    folder, request, index, made, held = _Folder(directory), None, 0, 0, (None, None)
+    idle = time.monotonic()
+    while True:
+        current = folder.request()
+        if current and current.closed:
+            return made
+        if current and current != request:
+            request, held = current, (None, None)  # a version may have been published anew
+            index = request.first + (generator - request.first) % num_generators
+        newest = weights.newest() if request else None
+        if newest is None or request.version(index) > newest:
+            if idle_timeout is not None and time.monotonic() - idle > idle_timeout:
+                return made
+            time.sleep(poll)
+            continue
+        if index < newest or folder.batch(request.attempt, index).exists():
+            index += num_generators  # drawn already, or made before this process was started anew
+            continue
+        start = time.monotonic()
+        version = request.version(index)
+        try:
+            if held[0] != version:
+                held = (version, weights.fetch(version))
+                weights.release(version)
+        except (TimeoutError, ValueError):
+            if folder.request() != request:  # it belonged to a learner that is no more
+                continue
+            raise
+        loaded = time.monotonic()
+        try:
+            batch = jax.device_get(dict(generate(held[1], index=index, version=version)))
+            batch_lib.complete(batch, version)
+            batch_lib.check(batch, f'batch {index}')
+        except Exception as error:
+            error.add_note(f'while generating batch {index} with version {version}')
+            write(folder.error(request.attempt, index), traceback.format_exc().encode())
+            raise
+        end = time.monotonic()
+        seconds = {'generator_wait': start - idle, 'load': loaded - start, 'generate': end - loaded}
+        write(folder.batch(request.attempt, index),
+              json.dumps({'batch': batch_lib.to_json(batch), 'seconds': seconds}).encode())
+        made, index, idle = made + 1, index + num_generators, time.monotonic()

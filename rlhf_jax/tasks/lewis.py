@@ -1,0 +1,274 @@
+"""The Lewis game (Lu et al., arXiv 2003.12694), on which drift from a given language can be measured exactly.
+
+A speaker sees an object of `properties` properties, each of one of `types` types, and names it in `properties` symbols;
+a listener reads each symbol and guesses that property. The given language has a symbol of its own for every type of
+every property. Both agents learn it from a few objects, and are then rewarded for understanding each other alone: they
+come to succeed, and the language drifts.
+
+Agents are linear, as in the authors' Elastic Reset code: `{'speaker': ..., 'listener': ...}`, nested dicts throughout.
+A whole run is one program (`train`), which `jax.vmap` runs over seeds.
+"""
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax import elastic_reset as er
+
+Array = jax.Array
+Params = dict[str, Any]
+
+METHODS = ('a2c', 'reinforce', 'gumbel')
+
+
+@dataclasses.dataclass(frozen=True)
+class Game:
+    """Attributes: `properties` p and `types` t of each; there are t ** p objects and p t symbols."""
+    properties: int = 5
+    types: int = 5
+
+    @property
+    def num_symbols(self) -> int:
+        return self.properties * self.types
+
+    def objects(self) -> np.ndarray:
+        """Every object, int32 [t ** p, p], the last property changing fastest."""
+        grid = np.indices((self.types,) * self.properties)
+        return grid.reshape(self.properties, -1).T.astype(np.int32)
+
+    def split(self, rng: np.random.Generator, *, supervised: float = 0.0064,
+              self_play: float = 0.0097) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Disjoint objects to learn the language from, to play with, and held out: shares of all, the rest last.
+
+        Raises:
+            ValueError: a part would be empty.
+        """
+        objects = rng.permutation(self.objects())
+        first, second = round(supervised * len(objects)), round(self_play * len(objects))
+        parts = objects[:first], objects[first:first + second], objects[first + second:]
+        for name, part in zip(('supervised', 'self_play', 'held out'), parts):
+            if not len(part):
+                raise ValueError(f'{name}: no object of {len(objects)} is left for it; change supervised={supervised} '
+                                 f'or self_play={self_play}')
+        return parts
+
+    def messages(self, objects: Array) -> Array:
+        """What the given language says of objects: int [..., p] -> symbols [..., p], i t + type for property i."""
+        return objects + self.types * jnp.arange(self.properties)
+
+    def encode(self, objects: Array) -> Array:
+        """One-hot properties, side by side: int [..., p] -> float32 [..., p t]."""
+        return jax.nn.one_hot(objects, self.types).reshape(*objects.shape[:-1], self.num_symbols)
+
+
+# ---- Agents --------------------------------------------------------------------------------------------------------
+
+def init(key: Array, game: Game, hidden: int = 200, scale: float = 0.1) -> Params:
+    """Fresh agents; weights and biases from N(0, scale^2). The speaker holds its value head (for A2C)."""
+    shapes = {
+        'speaker': {'hidden': {'kernel': (game.num_symbols, hidden), 'bias': (hidden,)},
+                    'symbols': {'kernel': (hidden, game.properties * game.num_symbols),
+                                'bias': (game.properties * game.num_symbols,)},
+                    'value': {'kernel': (hidden, 1), 'bias': (1,)}},
+        'listener': {'hidden': {'kernel': (game.num_symbols, hidden)}, 'types': {'kernel': (hidden, game.types)}},
+    }
+    leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, [scale * jax.random.normal(k, s) for k, s in zip(keys, leaves)])
+
+
+def speak(speaker: Params, game: Game, objects: Array) -> tuple[Array, Array]:
+    """Logits of the symbol at each position and the value: int [N, p] -> [N, p, p t], [N]. Linear: no non-linearity."""
+    h = game.encode(objects) @ speaker['hidden']['kernel'] + speaker['hidden']['bias']
+    logits = h @ speaker['symbols']['kernel'] + speaker['symbols']['bias']
+    value = (h @ speaker['value']['kernel'] + speaker['value']['bias'])[..., 0]
+    return logits.reshape(*objects.shape[:-1], game.properties, game.num_symbols), value
+
+
+def listen(listener: Params, symbols: Array) -> Array:
+    """Logits of each property's type from the symbol at its position, one-hot [..., p, p t] -> [..., p, t]."""
+    return symbols @ listener['hidden']['kernel'] @ listener['types']['kernel']
+
+
+# ---- Losses --------------------------------------------------------------------------------------------------------
+
+def supervised_losses(params: Params, game: Game, objects: Array) -> tuple[Array, Array]:
+    """Cross entropy of the speaker and of the listener on the given language, means over symbols and properties."""
+    messages = game.messages(objects)
+    logits, _ = speak(params['speaker'], game, objects)
+    heard = listen(params['listener'], jax.nn.one_hot(messages, game.num_symbols))
+    return -_pick(logits, messages).mean(), -_pick(heard, objects).mean()
+
+
+def self_play_loss(params: Params, game: Game, objects: Array, key: Array, *, method: str = 'a2c',
+                   baseline: Array | float = 0.0, value_coefficient: float = 0.5, entropy_coefficient: float = 0.001,
+                   reference: Params | None = None, kl_coefficient: float = 0.0) -> tuple[Array, dict[str, Array]]:
+    """Loss of both agents on a round of the game; the reward is `sum_i log p_listener(property i)`.
+
+        a2c        -(R - V) sum_i log pi(m_i) + value_coefficient (R - V)^2 - entropy_coefficient H
+        reinforce  -(R - baseline) sum_i log pi(m_i) - entropy_coefficient H
+        gumbel     -R through straight-through Gumbel-softmax symbols
+        and        -R for the listener;   + kl_coefficient KL(speaker || reference)
+
+    The gradient of the last term is, in expectation, that of a per-symbol KL penalty in the reward.
+
+    Args:
+        objects: int [N, p].
+        baseline: for 'reinforce', the running mean of rewards.
+        reference: a speaker; needed if `kl_coefficient` is not 0.
+
+    Returns:
+        Metrics `reward`, `entropy` and, with a reference, `kl`; sums over a message, means over the batch.
+    """
+    if method not in METHODS:
+        raise ValueError(f'method={method!r} is not one of {METHODS}')
+    logits, value = speak(params['speaker'], game, objects)
+    logprobs = jax.nn.log_softmax(logits)
+    entropy = -(jnp.exp(logprobs) * logprobs).sum((-2, -1)).mean()
+    if method == 'gumbel':
+        soft = jax.nn.softmax(logits + jax.random.gumbel(key, logits.shape))
+        hard = jax.nn.one_hot(soft.argmax(-1), game.num_symbols)
+        symbols = hard + soft - jax.lax.stop_gradient(soft)
+        reward = _pick(listen(params['listener'], symbols), objects).sum(-1)
+        loss = -reward.mean()
+    else:
+        messages = jax.random.categorical(key, logits)
+        reward = _pick(listen(params['listener'], jax.nn.one_hot(messages, game.num_symbols)), objects).sum(-1)
+        fixed = jax.lax.stop_gradient(reward)
+        advantage = fixed - (jax.lax.stop_gradient(value) if method == 'a2c' else baseline)
+        loss = -(advantage * _pick(logits, messages).sum(-1)).mean() - reward.mean() - entropy_coefficient * entropy
+        if method == 'a2c':
+            loss = loss + value_coefficient * jnp.square(fixed - value).mean()
+    metrics = {'reward': reward.mean(), 'entropy': entropy}
+    if reference is not None:
+        kl = speaker_kl(params['speaker'], reference, game, objects)
+        metrics |= {'kl': kl}
+        loss = loss + kl_coefficient * kl
+    elif kl_coefficient:
+        raise ValueError(f'kl_coefficient={kl_coefficient} needs a reference')
+    return loss, jax.lax.stop_gradient(metrics)
+
+
+def speaker_kl(speaker: Params, reference: Params, game: Game, objects: Array) -> Array:
+    """KL(speaker || reference) of whole messages in nats, exact, mean over objects."""
+    p = jax.nn.log_softmax(speak(speaker, game, objects)[0])
+    q = jax.lax.stop_gradient(jax.nn.log_softmax(speak(reference, game, objects)[0]))
+    return (jnp.exp(p) * (p - q)).sum((-2, -1)).mean()
+
+
+def evaluate(params: Params, game: Game, objects: Array) -> dict[str, Array]:
+    """Task and drift of greedy agents on objects [N, p].
+
+    Returns:
+        `communication`: share of properties that the listener gets right from the speaker's message; `language`: share
+        of symbols that the speaker takes from the given language; `understanding`: share of properties that the
+        listener gets right from messages in the given language.
+    """
+    said = speak(params['speaker'], game, objects)[0].argmax(-1)
+    given = game.messages(objects)
+    heard = lambda m: listen(params['listener'], jax.nn.one_hot(m, game.num_symbols)).argmax(-1)
+    share = lambda a, b: (a == b).mean(dtype=jnp.float32)
+    return {'communication': share(heard(said), objects), 'language': share(said, given),
+            'understanding': share(heard(given), objects)}
+
+
+# ---- Training ------------------------------------------------------------------------------------------------------
+
+def pretrain(key: Array, params: Params, game: Game, objects: Array, *, speaker_steps: int = 100,
+             listener_steps: int = 50, batch_size: int = 5, learning_rate: float = 1e-3) -> Params:
+    """Both agents after Adam on the given language, by batches drawn from `objects` with replacement."""
+    tx = optax.adam(learning_rate)
+
+    def step(carry, k):
+        params, state = carry
+        rows = jax.random.randint(jax.random.fold_in(key, k), (batch_size,), 0, len(objects))
+        grads = jax.grad(lambda p: sum(supervised_losses(p, game, objects[rows])))(params)
+        updates, new = tx.update(grads, state)
+        # Each agent stops after its own number of steps. The two losses share no parameter.
+        active = {'speaker': k < speaker_steps, 'listener': k < listener_steps}
+        params = {name: jax.tree.map(lambda p, u: jnp.where(active[name], p + u, p), params[name], updates[name])
+                  for name in params}
+        return (params, new), None
+
+    steps = jnp.arange(max(speaker_steps, listener_steps))
+    return jax.lax.scan(step, (params, tx.init(params)), steps)[0][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Attributes: as in `self_play_loss`; `log_every` steps apart, `num_steps` in all; AdamW with `weight_decay`.
+
+    Published: a2c and gumbel with learning rate 1e-4, batch 50, 50000 steps; reinforce with 1e-3, 64, 25000.
+    """
+    method: str = 'a2c'
+    num_steps: int = 50_000
+    batch_size: int = 50
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    kl_coefficient: float = 0.0
+    log_every: int = 100
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f'method={self.method!r} is not one of {METHODS}')
+        if self.log_every < 1 or self.num_steps % self.log_every:
+            raise ValueError(f'log_every={self.log_every} must divide num_steps={self.num_steps}')
+
+
+def train(key: Array, params: Params, game: Game, self_play: Array, held_out: Array, training: Training,
+          elastic_config: er.ElasticReset) -> tuple[Params, dict[str, Array]]:
+    """Self-play under any of the compared methods (`elastic_reset.method`), as one program.
+
+    The policy that is averaged and reset is the speaker with its value head, unless `elastic_config.policy` says
+    otherwise; the listener stays. Order in a step: update, tick, reset the policy, reset the average, log.
+
+    Args:
+        params: pretrained agents.
+        self_play, held_out: int [N, p] objects.
+
+    Returns:
+        The agents at the end, and float32 [num_steps / log_every] of each metric: those of `evaluate` on self-play
+        objects and, with the prefix `held_out_`, on the others; `reward` of the last step; `kl` to the initial speaker
+        on held-out objects; `kept` of the last step, before any reset.
+    """
+    if elastic_config.policy == '.*':
+        elastic_config = dataclasses.replace(elastic_config, policy='speaker/.*')
+    tx = optax.adamw(training.learning_rate, weight_decay=training.weight_decay)
+
+    def step(carry, k):
+        params, opt_state, elastic, mean = carry
+        rows, sample = jax.random.split(jax.random.fold_in(key, k))
+        objects = self_play[jax.random.randint(rows, (training.batch_size,), 0, len(self_play))]
+        reference = er.reference(elastic_config, elastic, params)['speaker']
+        loss = lambda p: self_play_loss(p, game, objects, sample, method=training.method, baseline=mean,
+                                        reference=reference, kl_coefficient=training.kl_coefficient)
+        grads, metrics = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        due = elastic_config.due('step', k)
+        ticks, resets = due._replace(reset=False, reset_ema=False), due._replace(tick=False)
+        elastic, params, opt_state = er.apply(elastic_config, elastic, params, opt_state, ticks)
+        kept = er.kept(elastic, params)
+        elastic, params, opt_state = er.apply(elastic_config, elastic, params, opt_state, resets)
+        mean = mean + (metrics['reward'] - mean) / (k + 1.0)
+        return (params, opt_state, elastic, mean), {'reward': metrics['reward'], 'kept': kept}
+
+    start = params
+
+    def block(carry, first):
+        carry, metrics = jax.lax.scan(step, carry, first + jnp.arange(training.log_every))
+        params = carry[0]
+        out = jax.tree.map(lambda x: x[-1], metrics) | evaluate(params, game, self_play)
+        out |= {f'held_out_{name}': x for name, x in evaluate(params, game, held_out).items()}
+        return carry, out | {'kl': speaker_kl(params['speaker'], start['speaker'], game, held_out)}
+
+    carry = (params, tx.init(params), er.init(elastic_config, params), jnp.float32(0))
+    carry, history = jax.lax.scan(block, carry, jnp.arange(0, training.num_steps, training.log_every))
+    return carry[0], history
+
+
+def _pick(logits: Array, index: Array) -> Array:
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), index[..., None], -1)[..., 0]

@@ -1,0 +1,172 @@
+"""Learner and generators apart: the same sequence as in one process, whoever is killed."""
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from rlhf_jax.rollout.processes import Remote, serve
+from rlhf_jax.rollout.publish import Files
+from rlhf_jax.rollout.stream import RolloutStream
+from test_stream import WAIT, generate, learn, run, train
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def as_numpy(params, *, index, version):
+    return generate({'w': np.asarray(params['w'])}, index=index, version=version)
+
+
+def weights(path, bound):
+    return Files(path / 'weights', keep=bound + 1, timeout=WAIT, poll=.002)
+
+
+class Generators:
+    """`serve` in threads: what a process does, without its start-up."""
+
+    def __init__(self, path, bound, num=1, generate=as_numpy):
+        self.made, self.errors = [], []
+        def work(g):
+            try:
+                made = serve(generate, weights(path, bound), path / 'batches', generator=g, num_generators=num,
+                             poll=.002, idle_timeout=WAIT)
+                self.made.append(made)
+            except BaseException as error:
+                self.errors.append(error)
+        self.threads = [threading.Thread(target=work, args=(g,), daemon=True) for g in range(num)]
+        for t in self.threads:
+            t.start()
+
+    def join(self):
+        for t in self.threads:
+            t.join(WAIT)
+        assert not any(t.is_alive() for t in self.threads)
+        return self
+
+
+def learner(path, bound, **settings):
+    remote = Remote(path / 'batches', weights(path, bound), max_staleness=bound, poll=.002)
+    return RolloutStream(remote, remote, max_staleness=bound, timeout=WAIT, **settings)
+
+
+@pytest.mark.parametrize('bound, num', [(0, 1), (2, 1), (3, 2)])
+def test_the_sequence_is_that_of_one_process(tmp_path, bound, num):
+    expected, in_order = run(max_staleness=bound, threaded=False)
+    generators = Generators(tmp_path, bound, num)
+    with learner(tmp_path, bound) as stream:
+        w, seen = train(stream, 8)
+        assert set(stream.metrics) == {'staleness', 'in_flight', 'learner_wait', 'generator_wait', 'load', 'generate',
+                                       'publish'}
+    made = sum(generators.join().made)
+    np.testing.assert_array_equal(w, expected)
+    assert [s['batch'] for s in seen] == [s['batch'] for s in in_order]
+    assert 8 <= made <= 8 + bound + 1 and not generators.errors
+
+
+def test_a_resumed_learner_opens_a_new_attempt(tmp_path):
+    """It dies two steps after its checkpoint, while the generator works on; the generator serves its successor."""
+    expected, in_order = run(num=9, max_staleness=2, threaded=False)
+    generators = Generators(tmp_path, 2)
+    dead = learner(tmp_path, 2)
+    w, seen = train(dead, 4)
+    saved = json.loads(json.dumps(dead.get_state()))
+    lost = w
+    for n in (4, 5):
+        next(dead)
+        dead.publish(n + 1, {'w': lost + 1})  # went another way than the run that is resumed will
+    # No close: it was killed.
+    with learner(tmp_path, 2) as stream:
+        stream.set_state(saved)
+        resumed, rest = train(stream, 5, w=w, start=4)
+    dead.close()
+    generators.join()
+    np.testing.assert_array_equal(resumed, expected)
+    assert [s['batch'] for s in seen + rest] == [s['batch'] for s in in_order]
+
+
+def test_a_generator_started_anew_goes_on_where_the_last_one_stopped(tmp_path):
+    expected, _ = run(max_staleness=1, threaded=False)
+
+    class Killed(BaseException):
+        pass
+
+    def dies(params, *, index, version):
+        if index == 3:
+            raise Killed  # like SIGKILL it leaves no word to the learner
+        return as_numpy(params, index=index, version=version)
+
+    first, second = Generators(tmp_path, 1, generate=dies), []
+    with learner(tmp_path, 1) as stream:
+        stream_train = threading.Thread(target=lambda: second.append(train(stream, 8)), daemon=True)
+        stream_train.start()
+        first.join()
+        assert isinstance(first.errors[0], Killed)
+        again = Generators(tmp_path, 1)
+        stream_train.join(WAIT)
+    assert 5 <= sum(again.join().made) <= 7
+    np.testing.assert_array_equal(second[0][0], expected)
+
+
+def test_errors_of_a_generator_reach_the_learner(tmp_path):
+    def failing(params, *, index, version):
+        if index == 2:
+            raise ZeroDivisionError('reward of prompt 17')
+        return as_numpy(params, index=index, version=version)
+    generators = Generators(tmp_path, 1, generate=failing)
+    with learner(tmp_path, 1) as stream, pytest.raises(RuntimeError) as caught:
+        train(stream, 5)
+    text = str(caught.value)
+    assert 'reward of prompt 17' in text and 'while generating batch 2 with version 1' in text
+    assert isinstance(generators.join().errors[0], ZeroDivisionError)
+
+
+def test_the_folder_does_not_grow(tmp_path):
+    generators = Generators(tmp_path, 1)
+    with learner(tmp_path, 1) as stream:
+        train(stream, 12)
+        assert len(list((tmp_path / 'batches').glob('batch-*'))) <= 4
+        assert len(list((tmp_path / 'weights').iterdir())) <= 3
+    generators.join()
+
+
+def test_a_generator_without_a_learner_leaves(tmp_path):
+    assert serve(as_numpy, weights(tmp_path, 0), tmp_path / 'batches', poll=.002, idle_timeout=.02) == 0
+    with pytest.raises(ValueError, match='generator=2 must be in 0..1'):
+        serve(as_numpy, weights(tmp_path, 0), tmp_path, generator=2, num_generators=2)
+
+
+GENERATOR = '''
+import pathlib, sys
+sys.path.insert(0, 'tests/rlhf')
+from test_processes import as_numpy, serve, weights
+folder = pathlib.Path(sys.argv[1])
+print('ready', flush=True)
+serve(as_numpy, weights(folder, 1), folder / 'batches', idle_timeout=60)
+'''
+
+
+def test_a_generator_process_that_is_killed(tmp_path):
+    expected, in_order = run(max_staleness=1, threaded=False)
+    start = lambda: subprocess.Popen([sys.executable, '-c', GENERATOR, str(tmp_path)], cwd=ROOT)
+    remote = Remote(tmp_path / 'batches', weights(tmp_path, 1), max_staleness=1)
+    generator = start()
+    try:
+        with RolloutStream(remote, remote, max_staleness=1, timeout=120) as stream:
+            w, seen = train(stream, 3)
+            generator.send_signal(signal.SIGKILL)
+            generator.wait()
+            generator = start()
+            for n in range(3, 8):  # the same stream goes on
+                batch = next(stream)
+                seen.append({'batch': {k: v.tobytes() for k, v in batch.items()}})
+                w = learn(w, batch)
+                stream.publish(n + 1, {'w': w})
+        assert generator.wait(60) == 0  # closing sends it home
+    finally:
+        generator.kill()
+    np.testing.assert_array_equal(w, expected)
+    assert [s['batch'] for s in seen] == [s['batch'] for s in in_order]

@@ -1,0 +1,42 @@
+import threading
+
+import numpy as np
+import pytest
+
+from rlhf_jax.rollout.rewards import score
+
+
+def test_rewards_are_passed_on_as_float32():
+    rewards, replaced = score(lambda a, b: [len(x) + b for x in a], ['x', 'yy'], .5, num=2, timeout=20)
+    assert rewards.dtype == np.float32 and rewards.tolist() == [1.5, 2.5] and replaced == 0
+
+
+@pytest.mark.parametrize('returned, message', [
+    ([1.0], r'shape \(1,\), expected \(2,\)'), ([[1.0], [2.0]], r'shape \(2, 1\)'),
+    (['a', 'b'], 'expected 2 numbers, got a list'),
+    ([1.0, None], 'rewards'), ([1.0, np.nan], '1 of 2 are not finite')])
+def test_what_is_no_reward_is_named(returned, message):
+    with pytest.raises(ValueError, match=message):
+        score(lambda: returned, num=2)
+
+
+def test_a_long_run_may_go_on_with_replacements():
+    def raises():
+        raise OSError('judge is down')
+    with pytest.raises(OSError, match='judge is down'):
+        score(raises, num=3, timeout=20)
+    rewards, replaced = score(raises, num=3, replacement=-1)
+    assert rewards.tolist() == [-1] * 3 and replaced == 3
+    rewards, replaced = score(lambda: [1, np.inf, np.nan], num=3, replacement=0)
+    assert rewards.tolist() == [1, 0, 0] and replaced == 2
+    with pytest.raises(ValueError, match='expected'):
+        score(lambda: [1.0], num=3, replacement=0)  # of the wrong length is a mistake and not bad luck
+
+
+def test_a_reward_that_hangs_times_out():
+    release = threading.Event()
+    hang = lambda: release.wait(20)
+    with pytest.raises(TimeoutError, match='did not return within timeout=0.02 s'):
+        score(hang, num=1, timeout=.02)
+    assert score(hang, num=1, timeout=.02, replacement=2.)[0].tolist() == [2]
+    release.set()
