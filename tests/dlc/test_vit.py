@@ -34,6 +34,14 @@ def test_parameter_counts_of_the_released_register_models(size, total):
     assert sum(int(np.prod(leaf.shape)) for leaf in shapes.values()) == total
 
 
+def test_initial_scales_are_fields():
+    model = vit.VisionTransformer(**TINY | dict(width=64, pos_grid=8, init_std=0.3, pos_init_std=0.5))
+    params = jax.jit(model.init)(jax.random.key(0), IMAGES)['params']
+    assert params['pos_embed'].std() == pytest.approx(0.5, rel=0.05)
+    for kernel in (params['blocks']['attn']['qkv']['kernel'], params['blocks']['mlp']['fc1']['kernel']):
+        assert kernel.std() == pytest.approx(0.3, rel=0.05)
+
+
 @pytest.mark.parametrize('ffn', ['mlp', 'swiglu'])
 def test_shapes_and_order_of_tokens(ffn):
     model, params = make(ffn=ffn)
