@@ -69,6 +69,7 @@ def test_loss_is_the_sum_over_pairs_of_views():
     """Term by term and view by view, on two globals and two locals: 2 x 2 local and 2 global pairs, each a sixth."""
     config = quickstart.get_config('tiny').encoder.copy_and_resolve_references()
     config.batch_size, config.loss.centering, config.model.depth = 4, 'center', 1
+    config.loss.teacher_temperature.update(dict(init=0.04, peak=0.04))
     experiment = encoder.build(config, mesh_lib.make_mesh({}, jax.devices()[:1]))
     shapes = jax.eval_shape(experiment.init, jax.random.key(0))
     rng = np.random.default_rng(0)

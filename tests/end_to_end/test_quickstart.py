@@ -8,6 +8,8 @@ from configs.dlc import quickstart as config_lib
 from experiments import quickstart
 from experiments.runtime import loop
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
@@ -37,13 +39,14 @@ def test_report_and_metrics_hold_what_is_promised(uninterrupted):
 def test_interrupted_at_three_stages_the_numbers_are_the_same(uninterrupted, tmp_path, monkeypatch):
     """Stopped in the encoder, in the second generator and while sampling; then run to the end."""
     config = config_lib.get_config('tiny')
-    steps = config.encoder.num_steps
-    for stop_at in (5, 2 * steps + 3 - 5):  # steps taken by the run that stops: the second one starts at step 5
+    steps = config.encoder.num_steps  # of every stage
+    for stop_at in (5, (steps - 5) + steps + 3):  # steps taken by the run that stops; the second one begins at step 5
         taken = iter(range(1, 10 * steps))
         with monkeypatch.context() as patch:
             patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == stop_at)
-            with pytest.raises(loop.Stopped, match='run the same command to continue'):
+            with pytest.raises(loop.Stopped) as stop:
                 quickstart.quickstart(config, tmp_path)
+        assert 'run the same command to continue' in stop.value.message
 
     made = []
 

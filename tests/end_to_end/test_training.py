@@ -13,11 +13,6 @@ from experiments.dlc import codestore, sources
 from experiments.runtime import partition
 from experiments.runtime import mesh as mesh_lib
 
-# Tests of one kind run in one worker (--dist loadgroup), for they share compiled steps.
-def kinds(*names):
-    return pytest.mark.parametrize('kind', [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in names])
-
-
 # A generator's condition changes an input of its step, not how the step is laid out or resumed: one stands for all.
 TRAINED = ('encoder', 'code', 'code_model')
 
@@ -125,14 +120,14 @@ def unsharded(kind, store):
     return run(config_of(kind, store), one_device(), 3)
 
 
-@kinds(*GOLDEN)
+@pytest.mark.parametrize('kind', GOLDEN)
 def test_golden_metrics_of_three_steps(kind, store):
     _, losses = unsharded(kind, store)
     for name, values in GOLDEN[kind].items():
         np.testing.assert_allclose([row[name] for row in losses], values, rtol=2e-5, err_msg=f'{kind}: {name}')
 
 
-@kinds(*TRAINED)
+@pytest.mark.parametrize('kind', TRAINED)
 @pytest.mark.parametrize('sizes', [dict(data=2, fsdp=2, tensor=2), dict(fsdp=8)], ids=['data2-fsdp2-tensor2', 'fsdp8'])
 def test_sharded_equals_unsharded(kind, sizes, store):
     expected, expected_losses = unsharded(kind, store)
@@ -150,7 +145,7 @@ class Kill(Exception):
     pass
 
 
-@kinds(*TRAINED)
+@pytest.mark.parametrize('kind', TRAINED)
 def test_killed_and_resumed_is_bit_identical(kind, store, tmp_path):
     def kill(step, state, metrics):
         if step == 6:
