@@ -233,13 +233,14 @@ def split_blocks(module: Any, params: Mapping[str, Any], dtype: Any = None) -> t
     Args:
         module: a decoder.
         params: of it, stacked or split already.
-        dtype: cast parameters to it, so that decoding does not read and cast float32 masters for every token.
+        dtype: cast the matrices to it, so that decoding does not read and cast float32 masters for every token. With
+            the module's own `dtype` this changes no result: norms, which compute in float32, are left alone.
     """
     out = {name: tree for name, tree in params.items() if name != 'blocks'}
     if 'blocks' in params:
         out |= {f'block_{i}': jax.tree.map(lambda p: p[i], params['blocks']) for i in range(module.depth)}
     if dtype is not None:
-        out = jax.tree.map(lambda p: p.astype(dtype), out)
+        out = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, out)
     return module.clone(stacked=False), out
 
 
