@@ -32,6 +32,7 @@ setup(
         'scikit-learn>=1.5',
         'matplotlib>=3.9',
         'safetensors>=0.5',
+        'tokenizers>=0.21',
         'tensorboardX>=2.6.2',
         'tqdm>=4.66',
     ],
