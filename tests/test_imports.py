@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAVY = {'tensorflow', 'torch', 'wandb', 'transformers', 'diffusers'}
 LIBRARY = {'jax', 'flax', 'optax', 'numpy'}
 EXTRA = {'dlc_jax/ssl/augment.py': {'PIL'}, 'dlc_jax/ssl/pixels.py': {'PIL'},
-         'dlc_jax/convert/files.py': {'safetensors'}, 'rlhf_jax/tokenizers.py': {'tokenizers'}}
+         'dlc_jax/convert/files.py': {'safetensors'}, 'rlhf_jax/convert/files.py': {'safetensors'},
+         'rlhf_jax/tokenizers.py': {'tokenizers'}}
 
 
 def files(*folders):

@@ -1,14 +1,12 @@
 """GPT-2, GPT-NeoX and LLaMA against `transformers`: same weights, same tokens, float32."""
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from hf_twins import CONFIGS, KINDS, file_name, state_dict, torch, transformers, twin
 from rlhf_jax import convert
+from rlhf_jax.convert import files
 from rlhf_jax.convert.rules import flatten
 from rlhf_jax.models import heads
 
@@ -55,10 +53,18 @@ def test_weights_round_trip_exactly(pair):
 
 def test_transformers_loads_our_export(pair, tmp_path):
     kind, original, module, params, _ = pair
-    (tmp_path / 'config.json').write_text(json.dumps(convert.config_of(kind, module)))
-    save_file(convert.to_torch(kind, module, params), tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+    files.save(tmp_path, convert.to_torch(kind, module, params), convert.config_of(kind, module))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation='eager').eval()
     np.testing.assert_allclose(original_logits(model, TOKENS, LEFT), original_logits(original, TOKENS, LEFT), atol=1e-6)
+
+
+def test_we_load_what_transformers_saves(pair, tmp_path):
+    kind, original, module, params, _ = pair
+    original.save_pretrained(tmp_path, max_shard_size='20KB')  # several shards
+    assert len(list(tmp_path.glob('*.safetensors'))) > 1
+    got_module, got = convert.from_torch(kind, files.open_safetensors(tmp_path), config=files.read_config(tmp_path))
+    assert got_module == module
+    jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
 def test_gradients_of_the_likelihood(pair):
