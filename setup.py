@@ -32,12 +32,13 @@ setup(
         'scikit-learn>=1.5',
         'matplotlib>=3.9',
         'safetensors>=0.5',
+        'tokenizers>=0.21',
         'tensorboardX>=2.6.2',
         'tqdm>=4.66',
     ],
     extras_require={
         'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100'],
-        'parity': ['torch>=2.4'],  # oracles of tests/parity and reference of benchmarks/
+        'parity': ['torch>=2.4', 'transformers>=4.56'],  # oracles of tests/parity and reference of benchmarks/
         'tpu': ["jax[tpu]>=0.10.2,<0.11; python_version<'3.12'", "jax[tpu]>=0.11.1,<0.13; python_version>='3.12'"],
         'cuda': ["jax[cuda13]>=0.10.2,<0.11; python_version<'3.12'", "jax[cuda13]>=0.11.1,<0.13; python_version>='3.12'"],
         'gcs': ['etils[epath-gcs]>=1.13'],  # work directories and code stores at gs://

@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAVY = {'tensorflow', 'torch', 'wandb', 'transformers', 'diffusers'}
 LIBRARY = {'jax', 'flax', 'optax', 'numpy'}
 EXTRA = {'dlc_jax/ssl/augment.py': {'PIL'}, 'dlc_jax/ssl/pixels.py': {'PIL'},
-         'dlc_jax/convert/files.py': {'safetensors'}, 'rlhf_jax/rollout/publish.py': {'safetensors'}}
+         'dlc_jax/convert/files.py': {'safetensors'}, 'rlhf_jax/convert/files.py': {'safetensors'},
+         'rlhf_jax/rollout/publish.py': {'safetensors'}, 'rlhf_jax/tokenizers.py': {'tokenizers'}}
 
 
 def files(*folders):
@@ -56,8 +57,10 @@ def test_runtime_knows_neither_images_nor_language(path):
 
 
 def test_importing_the_library_brings_neither_tensorflow_nor_torch():
-    code = ('import sys, dlc_jax, experiments.train, experiments.dlc.encoder, experiments.dlc.generator, experiments.dlc.code_model;'
-            'sys.exit(bool({"tensorflow", "torch", "sklearn.neural_network"} & set(sys.modules)))')
+    code = ('import sys, dlc_jax, rlhf_jax.refill, rlhf_jax.tokenizers, rlhf_jax.convert.peft, rlhf_jax.models.seq2seq;'
+            'import experiments.train, experiments.dlc.encoder, experiments.dlc.generator, experiments.dlc.code_model;'
+            'heavy = {"tensorflow", "torch", "sklearn.neural_network", "transformers", "tokenizers"};'
+            'sys.exit(bool(heavy & set(sys.modules)))')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 

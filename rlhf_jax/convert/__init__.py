@@ -1,0 +1,128 @@
+"""Language models of `transformers` <-> flax modules and parameters, one file an architecture.
+
+    module, params = from_torch('llama', state_dict, config=json.load(open('config.json')))
+    state_dict, config = to_torch('llama', module, params), config_of('llama', module)
+
+`config` is the `config.json` beside the weights, as transformers 4 or 5 writes it. The tensors say what the model is: a
+`score` head (sequence classification: reward models, value functions) makes a `heads.RewardModel`, TRL's `v_head` a
+`heads.PolicyAndValue`, and else it is the language model itself. Adapters of PEFT are in `peft.py`.
+
+The mapping is total: a missing, unknown, wrongly shaped or non-finite tensor is an error that names it (`rules.py`).
+"""
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.convert import rules
+from rlhf_jax.convert.rules import Rule, linear
+from rlhf_jax.models import heads
+
+KINDS = ('gpt2', 'gpt_neox', 'llama')  # each is a file beside this one
+
+# Of torch.compile, DistributedDataParallel, TRL's models with a value head, and those of arXiv 2403.17031.
+_WRAPPERS = ('_orig_mod.', 'module.', 'pretrained_model.', 'lm_backbone.')
+_SCORE = (Rule('score.weight', 'score_head/kernel', linear()), Rule('score.bias', 'score_head/bias'))
+_VALUE = (Rule('v_head.summary.weight', 'value_head/kernel', linear()),
+          Rule('v_head.summary.bias', 'value_head/bias'))
+_RENAMED_HEAD = {'scalar_head.weight': 'score.weight', 'scalar_head.bias': 'score.bias'}
+
+
+def from_torch(kind: str, state_dict: Mapping[str, Any], *, config: Mapping[str, Any],
+               shardings: Any = None, **fields: Any) -> tuple[Any, dict[str, Any]]:
+    """The module that `state_dict` belongs to and its parameters, in `param_dtype` (a field; float32 by default).
+
+    Args:
+        kind: one of `KINDS`.
+        state_dict: {name: numpy array or PyTorch tensor}, or a mapping that reads tensors when asked for them.
+        config: the model's `config.json`.
+        shardings: a function from the parameters' shapes (nested dict of `ShapeDtypeStruct`) to a nested dict of
+            shardings: the parameters are jax arrays, written shard by shard. None: numpy arrays.
+        **fields: fields of the module beside those that `config` gives, `dtype` and the like.
+
+    Raises:
+        ValueError: unknown kind, a setting in `config` that the model does not have, or a tensor that does not fit.
+    """
+    file, backbone = _file(kind), module_of(kind, config, **fields)
+    state_dict = rules.Renamed(state_dict, lambda name: _short_name(name, file))
+    if 'score.weight' in state_dict:
+        module = heads.RewardModel(backbone, use_bias='score.bias' in state_dict)
+        # A language model's own head, which some reward models carry along, is never read.
+        unused = tuple(rules.Fixed(rule.torch) for rule in file.head_rules(backbone))
+        table = (*_SCORE, *_nested(file.RULES), *unused)
+    elif 'v_head.summary.weight' in state_dict:
+        module, table = heads.PolicyAndValue(backbone), (*_VALUE, *_nested(file.RULES + file.head_rules(backbone)))
+    else:
+        module, table = backbone, file.RULES + file.head_rules(backbone)
+    shapes = rules.param_shapes(module, np.zeros((1, 1), np.int32))
+    return module, rules.to_flax(state_dict, table, shapes, shardings=None if shardings is None else shardings(shapes))
+
+
+def module_of(kind: str, config: Mapping[str, Any], **fields: Any) -> Any:
+    """The language model of `config`, a `config.json`, without weights; `fields` as of `from_torch`.
+
+    Raises:
+        ValueError: unknown kind, or a setting that the model does not have.
+    """
+    file = _file(kind)
+    return file.MODULE(**file.fields_of(config) | fields)
+
+
+def to_torch(kind: str, module: Any, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The state dict of `module` with `params`, float32 numpy arrays under the names of `transformers` (or TRL)."""
+    file = _file(kind)
+    table, outer = _tables(file, module)
+    return {_long_name(name, file, outer): tensor for name, tensor in rules.to_torch(params, table).items()}
+
+
+def tensor_shapes(kind: str, module: Any) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the state dict of `module`; nothing is computed."""
+    file = _file(kind)
+    table, outer = _tables(file, module)
+    shapes = rules.tensor_shapes(rules.param_shapes(module, np.zeros((1, 1), np.int32)), table)
+    return {_long_name(name, file, outer): shape for name, shape in shapes.items()}
+
+
+def config_of(kind: str, module: Any) -> dict[str, Any]:
+    """The `config.json` with which transformers 4 and 5 build the same model."""
+    backbone = getattr(module, 'backbone', module)
+    config = _file(kind).config_of(backbone)
+    if isinstance(module, heads.RewardModel):
+        config |= {'architectures': [config['architectures'][0].replace('ForCausalLM', 'ForSequenceClassification')
+                                     .replace('LMHeadModel', 'ForSequenceClassification')], 'num_labels': 1}
+    return config
+
+
+def _file(kind: str) -> ModuleType:
+    if kind not in KINDS:
+        raise ValueError(f'convert: kind={kind!r} is not one of {KINDS}')
+    return importlib.import_module(f'{__name__}.{kind}')
+
+
+def _short_name(name: str, file: ModuleType) -> str:
+    for prefix in (*_WRAPPERS, file.PREFIX):
+        name = name.removeprefix(prefix)
+    return (_RENAMED_HEAD | file.RENAMED).get(name, name)
+
+
+def _long_name(name: str, file: ModuleType, outer: str) -> str:
+    if name.startswith('v_head.'):
+        return name
+    outside = name.startswith('score.') or name in {rule.torch for rule in file.ANY_HEAD}
+    return outer + ('' if outside else file.PREFIX) + name
+
+
+def _tables(file: ModuleType, module: Any) -> tuple[rules.Rules, str]:
+    """Rules that write `module`, and what precedes all names but those of the scalar head."""
+    if isinstance(module, heads.RewardModel):
+        return (*_nested(file.RULES), *_SCORE), ''
+    if isinstance(module, heads.PolicyAndValue):
+        return (*_nested(file.RULES + file.head_rules(module.backbone)), *_VALUE), 'pretrained_model.'
+    return file.RULES + file.head_rules(module), ''
+
+
+def _nested(table: rules.Rules) -> tuple[Any, ...]:
+    """Rules of a backbone -> of a model that holds it."""
+    return tuple(rule._replace(flax=f'backbone/{rule.flax}') if isinstance(rule, Rule) else rule for rule in table)

@@ -1,0 +1,278 @@
+"""Sampling from a decoder language model: prefill, then one token after another, in one jitted call.
+
+    tokens, mask = pad_prompts(prompts, buckets=(64, 128, 256))
+    module, params = split_blocks(module, params, dtype=jnp.bfloat16)              # once per change of the weights
+    sampling = Sampling(max_new_tokens=53, temperature=0.7, stop_tokens=(0,))
+    samples = generate(module, params, tokens, mask, key, sampling, num_samples=2)
+
+The prompt is run once for all its samples. Each layer's cache is a buffer of its own, exactly as long as prompt and
+response, updated in place by the token loop; the loop ends when every row has stopped. A sampled token comes with the
+log-probability it had in the distribution it was drawn from, float32.
+
+Rows are independent of each other, of how the prompt is padded and of which other rows share the batch: row r draws its
+t-th token with `fold_in(keys[r], t)`. `refill.py` relies on it.
+"""
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from rlhf_jax.models.decoder import split_blocks
+
+Array = jax.Array
+
+_BLOCK = 128  # vocabulary entries in the second stage of `draw`
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        max_new_tokens: N, the longest response.
+        temperature: logits are divided by it; 0 takes the most likely token.
+        top_k: only among the k most likely tokens (ties with the k-th included); 0: all.
+        top_p: only among the fewest most likely tokens that together have probability `top_p`, after `top_k`; 1: all.
+        min_new_tokens: no stop token before so many others.
+        stop_tokens: a row ends with the first of these that it draws.
+        pad_token: fills the rest of a row. It may be a stop token: `Samples.mask` says what was drawn.
+    """
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    pad_token: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f'sampling: max_new_tokens={self.max_new_tokens} must be at least 1')
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(f'sampling: min_new_tokens={self.min_new_tokens} must be between 0 and max_new_tokens='
+                             f'{self.max_new_tokens}')
+        if self.temperature < 0:
+            raise ValueError(f'sampling: temperature={self.temperature} must not be negative')
+        if self.top_k < 0:
+            raise ValueError(f'sampling: top_k={self.top_k} must not be negative; 0 is off')
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f'sampling: top_p={self.top_p} must be above 0 and at most 1')
+
+
+@struct.dataclass
+class Samples:
+    """Responses, one a row.
+
+    Attributes:
+        tokens: int32 [R, N], `pad_token` after the stop token.
+        logprobs: float32 [R, N], of each token in the distribution it was drawn from; 0 after the stop token.
+        mask: bool [R, N], True up to and with the stop token.
+    """
+    tokens: Array
+    logprobs: Array
+    mask: Array
+
+    @property
+    def lengths(self) -> Array:
+        """int32 [R], tokens drawn, the stop token included."""
+        return self.mask.sum(1, dtype=jnp.int32)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], *, buckets: Sequence[int], pad_token: int = 0,
+                left: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as one array, as long as the shortest bucket that takes them all: a short list of shapes to compile.
+
+    Args:
+        prompts: token ids.
+        buckets: lengths, in any order.
+        left: padding comes first.
+
+    Returns:
+        int32 tokens and bool mask, [B, bucket].
+
+    Raises:
+        ValueError: a prompt that is empty or longer than every bucket, or no prompt.
+    """
+    if not prompts:
+        raise ValueError('pad_prompts: no prompts')
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) == 0:
+        raise ValueError(f'pad_prompts: prompt {lengths.index(0)} is empty')
+    fitting = [bucket for bucket in sorted(buckets) if bucket >= max(lengths)]
+    if not fitting:
+        raise ValueError(f'pad_prompts: prompt {lengths.index(max(lengths))} has {max(lengths)} tokens, the longest '
+                         f'bucket {max(buckets)}')
+    tokens = np.full((len(prompts), fitting[0]), pad_token, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        span = slice(fitting[0] - len(prompt), None) if left else slice(len(prompt))
+        tokens[row, span], mask[row, span] = prompt, True
+    return tokens, mask
+
+
+def row_keys(key: Array, rows: int) -> Array:
+    """Keys [rows]: key r is `fold_in(key, r)`. An array of keys is returned as it is, if there are `rows` of them."""
+    if key.ndim:
+        if key.shape != (rows,):
+            raise ValueError(f'{key.shape[0]} keys for {rows} rows')
+        return key
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+
+def sampling_logits(logits: Array, drawn: Array, sampling: Sampling) -> Array:
+    """Logits whose softmax is the distribution that tokens are drawn from.
+
+    Args:
+        logits: [R, V].
+        drawn: int32 [R], tokens of the response so far.
+
+    Returns:
+        float32 [R, V], -inf where a token cannot be drawn. With temperature 0 only `min_new_tokens` is applied.
+    """
+    logits = logits.astype(jnp.float32)
+    if sampling.min_new_tokens and sampling.stop_tokens:
+        stops = jnp.zeros(logits.shape[-1], bool).at[jnp.array(sampling.stop_tokens)].set(True)
+        logits = jnp.where(stops & (drawn < sampling.min_new_tokens)[:, None], -jnp.inf, logits)
+    if sampling.temperature == 0:
+        return logits
+    logits = logits / sampling.temperature
+    top_k = min(sampling.top_k, logits.shape[-1])
+    if top_k or sampling.top_p < 1:
+        likely = jax.lax.top_k(logits, top_k)[0] if top_k else jnp.sort(logits, -1, descending=True)
+        threshold = likely[:, -1:]
+        if sampling.top_p < 1:
+            probs = jax.nn.softmax(likely, -1)
+            before = jnp.cumsum(probs, -1) - probs
+            threshold = jnp.min(jnp.where(before < sampling.top_p, likely, jnp.inf), -1, keepdims=True)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    return logits
+
+
+def draw(keys: Array, logits: Array) -> tuple[Array, Array]:
+    """One token a row from the softmax of `logits` [R, V], never one of probability 0, and its log-probability.
+
+    By inversion in two stages, a block of the vocabulary and then a token in it: two uniform numbers a row instead of a
+    Gumbel number for every entry, one pass over the vocabulary, and a resolution of 2^-23 within the block rather than
+    within the whole vocabulary.
+
+    Returns:
+        int32 and float32 [R].
+    """
+    rows, vocab = logits.shape
+    blocks = jnp.pad(logits, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
+    highest = logits.max(-1, keepdims=True)
+    weights = jnp.exp(blocks - highest[..., None]).sum(-1)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    block = _invert(weights, uniform[:, 0])
+    scores = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0] - highest
+    within = _invert(jnp.exp(scores), uniform[:, 1])
+    logprob = jnp.take_along_axis(scores, within[:, None], 1)[:, 0] - jnp.log(weights.sum(-1))
+    return block * _BLOCK + within, logprob
+
+
+def _invert(weights: Array, uniform: Array) -> Array:
+    """First index, of those with weight, at which cumulated `weights` [R, n] exceed the share `uniform` [R] of all."""
+    cumulated = jnp.where(weights > 0, jnp.cumsum(weights, -1), 0)
+    exceeds = cumulated > uniform[:, None] * cumulated.max(-1, keepdims=True)
+    return jnp.argmax(exceeds, -1).astype(jnp.int32)
+
+
+def next_token(logits: Array, keys: Array, drawn: Array, sampling: Sampling) -> tuple[Array, Array, Array]:
+    """Draws token number `drawn` of each row.
+
+    Args:
+        logits: [R, V].
+        keys: [R], the rows' own.
+        drawn: int32 [R].
+
+    Returns:
+        The tokens, int32 [R]; their log-probabilities, float32 [R]; and whether they end their rows, bool [R]. With
+        temperature 0 it is the first of the most likely tokens, which has all the mass: log-probability 0.
+    """
+    logits = sampling_logits(logits, drawn, sampling)
+    if sampling.temperature == 0:
+        token, logprob = jnp.argmax(logits, -1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
+    else:
+        token, logprob = draw(jax.vmap(jax.random.fold_in)(keys, drawn), logits)
+    stop = jnp.zeros(token.shape, bool)
+    for stop_token in sampling.stop_tokens:
+        stop |= token == stop_token
+    return token, logprob, stop
+
+
+def prefill(module: Any, params: Any, tokens: Array, mask: Array, cache_length: int) -> tuple[Array, Any]:
+    """Logits [B, V] after each prompt, and the cache; stacked parameters run stacked, split ones split."""
+    last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), 1)
+    runner = module.clone(stacked='blocks' in params)
+    return runner.apply({'params': params}, tokens, mask=mask, at=last, cache_length=cache_length)
+
+
+def check_prompts(module: Any, tokens: Array, mask: Array, sampling: Sampling) -> None:
+    """Raises ValueError for prompts that do not fit the model."""
+    if tokens.ndim != 2 or mask.shape != tokens.shape:
+        raise ValueError(f'prompts have shape {tokens.shape} and their mask {mask.shape}; expected [prompts, length]')
+    longest = tokens.shape[1] + sampling.max_new_tokens
+    if longest > module.max_length:
+        raise ValueError(f'prompts of {tokens.shape[1]} tokens and max_new_tokens={sampling.max_new_tokens} exceed the '
+                         f'model, max_length={module.max_length}')
+    beyond = [token for token in sampling.stop_tokens if not 0 <= token < module.vocab_size]
+    if beyond:
+        raise ValueError(f'stop token {beyond[0]} is not in the vocabulary of {module.vocab_size}')
+
+
+@functools.partial(jax.jit, static_argnames=('module', 'sampling', 'num_samples'))
+def _generate(module: Any, params: Any, tokens: Array, mask: Array, key: Array, sampling: Sampling,
+              num_samples: int) -> Samples:
+    prompts, length = tokens.shape
+    rows, steps = prompts * num_samples, sampling.max_new_tokens
+    keys = row_keys(key, rows)
+    logits, cache = prefill(module, params, tokens, mask, length + steps - 1)  # the last token is not fed back
+    cache, logits = cache.repeat(num_samples), jnp.tile(logits, (num_samples, 1))
+    split, params = split_blocks(module, params, dtype=module.dtype)
+
+    def write(out, t, token, logprob, done):
+        row = (jnp.where(done, sampling.pad_token, token), jnp.where(done, 0.0, logprob), ~done)
+        return jax.tree.map(lambda buffer, x: buffer.at[:, t].set(x), out, Samples(*row))
+
+    def body(carry):
+        t, token, done, cache, out = carry
+        logits, cache = split.apply({'params': params}, token[:, None], cache=cache)
+        token, logprob, stop = next_token(logits[:, 0], keys, jnp.full(rows, t), sampling)
+        return t + 1, token, done | stop, cache, write(out, t, token, logprob, done)
+
+    out = Samples(jnp.full((rows, steps), sampling.pad_token, jnp.int32), jnp.zeros((rows, steps), jnp.float32),
+                  jnp.zeros((rows, steps), bool))
+    token, logprob, stop = next_token(logits, keys, jnp.zeros(rows, jnp.int32), sampling)
+    out = write(out, 0, token, logprob, jnp.zeros(rows, bool))
+    carry = (jnp.int32(1), token, stop, cache, out)
+    return jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[2].all(), body, carry)[-1]
+
+
+def generate(module: Any, params: Any, tokens: Array, mask: Array, key: Array, sampling: Sampling, *,
+             num_samples: int = 1) -> Samples:
+    """`num_samples` responses to each prompt.
+
+    Args:
+        module: a decoder.
+        params: of it, stacked or split (`decoder.split_blocks`; then they exist only once while decoding).
+        tokens: int32 [B, P], padded left or right.
+        mask: bool [B, P], True at the tokens of the prompts, at least one a row.
+        key: one key, for all rows (`row_keys`), or one a row, [num_samples B].
+        sampling: how.
+        num_samples: K.
+
+    Returns:
+        K B rows, copy-major: the first samples of all prompts, then the second ones.
+
+    Raises:
+        ValueError: prompts that do not fit the model, a stop token outside the vocabulary, or `num_samples` below 1.
+    """
+    check_prompts(module, tokens, mask, sampling)
+    if num_samples < 1:
+        raise ValueError(f'num_samples={num_samples} must be at least 1')
+    return _generate(module, params, tokens, mask, key, sampling, num_samples)

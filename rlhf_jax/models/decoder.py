@@ -1,0 +1,283 @@
+"""What the decoder-only language models (GPT-2, GPT-NeoX, LLaMA) have in common: how they are called.
+
+    logits = module.apply({'params': p}, tokens)                                     # [B, T, V] float32
+    logits = module.apply({'params': p}, tokens, mask=mask)                          # padded left or right, or packed
+    hidden = module.apply({'params': p}, tokens, mask=mask, output='hidden')         # [B, T, D], after the final norm
+    logits, cache = module.apply({'params': p}, prompt, mask=mask, at=last, cache_length=S)   # prefill: [B, V]
+    logits, cache = split.apply({'params': q}, token, cache=cache)                   # decode: [B, 1, V]
+
+with `split, q = split_blocks(module, p)`: training and prefill scan over blocks stacked on a leading axis, decoding
+runs through them one by one, each with a cache buffer of its own. (Written within a scan, the stacked cache would be
+copied whole for every token and layer.)
+
+`mask` says which tokens are there. Positions count them, from 0 in each row, so that a row means the same however it is
+padded; what a model returns at padding is unspecified, but finite. An int `mask` numbers the sequences packed in a row.
+"""
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.models import layers
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far, in slots 0, 1, ... of each row.
+
+    Attributes:
+        keys, values: one [B, H, S, D] a layer, H the key-value heads: the axes a decode step's two products want.
+        mask: bool [B, S], slots that hold a token (padding of the prompt, and slots not written yet, do not).
+        index: int32 [], the slot of the next token in all rows; or [B], one a row.
+    """
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    mask: Array
+    index: Array
+
+    @property
+    def length(self) -> int:
+        """S, slots in a row."""
+        return self.mask.shape[1]
+
+    def repeat(self, times: int) -> 'Cache':
+        """`times` copies of every row, copy-major: rows 0..B-1, then again."""
+        tile = lambda x: jnp.tile(x, (times,) + (1,) * (x.ndim - 1)) if x.ndim else x
+        return jax.tree.map(tile, self)
+
+
+@struct.dataclass
+class Context:
+    """What every block needs beside its input.
+
+    Attributes:
+        rotary: of `layers.rotary`; None for models with learned positions.
+        mask: bool [B, 1, T, S], which keys a query sees; None: decided by causality alone.
+        index: slot of the first of the T tokens in the cache; None without one.
+    """
+    rotary: tuple[Array, Array] | None = None
+    mask: Array | None = None
+    index: Array | None = None
+
+
+def positions_of(mask: Array) -> Array:
+    """Position of each token in its sequence.
+
+    Args:
+        mask: bool [B, T], True where there is a token; or int [B, T], 0 at padding and else the number of the sequence
+            among those packed in the row, increasing along it.
+
+    Returns:
+        int32 [B, T]; at padding, the position of the token before it, or 0.
+    """
+    there = mask != 0
+    count = jnp.cumsum(there, 1, dtype=jnp.int32) - 1
+    number = jax.lax.cummax(mask.astype(jnp.int32), axis=1)
+    previous = jnp.pad(number, ((0, 0), (1, 0)))[:, :-1]
+    start = jax.lax.cummax(jnp.where(number != previous, count, 0), axis=1)
+    return jnp.maximum(count - start, 0)
+
+
+def prepare(tokens: Array, mask: Array | None, positions: Array | None, cache: Cache | None) -> tuple[Array, Context]:
+    """Positions of the tokens, and the context of the blocks without its rotary part.
+
+    Raises:
+        ValueError: shapes that do not agree.
+    """
+    if tokens.ndim != 2:
+        raise ValueError(f'tokens have shape {tokens.shape}, expected [batch, length]')
+    for name, x in (('mask', mask), ('positions', positions)):
+        if x is not None and x.shape != tokens.shape:
+            raise ValueError(f'{name} has shape {x.shape}, expected that of the tokens, {tokens.shape}')
+    batch, length = tokens.shape
+    if cache is None:
+        if mask is None:
+            default, visible = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape), None
+        else:
+            default = positions_of(mask)
+            visible = (mask[:, :, None] == mask[:, None, :]) & (mask[:, None, :] != 0)
+            visible = visible[:, None]
+        return (default if positions is None else positions), Context(mask=visible)
+
+    if batch != cache.mask.shape[0] or length > cache.length:
+        raise ValueError(f'tokens have shape {tokens.shape}, the cache {cache.mask.shape[0]} rows of {cache.length}')
+    there = jnp.ones(tokens.shape, bool) if mask is None else mask != 0
+    if positions is None:
+        positions = cache.mask.sum(1, dtype=jnp.int32)[:, None] + jnp.cumsum(there, 1, dtype=jnp.int32) - 1
+    index = jnp.broadcast_to(cache.index, (batch,))
+    slots = jnp.arange(cache.length)
+    own = index[:, None] + jnp.arange(length)  # slot of each query
+    new_mask = _written(cache, there).mask
+    visible = new_mask[:, None, :] & (slots <= own[..., None])
+    return positions, Context(mask=visible[:, None], index=cache.index)
+
+
+def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Array] | None, *, causal: bool = True,
+           impl: str = 'xla') -> tuple[Array, tuple[Array, Array]]:
+    """Softmax attention over the tokens themselves, or over a cache that they are written to first.
+
+    Args:
+        q: [B, T, H, D].
+        k, v: [B, T, Hkv, D]; each is read by H / Hkv queries.
+        kv: keys and values of the layer in the cache, [B, Hkv, S, D].
+        causal: a token does not see later ones. With a cache it never does.
+        impl: 'xla', or 'cudnn' on an NVIDIA GPU in bf16 or fp16; without a cache.
+
+    Returns:
+        [B, T, H, D], and keys and values: `k` and `v` themselves, or the updated `kv`.
+    """
+    if kv is None:
+        out = jax.nn.dot_product_attention(q, k, v, mask=context.mask, is_causal=causal, implementation=impl)
+        return out, (k, v)
+    keys, values = (_write(buffer, new, context.index) for buffer, new in zip(kv, (k, v)))
+    batch, length, heads, dim = q.shape
+    q = q.reshape(batch, length, k.shape[2], -1, dim)
+    scores = jnp.einsum('bthgd,bhsd->bhgts', q, keys.astype(q.dtype), preferred_element_type=jnp.float32) * dim ** -0.5
+    scores = jnp.where(context.mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(scores, -1).astype(q.dtype)
+    out = jnp.einsum('bhgts,bhsd->bthgd', probs, values.astype(q.dtype))
+    return out.reshape(batch, length, heads, dim), (keys, values)
+
+
+def run_blocks(block: Callable[..., nn.Module], depth: int, x: Array, context: Context, *, cache: Cache | None,
+               mask: Array | None, cache_length: int, stacked: bool, remat: str,
+               unroll: bool) -> tuple[Array, Cache | None]:
+    """All blocks of a model; call it in the model's compact method.
+
+    Args:
+        block: class of the blocks with its fields given; `block(name=...)(x, context, kv)` returns `(x, kv)`.
+        x: [B, T, D].
+        cache: to read and extend.
+        mask: of the T tokens.
+        cache_length: without a cache, start one of so many slots; 0: none.
+
+    Returns:
+        The output, and the cache with the T tokens in it.
+
+    Raises:
+        ValueError: a cache with stacked blocks, or a prompt longer than the cache to start.
+    """
+    if stacked and cache is not None:
+        raise ValueError('decoding runs block by block: module, params = split_blocks(module, params)')
+    if cache is None and 0 < cache_length < x.shape[1]:
+        raise ValueError(f'prompt of {x.shape[1]} tokens is longer than the cache of {cache_length}')
+    if stacked:
+        scanned = layers.scan_blocks(block.func, depth, remat=remat, unroll=unroll, num_broadcast=1)
+        x, kv = scanned(*block.args, **block.keywords, collect=cache_length > 0, name='blocks')(x, context)
+        pairs = [] if kv is None else [(kv[0][i], kv[1][i]) for i in range(depth)]
+    else:
+        pairs = []
+        for i in range(depth):
+            kv = None if cache is None else (cache.keys[i], cache.values[i])
+            x, kv = block(collect=cache is not None or cache_length > 0, name=f'block_{i}')(x, context, kv)
+            pairs.append(kv)
+    if cache is not None:
+        there = jnp.ones(x.shape[:2], bool) if mask is None else mask != 0
+        keys, values = zip(*pairs)
+        return x, _written(cache, there).replace(keys=keys, values=values)
+    if cache_length == 0:
+        return x, None
+    return x, _started(pairs, mask, x.shape[:2], cache_length)
+
+
+class Head(nn.Module):
+    """Logits, float32 [..., V]: `kernel` [D, V], or the embedding table [V, D] it is tied to."""
+    vocab_size: int
+    init_std: float = 0.02
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, table: Array | None = None) -> Array:
+        if table is not None:
+            return layers.logits(x, table, transposed=True, dtype=self.dtype)
+        init = nn.initializers.normal(self.init_std)
+        kernel = self.param('kernel', init, (x.shape[-1], self.vocab_size), self.param_dtype)
+        return layers.logits(x, kernel, dtype=self.dtype)
+
+
+OUTPUTS = ('logits', 'hidden', 'both')
+
+
+def outputs(x: Array, head: Callable[[Array], Array], *, at: Array | None, output: str, cache: Cache | None) -> Any:
+    """What a decoder returns.
+
+    Args:
+        x: [B, T, D], normed output of the last block.
+        head: x -> logits.
+        at: int32 [B], only this token of each row; None: all.
+        output: 'logits'; 'hidden': `x`; 'both': the pair.
+        cache: returned beside it, where there is one.
+
+    Raises:
+        ValueError: an `output` not named here.
+    """
+    if output not in OUTPUTS:
+        raise ValueError(f'output={output!r} is not one of {OUTPUTS}')
+    if at is not None:
+        x = x[jnp.arange(x.shape[0]), at]
+    out = x if output == 'hidden' else head(x) if output == 'logits' else (head(x), x)
+    return out if cache is None else (out, cache)
+
+
+def split_blocks(module: Any, params: Mapping[str, Any], dtype: Any = None) -> tuple[Any, dict[str, Any]]:
+    """The same model with a parameter tree a block, 'block_0', 'block_1', ..., instead of the stacked 'blocks'.
+
+    Args:
+        module: a decoder.
+        params: of it, stacked or split already.
+        dtype: cast the matrices to it, so that decoding does not read and cast float32 masters for every token. With
+            the module's own `dtype` this changes no result: norms, which compute in float32, are left alone.
+    """
+    out = {name: tree for name, tree in params.items() if name != 'blocks'}
+    if 'blocks' in params:
+        out |= {f'block_{i}': jax.tree.map(lambda p: p[i], params['blocks']) for i in range(module.depth)}
+    if dtype is not None:
+        out = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, out)
+    return module.clone(stacked=False), out
+
+
+def stack_blocks(module: Any, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Inverse of `split_blocks`."""
+    out = {name: tree for name, tree in params.items() if not name.startswith('block_')}
+    blocks = [params[f'block_{i}'] for i in range(module.depth)]
+    return module.clone(stacked=True), out | {'blocks': jax.tree.map(lambda *p: jnp.stack(p), *blocks)}
+
+
+def split_rules(rules: Sequence[tuple[str, P]]) -> tuple[tuple[str, P], ...]:
+    """`PARTITION_RULES` of a model with stacked blocks -> those of it with split ones."""
+    return tuple((re.sub(r'^blocks/', r'block_\\d+/', pattern), P(*spec[1:]) if pattern.startswith('blocks/') else spec)
+                 for pattern, spec in rules)
+
+
+def _started(pairs: Sequence[tuple[Array, Array]], mask: Array | None, shape: tuple[int, int], length: int) -> Cache:
+    extra = length - shape[1]
+    to_cache = lambda x: jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, extra), (0, 0)))
+    there = jnp.ones(shape, bool) if mask is None else mask != 0
+    return Cache(keys=tuple(to_cache(k) for k, _ in pairs), values=tuple(to_cache(v) for _, v in pairs),
+                 mask=jnp.pad(there, ((0, 0), (0, extra))), index=jnp.int32(shape[1]))
+
+
+def _written(cache: Cache, there: Array) -> Cache:
+    """`cache` with `there` [B, T] in the mask's next slots and its index moved past them."""
+    if cache.index.ndim:
+        update = jax.vmap(lambda row, new, i: jax.lax.dynamic_update_slice(row, new, (i,)))
+        mask = update(cache.mask, there, cache.index)
+    else:
+        mask = jax.lax.dynamic_update_slice(cache.mask, there, (0, cache.index))
+    return cache.replace(mask=mask, index=cache.index + there.shape[1])
+
+
+def _write(buffer: Array, new: Array, index: Array) -> Array:
+    """`new` [B, T, H, D] into slots `index`, `index + 1`, ... of `buffer` [B, H, S, D]."""
+    new = new.transpose(0, 2, 1, 3).astype(buffer.dtype)
+    if index.ndim:
+        return jax.vmap(lambda row, x, i: jax.lax.dynamic_update_slice(row, x, (0, i, 0)))(buffer, new, index)
+    return jax.lax.dynamic_update_slice(buffer, new, (0, 0, index, 0))

@@ -1,0 +1,201 @@
+"""LLaMA 1, 2 and 3.x (arXiv 2302.13971, 2307.09288, 2407.21783), and what has its shape: TinyLlama, Rho-1B, LLaDA.
+
+RMS norm, rotary positions, gated MLP, from LLaMA 2-70B on grouped queries. LLaDA (arXiv 2502.09992), a masked-diffusion
+language model, is the same network with `causal=False`. How it is called is in `decoder.py`.
+"""
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.models import decoder, layers
+
+Array = jax.Array
+
+_LLAMA3 = dict(vocab_size=128256, num_kv_heads=8, rope_base=500000.0, eps=1e-5, max_length=8192)
+_LLAMA31 = _LLAMA3 | dict(rope_scaling=layers.RopeScaling('llama3', 8.0), max_length=131072)
+_LLAMA32 = _LLAMA31 | dict(rope_scaling=layers.RopeScaling('llama3', 32.0), tied=True)
+
+SIZES = {
+    '7B': dict(vocab_size=32000, width=4096, depth=32, num_heads=32, hidden=11008, eps=1e-6, max_length=2048),
+    '13B': dict(vocab_size=32000, width=5120, depth=40, num_heads=40, hidden=13824, eps=1e-6, max_length=2048),
+    '30B': dict(vocab_size=32000, width=6656, depth=60, num_heads=52, hidden=17920, eps=1e-6, max_length=2048),
+    '65B': dict(vocab_size=32000, width=8192, depth=80, num_heads=64, hidden=22016, eps=1e-5, max_length=2048),
+    '2-7B': dict(vocab_size=32000, width=4096, depth=32, num_heads=32, hidden=11008, eps=1e-5, max_length=4096),
+    '2-13B': dict(vocab_size=32000, width=5120, depth=40, num_heads=40, hidden=13824, eps=1e-5, max_length=4096),
+    '2-70B': dict(vocab_size=32000, width=8192, depth=80, num_heads=64, num_kv_heads=8, hidden=28672, eps=1e-5,
+                  max_length=4096),
+    '3-8B': dict(width=4096, depth=32, num_heads=32, hidden=14336, **_LLAMA3),
+    '3.1-8B': dict(width=4096, depth=32, num_heads=32, hidden=14336, **_LLAMA31),
+    '3.1-70B': dict(width=8192, depth=80, num_heads=64, hidden=28672, **_LLAMA31),
+    '3.2-1B': dict(width=2048, depth=16, num_heads=32, hidden=8192, **_LLAMA32),
+    '3.2-3B': dict(width=3072, depth=28, num_heads=24, hidden=8192, **_LLAMA32),
+    'TinyLlama-1.1B': dict(vocab_size=32000, width=2048, depth=22, num_heads=32, num_kv_heads=4, hidden=5632, eps=1e-5,
+                           max_length=2048),
+    'LLaDA-8B': dict(vocab_size=126464, width=4096, depth=32, num_heads=32, hidden=12288, rope_base=500000.0, eps=1e-5,
+                     max_length=4096, causal=False),
+}
+SIZES['Rho-1B'] = SIZES['TinyLlama-1.1B']
+
+PARTITION_RULES = (
+    (r'embed', P('tensor', 'fsdp')),
+    (r'lm_head/kernel', P('fsdp', 'tensor')),
+    (r'blocks/attn/[qkv]/kernel', P(None, 'fsdp', 'tensor', None)),
+    (r'blocks/attn/[qkv]/bias', P(None, 'tensor', None)),
+    (r'blocks/attn/o/kernel', P(None, 'tensor', None, 'fsdp')),
+    (r'blocks/mlp/(gate|up)/kernel', P(None, 'fsdp', 'tensor')),
+    (r'blocks/mlp/(gate|up)/bias', P(None, 'tensor')),
+    (r'blocks/mlp/down/kernel', P(None, 'tensor', 'fsdp')),
+    (r'.*/(bias|scale)', P()),
+)
+
+LORA_TARGETS = (r'.*/attn/[qv]',)
+
+
+class Block(nn.Module):
+    """`x += Attn(RMSNorm x); x += MLP(RMSNorm x)`."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden: int
+    activation: str
+    causal: bool
+    attention_bias: bool
+    mlp_bias: bool
+    eps: float
+    attention_impl: str
+    init_std: float
+    dtype: Any
+    param_dtype: Any
+    collect: bool
+
+    @nn.compact
+    def __call__(self, x: Array, context: decoder.Context, kv: Any = None) -> tuple[Array, Any]:
+        x = nn.with_logical_constraint(x, ('batch', 'tokens', 'embed'))
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = functools.partial(layers.RMSNorm, self.eps, **types)
+        attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, self.causal, self.attention_bias,
+                         self.attention_impl, self.init_std, name='attn', **types)
+        h, kv = attn(norm(name='attn_norm')(x), context, kv)
+        x = x + h
+        mlp = GatedMlp(self.hidden, self.activation, self.mlp_bias, self.init_std, name='mlp', **types)
+        x = x + mlp(norm(name='mlp_norm')(x))
+        return x, kv if self.collect else None
+
+
+class Attention(nn.Module):
+    """Parameters: `q` kernel [D, H, hd], `k` and `v` [D, Hkv, hd], `o` [H, hd, D]."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool
+    use_bias: bool
+    impl: str
+    init_std: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, context: decoder.Context, kv: Any) -> tuple[Array, Any]:
+        dense = functools.partial(layers.Dense, use_bias=self.use_bias, init_std=self.init_std, dtype=self.dtype,
+                                  param_dtype=self.param_dtype)
+        q = layers.rope(dense((self.num_heads, self.head_dim), name='q')(x), context.rotary)
+        k = layers.rope(dense((self.num_kv_heads, self.head_dim), name='k')(x), context.rotary)
+        v = dense((self.num_kv_heads, self.head_dim), name='v')(x)
+        out, kv = decoder.attend(q, k, v, context, kv, causal=self.causal, impl=self.impl)
+        return dense(x.shape[-1], inputs=2, name='o')(out), kv
+
+
+class GatedMlp(nn.Module):
+    """`down(act(gate(x)) * up(x))`."""
+    hidden: int
+    activation: str
+    use_bias: bool
+    init_std: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dense = functools.partial(layers.Dense, use_bias=self.use_bias, init_std=self.init_std, dtype=self.dtype,
+                                  param_dtype=self.param_dtype)
+        h = layers.ACTIVATIONS[self.activation](dense(self.hidden, name='gate')(x)) * dense(self.hidden, name='up')(x)
+        h = nn.with_logical_constraint(h, ('batch', 'tokens', 'mlp'))
+        return dense(x.shape[-1], name='down')(h)
+
+
+class Llama(nn.Module):
+    """LLaMA.
+
+    Attributes:
+        vocab_size, width, depth, num_heads, hidden: see `SIZES`.
+        num_kv_heads: heads of key and value; 0: as many as queries.
+        head_dim: 0: width / num_heads.
+        max_length: longest context; nothing but a limit.
+        rope_base, rope_scaling: see `layers.rope_frequencies`.
+        causal: a token does not see later ones.
+        tied: the output head is the embedding table.
+        activation: key of `layers.ACTIVATIONS`.
+        eps: of the norms.
+        stacked: blocks stacked on a leading axis and scanned, or one parameter tree each (`decoder.split_blocks`).
+        remat, unroll: of stacked blocks, see `layers.scan_blocks`.
+        attention_impl: see `decoder.attend`.
+        dtype: compute; norms' statistics, rotary angles, softmax and logits are float32.
+    """
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    hidden: int
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    max_length: int = 2048
+    rope_base: float = 10000.0
+    rope_scaling: layers.RopeScaling | None = None
+    causal: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
+    activation: str = 'silu'
+    eps: float = 1e-6
+    init_std: float = 0.02
+    stacked: bool = True
+    remat: str = 'none'
+    unroll: bool = False
+    attention_impl: str = 'xla'
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array, *, mask: Array | None = None, positions: Array | None = None,
+                 cache: decoder.Cache | None = None, cache_length: int = 0, at: Array | None = None,
+                 output: str = 'logits') -> Any:
+        """Scores of the next token (`causal=False`: of each token itself); arguments and errors as of `gpt2.GPT2`."""
+        longest = max(tokens.shape[-1], cache_length, 0 if cache is None else cache.length)
+        if longest > self.max_length:
+            raise ValueError(f'Llama: {longest} tokens, but max_length is {self.max_length}')
+        kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % kv_heads:
+            raise ValueError(f'Llama: num_heads {self.num_heads} is not a multiple of num_kv_heads {kv_heads}')
+        if not self.head_dim and self.width % self.num_heads:
+            raise ValueError(f'Llama: width {self.width} is not divisible by num_heads {self.num_heads}')
+        if cache is not None and not self.causal:
+            raise ValueError('Llama: a model that is not causal has no use for a cache')
+        head_dim = self.head_dim or self.width // self.num_heads
+        init = nn.initializers.normal(self.init_std)
+        table = self.param('embed', init, (self.vocab_size, self.width), self.param_dtype)
+        positions, context = decoder.prepare(tokens, mask, positions, cache)
+        frequencies = layers.rope_frequencies(head_dim, self.rope_base, self.rope_scaling)
+        context = context.replace(rotary=layers.rotary(positions, frequencies))
+        x = layers.embed(table, tokens, dtype=self.dtype)
+        block = functools.partial(
+            Block, self.num_heads, kv_heads, head_dim, self.hidden, self.activation, self.causal, self.attention_bias,
+            self.mlp_bias, self.eps, self.attention_impl, self.init_std, self.dtype, self.param_dtype)
+        x, cache = decoder.run_blocks(block, self.depth, x, context, cache=cache, mask=mask, cache_length=cache_length,
+                                      stacked=self.stacked, remat=self.remat, unroll=self.unroll)
+        x = layers.RMSNorm(self.eps, self.dtype, self.param_dtype, name='norm')(x)
+        head = decoder.Head(self.vocab_size, self.init_std, self.dtype, self.param_dtype, name='lm_head')
+        return decoder.outputs(x, lambda x: head(x, table if self.tied else None), at=at, output=output, cache=cache)

@@ -1,0 +1,170 @@
+"""LoRA (arXiv 2106.09685): low-rank updates `kernel + alpha / r A B`, as further leaves of the parameter tree.
+
+    params = lora.init(key, params, rank=16, alpha=32, targets=llama.LORA_TARGETS)
+    frozen, adapter = lora.split(params)            # differentiate lora.join(frozen, adapter) by `adapter`
+    params = lora.merge(params)                     # plain parameters again, for the sampler or for another adapter
+
+Beside `kernel` [*in, *out] stand `lora_a` [*in, r], `lora_b` [r, *out] and `lora_scale` [], each with the leading axis
+of the blocks where those are stacked; `layers.Dense` uses them where they are. So every function of parameters
+(sampling, checkpoints, `decoder.split_blocks`, averaging) works on a model with an adapter as on one without. B starts
+at zero: the model starts unchanged.
+"""
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+LEAVES = ('lora_a', 'lora_b', 'lora_scale')
+PARTITION_RULES = ((r'.*/lora_(a|b|scale)', P()),)  # a few megabytes; put them before the model's own rules
+
+
+def init(key: Array, params: Params, *, rank: int, alpha: float, targets: Sequence[str],
+         dtype: Any = jnp.float32) -> dict[str, Any]:
+    """`params` with an adapter on every dense layer whose path a target matches.
+
+    A is uniform in +-1/sqrt(in) (what PEFT draws), B is zero.
+
+    Args:
+        rank: r.
+        alpha: updates are scaled by alpha / r.
+        targets: regexes of paths such as 'blocks/attn/q'; the models' files have `LORA_TARGETS`.
+        dtype: of the new leaves. Keep float32 over bfloat16 kernels: an update is far below one of their steps.
+
+    Raises:
+        ValueError: a rank below 1, a target that matches no dense layer, or a layer that has an adapter already.
+    """
+    if rank < 1:
+        raise ValueError(f'lora: rank={rank} must be at least 1')
+    matched: set[str] = set()
+    count = itertools.count()
+
+    def visit(tree, path):
+        if not isinstance(tree, Mapping):
+            return tree
+        hits = [target for target in targets if re.fullmatch(target, path)] if 'kernel' in tree else []
+        if not hits:
+            return {name: visit(sub, f'{path}/{name}' if path else name) for name, sub in sorted(tree.items())}
+        if 'lora_a' in tree:
+            raise ValueError(f'lora: {path} has an adapter already; merge it first')
+        matched.update(hits)
+        lead, inputs, outputs = _axes(path, tree['kernel'].shape)
+        limit = math.prod(inputs) ** -0.5
+        a = jax.random.uniform(jax.random.fold_in(key, next(count)), (*lead, *inputs, rank), dtype, -limit, limit)
+        return dict(tree) | {'lora_a': a, 'lora_b': jnp.zeros((*lead, rank, *outputs), dtype),
+                             'lora_scale': jnp.full(lead, alpha / rank, dtype)}
+
+    out = visit(params, '')
+    for target in targets:
+        if target not in matched:
+            raise ValueError(f'lora: target {target!r} matches no dense layer')
+    return out
+
+
+def split(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what stays frozen, the adapter): A and B of every adapted layer, and all the rest.
+
+    Raises:
+        ValueError: no adapter.
+    """
+    frozen, adapter = _divide(params)
+    if not adapter:
+        raise ValueError('lora: these parameters have no adapter; see lora.init')
+    return frozen, adapter
+
+
+def join(frozen: Params, adapter: Params) -> dict[str, Any]:
+    """Inverse of `split`."""
+    out = dict(frozen)
+    for name, sub in adapter.items():
+        out[name] = join(out.get(name, {}), sub) if isinstance(sub, Mapping) else sub
+    return out
+
+
+def trainable(params: Params, *, also: Sequence[str] = ()) -> Any:
+    """True for the leaves to train, in a tree like `params`: A and B, and what a regex of `also` matches (heads)."""
+    def one(path, _):
+        name = '/'.join(str(key.key) for key in path)
+        return name.endswith(('/lora_a', '/lora_b')) or any(re.fullmatch(pattern, name) for pattern in also)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def merge(params: Params) -> dict[str, Any]:
+    """Kernels with their updates added, and no adapter: the same function up to rounding."""
+    return _visit(params, lambda path, layer: {
+        name: leaf for name, leaf in layer.items() if name not in LEAVES} | {'kernel': _shifted(path, layer, 1)})
+
+
+def unmerge(merged: Params, params: Params) -> dict[str, Any]:
+    """Inverse of `merge`, up to a rounding of the kernels: `merged` less the updates of `params`, beside them again.
+
+    Where the frozen kernels are still at hand, joining the adapter to them is exact.
+    """
+    def visit(plain, adapted, path=''):
+        if not isinstance(adapted, Mapping):
+            return plain
+        if 'lora_a' in adapted:
+            layer = dict(plain) | {name: adapted[name] for name in LEAVES}
+            return layer | {'kernel': _shifted(path, layer, -1)}
+        return {name: visit(plain[name], sub, f'{path}/{name}' if path else name) for name, sub in adapted.items()}
+
+    return visit(merged, params)
+
+
+def without(params: Params) -> dict[str, Any]:
+    """The model before the adapter (the reference model of a LoRA policy): A, B and scale dropped, kernels shared."""
+    return _visit(params, lambda _, layer: {name: leaf for name, leaf in layer.items() if name not in LEAVES})
+
+
+def delta(path: str, layer: Params) -> Array:
+    """`alpha / r A B`, float32, shaped like the kernel of the layer at `path`."""
+    lead, inputs, outputs = _axes(path, layer['kernel'].shape)
+    a = layer['lora_a'].astype(jnp.float32).reshape(*lead, math.prod(inputs), -1)
+    b = layer['lora_b'].astype(jnp.float32).reshape(*lead, -1, math.prod(outputs))
+    scale = layer['lora_scale'].astype(jnp.float32).reshape(*lead, 1, 1)
+    return (scale * jnp.matmul(a, b, precision='highest')).reshape(layer['kernel'].shape)
+
+
+def _shifted(path: str, layer: Params, sign: int) -> Array:
+    kernel = layer['kernel']
+    return (kernel.astype(jnp.float32) + sign * delta(path, layer)).astype(kernel.dtype)
+
+
+def _axes(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(block axis, input axes, output axes) of the kernel of the layer at `path`.
+
+    The decoders have one dense layer of two input axes, heads and their width: the output of attention, 'attn/o'.
+    """
+    lead = 1 if 'blocks' in path.split('/') else 0
+    inputs = 2 if path.endswith('attn/o') else 1
+    return shape[:lead], shape[lead:lead + inputs], shape[lead + inputs:]
+
+
+def _visit(tree: Params, change: Any, path: str = '') -> Any:
+    if not isinstance(tree, Mapping):
+        return tree
+    if 'lora_a' in tree:
+        return change(path, tree)
+    return {name: _visit(sub, change, f'{path}/{name}' if path else name) for name, sub in tree.items()}
+
+
+def _divide(tree: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    frozen, adapter = {}, {}
+    for name, sub in tree.items():
+        if isinstance(sub, Mapping):
+            frozen[name], inner = _divide(sub)
+            if inner:
+                adapter[name] = inner
+        elif name in ('lora_a', 'lora_b'):
+            adapter[name] = sub
+        else:
+            frozen[name] = sub
+    return frozen, adapter

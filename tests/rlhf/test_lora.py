@@ -1,0 +1,95 @@
+"""Adapters as leaves of the parameter tree."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.convert.rules import flatten
+from rlhf_jax.models import gpt2, gpt_neox, llama, lora
+from rlhf_jax.models.decoder import split_blocks
+from tiny_models import MODELS, random_params
+
+FILES = {'gpt2': gpt2, 'gpt_neox': gpt_neox, 'llama': llama}
+TOKENS = np.random.default_rng(0).integers(0, 19, (2, 5))
+EVERYWHERE = (r'.*/attn/(q|k|v|qkv|o)', r'.*/mlp/.*')
+
+
+def adapted(name, targets, seed=1):
+    """Parameters with an adapter whose B is random."""
+    params = random_params(MODELS[name])
+    with_lora = lora.init(jax.random.key(0), params, rank=3, alpha=6.0, targets=targets)
+    rng = np.random.default_rng(seed)
+    randomised = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype) if path[-1].key == 'lora_b' else x, with_lora)
+    return params, with_lora, randomised
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_the_model_with_an_adapter_is_the_merged_one(name):
+    module = MODELS[name]
+    params, fresh, params_lora = adapted(name, EVERYWHERE)
+    apply = jax.jit(module.apply)
+    base = apply({'params': params}, TOKENS)
+    np.testing.assert_array_equal(apply({'params': fresh}, TOKENS), base)  # B is zero
+    got = apply({'params': params_lora}, TOKENS)
+    assert np.abs(got - base).max() > 0.1
+    merged = lora.merge(params_lora)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    np.testing.assert_allclose(apply({'params': merged}, TOKENS), got, atol=1e-4)
+    np.testing.assert_array_equal(apply({'params': lora.without(params_lora)}, TOKENS), base)
+    back = lora.unmerge(merged, params_lora)
+    assert jax.tree.structure(back) == jax.tree.structure(params_lora)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), back, params_lora)
+    split, split_params = split_blocks(module, params_lora)
+    np.testing.assert_allclose(jax.jit(split.apply)({'params': split_params}, TOKENS), got, atol=1e-5)
+    merged_split = lora.merge(split_params)
+    want = split_blocks(module, merged)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged_split, want)
+
+
+def test_update_by_hand():
+    layer = {'kernel': jnp.ones((2, 2, 3)), 'lora_a': jnp.array([[[1.0], [2.0]], [[0.0], [1.0]]]),
+             'lora_b': jnp.array([[[1.0, 0.0, 1.0]], [[2.0, 2.0, 0.0]]]), 'lora_scale': jnp.array([10.0, 1.0])}
+    want = np.array([[[10, 0, 10], [20, 0, 20]], [[0, 0, 0], [2, 2, 0]]])
+    np.testing.assert_array_equal(lora.delta('blocks/attn/q', layer), want)
+    merged = lora.merge({'blocks': {'attn': {'q': layer}}})
+    np.testing.assert_array_equal(merged['blocks']['attn']['q']['kernel'], 1 + want)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_default_targets(name):
+    _, params, _ = adapted(name, FILES[name].LORA_TARGETS)
+    layers = {path.rpartition('/')[0] for path in flatten(params) if path.endswith('lora_a')}
+    assert layers == {'gpt2': {'blocks/attn/qkv'}, 'gpt_neox': {'blocks/attn/qkv'},
+                      'llama': {'blocks/attn/q', 'blocks/attn/v'}}[name]
+
+
+def test_only_the_adapter_trains():
+    module = MODELS['llama']
+    _, _, params = adapted('llama', llama.LORA_TARGETS)
+    frozen, adapter = lora.split(params)
+    assert {path.rpartition('/')[2] for path in flatten(adapter)} == {'lora_a', 'lora_b'}
+    joined = lora.join(frozen, adapter)
+    jax.tree.map(np.testing.assert_array_equal, joined, params)
+    loss = lambda adapter: module.apply({'params': lora.join(frozen, adapter)}, TOKENS).var()
+    grads = jax.jit(jax.grad(loss))(adapter)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    mask = flatten(lora.trainable(params, also=(r'norm/scale',)))
+    assert {path for path, on in mask.items() if on} == {*flatten(adapter), 'norm/scale'}
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(targets=(r'.*/attn/query',)), 'matches no dense layer'), (dict(rank=0), 'rank=0'),
+], ids=str)
+def test_bad_calls_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        lora.init(jax.random.key(0), random_params(MODELS['llama']),
+                  **dict(rank=2, alpha=4.0, targets=llama.LORA_TARGETS) | change)
+
+
+def test_one_adapter_at_a_time():
+    _, params, _ = adapted('llama', llama.LORA_TARGETS)
+    with pytest.raises(ValueError, match='blocks/attn/q has an adapter already'):
+        lora.init(jax.random.key(0), params, rank=2, alpha=4.0, targets=llama.LORA_TARGETS)
+    with pytest.raises(ValueError, match='no adapter'):
+        lora.split(random_params(MODELS['llama']))

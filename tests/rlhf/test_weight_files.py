@@ -1,0 +1,80 @@
+"""Mapped safetensors files against the format's own library."""
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rlhf_jax.convert import files
+
+TENSORS = {'a': np.arange(6, dtype=np.float32).reshape(2, 3), 'b.c': np.asarray([1.5, -2.0], jnp.bfloat16),
+           'ids': np.array([[7]]), 'empty': np.zeros((0, 4), np.float16)}
+
+
+def check(state_dict):
+    assert set(state_dict) == set(TENSORS) and len(state_dict) == 4
+    for name, want in TENSORS.items():
+        got = state_dict[name]
+        assert got.dtype == want.dtype and got.shape == want.shape
+        np.testing.assert_array_equal(got, want)
+
+
+def test_one_file(tmp_path):
+    save_file(TENSORS, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+    check(files.open_safetensors(tmp_path / 'model.safetensors'))
+    check(files.open_safetensors(tmp_path))
+    assert isinstance(files.open_safetensors(tmp_path)['a'], np.memmap)  # mapped, not read
+    with pytest.raises(KeyError):
+        files.open_safetensors(tmp_path)['d']
+
+
+def test_shards(tmp_path):
+    names = {'a': '1.safetensors', 'b.c': '2.safetensors', 'ids': '1.safetensors', 'empty': '2.safetensors'}
+    for shard in set(names.values()):
+        save_file({name: TENSORS[name] for name in names if names[name] == shard}, tmp_path / shard)
+    with pytest.raises(ValueError, match='2 .safetensors files and no'):
+        files.open_safetensors(tmp_path)
+    index = tmp_path / 'model.safetensors.index.json'
+    index.write_text(json.dumps({'weight_map': names}))
+    check(files.open_safetensors(tmp_path))
+    index.write_text(json.dumps({'weight_map': names | {'d': '1.safetensors'}}))
+    with pytest.raises(ValueError, match='tensor d is missing'):
+        files.open_safetensors(tmp_path)
+    index.write_text(json.dumps({'weight_map': {'a': '../1.safetensors'}}))
+    with pytest.raises(ValueError, match='not a plain file name'):
+        files.open_safetensors(tmp_path)
+    index.write_text('{}')
+    with pytest.raises(ValueError, match='not an index'):
+        files.open_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize('damage', [
+    lambda data: data[:5], lambda data: data[:40], lambda data: data[:-1], lambda data: b'\xff' * 8 + data[8:],
+    lambda data: data[:9] + b'!' + data[10:], lambda data: data.replace(b'[2,3]', b'[9,9]'),
+    lambda data: data.replace(b'F32', b'F99'),
+])
+def test_damaged_files_are_named(tmp_path, damage):
+    path = tmp_path / 'model.safetensors'
+    save_file(TENSORS, path)
+    data = path.read_bytes()
+    assert damage(data) != data
+    path.write_bytes(damage(data))
+    with pytest.raises(OSError, match='model.safetensors: (truncated|not a safetensors)'):
+        files.open_safetensors(path)
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        files.open_safetensors(tmp_path / 'x.safetensors')
+    with pytest.raises(FileNotFoundError, match='no .safetensors file'):
+        files.open_safetensors(tmp_path)
+    (tmp_path / 'config.json').write_text('{')
+    with pytest.raises(ValueError, match='not JSON'):
+        files.read_config(tmp_path)
+
+
+def test_saved_files_open_again(tmp_path):
+    files.save(tmp_path / 'new', TENSORS, {'model_type': 'llama'})
+    check(files.open_safetensors(tmp_path / 'new'))
+    assert files.read_config(tmp_path / 'new') == {'model_type': 'llama'}
