@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dlc_jax.diffusion import discrete
 from dlc_jax.diffusion.discrete import SAMPLERS, DiscreteDiffusion, Jumps, network_calls
 
 PROPERTY = settings(max_examples=10, deadline=None)
@@ -393,3 +394,22 @@ def test_bad_fields_are_named(fields, message):
 def test_bad_arguments_are_named(process, arguments, message):
     with pytest.raises(ValueError, match=message):
         DiscreteDiffusion(V, process=process).sample(exact_score(process), jax.random.key(0), 2, L, **arguments)
+
+
+@pytest.mark.parametrize('size', [1, 2, 11, 16])
+@pytest.mark.parametrize('temperature', [1.0, 0.5])
+def test_draws_follow_their_weights(size, temperature):
+    """Counts of each index against the binomial, over weights of very different sizes, some of them 0."""
+    num, rng = 200_000, np.random.default_rng(size)
+    log_weights = rng.normal(-90, 3, size)  # so small that their exponentials underflow
+    log_weights[rng.permutation(size)[:size // 4]] = -np.inf
+    rows = jnp.broadcast_to(jnp.asarray(log_weights, jnp.float32), (num, size))
+    counts = np.bincount(jax.jit(discrete._draw, static_argnums=2)(jax.random.key(size), rows, temperature), minlength=size)
+    p = np.exp((log_weights - log_weights.max()) / temperature)
+    p /= p.sum()
+    assert counts.size == size and not counts[p == 0].any()
+    assert (np.abs(counts - num * p) < 5 * np.sqrt(num * p * (1 - p)) + 1e-9).all()
+
+
+def test_a_draw_without_any_weight_is_the_first_index():
+    assert (discrete._draw(jax.random.key(0), jnp.full((3, 10), -jnp.inf), 1.0) == 0).all()
