@@ -21,6 +21,7 @@ PAIR_FIELDS = ('prompt', 'chosen', 'rejected')
 END = '<|endoftext|>'
 EOS, PAD = 0, 1  # of the GPT-NeoX tokenizer; PAD is its `<|padding|>`, so that EOS and padding can be told apart
 MAX_PROMPT = 512
+SFT_LENGTH, REWARD_LENGTH = 562, 638  # most tokens of a prompt with its response, response at most 53 and 169
 RESPONSE_LENGTH = 53  # of every published training configuration; the paper's table says 128
 EVALUATION_LENGTH = 128
 EVALUATION_TEMPERATURE = 0.010001  # what "greedy" was
@@ -60,6 +61,20 @@ def reference_response(summary: str) -> str:
 def demonstration(prompt: str, response: str) -> str:
     """The text that fine-tuning sees, every token of which is trained on, those of the prompt as well."""
     return prompt.strip() + response
+
+
+def pair(row: Mapping[str, str]) -> tuple[str, str]:
+    """What the reward model is trained on, the better first: the prompt with each response up to its end of text.
+
+    Raises:
+        ValueError: a field is missing, or a response does not end: the reward is read at its last token.
+    """
+    for field in PAIR_FIELDS:
+        if row.get(field) is None:
+            raise ValueError(f'missing field {field!r}; it has {sorted(row)}')
+        if field != 'prompt' and not row[field].endswith(END):
+            raise ValueError(f'{field}: does not end in {END}: {row[field][-40:]!r}')
+    return row['prompt'] + row['chosen'], row['prompt'] + row['rejected']
 
 
 # ---- Gold reward ---------------------------------------------------------------------------------------------------

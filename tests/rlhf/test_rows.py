@@ -12,7 +12,8 @@ ROWS = [{'text': 'a\u0085b', 'label': 1}, {'text': 'é', 'label': 0}]
 def write(path, lines):
     opener = {'.gz': gzip.open, '.xz': lzma.open}.get(path.suffix, open)
     with opener(path, 'wt', encoding='utf-8') as f:
-        f.write('\n'.join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines) + '\n')
+        for line in lines:
+            f.write((line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + '\n')
     return path
 
 
@@ -90,7 +91,8 @@ def test_a_saved_dataset(tmp_path):
 
 def test_parallel_text(tmp_path):
     en, de = write(tmp_path / 'a.en.gz', ['one dog', 'two']), write(tmp_path / 'a.de', ['ein Hund', 'zwei'])
-    assert rows.read_parallel({'en': en, 'de': de}) == [{'en': 'one dog', 'de': 'ein Hund'}, {'en': 'two', 'de': 'zwei'}]
+    assert rows.read_parallel({'en': en, 'de': de}) == [{'en': 'one dog', 'de': 'ein Hund'},
+                                                        {'en': 'two', 'de': 'zwei'}]
     with pytest.raises(ValueError, match='different numbers of lines'):
         rows.read_parallel({'en': en, 'de': write(tmp_path / 'b.de', ['ein Hund'])})
     with pytest.raises(ValueError, match="c.de: row 1: 'de' is empty"):

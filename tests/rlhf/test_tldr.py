@@ -70,6 +70,15 @@ def test_relabelling_swaps_what_the_gold_model_prefers():
         tldr.relabel([{'prompt': 'p', 'chosen': 'c'}], [1], [0])
 
 
+def test_pairs_for_the_reward_model_end():
+    row = {'prompt': 'p TL;DR:', 'chosen': f' a{tldr.END}', 'rejected': f' b{tldr.END}'}
+    assert tldr.pair(row) == (f'p TL;DR: a{tldr.END}', f'p TL;DR: b{tldr.END}')
+    with pytest.raises(ValueError, match="rejected: does not end in .*: ' b'"):
+        tldr.pair(row | {'rejected': ' b'})
+    with pytest.raises(ValueError, match="missing field 'chosen'"):
+        tldr.pair({'prompt': 'p', 'rejected': ' b'})
+
+
 def test_win_rate_is_strict():
     assert tldr.win_rate([1, 2, 3, 0], [1, 1, 0, 2]) == tldr.WinRate(win_rate=0.5, ties=0.25, margin=0.5)
     with pytest.raises(ValueError, match='scores: 1 of 2 are not finite'):
