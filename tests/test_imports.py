@@ -11,7 +11,8 @@ HEAVY = {'tensorflow', 'torch', 'wandb', 'transformers', 'diffusers'}
 LIBRARY = {'jax', 'flax', 'optax', 'numpy'}
 EXTRA = {'dlc_jax/ssl/augment.py': {'PIL'}, 'dlc_jax/ssl/pixels.py': {'PIL'},
          'dlc_jax/convert/files.py': {'safetensors'}, 'rlhf_jax/convert/files.py': {'safetensors'},
-         'rlhf_jax/rollout/publish.py': {'safetensors'}, 'rlhf_jax/tokenizers.py': {'tokenizers'}}
+         'rlhf_jax/rollout/publish.py': {'safetensors'}, 'rlhf_jax/tokenizers.py': {'tokenizers'},
+         'rlhf_jax/tasks/rows.py': {'pyarrow'}, 'rlhf_jax/tasks/bleu.py': {'sacrebleu'}}
 
 
 def files(*folders):
@@ -67,7 +68,8 @@ def test_importing_the_library_brings_neither_tensorflow_nor_torch():
 def test_importing_all_of_rlhf_jax_brings_neither_the_runner_nor_anything_heavy():
     names = ('.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in files('rlhf_jax'))
     modules = [name.removesuffix('.__init__') for name in names]
-    unwanted = HEAVY | {'dlc_jax', 'experiments', 'configs', 'safetensors', 'tokenizers', 'orbax'}
+    unwanted = HEAVY | {'dlc_jax', 'experiments', 'configs', 'safetensors', 'tokenizers', 'orbax', 'pyarrow',
+                        'sacrebleu'}
     code = (f'import sys, importlib\nfor name in {modules}: importlib.import_module(name)\n'
             f'found = {unwanted} & set(sys.modules)\nprint(found)\nsys.exit(bool(found))')
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
