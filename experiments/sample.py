@@ -8,16 +8,15 @@
     # the paper's 50 000 images from a generator of latents, decoded by the released sd-vae-ft-ema (diffusers format)
     python -m experiments.sample --unconditional --code_model=RUN --generator=RUN --vae=sd-vae-ft-ema/ --num=50000 \\
         --guidance=1.4 --out=samples.npz
-
     # the paper's released weights, as they were downloaded, sampled as their authors do
     python -m experiments.sample --unconditional --sedd=DLC_SEDD_L512/ --dit=DLC_DiT_L512/ --vae=sd-vae-ft-ema/ \\
         --out=grid.png
     python -m experiments.sample --compose a.png b.png --sem=SEM_dinov2_L512/ --dit=DLC_DiT_L512/ \\
         --vae=sd-vae-ft-ema/ --out=mix.png
 
-RUN is the --workdir of a training run, or what experiments.convert wrote, or a folder of released weights. --out decides
-the form: one .png grid, an .npz of uint8 [N, H, W, C] under `arr_0` (what FID evaluators read), or a directory of
-numbered files.
+RUN is the --workdir of a training run, or what experiments.convert wrote, or a folder of released weights. --out
+decides the form: one .png grid, an .npz of uint8 [N, H, W, C] under `arr_0` (what FID evaluators read), or a directory
+of numbered files.
 """
 import argparse
 import os

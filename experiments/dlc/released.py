@@ -133,7 +133,17 @@ def read(kind: str, path: str | os.PathLike, *, key: str | None = None, **fields
     try:
         return convert.from_torch(kind, tensors, **given)
     except ValueError as error:
-        raise ValueError(f'{path}: {str(error).removeprefix("convert: ").removeprefix("sem: ")}') from None
+        message = str(error).removeprefix('convert: ').removeprefix('sem: ')
+        raise ValueError(f'{_holder(path, local, message)}: {message}') from None
+
+
+def _holder(path: str | os.PathLike, local: pathlib.Path, message: str) -> str:
+    """`path`, or the shard of it with the tensor that `message` names."""
+    for index in local.glob('*.index.json') if local.is_dir() else ():
+        for name, shard in json.loads(index.read_text())['weight_map'].items():
+            if name in message.split():
+                return f'{os.fspath(path).rstrip("/")}/{shard}'
+    return os.fspath(path)
 
 
 def as_run(kind: str, module: Any, params: Mapping[str, Any],

@@ -55,6 +55,12 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def fields(module):
+    """All of a module but how it drops things in training."""
+    names = [name for name in module.__dataclass_fields__ if 'drop' not in name and name != 'parent']
+    return {name: getattr(module, name) for name in names}
+
+
 def write_shards(folder, tensors):
     """As Hugging Face splits a large model: two files and their index."""
     names = sorted(tensors)
@@ -123,16 +129,15 @@ def test_work_directory_and_back(run, weights, bare, tmp_path, kind):
     loaded = LOADERS[kind].load(tmp_path / 'run')
     assert_same(jax.tree.map(np.asarray, loaded.params), params)
     make_model = sys.modules[LOADERS[kind].__module__].make_model
-    built, wanted = make_model(loaded.config), MODULES[kind]
-    out = [m.apply({'params': params}, *(jnp.ones_like(x) for x in INPUTS[kind])) for m in (built, wanted)]
-    assert_same(*out)
+    assert fields(make_model(loaded.config)) == fields(MODULES[kind])
 
     status, said, error = run(command, f'--reverse --kind={kind} --src={tmp_path}/run --dst={tmp_path}/out')
     assert (status, error) == (0, ''), error
     assert_same(load_state_dict(tmp_path / 'out'), load_state_dict(weights[0] / kind))
     # What was written says all that the tensors do not.
-    assert_same(released.load(LOADERS[kind], tmp_path / 'out').params, params)
-    assert released.load(LOADERS[kind], tmp_path / 'out').config.model == loaded.config.model
+    again = released.load(LOADERS[kind], tmp_path / 'out')
+    assert_same(again.params, params)
+    assert again.config.model.to_dict() == loaded.config.model.to_dict()
 
 
 def test_networks_used_as_they_are_released(run, weights, tmp_path):
@@ -253,6 +258,13 @@ def test_a_bad_tensor_is_named_with_its_file(run, weights, tmp_path, what, said)
     assert status == 2 and error.count('\n') == 1
     assert re.search(r'error: \S*bad\.safetensors: ' + said, error), error
     assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+def test_a_bad_tensor_is_named_with_its_shard(run, weights, tmp_path):
+    write_shards(tmp_path, change(convert.to_torch('dit', MODULES['dit'], weights[1]['dit']), 'nan'))
+    shard = json.loads((tmp_path / 'model.safetensors.index.json').read_text())['weight_map']['blocks.1.mlp.fc1.bias']
+    status, _, error = run(command, f'--kind=dit --src={tmp_path} --dst={tmp_path}/run --num_heads=4')
+    assert status == 2 and f'{tmp_path}/{shard}: blocks.1.mlp.fc1.bias holds values' in error, error
 
 
 BAD = {
