@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dlc_jax.ssl import augment
-from experiments.dlc import codestore, sources
+from experiments.dlc import codestore, released, sources
 from experiments.dlc.batches import eval_batches
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import to_model_range
@@ -87,7 +87,7 @@ def fingerprint(params: Any) -> str:
 
 def main() -> None:
     p = launch.parser(__doc__)
-    p.add_argument('--encoder', '--sem', required=True, metavar='RUN')
+    p.add_argument('--encoder', '--sem', required=True, metavar='RUN|DIR', help='a work directory, or released weights')
     p.add_argument('--out', required=True, metavar='DIR')
     p.add_argument('--split', default='train')
     p.add_argument('--data', help='data set name, if not the one the encoder was trained on')
@@ -106,7 +106,7 @@ def main() -> None:
         raise ValueError(f'--flip={args.flip} is a probability; choose it between 0 and 1')
     storage.check_writable(storage.resolve(args.out).parent, '--out')
     launch.initialize(args)
-    encoder = Encoder.load(args.encoder)
+    encoder = released.load(Encoder, args.encoder)
     data = encoder.config.data.copy_and_resolve_references()
     data.name, data.path = args.data or data.name, args.path or data.path
     vae = LatentDecoder.load(args.vae) if args.vae else None

@@ -8,9 +8,15 @@
     # the paper's 50 000 images from a generator of latents, decoded by the released sd-vae-ft-ema (diffusers format)
     python -m experiments.sample --unconditional --code_model=RUN --generator=RUN --vae=sd-vae-ft-ema/ --num=50000 \\
         --guidance=1.4 --out=samples.npz
+    # the paper's released weights, as they were downloaded, sampled as their authors do
+    python -m experiments.sample --unconditional --sedd=DLC_SEDD_L512/ --dit=DLC_DiT_L512/ --vae=sd-vae-ft-ema/ \\
+        --out=grid.png
+    python -m experiments.sample --compose a.png b.png --sem=SEM_dinov2_L512/ --dit=DLC_DiT_L512/ \\
+        --vae=sd-vae-ft-ema/ --out=mix.png
 
-RUN is the --workdir of a training run. --out decides the form: one .png grid, an .npz of uint8 [N, H, W, C] under
-`arr_0` (what FID evaluators read), or a directory of numbered files.
+RUN is the --workdir of a training run, or what experiments.convert wrote, or a folder of released weights. --out
+decides the form: one .png grid, an .npz of uint8 [N, H, W, C] under `arr_0` (what FID evaluators read), or a directory
+of numbered files.
 """
 import argparse
 import os
@@ -24,6 +30,7 @@ from tqdm import tqdm
 
 from dlc_jax import codes as codes_lib
 from dlc_jax.diffusion.gaussian import to_uint8
+from experiments.dlc import released
 from experiments.dlc.code_model import CodeModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
@@ -190,7 +197,7 @@ def main() -> None:
     check_flags(args)
     check_out(args.out)
     launch.initialize(args)
-    generator = Generator.load(args.generator)
+    generator = released.load(Generator, args.generator)
     check_sampler(args, generator.config)
     vae = LatentDecoder.load(args.vae) if args.vae else None
     if (generator.config.data.target == 'latents') != bool(args.vae):
@@ -214,24 +221,28 @@ def main() -> None:
                              f'which no code model makes; use {instead}')
         if not args.code_model:
             raise ValueError('--unconditional needs --code_model=RUN: this generator is conditioned on codes')
-        code_model = CodeModel.load(args.code_model)
+        code_model = released.load(CodeModel, args.code_model)
         check_codes(generator, code_model.config.model.num_codes, code_model.config.model.vocab_size, args.code_model)
         cond = code_model.sample(code_key, num, batch_size=args.batch_size, progress=progress('codes', num),
                                  name=args.code_sampler, num_steps=args.code_steps, eta=args.eta,
                                  window=tuple(args.window) if args.window else None)
     elif args.from_images or args.compose:
         paths = args.from_images or args.compose
-        encoder = Encoder.load(args.encoder)
+        encoder = released.load(Encoder, args.encoder)
         num = args.num or (len(paths) if args.from_images else 16)
         images = [read_image(path, encoder.config.data.channels) for path in paths]
         cond = read_condition(generator, encoder, images, num, compose=bool(args.compose), key=code_key,
                               method=args.composition, temperature=args.temperature)
 
     # ---- Pixels ------------------------------------------------------------------------------------------------------
+    sampler = dict(name=args.sampler, ddim_eta=args.ddim_eta, num_steps=args.steps, guidance=args.guidance,
+                   guidance_channels=args.guidance_channels,
+                   guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None)
+    # Released models have settings of their own for each use.
+    use = 'unconditional' if args.unconditional else 'classes' if args.classes else 'images'
+    recipe = generator.config.get('recipes', {}).get(use, {})
     x = generator.sample(image_key, cond, num, batch_size=args.batch_size, progress=progress('images', num),
-                         name=args.sampler, ddim_eta=args.ddim_eta, num_steps=args.steps, guidance=args.guidance,
-                         guidance_channels=args.guidance_channels,
-                         guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None)
+                         **dict(recipe) | {name: value for name, value in sampler.items() if value is not None})
     images = vae.decode(x, progress('pixels', num)) if vae else to_bytes(x)
     if jax.process_index() == 0:
         try:

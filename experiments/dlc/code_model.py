@@ -89,8 +89,7 @@ class CodeModel:
 
     @classmethod
     def load(cls, workdir: str | os.PathLike) -> 'CodeModel':
-        config, state = modules.load(workdir, 'code_model', build)
-        return cls(config, state.ema)
+        return cls(*modules.load(workdir, 'code_model', build))
 
     def sample(self, key: jax.Array, num: int, *, batch_size: int = 256, progress: Any = None, **sampler: Any) -> np.ndarray:
         """int32 [num, L]. `sampler` overrides fields of `config.sampler`; batch b uses `fold_in(key, b)`."""

@@ -248,8 +248,7 @@ class Encoder:
 
     @classmethod
     def load(cls, workdir: str | os.PathLike) -> 'Encoder':
-        config, state = modules.load(workdir, 'encoder', build)
-        return cls(config, state.ema['encoder'])
+        return cls(*modules.load(workdir, 'encoder', build, part='encoder'))
 
     @property
     def transform(self) -> augment.CenterCrop:

@@ -129,8 +129,7 @@ class Generator:
 
     @classmethod
     def load(cls, workdir: str | os.PathLike) -> 'Generator':
-        config, state = modules.load(workdir, 'generator', build)
-        return cls(config, state.ema)
+        return cls(*modules.load(workdir, 'generator', build))
 
     def sample(self, key: jax.Array, cond: np.ndarray | None, num: int, *, batch_size: int = 256, progress: Any = None,
                **sampler: Any) -> np.ndarray:

@@ -13,7 +13,6 @@ import numpy as np
 from experiments.runtime import launch, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
-from experiments.runtime.state import TrainState
 
 T = TypeVar('T')
 
@@ -51,9 +50,11 @@ def build_dataclass(cls: type[T], name: str, fields: Mapping[str, Any]) -> T:
     return cls(**fields)
 
 
-def load(workdir: str | os.PathLike, kind: str,
-         build_experiment: Callable[..., Any]) -> tuple[ml_collections.ConfigDict, TrainState]:
-    """Config and newest state of the run in `workdir`, in host memory: the moments in it are never needed on a device.
+def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., Any],
+         part: str | None = None) -> tuple[ml_collections.ConfigDict, Any]:
+    """Config and newest averaged weights of the run in `workdir`, in host memory; of `part` of the model, if given.
+
+    A converted run (`config.weights_only`) has nothing but the weights in its checkpoint, and of that part alone.
 
     Raises:
         ValueError: `workdir` holds no run, one of another `kind` (config.experiment), or no checkpoint yet.
@@ -67,12 +68,15 @@ def load(workdir: str | os.PathLike, kind: str,
     experiment = build_experiment(one, mesh_lib.make_mesh({}, jax.devices()[:1]))
     checkpointer = Checkpointer(storage.resolve(workdir) / 'checkpoints', read_only=True)
     like = jax.eval_shape(experiment.init, jax.random.key(0))
+    if config.get('weights_only'):
+        like = {'ema': {part: like.ema[part]} if part else like.ema}
     host = jax.sharding.SingleDeviceSharding(_host())
     restored = checkpointer.restore(like, jax.tree.map(lambda _: host, like))
     checkpointer.close()
     if restored is None:
         raise ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
-    return config, restored[1]
+    ema = restored[1]['ema'] if config.get('weights_only') else restored[1].ema
+    return config, ema[part] if part else ema
 
 
 def _host() -> jax.Device:

@@ -15,6 +15,7 @@ ARGUMENTS = {
     'encoder_imagenet': ('L512', 'L128', 'L32'), 'generator_imagenet': ('L512', 'L128', 'L32', 'class', 'embedding', 'none'),
     'code_model_imagenet': ('L512', 'L128', 'L32', 'small_L512'), 'encoder_small': ('fashion_mnist', 'cifar10', 'imagenette'),
     'generator_small': ('fashion_mnist', 'cifar10', 'imagenette'), 'generator_digits': ('code', 'class', 'embedding', 'none'),
+    'released': ('sem', 'dit', 'sedd'),
 }
 FILES = sorted(p.stem for p in (ROOT / 'configs' / 'dlc').glob('*.py') if p.stem not in ('__init__', 'base', 'quickstart'))
 PARAMETERS = {  # published counts, where the paper's size is a config (arXiv 2507.12318; without fixed position embeddings)

@@ -1,0 +1,118 @@
+"""Released PyTorch weights in, and trained weights out.
+
+    # a folder or file of released weights -> a work directory for --encoder, --generator, --code_model
+    python -m experiments.convert --kind=sem  --src=SEM_dinov2_L512/ --dst=runs/released/encoder
+    python -m experiments.convert --kind=dit  --src=DLC_DiT_L512/    --dst=runs/released/generator
+    python -m experiments.convert --kind=sedd --src=DLC_SEDD_L512/   --dst=runs/released/code_model
+    # the averaged weights of a run -> safetensors and config.json under the originals' names
+    python -m experiments.convert --reverse --kind=dit --src=runs/generator --dst=exported/
+
+--src is safetensors or a torch.save file (no code in it is run), one file or shards with their index. sd_vae, inception
+and dinov2 become one checked safetensors file in the originals' newest names, for --vae, --inception and
+--config.pretrained. --config says how the model is to be sampled and was trained; by default, as published.
+"""
+import argparse
+import sys
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from experiments.dlc import released
+from experiments.runtime import launch, storage
+
+# Which kinds take a flag that the tensors do not tell.
+TAKES = {'num_heads': ('sem', 'dinov2', 'dit', 'sedd'), 'num_codes': ('sem',), 'vocab_size': ('sem',),
+         'temperature': ('sem',)}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = launch.parser(__doc__, config='settings of the work directory (default: configs/dlc/released.py:KIND)')
+    p.add_argument('--kind', required=True, choices=tuple(released.KINDS))
+    p.add_argument('--src', required=True, metavar='DIR|FILE', help='released weights; --reverse: a work directory')
+    p.add_argument('--dst', required=True, metavar='DIR', help='written there; must be empty or new')
+    p.add_argument('--reverse', action='store_true', help='from a work directory to released names')
+    p.add_argument('--key', help='entry of a file that holds several state dicts, such as teacher')
+    p.add_argument('--num_heads', type=int, help='default: as published for that width')
+    p.add_argument('--num_codes', type=int, help='L of a sem (default 512)')
+    p.add_argument('--vocab_size', type=int, help='V of a sem (default: what num_codes leaves)')
+    p.add_argument('--temperature', type=float, help='of a sem (default 1)')
+    return p
+
+
+def check_flags(args: argparse.Namespace, overrides: bool) -> None:
+    """Raises a ValueError or OSError for what is wrong whatever the weights turn out to be."""
+    for name, kinds in TAKES.items():
+        value = getattr(args, name)
+        if value is not None and (args.reverse or args.kind not in kinds):
+            raise ValueError(f'--{name}: ' + ('a work directory says it itself' if args.reverse else
+                                              f'the tensors of a {args.kind} say it themselves') + '; leave it out')
+        if value is not None and value <= 0:
+            raise ValueError(f'--{name}={value} must be positive')
+    if overrides and (args.reverse or not released.KINDS[args.kind].experiment):
+        raise ValueError('--config: only a work directory has one; leave it out')
+    if args.key and args.reverse:
+        raise ValueError('--key: a work directory has no state dicts; leave it out')
+    if not storage.resolve(args.src).exists():
+        raise FileNotFoundError(f'--src={args.src}: nothing there')
+    if not args.reverse and released.KINDS[args.kind].experiment and not released.is_released(args.src):
+        raise ValueError(f'--src={args.src}: no released weights there (.safetensors, .pth, .bin); from a work '
+                         'directory to weights it is --reverse')
+    dst = storage.resolve(args.dst)
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ValueError(f'--dst={args.dst}: something is there already; choose another place')
+    storage.check_writable(dst, '--dst')
+
+
+def summary(kind: str, module: Any, params: Any, dst: str) -> str:
+    """One line: what, how large, where."""
+    count = sum(np.size(x) for x in jax.tree.leaves(params))
+    codes = {'sem': ('num_codes', 'vocab_size'), 'sedd': ('length', 'vocab_size')}.get(kind, ())
+    if kind == 'dit' and module.condition == 'code':
+        codes = ('num_codes', 'vocab_size')
+    size = f', L x V = {getattr(module, codes[0])} x {getattr(module, codes[1])}' if codes else ''
+    return f'{kind}: {count:,} parameters{size}, {4 * count / 1e9:.3g} GB in float32 -> {dst}'
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
+    """Flags and config. Kind and source decide the default config, so they are looked at first."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument('--kind', nargs='?')
+    first.add_argument('--src', nargs='?')
+    known = first.parse_known_args(argv)[0]
+    kind = known.kind if known.kind in released.CONFIGURED else 'sem'
+    noted = released.noted_settings(kind, known.src) if known.src and '--reverse' not in argv else []
+    return launch.parse(parser(), [*noted, *argv], default_config=released.published_config(kind))
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    args, config = parse(argv)
+    check_flags(args, any(a.startswith('--config') for a in argv))
+    launch.initialize(args)
+    to_run = '' if args.reverse else released.KINDS[args.kind].experiment  # what the work directory will be of
+    if to_run and config.get('experiment') != to_run:
+        raise ValueError(f'--config: experiment={config.get("experiment")!r}, but a {args.kind} makes {to_run!r}')
+    noise = 'loglinear'
+    if args.reverse and not released.is_released(args.src):
+        module, params, of_run = released.read_run(args.kind, args.src)
+        noise = of_run.diffusion.noise if args.kind == 'sedd' else noise
+    else:
+        if args.reverse and args.kind in released.CONFIGURED:
+            raise ValueError(f'--src={args.src}: released weights already; --reverse takes a work directory')
+        fields = {name: getattr(args, name) for name, kinds in TAKES.items() if args.kind in kinds}
+        module, params = released.read(args.kind, args.src, key=args.key, **fields,
+                                       **released.fields_of(args.kind, config))
+    if to_run:
+        config, params = released.as_run(args.kind, module, params, config)
+        with config.unlocked():
+            config.weights_only = True
+        released.write_run(args.kind, config, params, args.dst)
+    else:
+        released.write_released(args.kind, module, params, args.dst, noise=noise)
+    print(summary(args.kind, module, params, args.dst))
+
+
+if __name__ == '__main__':
+    launch.main(main, stopped='what --dst holds is incomplete; remove it and run the same command again', status=None)
