@@ -25,7 +25,7 @@ from experiments.dlc.code_model import CodeModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.judge import Judge
-from experiments.runtime import launch, report
+from experiments.runtime import launch, report, storage
 from experiments.runtime.metrics import read_metrics
 from experiments.sample import progress
 from experiments.train import train
@@ -248,6 +248,8 @@ def curve(workdir: pathlib.Path, name: str) -> tuple[list[int], list[float]]:
 
 def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says."""
+    if storage.is_remote(workdir):
+        raise ValueError(f'--workdir={workdir}: the quickstart works in a local folder; copy it afterwards')
     workdir = pathlib.Path(workdir)
     claim(config, workdir)
     clock = Clock(workdir / 'seconds.json')

@@ -196,6 +196,7 @@ BAD = {
                                '--workdir: .*file/run cannot be written'),
     'quickstart of another config': ('quickstart', '--config=configs/dlc/quickstart.py:tiny --workdir={at}/quickstart',
                                      'holds a quickstart with another config'),
+    'quickstart at a URL': ('quickstart', '--workdir=gs://bucket/run', 'gs://bucket/run: the quickstart works in a local'),
     'quickstart size': ('quickstart', '--config=configs/dlc/quickstart.py:huge --workdir={at}/new', "size 'huge'"),
     # ---- Sampling ----------------------------------------------------------------------------------------------------
     'generator absent': ('sample', SAMPLE.replace('{at}/code ', '{at}/nowhere '),
