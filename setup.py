@@ -40,7 +40,8 @@ setup(
         'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'sacrebleu>=2.4'],
         'parity': ['torch>=2.4', 'transformers>=4.56'],  # oracles of tests/parity and reference of benchmarks/
         'tpu': ["jax[tpu]>=0.10.2,<0.11; python_version<'3.12'", "jax[tpu]>=0.11.1,<0.13; python_version>='3.12'"],
-        'cuda': ["jax[cuda13]>=0.10.2,<0.11; python_version<'3.12'", "jax[cuda13]>=0.11.1,<0.13; python_version>='3.12'"],
+        'cuda': ["jax[cuda13]>=0.10.2,<0.11; python_version<'3.12'",
+                 "jax[cuda13]>=0.11.1,<0.13; python_version>='3.12'"],
         'gcs': ['etils[epath-gcs]>=1.13'],  # work directories and code stores at gs://
         'translation': ['sacrebleu>=2.4'],  # BLEU of the translation game as others report it
         'prepare': ['tensorflow-cpu>=2.20'],  # only to download and prepare TFDS data sets

@@ -1,8 +1,9 @@
 """Ours against plain PyTorch, side by side: python -m benchmarks.dlc [--rows dit_forward ...] [--device gpu].
 
 Both sides of a row hold the same weights (moved by `dlc_jax.convert`) and are first shown to compute the same; then
-they take turns, ours, eager, compiled, ours, ..., and the table gives medians. PyTorch is needed here only. Sizes: DiT-S/2
-in float32 on a CPU; DiT-XL/2, SEDD-medium and ViT-L/14 in bfloat16 on a GPU, where no figure has been measured yet.
+they take turns, ours, eager, compiled, ours, ..., and the table gives medians. PyTorch is needed here only. Sizes:
+DiT-S/2 in float32 on a CPU; DiT-XL/2, SEDD-medium and ViT-L/14 in bfloat16 on a GPU, where no figure has been measured
+yet.
 """
 import argparse
 import dataclasses

@@ -50,8 +50,8 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
 
     # All that decides what is written: another store is never taken for this one.
     meta = dict(num_codes=m.num_codes, vocab_size=m.vocab_size, class_names=tuple(source.class_names or ()),
-                encoder=fingerprint(encoder.params), image_size=image_size, stored='images' if vae is None else 'latents',
-                store_sem=store_sem, flip=flip, seed=seed)
+                encoder=fingerprint(encoder.params), image_size=image_size,
+                stored='images' if vae is None else 'latents', store_sem=store_sem, flip=flip, seed=seed)
     with codestore.writer(out, num=len(source), meta=meta) as store, \
             tqdm(total=len(source), initial=store.done, desc='encode', unit='image', dynamic_ncols=True) as bar:
         for batch in eval_batches(source, prepare, min(batch_size, len(source)), start=store.done,

@@ -6,8 +6,8 @@
     python -m experiments.evaluate --samples=samples.npz --reference=codes/heldout --train=codes/train
     python -m experiments.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --inception=FILE
 
-Stores come from experiments.encode, samples.npz from experiments.sample. With --inception (the released FID weights) and
-the ADM suite's reference file this gives FID, sFID, Inception score, precision and recall as they are published;
+Stores come from experiments.encode, samples.npz from experiments.sample. With --inception (the released FID weights)
+and the ADM suite's reference file this gives FID, sFID, Inception score, precision and recall as they are published;
 without --inception, distances in the features of a small classifier fitted to the --train images, comparable only among
 themselves.
 """
@@ -52,7 +52,8 @@ def load_images(path: str) -> np.ndarray:
 
 
 def load_statistics(path: str) -> dict[str, frechet.Statistics]:
-    """Means and covariances stored beside the images of an ADM reference file: `pool` (FID) and `spatial` (sFID), or {}.
+    """Means and covariances stored beside the images of an ADM reference file: `pool` (FID) and `spatial` (sFID), or
+    {}.
 
     The 10 000 images there are for precision and recall; published FIDs are against these statistics, which are of the
     whole training set.
@@ -87,7 +88,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.samples and not args.reference:
         raise ValueError('--samples needs --reference: real images to compare with')
     if args.samples and not (args.inception or args.train):
-        raise ValueError('--samples needs a feature space: --inception=FILE, or --train=STORE to fit a small classifier')
+        raise ValueError('--samples needs a feature space: --inception=FILE, or --train=STORE to fit a small '
+                         'classifier')
     if args.heldout and not args.train:
         raise ValueError('--heldout needs --train: the store that probes are fitted to')
     if args.batch_size < 1:
@@ -115,22 +117,23 @@ def main() -> None:
               for name, path in (('train', args.train), ('heldout', args.heldout)) if path}
     sizes = {name: (store.num_codes, store.vocab_size) for name, store in stores.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f'--train holds codes of L x V = {sizes["train"]} but --heldout {sizes["heldout"]}; encode both '
-                         'with one encoder')
+        raise ValueError(f'--train holds codes of L x V = {sizes["train"]} but --heldout {sizes["heldout"]}; '
+                         'encode both with one encoder')
     if args.samples:
         images = {'samples': load_images(args.samples), 'reference': load_images(args.reference)}
         if not args.inception:
             images['train'] = np.asarray(stores['train'].array('images'))
         for name, x in images.items():
             if x.shape[1:] != images['samples'].shape[1:]:
-                raise ValueError(f'--samples are {images["samples"].shape[1:]} but --{name} images {x.shape[1:]}; use one '
-                                 'size')
+                raise ValueError(f'--samples are {images["samples"].shape[1:]} but --{name} images {x.shape[1:]}; '
+                                 'use one size')
 
     out = {}
     if args.samples and args.inception:
         module, params = convert.from_torch('inception', load_state_dict(storage.local_copy(args.inception)))
-        ours, theirs = (inception_features.inception_features(module, params, [images[name]], batch_size=args.batch_size)
-                        for name in ('samples', 'reference'))
+        ours, theirs = (
+            inception_features.inception_features(module, params, [images[name]], batch_size=args.batch_size)
+            for name in ('samples', 'reference'))
         out['samples'] = inception_scores(ours, theirs, load_statistics(args.reference))
     elif args.samples:
         judge = Judge.fit(images['train'], np.asarray(stores['train'].array('labels')))

@@ -76,8 +76,10 @@ def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
     launch.save_config(config, workdir)
 
 
-def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path, heldout: codestore.CodeStore) -> dict[str, list[np.ndarray]]:
-    """uint8 images of every method, one array a seed, as many as there are held-out images; codes drawn are kept too."""
+def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
+                heldout: codestore.CodeStore) -> dict[str, list[np.ndarray]]:
+    """uint8 images of every method, one array a seed, as many as there are held-out images; codes drawn are kept
+    too."""
     num, sets = len(heldout), {}
     for method, (generator_name, origin) in METHODS.items():
         sets[method] = []
@@ -88,16 +90,22 @@ def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path, heldou
                 if origin == 'code_model':
                     drawn['codes'] = CodeModel.load(workdir / 'code_model').sample(
                         code_key, num, batch_size=config.sample_batch, progress=progress('codes', num))
-                cond = {None: lambda: None, 'code_model': lambda: drawn['codes'],
-                        'heldout': lambda: heldout.array('codes' if generator_name == 'code' else 'embeddings')}[origin]()
+                cond = {
+                    None: lambda: None,
+                    'code_model': lambda: drawn['codes'],
+                    'heldout': lambda: heldout.array('codes' if generator_name == 'code' else 'embeddings'),
+                }[origin]()
                 x = Generator.load(workdir / f'generator_{generator_name}').sample(
-                    image_key, cond, num, batch_size=config.sample_batch, progress=progress(f'{method}, seed {seed}', num))
+                    image_key, cond, num, batch_size=config.sample_batch,
+                    progress=progress(f'{method}, seed {seed}', num))
                 return drawn | {'images': np.asarray(to_uint8(x))}
-            sets[method].append(once(workdir / 'samples' / f'{method.replace(", ", "_").replace(" ", "_")}_{seed}.npz', make))
+            file_name = f'{method.replace(", ", "_").replace(" ", "_")}_{seed}.npz'
+            sets[method].append(once(workdir / 'samples' / file_name, make))
     return sets
 
 
-def compositions(config: ml_collections.ConfigDict, workdir: pathlib.Path, heldout: codestore.CodeStore) -> dict[str, np.ndarray]:
+def compositions(config: ml_collections.ConfigDict, workdir: pathlib.Path,
+                 heldout: codestore.CodeStore) -> dict[str, np.ndarray]:
     """Images composed of pairs of held-out images of different classes: by codes, and by averaged embeddings.
 
     Returns:
@@ -121,8 +129,9 @@ def compositions(config: ml_collections.ConfigDict, workdir: pathlib.Path, heldo
         sems = sems.reshape(*shape, *sems.shape[1:])
         embeddings = np.asarray(heldout.array('embeddings'))[pairs].mean(1)
         code_key, image_key = jax.random.split(jax.random.key(0))
-        cond = {method: np.concatenate([np.asarray(codes_lib.compose(jax.random.fold_in(code_key, i), sems[i], c.samples, method=method))
-                                        for i in range(c.pairs)]) for method in ('average', 'positions')}
+        cond = {method: np.concatenate([
+            np.asarray(codes_lib.compose(jax.random.fold_in(code_key, i), sems[i], c.samples, method=method))
+            for i in range(c.pairs)]) for method in ('average', 'positions')}
         cond['embedding'] = np.repeat(embeddings, c.samples, axis=0)
         out = {'sources': pairs}
         for method, rows in cond.items():
@@ -134,11 +143,12 @@ def compositions(config: ml_collections.ConfigDict, workdir: pathlib.Path, heldo
     return once(workdir / 'samples' / 'compositions.npz', make)
 
 
-def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeStore], sets: dict[str, list[dict[str, np.ndarray]]],
-            composed: dict[str, np.ndarray]) -> dict[str, Any]:
+def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeStore],
+            sets: dict[str, list[dict[str, np.ndarray]]], composed: dict[str, np.ndarray]) -> dict[str, Any]:
     """Everything in `metrics.json`."""
-    train_set, heldout = ({name: np.asarray(store.array(name)) for name in ('images', 'labels', 'codes', 'embeddings', 'sem')}
-                          for store in (stores['train'], stores['heldout']))
+    train_set, heldout = (
+        {name: np.asarray(store.array(name)) for name in ('images', 'labels', 'codes', 'embeddings', 'sem')}
+        for store in (stores['train'], stores['heldout']))
     vocab = config.encoder.model.vocab_size
     judge = Judge.fit(train_set['images'], train_set['labels'])
     opinion = judge.predict(heldout['images'])
@@ -153,9 +163,11 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
             rows.append(row)
         methods[method] = evaluation.mean_and_spread(rows)
     rng = np.random.default_rng(0)
-    floors = [evaluation.sample_set(judge, train_set['images'][rng.permutation(len(train_set['images']))[:len(heldout['images'])]],
-                                    heldout['images'], train_set['images']) for _ in config.sample_seeds]
-    methods['real training images'] = evaluation.mean_and_spread(floors) | {'nearest_train': None, 'nearest_train_std': None}
+    floors = [evaluation.sample_set(
+        judge, train_set['images'][rng.permutation(len(train_set['images']))[:len(heldout['images'])]],
+        heldout['images'], train_set['images']) for _ in config.sample_seeds]
+    methods['real training images'] = evaluation.mean_and_spread(floors) | {
+        'nearest_train': None, 'nearest_train_std': None}
 
     drawn = [draw['codes'] for draw in sets['code, then image']]
     nearest_code = lambda codes: float(np.median(codes_lib.nearest_hamming(codes, train_set['codes'])))
@@ -164,13 +176,17 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
     return {
         'methods': methods,
         'judge_accuracy': float((opinion == heldout['labels']).mean()),
-        'heldout_nearest_train': evaluation.sample_set(judge, heldout['images'], heldout['images'], train_set['images'])['nearest_train'],
-        'representation': evaluation.representation(train_set, heldout, len(stores['train'].meta['class_names']), vocab),
+        'heldout_nearest_train': evaluation.sample_set(
+            judge, heldout['images'], heldout['images'], train_set['images'])['nearest_train'],
+        'representation': evaluation.representation(
+            train_set, heldout, len(stores['train'].meta['class_names']), vocab),
         'codes': {
             'training images': evaluation.code_usage(train_set['codes'], vocab) | {'nearest_train_code': None},
-            'held-out images': evaluation.code_usage(heldout['codes'], vocab) | {'nearest_train_code': nearest_code(heldout['codes'])},
-            'code model': evaluation.mean_and_spread([evaluation.code_usage(codes, vocab) | {'nearest_train_code': nearest_code(codes)}
-                                                      for codes in drawn]),
+            'held-out images': evaluation.code_usage(heldout['codes'], vocab) | {
+                'nearest_train_code': nearest_code(heldout['codes'])},
+            'code model': evaluation.mean_and_spread([
+                evaluation.code_usage(codes, vocab) | {'nearest_train_code': nearest_code(codes)}
+                for codes in drawn]),
         },
         'composition': {method: evaluation.composition(judge, flat(composed[method]), first, second)
                         for method in ('average', 'positions', 'embedding')},
@@ -195,17 +211,19 @@ def with_spread(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metrics: dict[str, Any], seconds: dict[str, float],
-                 heldout: codestore.CodeStore, sets: dict[str, list[dict[str, np.ndarray]]], composed: dict[str, np.ndarray]) -> None:
+def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metrics: dict[str, Any],
+                 seconds: dict[str, float], heldout: codestore.CodeStore,
+                 sets: dict[str, list[dict[str, np.ndarray]]], composed: dict[str, np.ndarray]) -> None:
     page = report.Report('Discrete Latent Codes on handwritten digits',
                          'Every number on this page was measured in this run. ± is the standard deviation over '
                          f'{len(config.sample_seeds)} sample sets.')
     page.heading('Methods')
     page.table(with_spread(metrics['methods']))
-    page.text(f'Fréchet distance, precision, recall, density and coverage against {len(heldout)} held-out images, in the last hidden '
-              f'layer of a separate pixel classifier ({metrics["judge_accuracy"]:.1%} correct on held-out images) that none of the '
-              'generators or the encoder was trained in. Nearest train: median distance of a sample to its closest training image, '
-              f'in grey levels; held-out images are at {metrics["heldout_nearest_train"]:.3g}, so a value far below that means copies. '
+    page.text(f'Fréchet distance, precision, recall, density and coverage against {len(heldout)} held-out images, '
+              f'in the last hidden layer of a separate pixel classifier ({metrics["judge_accuracy"]:.1%} correct on '
+              'held-out images) that none of the generators or the encoder was trained in. '
+              'Nearest train: median distance of a sample to its closest training image, in grey levels; '
+              f'held-out images are at {metrics["heldout_nearest_train"]:.3g}, so a value far below that means copies. '
               'Same class: how often the classifier gives a sample the label of the image its code came from.')
     page.heading('Samples')
     images = np.asarray(heldout.array('images'))
@@ -215,27 +233,29 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
 
     page.heading('Compositions')
     count = min(12, config.composition.pairs)
-    for method, caption in (('average', 'codes drawn from the averaged soft codes'), ('positions', 'each position from either source'),
+    for method, caption in (('average', 'codes drawn from the averaged soft codes'),
+                            ('positions', 'each position from either source'),
                             ('embedding', 'averaged continuous embeddings')):
         rows = np.concatenate([images[composed['sources'][:count]], composed[method][:count]], axis=1)
         page.images(rows.reshape(-1, *rows.shape[2:]), rows.shape[1], f'two sources, then {caption}', scale=4)
     page.table(with_spread(metrics['composition']))
-    page.text('Share of composed images whose most likely class, to the separate classifier, is that of the first source, of the '
-              'second, of either; both: its two most likely classes are the two sources.')
+    page.text('Share of composed images whose most likely class, to the separate classifier, is that of the first '
+              'source, of the second, of either; both: its two most likely classes are the two sources.')
 
     page.heading('Codes and representation')
     page.table(with_spread(metrics['codes']))
-    page.text(f'{config.encoder.model.num_codes} positions of {config.encoder.model.vocab_size} values. Perplexity: mean and least over '
-              'positions; dead entries: share of values never used; nearest train code: median number of positions that differ from the '
-              'closest training code.')
+    page.text(f'{config.encoder.model.num_codes} positions of {config.encoder.model.vocab_size} values. '
+              'Perplexity: mean and least over positions; dead entries: share of values never used; '
+              'nearest train code: median number of positions that differ from the closest training code.')
     page.table(with_spread(metrics['representation']))
     page.text('Accuracy on held-out images of a 20-nearest-neighbour classifier and of a linear probe.')
 
     page.heading('Training')
     page.lines({'encoder': curve(workdir / 'encoder', 'loss')}, 'encoder loss')
-    page.lines({'perplexity of the mean soft code': curve(workdir / 'encoder', 'sem_usage')}, 'code usage while training')
-    page.lines({c: curve(workdir / f'generator_{c}', 'mse') for c in config.generators}, 'generator, error of the predicted noise',
-               log_y=True)
+    page.lines({'perplexity of the mean soft code': curve(workdir / 'encoder', 'sem_usage')},
+               'code usage while training')
+    page.lines({c: curve(workdir / f'generator_{c}', 'mse') for c in config.generators},
+               'generator, error of the predicted noise', log_y=True)
     page.lines({'code model': curve(workdir / 'code_model', 'nats_per_token')}, 'code model, bound on nats a token')
     page.table([{'stage': name, 'seconds': value} for name, value in seconds.items()])
     page.save(workdir / 'report.html')
@@ -261,8 +281,8 @@ def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -
     def encode():
         encoder = Encoder.load(workdir / 'encoder')
         for split in ('train', 'heldout'):
-            encode_lib.encode(encoder, sources.image_source(config.encoder.data, split), workdir / 'codes' / split, store_sem=True,
-                              image_size=config.generators.code.model.input_size)
+            encode_lib.encode(encoder, sources.image_source(config.encoder.data, split), workdir / 'codes' / split,
+                              store_sem=True, image_size=config.generators.code.model.input_size)
     clock.stage('codes', encode)
     stores = {split: codestore.open_code_store(workdir / 'codes' / split) for split in ('train', 'heldout')}
 
@@ -279,7 +299,8 @@ def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -
     composed = clock.stage('compositions', lambda: compositions(config, workdir, stores['heldout']))
     metrics = clock.stage('evaluation', lambda: measure(config, stores, sets, composed))
     (workdir / 'metrics.json').write_text(json.dumps(metrics, indent=1) + '\n')
-    clock.stage('report', lambda: write_report(config, workdir, metrics, clock.seconds, stores['heldout'], sets, composed))
+    clock.stage('report', lambda: write_report(
+        config, workdir, metrics, clock.seconds, stores['heldout'], sets, composed))
     return metrics
 
 
@@ -290,7 +311,8 @@ def main() -> None:
     launch.initialize(args)
     metrics = quickstart(config, args.workdir)
     for name, row in metrics['methods'].items():
-        print(f'{name:32s} Fréchet distance {row["frechet"]:8.3f}   precision {row["precision"]:.3f}   recall {row["recall"]:.3f}')
+        print(f'{name:32s} Fréchet distance {row["frechet"]:8.3f}   precision {row["precision"]:.3f}   '
+              f'recall {row["recall"]:.3f}')
     print(f'report -> {pathlib.Path(args.workdir) / "report.html"}')
 
 

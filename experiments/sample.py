@@ -201,8 +201,8 @@ def main() -> None:
     check_sampler(args, generator.config)
     vae = LatentDecoder.load(args.vae) if args.vae else None
     if (generator.config.data.target == 'latents') != bool(args.vae):
-        raise ValueError('this generator makes latents: give the autoencoder weights with --vae=DIR' if not args.vae else
-                         'this generator makes pixels: leave --vae out')
+        raise ValueError('this generator makes latents: give the autoencoder weights with --vae=DIR'
+                         if not args.vae else 'this generator makes pixels: leave --vae out')
     code_key, image_key = jax.random.split(jax.random.key(args.seed))
     num, cond = args.num or 16, None
 

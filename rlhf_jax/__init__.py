@@ -1,5 +1,5 @@
-"""Reinforcement learning from human feedback in JAX/Flax: language models and their sampler, losses, asynchronous rollouts,
-Elastic Reset, weight conversion.
+"""Reinforcement learning from human feedback in JAX/Flax: language models and their sampler, losses, asynchronous
+rollouts, Elastic Reset, weight conversion.
 
 Pure functions and Linen modules; import the file you need, `from rlhf_jax.losses import online_dpo`.
 

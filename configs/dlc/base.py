@@ -1,4 +1,5 @@
-"""Every field of the three image experiments, with its unit. A config file starts from one of these and changes lines."""
+"""Every field of the three image experiments, with its unit. A config file starts from one of these and changes
+lines."""
 import ml_collections
 
 ConfigDict = ml_collections.ConfigDict

@@ -1,6 +1,7 @@
 """SEDD-medium over ImageNet codes (default :L512; ':small_L512' and so on for the small one).
 
-    python -m experiments.train --config=configs/dlc/code_model_imagenet.py:L512 --workdir=… --config.data.path=imagenet_codes
+    python -m experiments.train --config=configs/dlc/code_model_imagenet.py:L512 --workdir=… \\
+        --config.data.path=imagenet_codes
 
 arXiv 2507.12318 table 5: batch 512, AdamW 3e-4, warm-up 2500, clip 1, EMA 0.9999, 200 epochs (500 000 steps), about two
 days on four H100. Sampling: 4096 steps with remasking (eta 0.01, window 0.3 to 0.55) for unguided images, 1024

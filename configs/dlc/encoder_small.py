@@ -19,15 +19,16 @@ def get_config(data: str = 'fashion_mnist'):
     config = base.encoder()
     config.num_steps, config.batch_size = 20_000, 256
     config.model.update(dict(size='S', width=256, depth=6, num_heads=4, patch_size=patch, pos_grid=pixels // patch,
-                             layer_scale=1.0, init_std=0.06, pos_init_std=0.5, drop_path=0.1, num_codes=32, vocab_size=64,
-                             temperature=0.2))
+                             layer_scale=1.0, init_std=0.06, pos_init_std=0.5, drop_path=0.1, num_codes=32,
+                             vocab_size=64, temperature=0.2))
     config.head.update(dict(hidden=1024, bottleneck=128, prototypes=2048, init_std=0.03))
     config.loss.centering = 'sinkhorn_knopp'
     config.loss.teacher_temperature.update(dict(peak=0.06, init=0.04, warmup_steps=5000))
     config.ema.update(dict(decay=0.99, final=1.0))
     config.optimizer.learning_rate.update(dict(peak=1e-3, warmup_steps=1000, final=1e-6, decay='cosine'))
     config.layer_decay, config.patch_embed_lr, config.freeze_last_layer = 1.0, 1.0, 200
-    config.data.update(dict(name=name, image_size=pixels, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels,
-                            global_size=pixels, global_scale=(0.4, 1.0), local_size=pixels // patch // 2 * patch,
-                            local_scale=(0.1, 0.4), num_local=4, flip=flip, blur=(0.0, 0.3, 0.3), mask_min_patches=2))
+    config.data.update(dict(name=name, image_size=pixels, channels=channels, mean=(0.5,) * channels,
+                            std=(0.5,) * channels, global_size=pixels, global_scale=(0.4, 1.0),
+                            local_size=pixels // patch // 2 * patch, local_scale=(0.1, 0.4), num_local=4, flip=flip,
+                            blur=(0.0, 0.3, 0.3), mask_min_patches=2))
     return config

@@ -11,7 +11,8 @@ def get_config(condition: str = 'code'):
     config.num_steps, config.batch_size = 2000, 64
     config.log_every, config.checkpoint_every = 50, 500
     config.model.update(dict(size='S', width=64, depth=3, num_heads=2, patch_size=2, input_size=8, channels=1,
-                             condition=condition or 'code', num_codes=16, vocab_size=16, num_classes=10, embedding_dim=96,
+                             condition=condition or 'code', num_codes=16, vocab_size=16, num_classes=10,
+                             embedding_dim=96,
                              time_init_std=0.15, code_init_std=1.0))  # a narrow model needs them; see base.py
     config.ema.update(dict(decay=0.995, ramp=True))
     config.optimizer.learning_rate.update(dict(peak=3e-3, warmup_steps=100, final=1e-5, decay='cosine'))

@@ -1,4 +1,5 @@
-"""DiT-XL/2 on ImageNet-256 latents, conditioned on codes (default :L512), or ':class', ':embedding', ':none' as baselines.
+"""DiT-XL/2 on ImageNet-256 latents, conditioned on codes (default :L512), or ':class', ':embedding', ':none' as
+baselines.
 
     python -m experiments.encode --encoder=RUN --vae=sd-vae-ft-ema/ --flip=0.5 --out=imagenet_codes
     python -m experiments.train --config=configs/dlc/generator_imagenet.py:L512 --workdir=… \\
@@ -25,7 +26,8 @@ def get_config(condition: str = 'L512'):
     elif condition in ('class', 'embedding', 'none'):
         config.model.condition = condition
     else:
-        raise ValueError(f"generator_imagenet: {condition!r} is not one of {tuple(CODES) + ('class', 'embedding', 'none')}")
+        raise ValueError(f'generator_imagenet: {condition!r} is not one of '
+                         f"{tuple(CODES) + ('class', 'embedding', 'none')}")
     config.model.dtype = 'bfloat16'
     config.model.remat = 'dots_no_batch'
     config.checkpoint_every, config.log_every = 5000, 100

@@ -1,8 +1,8 @@
 """DiT on small pictures, in pixels, conditioned on codes: ':fashion_mnist' (default), ':cifar10', ':imagenette'.
 
     python -m experiments.encode --encoder=runs/fashion/encoder --out=runs/fashion/codes/train
-    python -m experiments.train --config=configs/dlc/generator_small.py:fashion_mnist --workdir=runs/fashion/generator \\
-        --config.data.path=runs/fashion/codes/train
+    python -m experiments.train --config=configs/dlc/generator_small.py:fashion_mnist \\
+        --workdir=runs/fashion/generator --config.data.path=runs/fashion/codes/train
 """
 from configs.dlc import base
 from configs.dlc.encoder_small import DATA

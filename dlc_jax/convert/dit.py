@@ -1,11 +1,13 @@
-"""DiT weights: `DiTSEM`, `DiTCONT` and `DiT` of lavoiems/DiscreteLatentCode `dit/models.py`, and of facebookresearch/DiT."""
+"""DiT weights: `DiTSEM`, `DiTCONT` and `DiT` of lavoiems/DiscreteLatentCode `dit/models.py`, and of
+facebookresearch/DiT."""
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from dlc_jax.convert.rules import FLAT, Codec, Fixed, Rule, linear, num_blocks, param_shapes, patch_conv, shape_of, strip_prefixes
+from dlc_jax.convert.rules import (FLAT, Codec, Fixed, Rule, linear, num_blocks, param_shapes, patch_conv, shape_of,
+                                   strip_prefixes)
 from dlc_jax.convert.rules import to_flax, to_torch as _to_torch
 from dlc_jax.models.dit import DiT, sincos_position_embedding
 
@@ -16,7 +18,8 @@ _ROW = Codec(lambda t, shape: t.reshape(shape), lambda p: p.reshape(1, -1))
 
 def _rules(patch_size: int, position: np.ndarray) -> tuple[Rule | Fixed, ...]:
     """`position`: the fixed position embedding, which the originals store as a frozen parameter [1, N, D]."""
-    dense = lambda torch, flax, codec: (Rule(f'{torch}.weight', f'{flax}/kernel', codec), Rule(f'{torch}.bias', f'{flax}/bias', FLAT))
+    dense = lambda torch, flax, codec: (
+        Rule(f'{torch}.weight', f'{flax}/kernel', codec), Rule(f'{torch}.bias', f'{flax}/bias', FLAT))
     return (
         Fixed('pos_embed', position, exact=True),
         *dense('x_embedder.proj', 'patch_embed', patch_conv(patch_size)),

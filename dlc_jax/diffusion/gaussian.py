@@ -1,8 +1,9 @@
 """Gaussian diffusion with learned variance (arXiv 2102.09672) and the samplers that run on it.
 
 Matches `diffusion/gaussian_diffusion.py` and `respace.py` of openai/guided-diffusion, as facebookresearch/DiT and
-lavoiems/DiscreteLatentCode use them: linear schedule, noise prediction, a variance between its two bounds, the variational
-term unscaled and in bits. Time is an integer index, 0 next to the data and `num_timesteps - 1` at the prior.
+lavoiems/DiscreteLatentCode use them: linear schedule, noise prediction, a variance between its two bounds, the
+variational term unscaled and in bits. Time is an integer index, 0 next to the data and `num_timesteps - 1` at the
+prior.
 """
 import dataclasses
 import functools
@@ -47,8 +48,8 @@ class _Tables(NamedTuple):
 class GaussianDiffusion:
     """The process, and what a network that predicts its noise is trained on and sampled with.
 
-    `model_fn(x [B, ...C], t [B] int32) -> [B, ...2C]` (noise, then variance logits; [B, ...C] for a fixed variance) is called
-    with timesteps of the unrespaced process.
+    `model_fn(x [B, ...C], t [B] int32) -> [B, ...2C]` (noise, then variance logits; [B, ...C] for a fixed variance) is
+    called with timesteps of the unrespaced process.
 
     Attributes:
         num_timesteps: of the unrespaced process.
@@ -73,7 +74,8 @@ class GaussianDiffusion:
         return self.num_timesteps if self.steps is None else len(self.steps)
 
     def respaced(self, num_steps: int) -> 'GaussianDiffusion':
-        """The process restricted to `num_steps` of its timesteps, evenly spread with both ends kept (arXiv 2102.09672 §4).
+        """The process restricted to `num_steps` of its timesteps, evenly spread with both ends kept
+        (arXiv 2102.09672 §4).
 
         Always counted from the full process, so respacing twice is respacing once.
         """
@@ -106,7 +108,8 @@ class GaussianDiffusion:
         prev = np.append(1.0, cumprod[:-1])
         variance = betas * (1 - prev) / (1 - cumprod)
         tables = _Tables(
-            betas, cumprod, prev, np.sqrt(cumprod), np.sqrt(1 - cumprod), np.sqrt(1 / cumprod), np.sqrt(1 / cumprod - 1),
+            betas, cumprod, prev, np.sqrt(cumprod), np.sqrt(1 - cumprod), np.sqrt(1 / cumprod),
+            np.sqrt(1 / cumprod - 1),
             log_betas=np.log(betas),
             # The true variance is 0 at index 0; its logarithm is replaced by that of index 1.
             log_betas_large=np.log(np.append(variance[1], betas[1:])),
@@ -146,8 +149,8 @@ class GaussianDiffusion:
         channels = x.shape[-1]
         want = 2 * channels if self.variance == 'learned_range' else channels
         if output.shape != (*x.shape[:-1], want):
-            raise ValueError(f'the network returned {output.shape} for input {x.shape}; variance={self.variance!r} wants {want} '
-                             'channels (learn_sigma)')
+            raise ValueError(f'the network returned {output.shape} for input {x.shape}; variance={self.variance!r} '
+                             f'wants {want} channels (learn_sigma)')
         return output[..., :channels], output[..., channels:] if want > channels else None
 
     def losses(self, model_fn: ModelFn, x0: Array, index: Array, noise: Array) -> dict[str, Array]:
@@ -233,15 +236,17 @@ class GaussianDiffusion:
 
 
 def guided(predict: Callable[[Array, Array, Array | None, Array | None], Array], cond: Array | None, *, scale: float,
-           channels: int | None = None, interval: tuple[float, float] = (0.0, 1.0), num_timesteps: int = 1000) -> ModelFn:
-    """Classifier-free guidance (arXiv 2207.12598) as a `model_fn`: `noise = n0 + scale (n1 - n0)`, n0 on the null, n1 on `cond`.
+           channels: int | None = None, interval: tuple[float, float] = (0.0, 1.0),
+           num_timesteps: int = 1000) -> ModelFn:
+    """Classifier-free guidance (arXiv 2207.12598) as a `model_fn`: `noise = n0 + scale (n1 - n0)`, n0 on the null, n1
+    on `cond`.
 
-    Both come from one call on a batch of twice the size; the variance logits are the conditional ones. Outside `interval`
-    (arXiv 2404.07724) and with `scale` 1 the network runs on `cond` alone.
+    Both come from one call on a batch of twice the size; the variance logits are the conditional ones. Outside
+    `interval` (arXiv 2404.07724) and with `scale` 1 the network runs on `cond` alone.
 
     Args:
-        predict: `(x, t, cond, drop) -> output`; rows where `drop` [B] bool holds are conditioned on the null. `drop` is None
-            where no row is.
+        predict: `(x, t, cond, drop) -> output`; rows where `drop` [B] bool holds are conditioned on the null. `drop` is
+            None where no row is.
         cond: [B, ...], or None for a model without a condition (never guided).
         scale: 1 is no guidance.
         channels: guide the first so many noise channels (arXiv 2212.09748's code: 3); None is all.

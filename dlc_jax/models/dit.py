@@ -1,7 +1,8 @@
-"""Diffusion transformer with adaLN-zero (arXiv 2212.09748), conditioned on a discrete latent code (arXiv 2507.12318 §4).
+"""Diffusion transformer with adaLN-zero (arXiv 2212.09748), conditioned on a discrete latent code
+(arXiv 2507.12318 §4).
 
-Conditions: a code (one embedding table per position, averaged), a class, a continuous embedding, or nothing. Weights of the
-originals: `models.py` of lavoiems/DiscreteLatentCode and of facebookresearch/DiT.
+Conditions: a code (one embedding table per position, averaged), a class, a continuous embedding, or nothing. Weights of
+the originals: `models.py` of lavoiems/DiscreteLatentCode and of facebookresearch/DiT.
 """
 import functools
 from typing import Any
@@ -51,7 +52,8 @@ _normal = nn.initializers.normal
 
 @functools.lru_cache(maxsize=8)
 def sincos_position_embedding(grid: int, width: int) -> np.ndarray:
-    """Fixed 2-D position embedding [grid², width], float32: first half of the channels codes the column, second the row.
+    """Fixed 2-D position embedding [grid², width], float32: first half of the channels codes the column, second the
+    row.
 
     Each half is [sin, cos] of `position * 10000 ** (-k / (width / 4))` (computed in float64).
     """
@@ -158,7 +160,8 @@ class ConditionEmbedder(nn.Module):
 
 def _expect(name: str, got: tuple[int, ...], want: tuple[int, ...], fields: str) -> None:
     if tuple(got) != tuple(want):
-        raise ValueError(f'{name}: each row has shape {tuple(got)} but the DiT wants {tuple(want)}; check model.{fields}')
+        raise ValueError(f'{name}: each row has shape {tuple(got)} but the DiT wants {tuple(want)}; '
+                         f'check model.{fields}')
 
 
 class Block(nn.Module):
@@ -179,14 +182,16 @@ class Block(nn.Module):
         m = _adaln(6, x.shape[-1], **types)(cond)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (m[:, i] for i in range(6))
         h = layers.modulated_layer_norm(x, shift_a, scale_a, eps=_EPS, dtype=self.dtype)
-        x = x + gate_a[:, None] * layers.Attention(self.num_heads, attention_impl=self.attention_impl, name='attn', **types)(h)
+        attention = layers.Attention(self.num_heads, attention_impl=self.attention_impl, name='attn', **types)
+        x = x + gate_a[:, None] * attention(h)
         h = layers.modulated_layer_norm(x, shift_m, scale_m, eps=_EPS, dtype=self.dtype)
         x = x + gate_m[:, None] * layers.Mlp(self.hidden, name='mlp', **types)(h)
         return x, None
 
 
 class FinalLayer(nn.Module):
-    """Modulated layer norm and a linear map to `features` numbers a token; starts at zero. [B, N, D] -> [B, N, features]."""
+    """Modulated layer norm and a linear map to `features` numbers a token; starts at zero.
+    [B, N, D] -> [B, N, features]."""
     features: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -216,8 +221,8 @@ class DiT(nn.Module):
         embedding_dim: size of the continuous embedding.
         cond_dropout: probability, a sample, of training on the null.
         learn_sigma: also return `channels` variance logits.
-        time_init_std, code_init_std: of the time MLP's weights and of the code table (0: 1 / sqrt(width)). The papers' values
-            suit widths near 1000; in a narrow model they leave time and code too faint to be learnt quickly.
+        time_init_std, code_init_std: of the time MLP's weights and of the code table (0: 1 / sqrt(width)). The papers'
+            values suit widths near 1000; in a narrow model they leave time and code too faint to be learnt quickly.
         dtype, param_dtype: compute and storage.
         remat, unroll: see `layers.scan_blocks`.
         attention_impl: see `layers.attention`.
@@ -279,8 +284,8 @@ class DiT(nn.Module):
             c = c + embed(cond, drop).astype(self.dtype)
         c = nn.silu(c)
         blocks = layers.scan_blocks(Block, self.depth, remat=self.remat, unroll=self.unroll, num_broadcast=1)
-        h, _ = blocks(self.num_heads, int(self.width * self.mlp_ratio), attention_impl=self.attention_impl, name='blocks',
-                      **types)(h, c)
+        h, _ = blocks(self.num_heads, int(self.width * self.mlp_ratio), attention_impl=self.attention_impl,
+                      name='blocks', **types)(h, c)
         out_channels = self.channels * (2 if self.learn_sigma else 1)
         h = FinalLayer(self.patch_size ** 2 * out_channels, name='final', **types)(h, c)
         return unpatchify(h, self.patch_size, grid).astype(jnp.float32)
@@ -290,7 +295,8 @@ class DiT(nn.Module):
             raise ValueError(f'condition={self.condition!r} is not one of {CONDITIONS}')
         if self.input_size % self.patch_size:
             raise ValueError(f'input_size={self.input_size} is not divisible by patch_size={self.patch_size}')
-        needed = {'code': ('num_codes', 'vocab_size'), 'class': ('num_classes',), 'embedding': ('embedding_dim',), 'none': ()}
+        needed = {'code': ('num_codes', 'vocab_size'), 'class': ('num_classes',), 'embedding': ('embedding_dim',),
+                  'none': ()}
         for name in needed[self.condition]:
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: condition={self.condition!r} needs it positive')
@@ -298,5 +304,5 @@ class DiT(nn.Module):
         if t.shape != x.shape[:1]:
             raise ValueError(f't has shape {t.shape} but x is a batch of {x.shape[0]}; pass one timestep a row')
         if self.condition != 'none' and (cond is None or cond.shape[:1] != x.shape[:1]):
-            raise ValueError(f'cond: condition={self.condition!r} needs one row for each of the {x.shape[0]} rows of x, got '
-                             f'{None if cond is None else cond.shape} (for no condition pass drop)')
+            raise ValueError(f'cond: condition={self.condition!r} needs one row for each of the {x.shape[0]} rows of '
+                             f'x, got {None if cond is None else cond.shape} (for no condition pass drop)')

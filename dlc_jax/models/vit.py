@@ -207,8 +207,8 @@ class VisionTransformer(nn.Module):
         layer_scale: initial LayerScale; 0 leaves the layers out.
         init_std: of the blocks' dense weights. 0.02 suits widths near 1000; a narrow model trained from scratch wants
             about 1 / sqrt(width), or its class token starts all but blind to the image.
-        pos_init_std: of the position embedding. 0.02 is far below a patch's embedding, so a model starts on bags of patches
-            and has to grow out of that; short runs from scratch want about the patches' own 0.5.
+        pos_init_std: of the position embedding. 0.02 is far below a patch's embedding, so a model starts on bags of
+            patches and has to grow out of that; short runs from scratch want about the patches' own 0.5.
         drop_path: share of the batch that skips a residual branch when `train` (rng stream 'dropout').
         drop_path_groups: parts of the batch within which those are drawn.
         remat, unroll: see `layers.scan_blocks`.

@@ -49,8 +49,8 @@ class DINOHead(nn.Module):
         bottleneck: width of its output.
         prototypes: K.
         num_layers: layers of the MLP.
-        init_std: of the MLP's weights; the original's 0.02 is about 1 / sqrt(hidden) there. A narrow head needs more, or
-            its biases soon outweigh what it is given and every sample gets the same logits.
+        init_std: of the MLP's weights; the original's 0.02 is about 1 / sqrt(hidden) there. A narrow head needs more,
+            or its biases soon outweigh what it is given and every sample gets the same logits.
     """
     hidden: int = 2048
     bottleneck: int = 256

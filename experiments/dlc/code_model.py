@@ -49,7 +49,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     def loss(params, state, batch, rng):
         noise_key, drop_key = jax.random.split(rng)
-        score = lambda tokens, sigma: model.apply({'params': params}, tokens, sigma, train=True, rngs={'dropout': drop_key})
+        score = lambda tokens, sigma: model.apply(
+            {'params': params}, tokens, sigma, train=True, rngs={'dropout': drop_key})
         return diffusion.loss(score, noise_key, batch['codes'])
 
     def step(state, batch):
@@ -91,7 +92,8 @@ class CodeModel:
     def load(cls, workdir: str | os.PathLike) -> 'CodeModel':
         return cls(*modules.load(workdir, 'code_model', build))
 
-    def sample(self, key: jax.Array, num: int, *, batch_size: int = 256, progress: Any = None, **sampler: Any) -> np.ndarray:
+    def sample(self, key: jax.Array, num: int, *, batch_size: int = 256, progress: Any = None,
+               **sampler: Any) -> np.ndarray:
         """int32 [num, L]. `sampler` overrides fields of `config.sampler`; batch b uses `fold_in(key, b)`."""
         return self._compiled(min(batch_size, num), tuple(sorted(sampler.items())))(key, None, num, progress)
 

@@ -99,7 +99,8 @@ def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
 
 
 def local_folder(path: str | os.PathLike) -> pathlib.Path:
-    """Where the store `path` lies on this machine: a finished remote one is copied, an unfinished one was begun here."""
+    """Where the store `path` lies on this machine: a finished remote one is copied, an unfinished one was begun
+    here."""
     if not storage.is_remote(path):
         return pathlib.Path(path).expanduser()
     return storage.local_copy(path) if (storage.resolve(path) / 'meta.json').exists() else storage.cached(path)

@@ -39,15 +39,16 @@ def make_head(config: ml_collections.ConfigDict) -> dino.DINOHead:
 def make_masking(config: ml_collections.ConfigDict) -> masking.BlockMasking:
     d = config.data
     grid = d.global_size // config.model.patch_size
-    return masking.BlockMasking(grid=grid, share=d.mask_share, ratio=tuple(d.mask_ratio), min_patches=d.mask_min_patches)
+    return masking.BlockMasking(
+        grid=grid, share=d.mask_share, ratio=tuple(d.mask_ratio), min_patches=d.mask_min_patches)
 
 
 def make_multicrop(config: ml_collections.ConfigDict) -> augment.MultiCrop:
     d = config.data
     return augment.MultiCrop(
-        global_size=d.global_size, global_scale=tuple(d.global_scale), local_size=d.local_size, local_scale=tuple(d.local_scale),
-        num_local=d.num_local, flip=d.flip, jitter=d.jitter, grayscale=d.grayscale, solarize=d.solarize, blur=tuple(d.blur),
-        mean=tuple(d.mean), std=tuple(d.std))
+        global_size=d.global_size, global_scale=tuple(d.global_scale), local_size=d.local_size,
+        local_scale=tuple(d.local_scale), num_local=d.num_local, flip=d.flip, jitter=d.jitter, grayscale=d.grayscale,
+        solarize=d.solarize, blur=tuple(d.blur), mean=tuple(d.mean), std=tuple(d.std))
 
 
 def optimizer_groups(config: ml_collections.ConfigDict) -> tuple:
@@ -82,8 +83,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     # The originals mask, drop paths and look for neighbours within one GPU's batch.
     groups = config.groups or shards * config.accumulate
     if groups % (shards * config.accumulate) or config.batch_size % groups:
-        raise ValueError(f'groups={groups} must be a multiple of {shards} batch shards x accumulate={config.accumulate} and divide '
-                         f'batch_size={config.batch_size}; 0 chooses')
+        raise ValueError(f'groups={groups} must be a multiple of {shards} batch shards x '
+                         f'accumulate={config.accumulate} and divide batch_size={config.batch_size}; 0 chooses')
     micro_groups = groups // config.accumulate
     block_masking = make_masking(config)
     model, head = make_model(config, micro_groups), make_head(config)
@@ -149,7 +150,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         globals_ = batch['global_crops'].reshape(2 * b, *batch['global_crops'].shape[2:])
         locals_ = batch['local_crops'].reshape(n * b, *batch['local_crops'].shape[2:])
         keys = jax.random.split(rng, 2)
-        apply = lambda x, masks, key: model.apply({'params': params['encoder']}, x, masks, train=True, rngs={'dropout': key})
+        apply = lambda x, masks, key: model.apply(
+            {'params': params['encoder']}, x, masks, train=True, rngs={'dropout': key})
         seen = apply(globals_, batch['masks'].reshape(2 * b, -1), keys[0])
         glimpsed = apply(locals_, None, keys[1])
 
@@ -171,7 +173,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         total = c.dino * (local_term + global_term) + c.koleo * koleo_term + c.ibot * ibot_term
         # Collapse shows here first: codes that use one entry (usage -> 0) or teachers that agree on one prototype.
         mean_sem = seen.sem.mean(0)
-        metrics = {'loss_local': local_term, 'loss_global': global_term, 'loss_koleo': koleo_term, 'loss_ibot': ibot_term,
+        metrics = {'loss_local': local_term, 'loss_global': global_term, 'loss_koleo': koleo_term,
+                   'loss_ibot': ibot_term,
                    'teacher_entropy': -(cls_probs * jnp.log(cls_probs + 1e-9)).sum(-1).mean(),
                    'sem_entropy': -(seen.sem * jnp.log(seen.sem + 1e-9)).sum(-1).mean(),
                    'sem_usage': jnp.exp(-(mean_sem * jnp.log(mean_sem + 1e-9)).sum(-1)).mean()}
@@ -184,7 +187,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         params, opt_state, norm = optim.apply(tx, grads, state)
         ema = optim.ema_update(state.ema, params, momentum(state.step + 1))
         # The new center serves the next step, as in the original.
-        centers = {name: dino.update_center(state.extra[name], mean, c.center_momentum) for name, mean in aux['means'].items()}
+        centers = {name: dino.update_center(state.extra[name], mean, c.center_momentum)
+                   for name, mean in aux['means'].items()}
         return (state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, extra=centers),
                 aux['metrics'] | {'loss': value, 'grad_norm': norm})
 
@@ -216,7 +220,8 @@ def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainSta
         if name not in flat:
             return leaf
         if flat[name].shape != leaf.shape:
-            raise ValueError(f'pretrained={config.pretrained}: {name} is {flat[name].shape} there but {leaf.shape} in this config')
+            raise ValueError(f'pretrained={config.pretrained}: {name} is {flat[name].shape} there but {leaf.shape} in '
+                             'this config')
         used.add(name)
         return jnp.asarray(flat[name], leaf.dtype)
 
@@ -229,10 +234,11 @@ def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainSta
 
 def encode(config: ml_collections.ConfigDict, params: Any, images: jax.Array, temperature: float | None = None,
            outputs: Sequence[str] = OUTPUTS) -> dict[str, jax.Array]:
-    """`codes` [N, L], `sem` [N, L, V] and `embeddings` [N, D], those that `outputs` names, of preprocessed images [N, H, W, C].
+    """`codes` [N, L], `sem` [N, L, V] and `embeddings` [N, D], those that `outputs` names, of preprocessed images
+    [N, H, W, C].
 
-    Pure, so that it can be jitted whole. Whatever the config's dtype it computes in float32, products included where the
-    hardware would round them (TF32, bf16 passes): near-tied logits must not flip with the compute dtype.
+    Pure, so that it can be jitted whole. Whatever the config's dtype it computes in float32, products included where
+    the hardware would round them (TF32, bf16 passes): near-tied logits must not flip with the compute dtype.
     """
     model = make_model(config).clone(dtype=jnp.float32, attention_impl='xla')  # cuDNN's attention has no float32
     with jax.default_matmul_precision('highest'):
@@ -280,7 +286,8 @@ class Encoder:
 
     @functools.lru_cache(maxsize=4)
     def _compiled(self, batch_size: int, temperature: float | None, outputs: tuple[str, ...]) -> modules.Batched:
-        return modules.Batched(lambda p, _, images: encode(self.config, p, images, temperature, outputs), self.params, batch_size)
+        return modules.Batched(
+            lambda p, _, images: encode(self.config, p, images, temperature, outputs), self.params, batch_size)
 
     def encode_images(self, images: list[np.ndarray], **kwargs: Any) -> dict[str, np.ndarray]:
         """`encode` of raw uint8 images."""

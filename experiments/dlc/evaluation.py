@@ -1,4 +1,5 @@
-"""The tables: sample sets against held-out images, codes, probes, memorisation, compositions. Pure functions of arrays."""
+"""The tables: sample sets against held-out images, codes, probes, memorisation, compositions. Pure functions of
+arrays."""
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -74,7 +75,8 @@ def code_usage(codes: np.ndarray, vocab_size: int) -> dict[str, float]:
 
 
 def composition(judge: Judge, images: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """How often the judge sees each source in composed images [N, ...] whose sources have classes `first`, `second` [N].
+    """How often the judge sees each source in composed images [N, ...] whose sources have classes `first`, `second`
+    [N].
 
     `first`, `second`: share whose most likely class is that source; `either`: their sum; `both`: share whose two most
     likely classes are the two sources.

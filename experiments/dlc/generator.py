@@ -1,4 +1,5 @@
-"""The image generator: a DiT conditioned on a code, a class, a continuous embedding or nothing (arXiv 2507.12318 §4)."""
+"""The image generator: a DiT conditioned on a code, a class, a continuous embedding or nothing
+(arXiv 2507.12318 §4)."""
 import dataclasses
 import functools
 import os
@@ -60,7 +61,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     def loss(params, state, batch, rng):
         noise_key, drop_key = jax.random.split(rng)
-        predict = lambda x, t: model.apply({'params': params}, x, t, batch.get('cond'), train=True, rngs={'dropout': drop_key})
+        predict = lambda x, t: model.apply(
+            {'params': params}, x, t, batch.get('cond'), train=True, rngs={'dropout': drop_key})
         return diffusion.loss(predict, noise_key, batch['x'])
 
     def step(state, batch):
@@ -77,7 +79,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         cond = None if spec is None else jnp.zeros(spec.shape, spec.dtype)
         return sample(config, params, key, config.batch_size, cond)
 
-    return Experiment(init, loss, step, dit.PARTITION_RULES, batch_spec, lambda: open_batches(config), sampler=sample_once)
+    return Experiment(init, loss, step, dit.PARTITION_RULES, batch_spec, lambda: open_batches(config),
+                      sampler=sample_once)
 
 
 def open_batches(config: ml_collections.ConfigDict) -> ArrayBatches:
@@ -92,8 +95,8 @@ def open_batches(config: ml_collections.ConfigDict) -> ArrayBatches:
     arrays = {'x': store.array(config.data.target)}
     want = (m.input_size, m.input_size, m.channels)
     if arrays['x'].shape[1:] != want:
-        raise ValueError(f'{config.data.path}: {config.data.target} are {arrays["x"].shape[1:]} but the model takes {want}; '
-                         'set model.input_size and model.channels')
+        raise ValueError(f'{config.data.path}: {config.data.target} are {arrays["x"].shape[1:]} but the model takes '
+                         f'{want}; set model.input_size and model.channels')
     if m.condition != 'none':
         arrays['cond'] = store.array(CONDITION_ARRAY[m.condition])
     if m.condition == 'embedding' and arrays['cond'].shape[1] != m.embedding_dim:
@@ -109,7 +112,8 @@ def to_model_range(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32) / 127.5 - 1 if x.dtype == np.uint8 else x.astype(np.float32)
 
 
-def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: int, cond: jax.Array | None) -> jax.Array:
+def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: int,
+           cond: jax.Array | None) -> jax.Array:
     """`num` samples [num, H, W, C] in model range, by `config.sampler`; pure, so that it can be jitted whole."""
     model, s = make_model(config), config.sampler
     diffusion = make_diffusion(config).respaced(s.num_steps)

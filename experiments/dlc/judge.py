@@ -17,8 +17,8 @@ class Judge:
         # Deferred: seconds of imports that --help need not wait for.
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.neural_network import MLPClassifier
-        model = MLPClassifier((256, features), alpha=0.01, learning_rate_init=2e-3, batch_size=128, max_iter=60, tol=0.0,
-                              n_iter_no_change=60, random_state=seed)
+        model = MLPClassifier((256, features), alpha=0.01, learning_rate_init=2e-3, batch_size=128, max_iter=60,
+                              tol=0.0, n_iter_no_change=60, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', ConvergenceWarning)  # the number of epochs is fixed, on purpose
             return cls(model.fit(_rows(images), labels))

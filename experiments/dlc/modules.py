@@ -112,7 +112,8 @@ class Batched:
         self._run = jax.jit(one, out_shardings=mesh_lib.batch_sharding(self._mesh))
         self.batch_size = batch_size
 
-    def __call__(self, key: jax.Array, rows: np.ndarray | None, num: int, progress: Callable[[int], None] | None = None) -> Any:
+    def __call__(self, key: jax.Array, rows: np.ndarray | None, num: int,
+                 progress: Callable[[int], None] | None = None) -> Any:
         """Outputs for `num` rows as numpy arrays; batch b draws from `fold_in(key, b)`, and the last one is padded."""
         size, out = self.batch_size, []
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):

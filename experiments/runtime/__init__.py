@@ -1,1 +1,2 @@
-"""What every trained model shares: mesh, sharding, optimiser, loop, checkpoints, metrics. Knows neither images nor text."""
+"""What every trained model shares: mesh, sharding, optimiser, loop, checkpoints, metrics. Knows neither images nor
+text."""

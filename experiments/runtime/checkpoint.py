@@ -114,7 +114,8 @@ class Checkpointer:
                 failures.append(f'{step} ({_first_line(error)})')
                 continue
             if failures:
-                log.warning('%s: unreadable checkpoint %s; continuing from %d', self.directory, ', '.join(failures), step)
+                log.warning('%s: unreadable checkpoint %s; continuing from %d',
+                            self.directory, ', '.join(failures), step)
             return step, out.state, out.data
         if failures:
             raise ValueError(f'{self.directory}: no readable checkpoint: {", ".join(failures)}; '
@@ -130,8 +131,9 @@ class Checkpointer:
         for name in sorted(set(saved) | set(wanted)):
             a, b = saved.get(name), wanted.get(name)
             if a != b:
-                raise ValueError(f'{self.directory}/{step}: {name} is {_describe(a)} in the checkpoint but {_describe(b)} in this '
-                                 'config; use the config it was trained with, or another --workdir')
+                raise ValueError(f'{self.directory}/{step}: {name} is {_describe(a)} in the checkpoint but '
+                                 f'{_describe(b)} in this config; '
+                                 'use the config it was trained with, or another --workdir')
 
     def close(self) -> None:
         if self._manager:

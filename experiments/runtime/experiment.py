@@ -55,8 +55,8 @@ def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     """Raises a ValueError if the batch cannot be dealt out over the mesh, its processes and the microbatches."""
     shards, parts = mesh_lib.batch_shards(mesh), config.accumulate
     if parts < 1 or config.batch_size % (shards * parts):
-        raise ValueError(f'batch_size={config.batch_size} is not divisible by {shards} batch shards (mesh data x fsdp) x '
-                         f'accumulate={parts}; use a multiple of {shards * max(parts, 1)}')
+        raise ValueError(f'batch_size={config.batch_size} is not divisible by {shards} batch shards '
+                         f'(mesh data x fsdp) x accumulate={parts}; use a multiple of {shards * max(parts, 1)}')
 
 
 def saved_for_backward(experiment: Experiment, state: Any) -> int:
@@ -86,13 +86,15 @@ def describe(experiment: Experiment, config: ml_collections.ConfigDict, mesh: Me
         f'model     {count:,} parameters',
         parameter_overview.get_parameter_overview(state.params, include_stats=False),
         f'batch     {config.batch_size} = {shards} shards x {config.accumulate} microbatches x '
-        f'{config.batch_size // (shards * config.accumulate)}; {config.batch_size // jax.process_count()} rows a process',
+        f'{config.batch_size // (shards * config.accumulate)}; '
+        f'{config.batch_size // jax.process_count()} rows a process',
         *(f'          {name} {x.dtype}{list(x.shape)}' for name, x in experiment.batch.items()),
         'memory a device, GiB:',
         f'          {held / gib:9.3f}  state (parameters, moments, EMA)',
         f'          {grads / gib:9.3f}  gradients',
         f'          {batch / gib:9.3f}  batch',
         f'          {kept / gib:9.3f}  saved for the backward pass, before fusion (upper bound)',
-        f'          {(held + grads + batch + kept) / gib:9.3f}  in all; `experiments.compile` gives the compiled figure',
+        f'          {(held + grads + batch + kept) / gib:9.3f}  in all; '
+        '`experiments.compile` gives the compiled figure',
     ]
     return '\n'.join(lines)

@@ -77,12 +77,13 @@ class Metrics:
 def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
     for name in ('loss', 'grad_norm'):
         if name in metrics and not math.isfinite(float(metrics[name])):
-            raise FloatingPointError(f'{name} is {float(metrics[name])} at step {step}; the last good checkpoint is kept. '
-                                     'Lower optimizer.learning_rate or set optimizer.clip_norm, then run again')
+            raise FloatingPointError(f'{name} is {float(metrics[name])} at step {step}; the last good checkpoint is '
+                                     'kept. Lower optimizer.learning_rate or set optimizer.clip_norm, then run again')
 
 
 class Prefetch:
-    """Places batches on the devices ahead of use, in a thread. `get_state` is the position after the last batch handed out.
+    """Places batches on the devices ahead of use, in a thread. `get_state` is the position after the last batch handed
+    out.
 
     Args:
         batches: iterator with `get_state` and `set_state`; each batch holds this process's rows.

@@ -37,7 +37,8 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     fixed = int(np.prod([size for size in shape.values() if size != -1]))
     if free:
         if num_devices % fixed:
-            raise ValueError(f'mesh: {num_devices} devices cannot be divided by {fixed} (set mesh.{free[0]} or the others)')
+            raise ValueError(f'mesh: {num_devices} devices cannot be divided by {fixed} '
+                             f'(set mesh.{free[0]} or the others)')
         shape[free[0]] = num_devices // fixed
     elif fixed != num_devices:
         raise ValueError(f'mesh: {shape} needs {fixed} devices but there are {num_devices}; set one axis to -1')

@@ -27,7 +27,8 @@ def schedule(config: Mapping[str, Any], num_steps: int) -> Schedule:
     `num_steps`), `init`, `first_step`.
     """
     peak, warmup, final = float(config['peak']), int(config.get('warmup_steps', 0)), float(config.get('final', 0.0))
-    decay, init, first = config.get('decay', 'constant'), float(config.get('init', 0.0)), int(config.get('first_step', 0))
+    decay = config.get('decay', 'constant')
+    init, first = float(config.get('init', 0.0)), int(config.get('first_step', 0))
     total = int(config.get('decay_steps', 0) or num_steps)
     if decay not in ('constant', 'cosine', 'linear'):
         raise ValueError(f"schedule: decay={decay!r} is not one of 'constant', 'cosine', 'linear'")
@@ -72,8 +73,8 @@ def assign_groups(params: Any, groups: Sequence[tuple[str, Mapping[str, Any]]]) 
             if re.fullmatch(pattern, name):
                 settings = dict(settings)
                 if set(settings) - known:
-                    raise ValueError(f'optimizer.groups: unknown setting {sorted(set(settings) - known)[0]!r} for {pattern!r}; '
-                                     f'choose from {sorted(known)}')
+                    raise ValueError(f'optimizer.groups: unknown setting {sorted(set(settings) - known)[0]!r} for '
+                                     f'{pattern!r}; choose from {sorted(known)}')
                 rate = settings.pop('layer_decay', None)
                 if rate is not None:
                     settings['learning_rate'] = settings.get('learning_rate', 1.0) * layer_decay(
@@ -139,8 +140,8 @@ def split_microbatches(batch: Mapping[str, jax.Array], parts: int, shards: int) 
     """[B, ...] -> [parts, B / parts, ...], so that every one of `shards` devices splits the rows it already holds."""
     def one(name, x):
         if x.shape[0] % (parts * shards):
-            raise ValueError(f'accumulate={parts} x {shards} shards does not divide the leading axis of batch[{name!r}], '
-                             f'{x.shape[0]}')
+            raise ValueError(f'accumulate={parts} x {shards} shards does not divide the leading axis of '
+                             f'batch[{name!r}], {x.shape[0]}')
         x = x.reshape(shards, parts, x.shape[0] // (parts * shards), *x.shape[1:])
         return jnp.swapaxes(x, 0, 1).reshape(parts, shards * x.shape[2], *x.shape[3:])
     return {name: one(name, x) for name, x in batch.items()}
@@ -181,7 +182,8 @@ def ema_update(ema: Any, params: Any, decay: jax.Array | float) -> Any:
 
 
 def ema_decay(config: Mapping[str, Any], num_steps: int) -> Schedule:
-    """EMA decay at an update count n >= 1. Keys: `decay`, `ramp` (min(decay, (1 + n) / (10 + n))), `final` (cosine target)."""
+    """EMA decay at an update count n >= 1. Keys: `decay`, `ramp` (min(decay, (1 + n) / (10 + n))), `final` (cosine
+    target)."""
     decay, final = float(config['decay']), config.get('final', None)
 
     def at(n):

@@ -48,7 +48,8 @@ def param_shardings(params: Any, rules: Rules, mesh: Mesh) -> Any:
 
 
 def state_shardings(state: Any, rules: Rules, mesh: Mesh) -> Any:
-    """Shardings of a whole `TrainState`: what mirrors a parameter (moments, EMA) is laid out like it, the rest replicated.
+    """Shardings of a whole `TrainState`: what mirrors a parameter (moments, EMA) is laid out like it, the rest
+    replicated.
 
     A leaf mirrors a parameter when its path ends in the parameter's path and the shapes agree.
     """

@@ -67,8 +67,10 @@ class Report:
     def text(self, text: str) -> None:
         self._parts.append(f'<p class=note>{html.escape(text)}</p>')
 
-    def table(self, rows: Sequence[Mapping[str, object]], *, best: Mapping[str, str] | None = None, digits: int = 3) -> None:
-        """One row a mapping; columns in the order of first appearance. `best`: column -> 'min' | 'max' to set in bold."""
+    def table(self, rows: Sequence[Mapping[str, object]], *, best: Mapping[str, str] | None = None,
+              digits: int = 3) -> None:
+        """One row a mapping; columns in the order of first appearance. `best`: column -> 'min' | 'max' to set in
+        bold."""
         columns = list(dict.fromkeys(name for row in rows for name in row))
         winners = {}
         for column, direction in (best or {}).items():
@@ -89,8 +91,8 @@ class Report:
         save_image(buffer, grid)
         self._figure(buffer, caption, f'class=grid width={grid.shape[1] * scale}')
 
-    def lines(self, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, *, x: str = 'step', y: str = '',
-              log_y: bool = False) -> None:
+    def lines(self, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, *, x: str = 'step',
+              y: str = '', log_y: bool = False) -> None:
         """A line chart of {label: (xs, ys)}."""
         from matplotlib.figure import Figure  # deferred: most commands draw nothing
         figure = Figure(figsize=(5.2, 3.1), dpi=110)
@@ -115,6 +117,7 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         page = (f'<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(self._title)}</title>'
-                f'<meta name=viewport content="width=device-width"><style>{_STYLE}</style>' + '\n'.join(self._parts) + '</html>\n')
+                f'<meta name=viewport content="width=device-width"><style>{_STYLE}</style>'
+                + '\n'.join(self._parts) + '</html>\n')
         with storage.write_whole(path) as file:
             file.write(page.encode())

@@ -1,4 +1,5 @@
-"""Every config builds its experiment by shape, is laid out by its rules, and its docstring's commands name real files."""
+"""Every config builds its experiment by shape, is laid out by its rules, and its docstring's commands name real
+files."""
 import importlib
 import pathlib
 import re
@@ -12,13 +13,18 @@ from experiments.runtime import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ARGUMENTS = {
-    'encoder_imagenet': ('L512', 'L128', 'L32'), 'generator_imagenet': ('L512', 'L128', 'L32', 'class', 'embedding', 'none'),
-    'code_model_imagenet': ('L512', 'L128', 'L32', 'small_L512'), 'encoder_small': ('fashion_mnist', 'cifar10', 'imagenette'),
-    'generator_small': ('fashion_mnist', 'cifar10', 'imagenette'), 'generator_digits': ('code', 'class', 'embedding', 'none'),
+    'encoder_imagenet': ('L512', 'L128', 'L32'),
+    'generator_imagenet': ('L512', 'L128', 'L32', 'class', 'embedding', 'none'),
+    'code_model_imagenet': ('L512', 'L128', 'L32', 'small_L512'),
+    'encoder_small': ('fashion_mnist', 'cifar10', 'imagenette'),
+    'generator_small': ('fashion_mnist', 'cifar10', 'imagenette'),
+    'generator_digits': ('code', 'class', 'embedding', 'none'),
     'released': ('sem', 'dit', 'sedd'),
 }
-FILES = sorted(p.stem for p in (ROOT / 'configs' / 'dlc').glob('*.py') if p.stem not in ('__init__', 'base', 'quickstart'))
-PARAMETERS = {  # published counts, where the paper's size is a config (arXiv 2507.12318; without fixed position embeddings)
+FILES = sorted(p.stem for p in (ROOT / 'configs' / 'dlc').glob('*.py')
+               if p.stem not in ('__init__', 'base', 'quickstart'))
+# Published counts, where the paper's size is a config (arXiv 2507.12318; without fixed position embeddings).
+PARAMETERS = {
     ('generator_imagenet', 'L512'): 825_266_336, ('code_model_imagenet', 'L512'): 322_549_249,
     ('code_model_imagenet', 'small_L512'): 93_168_897, ('code_model_imagenet', 'L32'): 329_925_889,
 }

@@ -404,7 +404,8 @@ def test_draws_follow_their_weights(size, temperature):
     log_weights = rng.normal(-90, 3, size)  # so small that their exponentials underflow
     log_weights[rng.permutation(size)[:size // 4]] = -np.inf
     rows = jnp.broadcast_to(jnp.asarray(log_weights, jnp.float32), (num, size))
-    counts = np.bincount(jax.jit(discrete._draw, static_argnums=2)(jax.random.key(size), rows, temperature), minlength=size)
+    draw = jax.jit(discrete._draw, static_argnums=2)
+    counts = np.bincount(draw(jax.random.key(size), rows, temperature), minlength=size)
     p = np.exp((log_weights - log_weights.max()) / temperature)
     p /= p.sum()
     assert counts.size == size and not counts[p == 0].any()

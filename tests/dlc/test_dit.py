@@ -19,8 +19,8 @@ B = 4
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (B, 8, 8, 3))
 T = jnp.array([0, 10, 500, 999])
-COND = {'code': jax.random.randint(KEY, (B, L), 0, V), 'class': jnp.array([0, 1, 2, 1]), 'embedding': jax.random.normal(KEY, (B, E)),
-        'none': None}
+COND = {'code': jax.random.randint(KEY, (B, L), 0, V), 'class': jnp.array([0, 1, 2, 1]),
+        'embedding': jax.random.normal(KEY, (B, E)), 'none': None}
 
 
 def make(condition='code', **fields):
@@ -54,13 +54,15 @@ def test_starts_at_zero_with_the_originals_distributions():
     params = jax.jit(module.init)(KEY, X, T, COND['code'])['params']
     flat = partition.flatten(params)
     zero = [name for name, x in flat.items() if (x == 0).all()]  # every block the identity, the output zero
-    assert set(zero) == {n for n in flat if n.endswith('bias')} | {'blocks/adaln/kernel', 'final/adaln/kernel', 'final/linear/kernel'}
+    assert set(zero) == {n for n in flat if n.endswith('bias')} | {
+        'blocks/adaln/kernel', 'final/adaln/kernel', 'final/linear/kernel'}
     codes = np.asarray(flat['cond_embed/codes'])
     np.testing.assert_array_equal(codes[:, V], np.broadcast_to(codes[0, V], (L, 64)))  # null drawn once
     np.testing.assert_allclose(codes[:, :V].std(), 1 / 8, rtol=0.1)
     np.testing.assert_allclose(np.asarray(flat['time_embed/fc1/kernel']).std(), 0.02, rtol=0.1)
-    for name, fan in (('blocks/attn/qkv/kernel', 64 + 192), ('blocks/attn/proj/kernel', 128), ('blocks/mlp/fc1/kernel', 64 + 256),
-                      ('blocks/mlp/fc2/kernel', 64 + 256), ('patch_embed/kernel', 12 + 64)):
+    for name, fan in (('blocks/attn/qkv/kernel', 64 + 192), ('blocks/attn/proj/kernel', 128),
+                      ('blocks/mlp/fc1/kernel', 64 + 256), ('blocks/mlp/fc2/kernel', 64 + 256),
+                      ('patch_embed/kernel', 12 + 64)):
         bound = np.sqrt(6 / fan)  # Xavier, uniform
         assert 0.9 * bound < np.abs(flat[name]).max() <= bound, name
         if name.startswith('blocks'):
@@ -101,8 +103,8 @@ def test_dropout_takes_whole_samples_at_its_rate():
     module, params = make()
     n = 400
     codes = jnp.tile(COND['code'][:1], (n, 1))
-    out = run(module.clone(cond_dropout=0.3), params, codes, jnp.full(n, False), x=jnp.zeros((n, 8, 8, 3)), t=jnp.zeros(n, int),
-              train=True)[:, 0, 0, 0]
+    out = run(module.clone(cond_dropout=0.3), params, codes, jnp.full(n, False), x=jnp.zeros((n, 8, 8, 3)),
+              t=jnp.zeros(n, int), train=True)[:, 0, 0, 0]
     assert len(np.unique(np.round(out, 4))) == 2  # conditioned, or all positions on the null
     assert 0.2 < np.mean(np.abs(out - np.median(out)) > 1e-4) < 0.4
 

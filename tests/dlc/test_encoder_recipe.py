@@ -1,4 +1,5 @@
-"""The encoder's optimizer groups, schedules and loss at the paper's configuration, against the numbers of its recipe."""
+"""The encoder's optimizer groups, schedules and loss at the paper's configuration, against the numbers of its
+recipe."""
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -138,7 +138,8 @@ def gaussian_oracle(process, x, t):
     ids=['ddpm', 'ddim', 'ddim eta=1'])
 def test_exact_network_recovers_a_gaussian(num_steps, options):
     process = PROCESS.respaced(num_steps)
-    run = jax.jit(lambda key: process.sample(functools.partial(gaussian_oracle, process), key, (2, 64, 64, 1), **options))
+    run = jax.jit(lambda key: process.sample(
+        functools.partial(gaussian_oracle, process), key, (2, 64, 64, 1), **options))
     x = np.asarray(run(jax.random.key(3)))
     assert abs(x.mean() - MEAN) < 0.02
     assert abs(x.std() / STD - 1) < 0.05  # first-order steps lose a little
@@ -150,7 +151,8 @@ def test_ddim_without_eta_is_deterministic_given_its_first_noise():
 
     @functools.partial(jax.jit, static_argnames=('sampler', 'eta'))
     def run(key, **options):
-        return process.sample(functools.partial(gaussian_oracle, process), jax.random.key(key), SHAPE, noise=normal(5), **options)
+        return process.sample(
+            functools.partial(gaussian_oracle, process), jax.random.key(key), SHAPE, noise=normal(5), **options)
 
     np.testing.assert_array_equal(run(0, sampler='ddim'), run(1, sampler='ddim'))
     assert (run(0, sampler='ddim', eta=0.5) != run(1, sampler='ddim', eta=0.5)).any()
@@ -162,7 +164,8 @@ def test_the_last_step_adds_no_noise():
     """From one x at index 0 every key leads to the same image."""
     process = GaussianDiffusion(variance='fixed_large')
     p = process.posterior(jnp.zeros(SHAPE), normal(0), jnp.zeros(1, int))
-    steps = [process._ddpm_step(p, normal(0), jnp.int32(index), jax.random.key(key)) for index in (0, 1) for key in (0, 1)]
+    steps = [process._ddpm_step(p, normal(0), jnp.int32(index), jax.random.key(key))
+             for index in (0, 1) for key in (0, 1)]
     np.testing.assert_array_equal(steps[0], steps[1])
     assert (steps[2] != steps[3]).any()
 
@@ -204,7 +207,8 @@ def test_guidance_extrapolates_from_null_to_condition():
 
 def test_guidance_of_the_first_channels_only():
     x = normal(0)
-    one, every, plain = (guided(toy, CONTROL, scale=s, channels=c)(x, TIMES) for s, c in ((3.0, 1), (3.0, None), (1.0, None)))
+    one, every, plain = (guided(toy, CONTROL, scale=s, channels=c)(x, TIMES)
+                         for s, c in ((3.0, 1), (3.0, None), (1.0, None)))
     np.testing.assert_array_equal(one[..., :1], every[..., :1])
     np.testing.assert_array_equal(one[..., 1:], plain[..., 1:])
 
@@ -212,7 +216,8 @@ def test_guidance_of_the_first_channels_only():
 def test_scale_one_is_the_plain_network():
     drops = []
     spy = lambda x, t, cond, drop: drops.append(drop) or toy(x, t, cond, drop)
-    np.testing.assert_array_equal(guided(spy, CONTROL, scale=1.0)(normal(0), TIMES), toy(normal(0), TIMES, CONTROL, None))
+    np.testing.assert_array_equal(
+        guided(spy, CONTROL, scale=1.0)(normal(0), TIMES), toy(normal(0), TIMES, CONTROL, None))
     assert drops == [None]  # and no null batch is computed
 
 
@@ -241,14 +246,17 @@ def test_guidance_interval_with_rows_at_different_times():
 
 def test_guided_sampling_equals_plain_sampling_where_it_must():
     process = PROCESS.respaced(8)
-    run = lambda **options: jax.jit(lambda key: process.sample(guided(toy, CONTROL, **options), key, SHAPE))(jax.random.key(0))
+    run = lambda **options: jax.jit(
+        lambda key: process.sample(guided(toy, CONTROL, **options), key, SHAPE))(jax.random.key(0))
     plain = run(scale=1.0)
-    np.testing.assert_allclose(run(scale=4.0, interval=(0.9991, 1.0)), plain, rtol=1e-5, atol=1e-5)  # above the last step
+    # Above the last step.
+    np.testing.assert_allclose(run(scale=4.0, interval=(0.9991, 1.0)), plain, rtol=1e-5, atol=1e-5)
     assert jnp.abs(run(scale=4.0) - plain).max() > 0.1
 
 
 def test_without_a_condition_there_is_nothing_to_guide():
-    out = guided(lambda x, t, cond, drop: x if cond is None and drop is None else None, None, scale=4.0)(normal(0), TIMES)
+    out = guided(
+        lambda x, t, cond, drop: x if cond is None and drop is None else None, None, scale=4.0)(normal(0), TIMES)
     np.testing.assert_array_equal(out, normal(0))
 
 

@@ -42,7 +42,8 @@ def test_head_has_the_published_number_of_parameters_and_rules_for_all():
 
 
 def test_head_starts_at_the_scale_it_is_given():
-    params = dino.DINOHead(hidden=128, bottleneck=64, prototypes=8, init_std=0.1).init(jax.random.key(0), jnp.zeros((1, 96)))['params']
+    head = dino.DINOHead(hidden=128, bottleneck=64, prototypes=8, init_std=0.1)
+    params = head.init(jax.random.key(0), jnp.zeros((1, 96)))['params']
     for name in ('fc1', 'fc2', 'fc3'):
         assert params[name]['kernel'].std() == pytest.approx(0.1, rel=0.05)
 

@@ -174,7 +174,8 @@ BAD = {
                         'codes.npy: truncated.*encode the data set again'),
     'L x V of the store': ('train', TRAIN + ' --config.data.path={at}/short_codes',
                            'L x V = 8 x 16 but model.num_codes=16'),
-    'L x V of the code model': ('train', '--config={at}/tiny.py:code_model --workdir={at}/new --config.model.vocab_size=32',
+    'L x V of the code model': ('train',
+                                '--config={at}/tiny.py:code_model --workdir={at}/new --config.model.vocab_size=32',
                                 'L x V = 16 x 16 but model.vocab_size=32'),
     'images of another size': ('train', TRAIN + ' --config.data.path={at}/large_images',
                                r'images are \(16, 16, 1\).*input_size'),
@@ -187,16 +188,19 @@ BAD = {
                                 'pretrained=.*dino.pth: nothing there'),
     # ---- Work directories --------------------------------------------------------------------------------------------
     'workdir of another kind': ('train', '--config={at}/tiny.py:code --workdir={at}/encoder',
-                                "encoder: holds a run of experiment='encoder', not 'generator'; choose another --workdir"),
+                                "encoder: holds a run of experiment='encoder', not 'generator'; "
+                                'choose another --workdir'),
     'workdir of another shape': ('train', '--config={at}/tiny.py:code --workdir={at}/none',
-                                 r'none/checkpoints/4: .* is absent in the checkpoint but .* in this config; use the config'),
+                                 r'none/checkpoints/4: .* is absent in the checkpoint but .* in this config; '
+                                 'use the config'),
     'workdir is a file': ('train', '--config={at}/tiny.py:code --workdir={at}/file',
                           '--workdir: .*file cannot be written'),
     'workdir cannot be made': ('train', '--config={at}/tiny.py:code --workdir={at}/file/run',
                                '--workdir: .*file/run cannot be written'),
     'quickstart of another config': ('quickstart', '--config=configs/dlc/quickstart.py:tiny --workdir={at}/quickstart',
                                      'holds a quickstart with another config'),
-    'quickstart at a URL': ('quickstart', '--workdir=gs://bucket/run', 'gs://bucket/run: the quickstart works in a local'),
+    'quickstart at a URL': ('quickstart', '--workdir=gs://bucket/run',
+                            'gs://bucket/run: the quickstart works in a local'),
     'quickstart size': ('quickstart', '--config=configs/dlc/quickstart.py:huge --workdir={at}/new', "size 'huge'"),
     # ---- Sampling ----------------------------------------------------------------------------------------------------
     'generator absent': ('sample', SAMPLE.replace('{at}/code ', '{at}/nowhere '),

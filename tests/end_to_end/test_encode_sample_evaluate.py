@@ -210,7 +210,8 @@ def test_composed_codes_come_from_their_sources(monkeypatch, tmp_path, encoder, 
 @pytest.mark.parametrize('condition, arguments, match', [
     ('class', ['--unconditional'], 'use --classes'), ('embedding', ['--unconditional'], 'use --from_images'),
     ('code', ['--unconditional'], '--code_model=RUN'), ('code', ['--from_images', 'a.png'], '--encoder=RUN'),
-    ('code', ['--compose', 'a.png', '--encoder=x'], 'two images'), ('code', ['--classes', '1'], "conditioned on 'code'"),
+    ('code', ['--compose', 'a.png', '--encoder=x'], 'two images'),
+    ('code', ['--classes', '1'], "conditioned on 'code'"),
     ('class', ['--classes', '10'], 'outside 0..9'), ('none', ['--unconditional', '--vae=x'], 'leave --vae out')])
 def test_what_does_not_fit_the_generator_is_named(monkeypatch, tmp_path, encoder, condition, arguments, match):
     with pytest.raises(ValueError, match=match):

@@ -182,8 +182,8 @@ def test_microbatches_with_centers_take_the_step_of_the_whole_batch(store):
 
 
 def test_microbatches_with_sinkhorn_are_each_a_batch_of_their_own(store):
-    """Sinkhorn-Knopp spreads the rows at hand over the prototypes, so each microbatch has targets of its own: the step is
-    the mean over microbatches, not that of the whole batch."""
+    """Sinkhorn-Knopp spreads the rows at hand over the prototypes, so each microbatch has targets of its own: the step
+    is the mean over microbatches, not that of the whole batch."""
     config = accumulating('sinkhorn_knopp', store)
     stepped, (got,) = run(config, one_device(), 1)
     experiment, batch = train.build(config, one_device()), next(train.build(config, one_device()).open_batches())

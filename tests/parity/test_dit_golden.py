@@ -72,7 +72,8 @@ def test_training_loss_terms(golden, predict):
     terms = GaussianDiffusion().losses(lambda x, t: predict(x, t, codes), nhwc(golden['dit/in/x0']), golden['dit/in/t'],
                                        nhwc(golden['dit/in/noise']))
     np.testing.assert_allclose(terms['mse'], golden['dit/out/train_mse'], rtol=1e-5)
-    np.testing.assert_allclose(terms['vb'], golden['dit/out/train_vb'], rtol=1e-4)  # row 0 is at t = 0, the discretised NLL
+    # Row 0 is at t = 0, the discretised NLL.
+    np.testing.assert_allclose(terms['vb'], golden['dit/out/train_vb'], rtol=1e-4)
     np.testing.assert_allclose(terms['mse'] + terms['vb'], golden['dit/out/train_loss'], rtol=1e-5)
 
 
@@ -97,7 +98,8 @@ def test_position_embedding(golden):
     np.testing.assert_allclose(dit.sincos_position_embedding(16, 1152), golden['dit/out/sincos_16x16_1152'], atol=1e-6)
 
 
-# Parameters at real size. The originals count their fixed position embedding (256 x 1152) as a parameter; it is none here.
+# Parameters at real size. The originals count their fixed position embedding (256 x 1152) as a parameter; it is none
+# here.
 POSITION = 256 * 1152
 
 

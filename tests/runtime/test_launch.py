@@ -14,7 +14,8 @@ DIGITS = 'configs/dlc/generator_digits.py'
 
 
 @pytest.mark.parametrize('path, overrides, message', [
-    ('configs/dlc/generator_digit.py', [], r'no file configs/dlc/generator_digit.py; did you mean configs/dlc/generator_digits.py'),
+    ('configs/dlc/generator_digit.py', [],
+     r'no file configs/dlc/generator_digit.py; did you mean configs/dlc/generator_digits.py'),
     ('configs/dlc/base.py', [], 'get_config'),
     (DIGITS, ['--config.batch_sise=3'], r'config.batch_sise is not a field; did you mean config.batch_size\?'),
     (DIGITS, ['--config.model.widht=3'], r'config.model.widht is not a field; did you mean config.model.width\?'),
@@ -30,7 +31,8 @@ def test_config_errors_name_the_field_and_the_fix(path, overrides, message):
 
 
 def test_overrides_and_arguments():
-    config = launch.load_config(DIGITS + ':class', ['--config.batch_size=32', '--config.sampler.guidance_interval=(0.1, 0.9)'])
+    config = launch.load_config(
+        DIGITS + ':class', ['--config.batch_size=32', '--config.sampler.guidance_interval=(0.1, 0.9)'])
     assert config.model.condition == 'class' and config.batch_size == 32
     assert config.sampler.guidance_interval == (0.1, 0.9)
 
