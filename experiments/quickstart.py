@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from tqdm import tqdm
 
 from dlc_jax import codes as codes_lib
 from dlc_jax.diffusion.gaussian import to_uint8
@@ -154,7 +155,7 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
     opinion = judge.predict(heldout['images'])
 
     methods = {}
-    for method, draws in sets.items():
+    for method, draws in tqdm(sets.items(), desc='6/7 evaluation', unit='method', dynamic_ncols=True):
         rows = []
         for draw in draws:
             row = evaluation.sample_set(judge, draw['images'], heldout['images'], train_set['images'])

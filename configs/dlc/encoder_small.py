@@ -4,6 +4,13 @@
 
 The data set is TFDS's, prepared as array_record; for a file of the same pictures add
 `--config.data.name=npz --config.data.path=FILE`. Codes of 32 tokens of 64 values.
+
+Measured on Fashion-MNIST with a small part of this size and budget, on two shared CPU cores in about six minutes:
+width 96, depth 3, 800 steps of 64 images, 2 local crops of scale (0.2, 0.6), 512 prototypes
+(`--config.model.width=96` and so on, also model.init_std=0.1, model.drop_path=0, head.hidden=256, head.init_std=0.06,
+teacher_temperature 0.03, ema.decay=0.98, learning_rate.peak=0.0015 after 100 steps, freeze_last_layer=0). Accuracy on
+the 10,000 test images by 20 nearest neighbours and by a linear probe: soft codes 0.771 and 0.781, bare codes 0.756
+and 0.744, embedding 0.764 and 0.742. Perplexity a position 7.5 of 64, 98 % of the codes distinct.
 """
 from configs.dlc import base
 
