@@ -6,7 +6,7 @@
 
 Measured on Fashion-MNIST behind the small encoder that `encoder_small.py` describes, at width 96, depth 3, patch 4,
 2500 steps of 64 images (learning_rate.peak=0.001 after 100 steps, ema.decay=0.998, time_init_std=0.1,
-code_init_std=1), about three minutes each on two CPU cores; one set of 2,000 samples in 50 steps against the 10,000
+code_init_std=1), about five minutes each on two CPU cores; one set of 2,000 samples in 50 steps against the 10,000
 test images, in `experiments.evaluate`'s classifier features: Fréchet distance 57.9 on nothing, 43.4 on codes drawn by
 a small code model (width 96, depth 3, 2000 steps); precision 0.68 and 0.78, recall 0.38 and 0.45.
 """
