@@ -11,7 +11,7 @@ baselines.
 sd-vae-ft-ema/ is the released autoencoder as diffusers stores it; encode writes one posterior sample an image.
 arXiv 2507.12318 table 4: batch 256, AdamW 1e-4, EMA 0.9999, 1200 epochs (about 6 M steps), 5.2 steps/s on four H100.
 Compiled for v5e-16 (`experiments.compile --fast`): step 4.3 GiB a chip of 16, 11.5 TFLOP a chip in matrix
-products; with remat='full' 2.1 GiB and 15.2 TFLOP, with 'none' 14.1 GiB. Sampler on v6e-16: 3.3 GiB of 32.
+products; with remat='full' 2.1 GiB and 15.2 TFLOP, with 'none' 14.1 GiB. Sampler: 3.3 GiB.
 Table 1 reports FID 1.59 (guided) and 2.00 (not) for codes drawn by the code model; table 2, at 400 epochs: 4.21.
 """
 from configs.dlc import base
