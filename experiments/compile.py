@@ -152,7 +152,7 @@ def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: st
     """('step', report) and ('sampler', report) of `config` on `target`, each laid out as it is run there.
 
     Training follows `config.mesh`. Sampling keeps a copy of the parameters on every chip and splits the batch over all
-    of them, as `experiments.dlc.modules.Batched` does.
+    of them, as `experiments.runtime.modules.Batched` does.
     """
     mesh = mesh_lib.make_mesh(config.mesh, target.devices)
     experiment = build(config, mesh)

@@ -26,6 +26,12 @@ EXPERIMENTS = {
     'encoder': 'experiments.dlc.encoder',
     'generator': 'experiments.dlc.generator',
     'code_model': 'experiments.dlc.code_model',
+    'sft': 'experiments.rlhf.sft',
+    'reward_model': 'experiments.rlhf.reward_model',
+    'dpo': 'experiments.rlhf.dpo',
+    'policy': 'experiments.rlhf.policy',
+    'translation_agent': 'experiments.rlhf.translation_agent',
+    'translation_game': 'experiments.rlhf.translation_game',
 }
 
 

@@ -17,9 +17,9 @@ from dlc_jax.convert.files import load_state_dict
 from dlc_jax.models import sem, vit
 from dlc_jax.ssl import augment, dino, ibot, koleo, masking
 from experiments.dlc import batches as batches_lib
-from experiments.dlc import modules, sources
+from experiments.dlc import sources
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import optim, partition, storage
+from experiments.runtime import modules, optim, partition, storage
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 

@@ -13,8 +13,7 @@ from dlc_jax import convert
 from dlc_jax.convert.files import load_state_dict
 from dlc_jax.diffusion.gaussian import to_uint8
 from dlc_jax.models.vae import SCALING_FACTOR
-from experiments.dlc import modules
-from experiments.runtime import storage
+from experiments.runtime import modules, storage
 
 IMAGES_A_DEVICE = 16  # at 256 pixels the decoder's widest features take a gigabyte for as many
 

@@ -19,8 +19,7 @@ from dlc_jax import convert
 from dlc_jax.convert.files import load_state_dict, save_state_dict
 from dlc_jax.models import dit, vit
 from dlc_jax.models.vae import SCALING_FACTOR
-from experiments.dlc import modules
-from experiments.runtime import launch, storage
+from experiments.runtime import launch, modules, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 from experiments import compile as compile_command
 from experiments import encode, evaluate, quickstart, sample, train
-from experiments.dlc import codestore, modules
-from experiments.runtime import launch, loop
+from experiments.dlc import codestore
+from experiments.runtime import launch, loop, modules
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.experiment import Experiment

@@ -1,0 +1,1 @@
+"""The language experiments: fine-tuning, reward models, policies, the translation and Lewis games."""
