@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.dlc.batches import ArrayBatches
+from experiments.runtime.stream import ArrayBatches
 from experiments.dlc.codestore import open_code_store, writer
 
 ROWS, BATCH, LENGTH, VOCAB, LATENT = 512, 64, 512, 256, (32, 32, 4)

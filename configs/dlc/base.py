@@ -2,50 +2,15 @@
 lines."""
 import ml_collections
 
+from configs.parts import adamw, precision, runner, schedule
+
 ConfigDict = ml_collections.ConfigDict
-
-
-def _runner() -> dict:
-    return dict(
-        seed=0,
-        num_steps=0,  # optimizer steps in all
-        batch_size=0,  # images or codes a step, over all devices
-        accumulate=1,  # microbatches a step
-        mesh=dict(data=1, fsdp=-1, tensor=1),  # devices along each axis; one -1 takes the rest
-        log_every=50,  # steps
-        checkpoint_every=1000,  # steps; 0: only at the end
-        keep_checkpoints=2,  # newest steps kept
-    )
-
-
-def _schedule(peak: float, **fields) -> dict:
-    return dict(peak=peak, final=0.0, init=0.0, warmup_steps=0, decay='constant', decay_steps=0, first_step=0) | fields
-
-
-def _adamw(learning_rate: dict, weight_decay: dict, **fields) -> dict:
-    return dict(
-        learning_rate=learning_rate,  # a step
-        weight_decay=weight_decay,  # decoupled, times the learning rate
-        b1=0.9, b2=0.999, eps=1e-8,
-        clip_norm=0.0,  # L2; 0: off
-        clip_per_module=False,  # clip each top-level entry of the parameters by itself
-        groups=(),  # ((path regex, {learning_rate, weight_decay, frozen_steps, layer_decay}), ...); first match wins
-    ) | fields
-
-
-def _precision() -> dict:
-    return dict(
-        dtype='float32',  # compute: float32 | bfloat16; parameters stay float32
-        remat='none',  # none | full | dots | dots_no_batch
-        unroll=False,  # emit blocks one after another: slower to compile, at times faster to run
-        attention_impl='xla',  # xla | cudnn
-    )
 
 
 def encoder() -> ConfigDict:
     """SEM encoder, trained as DINOv2 trains (arXiv 2507.12318 section 5, arXiv 2304.07193)."""
     return ConfigDict(dict(
-        experiment='encoder', **_runner(),
+        experiment='encoder', **runner(),
         model=dict(
             size='L',  # S | B | L | g; width, depth and num_heads override it when not 0
             width=0, depth=0, num_heads=0,
@@ -59,7 +24,7 @@ def encoder() -> ConfigDict:
             form='plain',  # plain | shared | pos_shared
             num_codes=512, vocab_size=256,  # L, V
             temperature=1.0,
-            **_precision(),
+            **precision(),
         ),
         head=dict(
             hidden=2048, bottleneck=256, prototypes=65536,
@@ -71,11 +36,11 @@ def encoder() -> ConfigDict:
             centering='center',  # center | sinkhorn_knopp
             center_momentum=0.9,
             student_temperature=0.1,
-            teacher_temperature=_schedule(0.07, init=0.04, warmup_steps=37_500),
+            teacher_temperature=schedule(0.07, init=0.04, warmup_steps=37_500),
         ),
         ema=dict(decay=0.992, final=1.0),  # teacher, cosine over the run
-        optimizer=_adamw(_schedule(1e-4, warmup_steps=12_500, final=1e-6, decay='cosine'),
-                         _schedule(0.04, final=0.4, decay='cosine'), clip_norm=3.0, clip_per_module=True),
+        optimizer=adamw(schedule(1e-4, warmup_steps=12_500, final=1e-6, decay='cosine'),
+                         schedule(0.04, final=0.4, decay='cosine'), clip_norm=3.0, clip_per_module=True),
         groups=0,  # parts of the batch that mask, drop paths and seek neighbours apart; 0: one a device and microbatch
         layer_decay=0.9,  # learning-rate factor from block to block
         patch_embed_lr=0.2,  # learning-rate factor of the patch embedding, on top of layer_decay
@@ -103,7 +68,7 @@ def encoder() -> ConfigDict:
 def generator() -> ConfigDict:
     """DiT conditioned on a code (arXiv 2507.12318 table 4)."""
     return ConfigDict(dict(
-        experiment='generator', **_runner(),
+        experiment='generator', **runner(),
         model=dict(
             size='XL',  # S | B | L | XL; width, depth and num_heads override it when not 0
             width=0, depth=0, num_heads=0,
@@ -114,11 +79,11 @@ def generator() -> ConfigDict:
             num_classes=1000, embedding_dim=1024,
             cond_dropout=0.1,  # probability, a sample
             time_init_std=0.02, code_init_std=0.0,  # larger for narrow models; 0: 1 / sqrt(width)
-            **_precision(),
+            **precision(),
         ),
         diffusion=dict(num_timesteps=1000, beta_start=1e-4, beta_end=0.02),
         ema=dict(decay=0.9999, ramp=False),
-        optimizer=_adamw(_schedule(1e-4), _schedule(0.0)),
+        optimizer=adamw(schedule(1e-4), schedule(0.0)),
         data=dict(
             path='',  # code store written by experiments.encode
             target='latents',  # latents | images
@@ -132,7 +97,7 @@ def generator() -> ConfigDict:
 def code_model() -> ConfigDict:
     """SEDD over codes (arXiv 2507.12318 table 5)."""
     return ConfigDict(dict(
-        experiment='code_model', **_runner(),
+        experiment='code_model', **runner(),
         model=dict(
             size='medium',  # small | medium; width, depth and num_heads override it when not 0
             width=0, depth=0, num_heads=0,
@@ -140,13 +105,13 @@ def code_model() -> ConfigDict:
             cond_dim=128, dropout=0.1,
             shared_embedding=True,  # one table for all positions
             scale_by_sigma=True,
-            **_precision(),
+            **precision(),
         ),
         diffusion=dict(process='absorbing', noise='loglinear',  # absorbing | uniform; loglinear | geometric
                        eps=1e-3, sigma_min=1e-4, sigma_max=20.0,  # of the log-linear, of the geometric noise
                        time_sampling='uniform'),  # of training times: uniform | antithetic | stratified
         ema=dict(decay=0.9999, ramp=True),
-        optimizer=_adamw(_schedule(3e-4, warmup_steps=2500, first_step=1), _schedule(0.0), clip_norm=1.0),
+        optimizer=adamw(schedule(3e-4, warmup_steps=2500, first_step=1), schedule(0.0), clip_norm=1.0),
         data=dict(path=''),  # code store written by experiments.encode
         sampler=dict(name='remasking', num_steps=4096, eta=0.01, window=(0.3, 0.55)),
     )).lock()

@@ -1,9 +1,6 @@
-"""Endless batches with an exact position: for the encoder, for arrays on disk, and labelled images for probes.
+"""Endless batches of images with an exact position (`runtime.stream`): crops for the encoder, labelled ones for probes.
 
-Every stream is an iterator of `dict[str, np.ndarray]` holding this process's rows, with `get_state` and `set_state`.
-Its only state is `position`, the number of examples that all processes together have drawn. What comes next is a
-function of (seed, position): not of worker or thread counts, nor, row for row of the global batch, of the number of
-processes.
+What comes next is a function of (seed, position), not of worker or thread counts.
 
 grain brings the threads and worker processes. What an item is and in which order they come is decided here, so that
 the state stays one integer and says nothing about workers. Functions that travel to workers are pickled by value
@@ -20,108 +17,12 @@ import numpy as np
 from dlc_jax.ssl.augment import MultiCrop
 from dlc_jax.ssl.masking import BlockMasking, pack_masks
 from experiments.dlc.images import ImageSource
+from experiments.runtime.stream import Batch, EpochOrder, Stream
 
-Batch = dict[str, np.ndarray]
 # Streams of random numbers that must not coincide.
 AUGMENT, MASK = 1, 2
 ENDLESS = 2 ** 40  # batches
 VECTORIZED_PIXELS = 32  # up to this side, a whole batch in numpy beats one PIL call a crop
-
-
-class EpochOrder:
-    """position -> index of the item there. Each epoch is a new permutation, drawn from (seed, epoch).
-
-    Args:
-        num_items: items in an epoch.
-        used: how many of them an epoch uses before the next begins; the rest differ from epoch to epoch.
-    """
-
-    def __init__(self, num_items: int, seed: int, used: int | None = None):
-        self._num_items, self._seed, self._used = num_items, seed, used or num_items
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def __getstate__(self):
-        return self.__dict__ | {'_epochs': {}}
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        found = self._epochs.get(epoch)
-        if found is None:
-            found = np.random.default_rng((self._seed, epoch)).permutation(self._num_items)
-            # A batch touches two epochs at most; rebinding rather than changing the dict keeps threads safe.
-            self._epochs = {k: v for k, v in self._epochs.items() if abs(k - epoch) == 1} | {epoch: found}
-        return found
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Indices [n] of positions [n]."""
-        epochs, offsets = np.divmod(positions, self._used)
-        if epochs[0] == epochs[-1]:
-            return self._permutation(int(epochs[0]))[offsets]
-        return np.array([self._permutation(int(e))[o] for e, o in zip(epochs, offsets)])
-
-
-class Stream:
-    """An endless iterator with a position; a subclass gives `_draw`, the batch at the current position."""
-
-    def __init__(self, batch_size: int, process_index: int = 0, process_count: int = 1):
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(f'batch_size={batch_size} is not divisible by {process_count} processes; use a multiple')
-        self._batch_size, self._rows = batch_size, batch_size // process_count
-        self._first, self._position = process_index * self._rows, 0
-
-    def _positions(self) -> np.ndarray:
-        """Positions of this process's rows."""
-        return self._position + self._first + np.arange(self._rows)
-
-    def _draw(self) -> Batch:
-        raise NotImplementedError
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = self._draw()
-        self._position += self._batch_size
-        return batch
-
-    def get_state(self) -> dict[str, int]:
-        return {'position': self._position}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        self._position = int(state['position'])
-
-
-class ArrayBatches(Stream):
-    """Rows of arrays in memory or memory-mapped, shuffled anew each epoch; one gather an array.
-
-    Args:
-        arrays: name -> [N, ...]; all of one length.
-        batch_size: rows over all processes.
-        seed: of the order.
-        drop_last: end each epoch before its incomplete batch. Otherwise a batch may run into the next epoch.
-        casts: name -> dtype, or function of the gathered rows.
-    """
-
-    def __init__(self, arrays: Mapping[str, np.ndarray], batch_size: int, *, seed: int, process_index: int = 0,
-                 process_count: int = 1, drop_last: bool = False,
-                 casts: Mapping[str, Callable[[np.ndarray], np.ndarray] | Any] | None = None):
-        super().__init__(batch_size, process_index, process_count)
-        lengths = {name: len(array) for name, array in arrays.items()}
-        count = min(lengths.values(), default=0)
-        if len(set(lengths.values())) != 1 or count == 0:
-            raise ValueError(f'arrays must have one length above 0, but have {lengths}')
-        if drop_last and count < batch_size:
-            raise ValueError(f'batch_size={batch_size} is larger than the {count} rows there are; lower it')
-        self._arrays, self._casts = dict(arrays), dict(casts or {})
-        self._order = EpochOrder(count, seed, count // batch_size * batch_size if drop_last else None)
-
-    def _draw(self) -> Batch:
-        rows = self._order(self._positions())
-        batch = {name: np.asarray(np.take(array, rows, axis=0)) for name, array in self._arrays.items()}
-        for name, cast in self._casts.items():
-            if name in batch:
-                as_type = isinstance(cast, (type, np.dtype, str))
-                batch[name] = batch[name].astype(cast, copy=False) if as_type else cast(batch[name])
-        return batch
 
 
 # ---- Images in parallel --------------------------------------------------------------------------------------------

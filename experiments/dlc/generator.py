@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from dlc_jax.diffusion import gaussian
 from dlc_jax.models import dit
-from experiments.dlc.batches import ArrayBatches
 from experiments.dlc.codestore import open_code_store
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, optim
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
+from experiments.runtime.stream import ArrayBatches
 
 CONDITION_ARRAY = {'code': 'codes', 'class': 'labels', 'embedding': 'embeddings'}
 

@@ -16,13 +16,14 @@ from experiments.runtime.checkpoint import Checkpointer
 
 T = TypeVar('T')
 
+_FROM_SIZE = ('width', 'depth', 'num_heads', 'num_kv_heads', 'hidden', 'vocab_size', 'max_length')
 _DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
 def build(cls: type[nn.Module], sizes: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> Any:
     """A module from its named size and the other fields of a `model` config.
 
-    `width`, `depth` and `num_heads` of 0 mean "as the size says"; `dtype` is a name.
+    Fields of `_FROM_SIZE` that are 0 mean "as the size says"; `dtype` is a name.
 
     Raises:
         ValueError: an unknown size, field or dtype, with the nearest right name where there is one.
@@ -31,7 +32,7 @@ def build(cls: type[nn.Module], sizes: Mapping[str, Mapping[str, Any]], config: 
     size = fields.pop('size')
     if size not in sizes:
         raise ValueError(f'model.size={size!r} is not one of {tuple(sizes)}')
-    fields = dict(sizes[size]) | {k: v for k, v in fields.items() if k not in ('width', 'depth', 'num_heads') or v}
+    fields = dict(sizes[size]) | {k: v for k, v in fields.items() if k not in _FROM_SIZE or v}
     fields['dtype'] = dtype(fields)
     return build_dataclass(cls, 'model', fields)
 

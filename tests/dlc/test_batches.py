@@ -8,8 +8,9 @@ import pytest
 
 from dlc_jax.ssl.augment import CenterCrop, MultiCrop, RandomResizedCrop
 from dlc_jax.ssl.masking import BlockMasking
-from experiments.dlc.batches import ArrayBatches, EpochOrder, SmallMultiCrop, eval_batches, image_batches, ssl_batches
+from experiments.dlc.batches import SmallMultiCrop, eval_batches, image_batches, ssl_batches
 from experiments.dlc.images import ArrayImages, FakeImages, Unreadable
+from experiments.runtime.stream import ArrayBatches, EpochOrder
 
 CROPS = MultiCrop(global_size=8, local_size=4, num_local=2)
 MASKING = BlockMasking(grid=4, min_patches=1)
