@@ -122,6 +122,30 @@ class Checkpointer:
                              'delete the directory to start again')
         return None
 
+    def restore_part(self, name: str, like: Any, shardings: Any) -> Any | None:
+        """The subtree `name`, such as 'params' or 'params/policy', of the newest checkpoint; None if there is none.
+
+        Nothing else of it is read.
+
+        Raises:
+            ValueError: the subtree is of another model.
+        """
+        if not self.steps():
+            return None
+        step, parts = self.steps()[-1], name.split('/')
+        saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta['shapes']
+        inside = {path[len(name) + 1:]: shape for path, shape in saved.items() if path.startswith(f'{name}/')}
+        self._check_shapes(step, inside, _shapes(like))
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+        for part in reversed(parts):
+            target = {part: target}
+        restore = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                                         partial_restore=True)
+        out = ocp.PyTreeCheckpointer().restore(self.directory / str(step) / 'state', restore)
+        for part in parts:
+            out = out[part]
+        return out
+
     def delete_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: the unreadable ones that `restore` passed over."""
         for later in [s for s in self.steps() if s > step]:

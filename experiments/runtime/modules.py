@@ -71,7 +71,7 @@ def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., 
     like = jax.eval_shape(experiment.init, jax.random.key(0))
     if config.get('weights_only'):
         like = {'ema': {part: like.ema[part]} if part else like.ema}
-    host = jax.sharding.SingleDeviceSharding(_host())
+    host = jax.sharding.SingleDeviceSharding(host())
     restored = checkpointer.restore(like, jax.tree.map(lambda _: host, like))
     checkpointer.close()
     if restored is None:
@@ -80,7 +80,7 @@ def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., 
     return config, ema[part] if part else ema
 
 
-def _host() -> jax.Device:
+def host() -> jax.Device:
     """The CPU, or the first device where JAX_PLATFORMS leaves it out."""
     try:
         return jax.local_devices(backend='cpu')[0]

@@ -1,0 +1,132 @@
+"""Every field of the language experiments, with its unit. A config file starts from one of these and changes lines."""
+import ml_collections
+
+from configs.parts import adamw, precision, runner, schedule
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def model(kind: str, size: str, **fields) -> dict:
+    """A decoder: `kind` gpt2 | gpt_neox | llama, `size` of its table."""
+    return dict(
+        kind=kind, size=size,
+        vocab_size=0, width=0, depth=0, num_heads=0, num_kv_heads=0, hidden=0, max_length=0,  # 0: as the size says
+        init_std=0.02,  # of fresh weights
+        **precision(),
+    ) | fields
+
+
+def _language(experiment: str, **sections) -> ConfigDict:
+    return ConfigDict(dict(
+        experiment=experiment, **runner(),
+        model=model('gpt_neox', '410m'),
+        lora=dict(rank=0, alpha=32.0, targets=()),  # 0: train all weights; path regexes, (): the model's own
+        tokenizer='bytes',  # bytes | a tokenizer.json or its folder
+        weights='',  # to start from: a Hugging Face folder, or the work directory of an earlier stage; '': fresh
+        data=dict(
+            task='arithmetic',  # see experiments.rlhf.tasks
+            path='',  # file or folder on disk, or tfds:NAME; '': embedded, where the task is
+            split='train', heldout='validation',  # names of splits
+            num_rows=0,  # first so many; 0: all (of embedded tasks: how many are made up)
+            skip_bad_rows=False,  # leave out rows with missing fields, counted and logged, instead of failing
+            options=dict(),  # of the task
+        ),
+        **sections,
+    ))
+
+
+def sft() -> ConfigDict:
+    """Fine-tuning on demonstrations (arXiv 2410.18252, appendix; `sft.py`)."""
+    return _language(
+        'sft',
+        max_length=562,  # tokens of prompt and response; longer ones are left out, counted and logged
+        train_on_prompt=True,
+        packing=False,  # several texts a row, attention kept within each
+        optimizer=adamw(schedule(1e-5, decay='cosine'), schedule(0.0)),
+    ).lock()
+
+
+def reward_model() -> ConfigDict:
+    """A scalar reward from preference pairs."""
+    return _language(
+        'reward_model',
+        max_length=638,  # tokens of prompt and response
+        margin=0.0, centering=0.0,  # of the Bradley-Terry loss
+        optimizer=adamw(schedule(1e-5, decay='cosine'), schedule(0.0)),
+    ).lock()
+
+
+def dpo() -> ConfigDict:
+    """Direct preference optimisation on given pairs."""
+    return _language(
+        'dpo',
+        max_length=638,
+        loss=dict(beta=0.1, loss_type='sigmoid'),  # sigmoid | ipo
+        optimizer=adamw(schedule(3e-6, decay='linear'), schedule(0.0)),
+    ).lock()
+
+
+def policy() -> ConfigDict:
+    """Reinforcement learning on prompts: batch_size counts prompts, num_steps rollout batches."""
+    return _language(
+        'policy',
+        algorithm=dict(
+            name='online_dpo',  # online_dpo | ppo | rloo | proximal_rloo | grpo | best_of_n
+            num_samples=2,  # K completions a prompt
+            num_minibatches=1,  # N updates a batch, one after another
+            num_epochs=1,  # T passes over a batch
+            beta=0.1, loss_type='sigmoid', ties='drop',  # of Online DPO; drop | order | same
+            kl_coefficient=0.05, kl_estimator='k1',  # price of KL in the reward; k1 | k2 | k3
+            kl_target=0.0, kl_rate=0.1, kl_unit='token',  # adaptive coefficient towards a KL a token | sequence; 0: fixed
+            clip=0.2, clip_high=0.0,  # of ratios; 0: as clip
+            gamma=1.0, lam=0.95,  # of PPO's advantages
+            value_coefficient=0.1, value_clip=0.2, whiten=True,
+            critic='separate',  # a network of its own | shared: a head on the policy's trunk
+            critic_weights='',  # a reward model to start the critic from; '': the policy's own weights, a fresh head
+            correction='none',  # of stale samples: none | truncate | mask | decoupled (PPO)
+            correction_cap=2.0,
+            ref_beta=0.0,  # of GRPO's own KL term
+            scale_rewards=True,  # GRPO: by the group's standard deviation
+            mean_over='sequence',  # GRPO: sequence | token
+            after_eos=False,  # PPO: the score one position past EOS, as published runs had it
+        ),
+        sampling=dict(
+            max_new_tokens=53, temperature=0.7, top_k=0, top_p=1.0, min_new_tokens=0,
+            max_prompt=512,  # tokens; longer prompts are left out, counted and logged
+            buckets=(),  # prompt lengths to compile for; (): max_prompt alone
+        ),
+        reward=dict(
+            kind='task',  # task: its rule | model: a reward model | function: 'package.module:function'
+            model='',  # a Hugging Face folder, or the work directory of a reward_model run
+            batch_size=64,  # rows the reward model reads at once
+            function='',
+            gold='',  # a second one, logged and never trained on: task | a reward model | package.module:function
+            missing_eos='',  # in place of the reward of a response that does not end, such as -1; '': no penalty
+            timeout=0.0,  # seconds a batch; 0: none
+            replacement='',  # in place of a reward that is not finite or did not come; '': that is an error
+        ),
+        reference=dict(dtype='float32', chunk=0),  # of frozen weights; rows at once, 0: a microbatch
+        rollout=dict(
+            max_staleness=0,  # S, versions; 0: synchronous, 1: asynchronous
+            devices=0,  # the last so many devices generate; 0: the learner's own
+            mesh=dict(data=-1, fsdp=1, tensor=1),  # of the generating devices
+            transport='devices',  # devices | files | transfer: generators are other processes (experiments.generate)
+            num_generators=1,  # processes, where they are
+            threaded=True,  # False: the same batches, generated in the loop
+            newest=False,  # each batch with the newest weights there are
+            chunk=0,  # tokens between looks for new weights while generating (in-flight updates); 0: not looked for
+            slots=0,  # rows that decode at a time, refilled as they end; 0: all
+            timeout=0.0,  # seconds the learner waits for a batch; 0: for ever
+        ),
+        elastic=dict(
+            method='',  # '' | fixed_reference | ema_anchor | reference_reset | reset_to_init | reset_to_ema | elastic_reset
+            period=0, decay=0.995,  # between resets, counted in reset_on; of the average, a tick
+            tick_on='step', tick_every=1, tick_offset=1,  # iteration | epoch | step
+            reset_on='iteration', reset_offset=1, reset_skip_first=False,
+            ema_period=0,  # 0: as period
+            reset_optimizer=False, reset_critic=False,
+            kl_reference='init',  # init | ema
+        ),
+        lr_per='step',  # the learning rate moves each update | batch: each rollout batch, ahead of it (published runs)
+        optimizer=adamw(schedule(3e-6, decay='linear'), schedule(0.0)),
+    ).lock()

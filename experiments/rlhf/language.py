@@ -1,0 +1,201 @@
+"""Language models of the experiments: module, tokenizer and starting weights from a config."""
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from experiments.runtime import launch, modules, partition, storage
+from experiments.runtime.checkpoint import Checkpointer
+from rlhf_jax import convert, tokenizers
+from rlhf_jax.convert import files
+from rlhf_jax.models import gpt2, gpt_neox, heads, llama, lora
+
+Params = dict[str, Any]
+Config = ml_collections.ConfigDict
+
+KINDS = {'gpt2': (gpt2, gpt2.GPT2), 'gpt_neox': (gpt_neox, gpt_neox.GPTNeoX), 'llama': (llama, llama.LLaMA)}
+# How a model computes, not what it computes: may differ from the weights' own config.
+_MANNER = ('dtype', 'param_dtype', 'remat', 'unroll', 'attention_impl', 'stacked', 'init_std', 'parent', 'name')
+
+
+# ---- Modules ---------------------------------------------------------------------------------------------------------
+
+def kind_of(model: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(file, class) that `model.kind` names.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if model['kind'] not in KINDS:
+        raise ValueError(f'model.kind={model["kind"]!r} is not one of {tuple(KINDS)}')
+    return KINDS[model['kind']]
+
+
+def decoder(model: Mapping[str, Any]) -> Any:
+    """The decoder that a `model` config describes."""
+    file, cls = kind_of(model)
+    fields = {name: value for name, value in dict(model).items() if name != 'kind'}
+    known = cls.__dataclass_fields__
+    for name in ('num_kv_heads', 'hidden', 'max_length'):
+        if name not in known and not fields.get(name):
+            fields.pop(name, None)
+    return modules.build(cls, file.SIZES, fields)
+
+
+def reward_model(model: Mapping[str, Any]) -> heads.RewardModel:
+    return heads.RewardModel(decoder(model))
+
+
+def rules(model: Mapping[str, Any], prefix: str = '') -> partition.Rules:
+    """Partition rules of the decoder, its adapter and scalar heads; `prefix`: where the decoder's parameters sit."""
+    own = kind_of(model)[0].PARTITION_RULES
+    own = partition.prefixed(prefix, own) if prefix else own
+    return (*lora.PARTITION_RULES, (r'(.*/)?(score|value)_head/.*', jax.sharding.PartitionSpec()), *own)
+
+
+def init_decoder(config: Config) -> Callable[[jax.Array], Params]:
+    """key -> fresh parameters, with an adapter where `config.lora.rank` is set."""
+    module = decoder(config.model)
+
+    def init(key):
+        params = module.init(key, jnp.zeros((1, 2), jnp.int32))['params']
+        return with_adapter(config, params, jax.random.fold_in(key, 1))
+    return init
+
+
+def with_adapter(config: Config, params: Params, key: jax.Array) -> Params:
+    if not config.lora.rank:
+        return params
+    targets = tuple(config.lora.targets) or kind_of(config.model)[0].LORA_TARGETS
+    return lora.init(key, params, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets)
+
+
+def frozen_groups(config: Config, *also: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Optimizer groups: all parameters, or with an adapter only A and B (and paths that a regex of `also` matches)."""
+    groups = tuple(config.optimizer.groups)
+    if not config.lora.rank:
+        return groups
+    trained = (r'.*/lora_(a|b)', *also)
+    return tuple((pattern, {}) for pattern in trained) + ((r'.*', dict(learning_rate=0.0, weight_decay=0.0)),)
+
+
+# ---- Tokenizers ------------------------------------------------------------------------------------------------------
+
+def tokenizer(config: Config) -> Any:
+    """The tokenizer that `config.tokenizer` names, checked against the model's vocabulary.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no EOS, or ids that the model does not have.
+    """
+    found = tokenizers.ByteTokenizer() if config.tokenizer == 'bytes' else tokenizers.JsonTokenizer(config.tokenizer)
+    if found.eos is None:
+        raise ValueError(f'tokenizer={config.tokenizer}: it names no eos token, so that no response could end; add '
+                         'eos_token to the tokenizer_config.json beside it')
+    size = decoder(config.model).vocab_size
+    if found.vocab_size > size:
+        raise ValueError(f'tokenizer={config.tokenizer} has {found.vocab_size} ids, the model model.vocab_size={size}; '
+                         'they do not belong together')
+    return found
+
+
+# ---- Weights ---------------------------------------------------------------------------------------------------------
+
+def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None) -> Params:
+    """Parameters of `decoder(config.model)`, float32, from a Hugging Face folder or a work directory of sft, dpo or
+    policy; adapters are merged.
+
+    Args:
+        shardings: a tree of them; None: on the host.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or weights of another model, with the field that differs.
+    """
+    return _load(path, config, decoder(config.model), ('sft', 'dpo', 'policy'), shardings)
+
+
+def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tuple[Any, Params]:
+    """Module and float32 parameters on the host of a reward model: a Hugging Face folder of a sequence classifier with
+    one label, or a work directory of a reward_model run.
+
+    Args:
+        model: how it is to compute (`dtype`, ...); None: as its own config says, float32 for a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or no reward model.
+    """
+    folder = storage.resolve(path)
+    if not (folder / 'config.json').exists():
+        raise FileNotFoundError(f'{path}: no config.json there; give a Hugging Face folder or a work directory')
+    saved = json.loads((folder / 'config.json').read_text())
+    if 'experiment' in saved:
+        own = launch.read_config(path)
+        if own.experiment != 'reward_model':
+            raise ValueError(f'{path}: holds a run of experiment={own.experiment!r}, not of a reward_model')
+        return reward_model(own.model), _merged(_restore(path, own, reward_model(own.model), None))
+    fields = {'dtype': modules.dtype(model)} if model else {}
+    module, params = convert.from_torch(saved.get('model_type'), files.open_safetensors(folder), config=saved, **fields)
+    if not isinstance(module, heads.RewardModel):
+        raise ValueError(f'{path}: holds a language model without a score head, not a reward model')
+    return module, params
+
+
+def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str, ...], shardings: Any) -> Params:
+    folder = storage.resolve(path)
+    if not (folder / 'config.json').exists():
+        raise FileNotFoundError(f'weights={path}: no config.json there; give a Hugging Face folder or a work directory')
+    saved = json.loads((folder / 'config.json').read_text())
+    if 'experiment' in saved:
+        own = launch.read_config(path)
+        if own.experiment not in kinds:
+            raise ValueError(f'weights={path}: holds a run of experiment={own.experiment!r}; expected one of {kinds}')
+        _check_same(path, decoder(own.model), module)
+        params = _merged(_restore(path, own, decoder(own.model), 'policy' if own.experiment == 'policy' else None))
+        return params if shardings is None else jax.device_put(params, shardings)
+    kind = saved.get('model_type')
+    if kind != config.model.kind:
+        raise ValueError(f'model.kind={config.model.kind!r}, but weights={path} are of a {kind!r}')
+    _check_same(path, convert.module_of(kind, saved), module)
+    placed = None if shardings is None else lambda shapes: shardings
+    found, params = convert.from_torch(kind, files.open_safetensors(folder), config=saved, shardings=placed)
+    return params['backbone'] if hasattr(found, 'backbone') else params
+
+
+def _check_same(path: Any, theirs: Any, ours: Any) -> None:
+    for name in type(ours).__dataclass_fields__:
+        if name in _MANNER:
+            continue
+        a, b = getattr(ours, name), getattr(theirs, name, None)
+        if a != b and not (isinstance(a, float) and isinstance(b, (int, float)) and np.isclose(a, b, rtol=1e-6)):
+            raise ValueError(f'model.{name}={a!r}, but weights={path} have {b!r}')
+
+
+def _restore(path: Any, own: Config, module: Any, part: str | None) -> Params:
+    """The stage's parameters on the host, with its adapter."""
+    def init(key):
+        params = module.init(key, jnp.zeros((1, 2), jnp.int32))['params']
+        return with_adapter(own, params, key)
+    like = jax.eval_shape(init, jax.random.key(0))
+    checkpointer = Checkpointer(storage.resolve(path) / 'checkpoints', read_only=True)
+    host = jax.sharding.SingleDeviceSharding(modules.host())
+    name = f'params/{part}' if part else 'params'
+    params = checkpointer.restore_part(name, like, jax.tree.map(lambda _: host, like))
+    checkpointer.close()
+    if params is None:
+        raise ValueError(f'{path}: no checkpoint there yet; let experiments.train reach its first one')
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=())
+def _merge(params: Params) -> Params:
+    return lora.merge(params)
+
+
+def _merged(params: Params) -> Params:
+    has = any(name.endswith('/lora_a') for name in partition.flatten(params))
+    return _merge(params) if has else params
