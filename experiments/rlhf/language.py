@@ -19,7 +19,7 @@ from rlhf_jax.models import gpt2, gpt_neox, heads, llama, lora
 Params = dict[str, Any]
 Config = ml_collections.ConfigDict
 
-KINDS = {'gpt2': (gpt2, gpt2.GPT2), 'gpt_neox': (gpt_neox, gpt_neox.GPTNeoX), 'llama': (llama, llama.LLaMA)}
+KINDS = {'gpt2': (gpt2, gpt2.GPT2), 'gpt_neox': (gpt_neox, gpt_neox.GPTNeoX), 'llama': (llama, llama.Llama)}
 # How a model computes, not what it computes: may differ from the weights' own config.
 _MANNER = ('dtype', 'param_dtype', 'remat', 'unroll', 'attention_impl', 'stacked', 'init_std', 'parent', 'name')
 
