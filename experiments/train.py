@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -44,12 +45,20 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> experiment_lib.Exper
     return importlib.import_module(EXPERIMENTS[config.experiment]).build(config, mesh)
 
 
+def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
+    """`config.mesh` over all devices but those that `config.rollout` sets apart to generate."""
+    if config.get('rollout'):
+        from experiments.rlhf.rollouts import learner_devices
+        return mesh_lib.make_mesh(config.mesh, learner_devices(config))
+    return mesh_lib.make_mesh(config.mesh)
+
+
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh: Mesh | None = None,
           hooks: Sequence[loop.Hook] = (), name: str | None = None) -> TrainState:
     """Trains to `config.num_steps`, continuing what `workdir` holds.
 
     Returns:
-        The final state, laid out over `mesh` (default: `config.mesh` over all devices).
+        The final state, laid out over `mesh` (default: `mesh_of`).
 
     Raises:
         ValueError, OSError: a config, data set, checkpoint or place that does not fit; before anything is compiled.
@@ -58,7 +67,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
     workdir = storage.resolve(workdir)
 
     # ---- Mesh, model, data -------------------------------------------------------------------------------------------
-    mesh = mesh or mesh_lib.make_mesh(config.mesh)
+    mesh = mesh or mesh_of(config)
     experiment = build(config, mesh)
     launch.check_workdir(config, workdir)
     storage.check_writable(workdir, '--workdir')
@@ -73,7 +82,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
             log.info('%s: at step %d of %d already; nothing to do', workdir, restored[0], config.num_steps)
             checkpointer.close()
             return restored[1]
-        batches = loop.Prefetch(experiment.open_batches(), mesh_lib.batch_sharding(mesh))
+        online = experiment.open_rollouts is not None
+        batches = (experiment.open_rollouts(workdir) if online else
+                   loop.Prefetch(experiment.open_batches(), mesh_lib.batch_sharding(mesh)))
         launch.save_config(config, workdir)
         if restored:
             start, state, position = restored
@@ -91,6 +102,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
         # ---- Train ---------------------------------------------------------------------------------------------------
         step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
                        out_shardings=(shardings, mesh_lib.replicated(mesh)))
+        if online:
+            step, hooks = told(step, batches), (*hooks, lambda n, state, _: batches.publish(n, state))
+            batches.publish(start, state)
         writer = MetricsWriter(workdir, from_step=start) if jax.process_index() == 0 else None
         try:
             state = loop.run(state, step, batches, hooks, config.num_steps,
@@ -104,6 +118,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
     return state
 
 
+def told(step: loop.Step, batches: Any) -> loop.Step:
+    """`step` with what the stream measured of its batch among the metrics."""
+    def run(state, batch):
+        measured = dict(batches.metrics)
+        state, metrics = step(state, batch)
+        return state, {**metrics, **measured}
+    return run
+
+
 def main() -> None:
     p = launch.parser(__doc__, config='what to train, a file such as configs/dlc/encoder_digits.py')
     p.add_argument('--workdir', help='checkpoints, metrics.jsonl and tensorboard/ go here; the same one resumes')
@@ -114,7 +137,7 @@ def main() -> None:
         raise ValueError('--workdir is missing: where should checkpoints and metrics go?')
     launch.initialize(args)
     if args.dry_run:
-        mesh = mesh_lib.make_mesh(config.mesh)
+        mesh = mesh_of(config)
         with jax.set_mesh(mesh):
             print(experiment_lib.describe(build(config, mesh), config, mesh))
         return

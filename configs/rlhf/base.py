@@ -105,7 +105,7 @@ def policy() -> ConfigDict:
             timeout=0.0,  # seconds a batch; 0: none
             replacement='',  # in place of a reward that is not finite or did not come; '': that is an error
         ),
-        reference=dict(dtype='float32', chunk=0),  # of frozen weights; rows at once, 0: a microbatch
+        reference=dict(dtype='float32'),  # in which frozen weights are kept: float32 | bfloat16
         rollout=dict(
             max_staleness=0,  # S, versions; 0: synchronous, 1: asynchronous
             devices=0,  # the last so many devices generate; 0: the learner's own

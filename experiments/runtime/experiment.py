@@ -27,7 +27,10 @@ class Experiment:
         step: (state, batch) -> (state, metrics); pure.
         rules: PARTITION_RULES over `state.params`.
         batch: shape and dtype of a global batch.
-        open_batches: opens the data and returns this process's stream.
+        open_batches: opens the data and returns this process's stream; None where the model makes its own batches:
+        open_rollouts: workdir -> stream of batches made by the model that is trained. It is told every new state
+            (`publish(version, state)`, before the first batch and after each step), and gives `metrics` of the last
+            batch.
         warm_start: applied to a fresh state, never to a resumed one (released weights).
         sampler: (params, key) -> samples (of an encoder: codes of random images) as one program, for compile checks.
     """
@@ -36,7 +39,8 @@ class Experiment:
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     rules: partition.Rules
     batch: Mapping[str, jax.ShapeDtypeStruct]
-    open_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
+    open_batches: Callable[[], Iterator[dict[str, np.ndarray]]] | None
+    open_rollouts: Callable[[Any], Any] | None = None
     warm_start: Callable[[TrainState], TrainState] | None = None
     sampler: Callable[[Any, jax.Array], Any] | None = None
 

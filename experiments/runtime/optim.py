@@ -120,8 +120,11 @@ def clip_by_norm(max_norm: float, *, per_module: bool) -> optax.GradientTransfor
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def adamw(config: Mapping[str, Any], params: Any, num_steps: int) -> optax.GradientTransformation:
+def adamw(config: Mapping[str, Any], params: Any, num_steps: int, *,
+          clock: Callable[[jax.Array], jax.Array] = lambda count: count) -> optax.GradientTransformation:
     """The optimizer that `config` describes, for parameters shaped like `params`.
+
+    `clock`: updates so far -> the step, of `num_steps`, at which schedules are read.
 
     Keys: `learning_rate` and `weight_decay` (schedules, see `schedule`), `b1`, `b2`, `eps`, `clip_norm` (0: off),
     `clip_per_module`, `groups`.
@@ -131,8 +134,8 @@ def adamw(config: Mapping[str, Any], params: Any, num_steps: int) -> optax.Gradi
     if config['clip_norm']:
         chain.append(clip_by_norm(config['clip_norm'], per_module=config['clip_per_module']))
     chain.append(optax.scale_by_adam(b1=config['b1'], b2=config['b2'], eps=config['eps']))
-    chain.append(scale_by_groups(groups, schedule(config['learning_rate'], num_steps),
-                                 schedule(config['weight_decay'], num_steps)))
+    rates = (schedule(config[name], num_steps) for name in ('learning_rate', 'weight_decay'))
+    chain.append(scale_by_groups(groups, *(lambda count, at=at: at(clock(count)) for at in rates)))
     return optax.chain(*chain)
 
 
@@ -145,6 +148,13 @@ def split_microbatches(batch: Mapping[str, jax.Array], parts: int, shards: int) 
         x = x.reshape(shards, parts, x.shape[0] // (parts * shards), *x.shape[1:])
         return jnp.swapaxes(x, 0, 1).reshape(parts, shards * x.shape[2], *x.shape[3:])
     return {name: one(name, x) for name, x in batch.items()}
+
+
+def join_microbatches(x: jax.Array, shards: int) -> jax.Array:
+    """Inverse of `split_microbatches` on one array: [parts, B / parts, ...] -> [B, ...]."""
+    parts, rows = x.shape[:2]
+    x = jnp.swapaxes(x.reshape(parts, shards, rows // shards, *x.shape[2:]), 0, 1)
+    return x.reshape(parts * rows, *x.shape[3:])
 
 
 def value_and_grad(loss: Callable[..., tuple[jax.Array, dict]], params: Any, batch: dict, rng: jax.Array,
@@ -173,7 +183,12 @@ def value_and_grad(loss: Callable[..., tuple[jax.Array, dict]], params: Any, bat
 def apply(tx: optax.GradientTransformation, grads: Any, state: Any) -> tuple[Any, Any, jax.Array]:
     """`(params, opt_state, gradient norm before clipping)` after one update of `state`."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    return optax.apply_updates(state.params, updates), opt_state, optax.tree.norm(grads)
+    return optax.apply_updates(state.params, updates), opt_state, norm(grads)
+
+
+def norm(tree: Any) -> jax.Array:
+    """L2 norm over all leaves."""
+    return optax.tree.norm(tree)
 
 
 def ema_update(ema: Any, params: Any, decay: jax.Array | float) -> Any:

@@ -206,13 +206,14 @@ class Head(nn.Module):
 OUTPUTS = ('logits', 'hidden', 'both')
 
 
-def outputs(x: Array, head: Callable[[Array], Array], *, at: Array | None, output: str, cache: Cache | None) -> Any:
+def outputs(x: Array, head: Callable[[Array], Array], *, at: Array | slice | None, output: str,
+            cache: Cache | None) -> Any:
     """What a decoder returns.
 
     Args:
         x: [B, T, D], normed output of the last block.
         head: x -> logits.
-        at: int32 [B], only this token of each row; None: all.
+        at: int32 [B], only this token of each row; a slice: only these of all rows; None: all.
         output: 'logits'; 'hidden': `x`; 'both': the pair.
         cache: returned beside it, where there is one.
 
@@ -221,7 +222,9 @@ def outputs(x: Array, head: Callable[[Array], Array], *, at: Array | None, outpu
     """
     if output not in OUTPUTS:
         raise ValueError(f'output={output!r} is not one of {OUTPUTS}')
-    if at is not None:
+    if isinstance(at, slice):
+        x = x[:, at]
+    elif at is not None:
         x = x[jnp.arange(x.shape[0]), at]
     out = x if output == 'hidden' else head(x) if output == 'logits' else (head(x), x)
     return out if cache is None else (out, cache)

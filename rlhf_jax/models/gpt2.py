@@ -117,7 +117,7 @@ class GPT2(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, *, mask: Array | None = None, positions: Array | None = None,
-                 cache: decoder.Cache | None = None, cache_length: int = 0, at: Array | None = None,
+                 cache: decoder.Cache | None = None, cache_length: int = 0, at: Array | slice | None = None,
                  output: str = 'logits') -> Any:
         """Scores of the next token.
 
@@ -127,11 +127,11 @@ class GPT2(nn.Module):
             positions: int32 [B, T], where they are not those that the mask gives.
             cache: tokens before these, to be extended (split blocks only).
             cache_length: start a cache of so many slots.
-            at: int32 [B], only this token of each row.
+            at: int32 [B], only this token of each row; or a slice, only these tokens of all rows.
             output: 'logits'; 'hidden': the normed output of the last block, D wide, in `dtype`; 'both': the pair.
 
         Returns:
-            float32 [B, T, V], or [B, V] with `at`; with a cache, the pair of it and the cache.
+            float32 [B, T, V], or [B, V] with an array `at`; with a cache, the pair of it and the cache.
 
         Raises:
             ValueError: shapes that do not agree, or more tokens than positions.

@@ -171,7 +171,7 @@ class Llama(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, *, mask: Array | None = None, positions: Array | None = None,
-                 cache: decoder.Cache | None = None, cache_length: int = 0, at: Array | None = None,
+                 cache: decoder.Cache | None = None, cache_length: int = 0, at: Array | slice | None = None,
                  output: str = 'logits') -> Any:
         """Scores of the next token (`causal=False`: of each token itself); arguments and errors as of `gpt2.GPT2`."""
         longest = max(tokens.shape[-1], cache_length, 0 if cache is None else cache.length)

@@ -1,0 +1,70 @@
+"""A generator process of an asynchronous run: makes the batches that a learner elsewhere trains on.
+
+    python -m experiments.train    --config=FILE --workdir=DIR --config.rollout.transport=files --config.rollout.max_staleness=1
+    python -m experiments.generate --workdir=DIR                       # on other devices, or another machine that sees DIR
+
+Start it before or after the learner. It takes the run's own config, waits for weights in DIR/rollouts, and leaves when
+the learner is done. Killed, it is simply started again; several share the work (`--generator=1`, ... of
+rollout.num_generators).
+"""
+import logging
+import time
+
+from experiments.rlhf import rollouts
+from experiments.runtime import launch, storage
+from rlhf_jax.rollout import processes
+
+log = logging.getLogger(__name__)
+
+
+def wait_for_config(workdir: str, timeout: float) -> None:
+    """Returns when the learner has written its config.
+
+    Raises:
+        TimeoutError: it did not within `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not (storage.resolve(workdir) / 'config.json').exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f'--workdir={workdir}: no learner started there within --wait={timeout:g} s')
+        time.sleep(0.2)
+
+
+def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = None) -> int:
+    """Serves the learner of `workdir` until it is done, and returns how many batches it made.
+
+    Raises:
+        ValueError: the run has no generators in processes of their own, or data that does not fit.
+    """
+    config = launch.read_config(workdir)
+    if config.get('experiment') != 'policy' or config.rollout.transport == 'devices':
+        raise ValueError(f"--workdir={workdir}: its run does not ask for generator processes; train it with "
+                         '--config.rollout.transport=files')
+    if not 0 <= generator < config.rollout.num_generators:
+        raise ValueError(f'--generator={generator} must be in 0..{config.rollout.num_generators - 1} '
+                         '(rollout.num_generators)')
+    folder, mesh = storage.resolve(workdir) / 'rollouts', rollouts.generator_mesh(config)
+    decoding = rollouts.Decoding(config, mesh)
+    weights = rollouts.open_weights(config, decoding.shardings, decoding.shapes, folder, reader=generator)
+    make = rollouts.Generator(config, mesh, weights)
+    log.info('%s: generator %d of %d is ready', workdir, generator, config.rollout.num_generators)
+    return processes.serve(make, weights, folder / 'batches', generator=generator,
+                           num_generators=config.rollout.num_generators, idle_timeout=idle_timeout)
+
+
+def main() -> None:
+    p = launch.parser(__doc__)
+    p.add_argument('--workdir', required=True, metavar='DIR', help="the learner's")
+    p.add_argument('--generator', type=int, default=0, metavar='I', help='which of rollout.num_generators this is')
+    p.add_argument('--wait', type=float, default=600.0, metavar='SECONDS', help='for the learner to start')
+    p.add_argument('--idle_timeout', type=float, default=0.0, metavar='SECONDS',
+                   help='leave after so long with nothing to do (the learner is gone); 0: wait for ever')
+    args, _ = launch.parse(p)
+    launch.initialize(args)
+    wait_for_config(args.workdir, args.wait)
+    made = generate(args.workdir, generator=args.generator, idle_timeout=args.idle_timeout or None)
+    print(f'made {made} batches')
+
+
+if __name__ == '__main__':
+    launch.main(main)
