@@ -56,8 +56,13 @@ class TFDSImages(ImageSource):
         return decode_image(record['image'], self._channels), int(record.get('label', 0))
 
 
-def find_prepared(name: str, data_dir: str) -> Any:
+def find_prepared(name: str, data_dir: str, *, field: str = 'data.name',
+                  others: tuple[str, ...] = OTHER_SOURCES) -> Any:
     """Folder of the newest prepared version of TFDS data set `name` (`set` or `set/config`); no network, no TensorFlow.
+
+    Args:
+        field: of the config that holds the name.
+        others: names it may hold that are no TFDS data sets.
 
     Raises:
         ValueError: no data set of that name exists, or several of its configs are prepared.
@@ -70,18 +75,19 @@ def find_prepared(name: str, data_dir: str) -> Any:
         prepared += [file.parent for file in root.glob(pattern) if re.fullmatch(r'\d+\.\d+\.\d+', file.parent.name)]
     if not prepared:
         import tensorflow_datasets as tfds
-        known = (*OTHER_SOURCES, *tfds.list_builders(with_community_datasets=False))
+        known = (*others, *tfds.list_builders(with_community_datasets=False))
         if name.split('/')[0] not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
-            raise ValueError(f'data.name={name!r} is not one of {OTHER_SOURCES} nor a TFDS data set'
+            among = f'one of {others} nor ' if others else ''
+            raise ValueError(f'{field}={name!r} is not {among}a TFDS data set'
                              + (f'; did you mean {near[0]!r}?' if near else ''))
         manual = ', after putting ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into its downloads/manual' \
             if name.startswith('imagenet2012') else ''
-        raise FileNotFoundError(f'data.name={name!r}: not prepared below {root.parent}; prepare it once with: '
+        raise FileNotFoundError(f'{field}={name!r}: not prepared below {root.parent}; prepare it once with: '
                                 f'{prepare_command(name, data_dir)}{manual}; or point data.path at where it is')
     configs = sorted({str(folder.parent.relative_to(root)) for folder in prepared})
     if len(configs) > 1:
-        raise ValueError(f'data.name={name!r}: several configs are prepared; name one, as in {name}/{configs[0]}')
+        raise ValueError(f'{field}={name!r}: several configs are prepared; name one, as in {name}/{configs[0]}')
     return max(prepared, key=lambda folder: tuple(int(x) for x in folder.name.split('.')))
 
 

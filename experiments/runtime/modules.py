@@ -71,8 +71,8 @@ def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., 
     like = jax.eval_shape(experiment.init, jax.random.key(0))
     if config.get('weights_only'):
         like = {'ema': {part: like.ema[part]} if part else like.ema}
-    host = jax.sharding.SingleDeviceSharding(host())
-    restored = checkpointer.restore(like, jax.tree.map(lambda _: host, like))
+    on_host = jax.sharding.SingleDeviceSharding(host())
+    restored = checkpointer.restore(like, jax.tree.map(lambda _: on_host, like))
     checkpointer.close()
     if restored is None:
         raise ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
