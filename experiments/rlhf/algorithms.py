@@ -34,7 +34,7 @@ class Algorithm(NamedTuple):
     """prepare: (settings, batch, scorers, KL coefficient) -> (rows, metrics). loss: (settings, logprobs [b, C, L],
     values [b, C, L] or None, rows) -> (loss, metrics). weights: (settings, rows) -> [B]."""
     prepare: Callable[[Any, Rows, Scorers, Array], tuple[Rows, Metrics]]
-    loss: Callable[[Any, Array, Array | None, Rows], losses.Loss]
+    loss: Callable[[Any, Array, Array | None, Rows], tuple[Array, Metrics]]
     weights: Callable[[Any, Rows], Array]
     critic: bool = False
     least_samples: int = 2

@@ -151,7 +151,7 @@ class Generator:
         self._config, self._mesh, self._weights = config, mesh, weights
         self._tokenizer = language.tokenizer(config)
         self._module = language.decoder(config.model).clone(stacked=False)
-        task = tasks.get(config.data)
+        task = tasks.get(config.data, self._tokenizer.encode)
         self._prompts, self._rows = prompts_of(config, task, self._tokenizer, config.data.split)
         self._order = EpochOrder(len(self._prompts), config.seed)
         self._scorer = rewards.Scorer(config, task, mesh)
@@ -203,15 +203,14 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: A
     Raises:
         ValueError: the task has no prompts, one is empty or ends in EOS, or none fits.
     """
-    if task.prompts is None:
-        raise ValueError(f'data.task={config.data.task!r} has no prompts')
-    found = task.prompts(config.data, split)
+    found = tasks.require(task, 'prompts', config.data)(config.data, split)
     longest = config.sampling.max_prompt
     tokens, rows = [], []
     for i, prompt in enumerate(found):
         ids = list(tokenizer.encode(prompt.text))
         if not ids or ids[-1] == tokenizer.eos:
             raise ValueError(f'data: prompt {i} ' + ('has no token' if not ids else 'ends in the EOS token'))
+        ids = ids[-longest:] if task.cut_prompts else ids
         if len(ids) <= longest:
             tokens.append(ids)
             rows.append({'prompt': prompt.text} | dict(prompt.row))
