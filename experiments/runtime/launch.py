@@ -55,7 +55,7 @@ def parser(description: str, *, config: str | None = None) -> argparse.ArgumentP
 
 
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
-          default_config: str | None = None) -> tuple[argparse.Namespace, ml_collections.ConfigDict | None]:
+          default_config: str | Callable[[argparse.Namespace], str] | None = None) -> tuple[argparse.Namespace, ml_collections.ConfigDict | None]:
     """Parses flags and, where the command has `--config`, loads the file and applies its overrides.
 
     Raises:
@@ -72,7 +72,7 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
         if overrides:
             p.error(f'{overrides[0]}: this command has no --config')
         return args, None
-    path = args.config or default_config
+    path = args.config or (default_config(args) if callable(default_config) else default_config)
     if path is None:
         raise ValueError('--config is missing: give a file such as configs/dlc/encoder_digits.py')
     return args, load_config(path, overrides)
