@@ -13,7 +13,8 @@ def get_config():
     config.log_every, config.checkpoint_every, config.eval_every = 50, 0, 200
     config.model.update(sft_arithmetic.MODEL)
     config.weights = 'runs/arithmetic/sft'
-    config.data.update(dict(task='arithmetic', num_rows=sft_arithmetic.ROWS, options=sft_arithmetic.PROBLEMS))
+    config.data.update(dict(task='arithmetic', num_rows=sft_arithmetic.ROWS))
+    config.data.options = sft_arithmetic.PROBLEMS
     config.max_length = 112
     config.optimizer.learning_rate.update(dict(peak=1e-3, final=1e-5, warmup_steps=20, decay='cosine'))
     config.optimizer.update(dict(b2=0.99, clip_norm=1.0))

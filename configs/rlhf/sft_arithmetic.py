@@ -17,7 +17,8 @@ def get_config():
     config.num_steps, config.batch_size = 350, 64
     config.log_every, config.checkpoint_every = 50, 0
     config.model.update(MODEL)
-    config.data.update(dict(task='arithmetic', num_rows=ROWS, options=PROBLEMS))
+    config.data.update(dict(task='arithmetic', num_rows=ROWS))
+    config.data.options = PROBLEMS
     config.max_length, config.train_on_prompt = 90, False
     config.optimizer.learning_rate.update(dict(peak=3e-3, final=1e-5, warmup_steps=50, decay='cosine'))
     config.optimizer.update(dict(b2=0.99, clip_norm=1.0))
