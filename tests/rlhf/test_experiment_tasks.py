@@ -41,7 +41,7 @@ def test_unknown_names_and_missing_paths_are_errors_that_help(tmp_path):
 # ---- Arithmetic ------------------------------------------------------------------------------------------------------
 
 def test_arithmetic_has_everything_and_parts_that_share_nothing():
-    d = data('arithmetic', num_rows=60, options=dict(num_steps=1, max_number=9, num_heldout=20))
+    d = data('arithmetic', num_rows=60, options=dict(num_steps=1, max_number=9, num_heldout=20, faults=0.0))
     task = tasks.get(d)
     parts = {name: task.prompts(d, name) for name in ('train', 'validation', 'test')}
     assert [len(p) for p in parts.values()] == [60, 20, 20]
@@ -52,9 +52,13 @@ def test_arithmetic_has_everything_and_parts_that_share_nothing():
     rows = [p.row for p in parts['validation']]
     assert prompts == tuple(p.text for p in parts['validation'])
     np.testing.assert_array_equal(task.reward(texts, rows), 1)
-    np.testing.assert_array_equal(task.gold(texts, rows), 1.75)
+    np.testing.assert_array_equal(task.gold(texts, rows), 2)
     found = task.metrics([texts[0]] * 10 + [''] * 10, rows)
     assert found['answered'] == 0.5 and 0.05 <= found['accuracy'] < 0.5
+    d.options.faults = 0.5
+    faulty = [text for _, text in tasks.get(d).demonstrations(d, 'train')]
+    clean = [row == text for row, (_, text) in zip(faulty, task.demonstrations(d, 'train'))]
+    assert 0.3 < np.mean(clean) < 0.7 and tasks.get(d).prompts(d, 'train') == parts['train']
     with pytest.raises(ValueError, match="split 'dev' of arithmetic is not one of"):
         task.prompts(d, 'dev')
 
@@ -63,14 +67,14 @@ ROW = dict(solution='3+4=7. 7-2=5. #### 5', answer='5')
 
 
 @pytest.mark.parametrize('completion,want', [
-    (' 3+4=7. 7-2=5. #### 5', 1 + 0.5 + 0.25),
-    (' 3+4=7. 7-2=6. #### 6', 0.25),  # one step right and one wrong cancel
-    (' 3+4=7. 7-2=5. #### 6', 0.5 + 0.25),
-    (' 3+4=8. 7-2=5. #### 5', 1 + 0.25),
+    (' 3+4=7. 7-2=5. #### 5', 1 + 0.5 + 0.5),
+    (' 3+4=7. 7-2=6. #### 6', 0.5),  # one step right and one wrong cancel
+    (' 3+4=7. 7-2=5. #### 6', 0.5 + 0.5),
+    (' 3+4=8. 7-2=5. #### 5', 1 + 0.5),
     (' 3+4=7. 7-2=5.', 0.5),
     (' #### 5', 1.0),
-    (' 3+4=7. 7-2=5. 3+4=7. 7-2=5. #### 5', 1 + 0.5 + 0.25 - 0.14),
-    (' 3+4=7. 7-2=5. #### 5 So.', 1 + 0.5 - 0.04),
+    (' 3+4=7. 7-2=5. 3+4=7. 7-2=5. #### 5', 1 + 0.5 + 0.5 - 0.28),
+    (' 3+4=7. 7-2=5. #### 5 So.', 1 + 0.5 - 0.08),
     ('x' * 500, -1.0)])
 def test_gold_reward_by_hand(completion, want):
     assert gold.reward([completion], [ROW])[0] == pytest.approx(want, abs=1e-6)
