@@ -107,7 +107,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
             batches.publish(start, state)
         writer = MetricsWriter(workdir, from_step=start) if jax.process_index() == 0 else None
         try:
-            state = loop.run(state, step, batches, hooks, config.num_steps,
+            own = experiment.hooks(writer)
+            state = loop.run(state, step, batches, (*own, *hooks), config.num_steps,
                              save=loop.Save(checkpointer, batches, config.checkpoint_every),
                              log_hook=loop.Log(writer, config.log_every), name=name or config.experiment,
                              stop_every=1 if jax.process_count() == 1 else config.log_every)

@@ -22,6 +22,7 @@ def _language(experiment: str, **sections) -> ConfigDict:
         model=model('gpt_neox', '410m'),
         lora=dict(rank=0, alpha=32.0, targets=()),  # 0: train all weights; path regexes, (): the model's own
         tokenizer='bytes',  # bytes | a tokenizer.json or its folder
+        bos=False,  # every text begins with the tokenizer's BOS
         weights='',  # to start from: a Hugging Face folder, or the work directory of an earlier stage; '': fresh
         data=dict(
             task='arithmetic',  # see experiments.rlhf.tasks
@@ -40,6 +41,7 @@ def sft() -> ConfigDict:
     return _language(
         'sft',
         max_length=562,  # tokens of prompt and response; longer ones are left out, counted and logged
+        eval_every=0,  # steps between evaluations on data.heldout, and at the end; 0: none
         train_on_prompt=True,
         packing=False,  # several texts a row, attention kept within each
         optimizer=adamw(schedule(1e-5, decay='cosine'), schedule(0.0)),
@@ -51,6 +53,7 @@ def reward_model() -> ConfigDict:
     return _language(
         'reward_model',
         max_length=638,  # tokens of prompt and response
+        eval_every=0,  # steps between evaluations on data.heldout, and at the end; 0: none
         margin=0.0, centering=0.0,  # of the Bradley-Terry loss
         optimizer=adamw(schedule(1e-5, decay='cosine'), schedule(0.0)),
     ).lock()
@@ -61,6 +64,7 @@ def dpo() -> ConfigDict:
     return _language(
         'dpo',
         max_length=638,
+        eval_every=0,  # steps between evaluations on data.heldout, and at the end; 0: none
         loss=dict(beta=0.1, loss_type='sigmoid'),  # sigmoid | ipo
         optimizer=adamw(schedule(3e-6, decay='linear'), schedule(0.0)),
     ).lock()

@@ -2,7 +2,8 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +75,26 @@ def with_adapter(config: Config, params: Params, key: jax.Array) -> Params:
         return params
     targets = tuple(config.lora.targets) or kind_of(config.model)[0].LORA_TARGETS
     return lora.init(key, params, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets)
+
+
+def divide(params: Params, also: Sequence[str] = ()) -> tuple[Params, Params]:
+    """(what stays frozen, what is trained) of parameters with an adapter: A and B, and paths that a regex of `also`
+    matches. `lora.join` puts them together again."""
+    def visit(tree, path):
+        frozen, trained = {}, {}
+        for name, leaf in tree.items():
+            here = f'{path}{name}'
+            if isinstance(leaf, Mapping):
+                parts = visit(leaf, f'{here}/')
+                for out, part in zip((frozen, trained), parts):
+                    if part:
+                        out[name] = part
+            elif name in ('lora_a', 'lora_b') or any(re.fullmatch(pattern, here) for pattern in also):
+                trained[name] = leaf
+            else:
+                frozen[name] = leaf
+        return frozen, trained
+    return visit(params, '')
 
 
 def frozen_groups(config: Config, *also: str) -> tuple[tuple[str, dict[str, Any]], ...]:

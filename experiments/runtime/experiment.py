@@ -1,6 +1,6 @@
-"""What a file in `experiments/dlc` hands to the runner, and the runner's account of it before anything is compiled."""
+"""What a file in `experiments/dlc` or `experiments/rlhf` hands to the runner, and the runner's account of it before anything is compiled."""
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,9 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
+from experiments.runtime import loop, partition
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import partition
+from experiments.runtime.metrics import MetricsWriter
 from experiments.runtime.state import TrainState
 
 Batch = Mapping[str, Any]
@@ -33,6 +34,7 @@ class Experiment:
             batch.
         warm_start: applied to a fresh state, never to a resumed one (released weights).
         sampler: (params, key) -> samples (of an encoder: codes of random images) as one program, for compile checks.
+        hooks: writer of metrics (None in all processes but the first) -> hooks of its own, such as an evaluation.
     """
     init: Callable[[jax.Array], TrainState]
     loss: LossFn
@@ -43,6 +45,7 @@ class Experiment:
     open_rollouts: Callable[[Any], Any] | None = None
     warm_start: Callable[[TrainState], TrainState] | None = None
     sampler: Callable[[Any, jax.Array], Any] | None = None
+    hooks: Callable[[MetricsWriter | None], Sequence[loop.Hook]] = lambda writer: ()
 
 
 LEAST = {'num_steps': 1, 'batch_size': 1, 'accumulate': 1, 'log_every': 1, 'checkpoint_every': 0, 'keep_checkpoints': 1}
