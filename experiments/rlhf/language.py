@@ -21,6 +21,7 @@ Params = dict[str, Any]
 Config = ml_collections.ConfigDict
 
 KINDS = {'gpt2': (gpt2, gpt2.GPT2), 'gpt_neox': (gpt_neox, gpt_neox.GPTNeoX), 'llama': (llama, llama.Llama)}
+POLICIES = ('sft', 'dpo', 'policy')  # experiments whose runs hold a language model
 # How a model computes, not what it computes: may differ from the weights' own config.
 _MANNER = ('dtype', 'param_dtype', 'remat', 'unroll', 'attention_impl', 'stacked', 'init_std', 'parent', 'name')
 
@@ -36,6 +37,11 @@ def kind_of(model: Mapping[str, Any]) -> tuple[Any, Any]:
     if model['kind'] not in KINDS:
         raise ValueError(f'model.kind={model["kind"]!r} is not one of {tuple(KINDS)}')
     return KINDS[model['kind']]
+
+
+def kind_name(module: Any) -> str:
+    """The `model.kind` of a decoder."""
+    return next(kind for kind, (_, cls) in KINDS.items() if isinstance(module, cls))
 
 
 def decoder(model: Mapping[str, Any]) -> Any:
@@ -108,16 +114,26 @@ def frozen_groups(config: Config, *also: str) -> tuple[tuple[str, dict[str, Any]
 
 # ---- Tokenizers ------------------------------------------------------------------------------------------------------
 
+def open_tokenizer(name: str) -> Any:
+    """'bytes', or a tokenizer.json or its folder.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no EOS.
+    """
+    found = tokenizers.ByteTokenizer() if name == 'bytes' else tokenizers.JsonTokenizer(name)
+    if found.eos is None:
+        raise ValueError(f'tokenizer={name}: it names no eos token, so that no response could end; add '
+                         'eos_token to the tokenizer_config.json beside it')
+    return found
+
+
 def tokenizer(config: Config) -> Any:
     """The tokenizer that `config.tokenizer` names, checked against the model's vocabulary.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no EOS, or ids that the model does not have.
     """
-    found = tokenizers.ByteTokenizer() if config.tokenizer == 'bytes' else tokenizers.JsonTokenizer(config.tokenizer)
-    if found.eos is None:
-        raise ValueError(f'tokenizer={config.tokenizer}: it names no eos token, so that no response could end; add '
-                         'eos_token to the tokenizer_config.json beside it')
+    found = open_tokenizer(config.tokenizer)
     size = decoder(config.model).vocab_size
     if found.vocab_size > size:
         raise ValueError(f'tokenizer={config.tokenizer} has {found.vocab_size} ids, the model model.vocab_size={size}; '
@@ -126,6 +142,18 @@ def tokenizer(config: Config) -> Any:
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether `path` is a work directory rather than a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    file = storage.resolve(path) / 'config.json'
+    if not file.exists():
+        raise FileNotFoundError(f'{path}: no config.json there; give a Hugging Face folder or a work directory')
+    return 'experiment' in json.loads(file.read_text())
+
 
 def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None) -> Params:
     """Parameters of `decoder(config.model)`, float32, from a Hugging Face folder or a work directory of sft, dpo or
@@ -137,7 +165,36 @@ def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None)
     Raises:
         FileNotFoundError, ValueError: nothing there, or weights of another model, with the field that differs.
     """
-    return _load(path, config, decoder(config.model), ('sft', 'dpo', 'policy'), shardings)
+    return _load(path, config, decoder(config.model), POLICIES, shardings)
+
+
+def load_policy(path: str | os.PathLike, dtype: str = '') -> tuple[Any, Params, Config | None]:
+    """Module, float32 parameters on the host, adapters merged, and config of a policy as it lies there: a work
+    directory of sft, dpo or policy; or a Hugging Face folder, which has no config.
+
+    Args:
+        dtype: to compute in; '': as the run's config says, float32 for a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or no language model.
+    """
+    folder = storage.resolve(path)
+    if not (folder / 'config.json').exists():
+        raise FileNotFoundError(f'{path}: no config.json there; give a Hugging Face folder or a work directory')
+    saved = json.loads((folder / 'config.json').read_text())
+    if 'experiment' in saved:
+        own = launch.read_config(path)
+        if own.experiment not in POLICIES:
+            raise ValueError(f'{path}: holds a run of experiment={own.experiment!r}; expected one of {POLICIES}')
+        if dtype:
+            own.model.dtype = dtype
+        module = decoder(own.model)
+        return module, _merged(_restore(path, own, module, 'policy' if own.experiment == 'policy' else None)), own
+    fields = {'dtype': modules.dtype(dict(dtype=dtype or 'float32'))}
+    module, params = convert.from_torch(saved.get('model_type'), files.open_safetensors(folder), config=saved, **fields)
+    if isinstance(module, heads.RewardModel):
+        raise ValueError(f'{path}: holds a reward model, not a policy')
+    return getattr(module, 'backbone', module), params.get('backbone', params), None
 
 
 def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tuple[Any, Params]:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf import language, rewards, tasks
+from experiments.rlhf import texts as text_arrays
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition, storage
 from experiments.runtime.stream import EpochOrder
@@ -149,29 +150,39 @@ class Generator:
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, weights: Any = None):
         self._config, self._mesh, self._weights = config, mesh, weights
-        self._tokenizer = language.tokenizer(config)
+        self.tokenizer = language.tokenizer(config)
         self._module = language.decoder(config.model).clone(stacked=False)
-        task = tasks.get(config.data, self._tokenizer.encode)
-        self._prompts, self._rows = prompts_of(config, task, self._tokenizer, config.data.split)
+        self.task = tasks.get(config.data, self.tokenizer.encode)
+        self._prompts, self._rows = prompts_of(config, self.task, self.tokenizer, config.data.split)
         self._order = EpochOrder(len(self._prompts), config.seed)
-        self._scorer = rewards.Scorer(config, task, mesh)
-        self._sampling = sampling_of(config, self._tokenizer.eos, self._tokenizer.pad)
+        self._scorer = rewards.Scorer(config, self.task, mesh)
+        self._sampling = sampling_of(config, self.tokenizer.eos, self.tokenizer.pad)
         self._buckets = tuple(config.sampling.buckets) or (config.sampling.max_prompt,)
         shards = mesh_lib.batch_shards(mesh)
         if config.batch_size % shards:
             raise ValueError(f'batch_size={config.batch_size} prompts are not divisible by the {shards} generating '
                              'shards (rollout.mesh data x fsdp); use a multiple')
 
+    @property
+    def num_prompts(self) -> int:
+        return len(self._prompts)
+
+    def rows(self, index: int) -> list[Mapping[str, Any]]:
+        """Of the data set, one for each of the B prompts of batch `index`."""
+        return [self._rows[i] for i in self._ids(index)]
+
+    def _ids(self, index: int) -> np.ndarray:
+        return self._order(index * self._config.batch_size + np.arange(self._config.batch_size))
+
     def __call__(self, params: Any, *, index: int, version: int) -> Mapping[str, np.ndarray]:
         """A batch of B prompts and K completions of each, K-major: see `rlhf_jax.rollout.batch`."""
-        size, num_samples = self._config.batch_size, self._config.algorithm.num_samples
-        ids = self._order(index * size + np.arange(size))
+        num_samples, ids = self._config.algorithm.num_samples, self._ids(index)
         tokens, mask = generate_lib.pad_prompts([self._prompts[i] for i in ids], buckets=self._buckets,
-                                                pad_token=self._tokenizer.pad)
+                                                pad_token=self.tokenizer.pad)
         key = jax.random.fold_in(jax.random.key(self._config.seed), index)
         keys = responses.sample_keys(key, ids, num_samples, version)
         drawn, versions = self._draw(params, version, tokens, mask, keys)
-        return finish(self._tokenizer, self._scorer, np.tile(tokens, (num_samples, 1)), np.tile(mask, (num_samples, 1)),
+        return finish(self.tokenizer, self._scorer, np.tile(tokens, (num_samples, 1)), np.tile(mask, (num_samples, 1)),
                       drawn, [self._rows[i] for _ in range(num_samples) for i in ids]) | versions
 
     def _draw(self, params, version, tokens, mask, keys):
@@ -205,12 +216,14 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: A
     """
     found = tasks.require(task, 'prompts', config.data)(config.data, split)
     longest = config.sampling.max_prompt
-    tokens, rows = [], []
+    tokens, rows, encode = [], [], text_arrays.encoder(config, tokenizer)
     for i, prompt in enumerate(found):
-        ids = list(tokenizer.encode(prompt.text))
+        ids = list(encode(prompt.text))
         if not ids or ids[-1] == tokenizer.eos:
             raise ValueError(f'data: prompt {i} ' + ('has no token' if not ids else 'ends in the EOS token'))
-        ids = ids[-longest:] if task.cut_prompts else ids
+        if task.cut_prompts:
+            first = int(config.bos)  # a BOS stays where the beginning goes
+            ids = ids[:first] + ids[first:][-(longest - first):]
         if len(ids) <= longest:
             tokens.append(ids)
             rows.append({'prompt': prompt.text} | dict(prompt.row))
@@ -222,13 +235,18 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: A
     return tokens, rows
 
 
+def texts_of(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Texts of responses [N, L] without their EOS, and whether they have one, bool [N]."""
+    lengths = mask.sum(1)
+    last = tokens[np.arange(len(lengths)), np.maximum(lengths - 1, 0)]
+    ended = (lengths > 0) & (last == tokenizer.eos)
+    return [tokenizer.decode(row[:length - end]) for row, length, end in zip(tokens, lengths, ended)], ended
+
+
 def finish(tokenizer: Any, scorer: Any, tokens: np.ndarray, mask: np.ndarray, drawn: Any,
            rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Samples (of prompts [N, P] as they stand) with their rewards."""
-    lengths = drawn.mask.sum(1)
-    last = drawn.tokens[np.arange(len(lengths)), np.maximum(lengths - 1, 0)]
-    ended = (lengths > 0) & (last == tokenizer.eos)
-    texts = [tokenizer.decode(row[:length - end]) for row, length, end in zip(drawn.tokens, lengths, ended)]
+    texts, ended = texts_of(tokenizer, drawn.tokens, drawn.mask)
     whole = np.concatenate([tokens, drawn.tokens], 1)
     scored = scorer(rewards.Completions(texts, rows, whole, np.concatenate([mask, drawn.mask], 1), ended))
     return {'tokens': whole, 'prompt_mask': mask, 'mask': drawn.mask, 'logprobs': drawn.logprobs, 'ended': ended,
