@@ -55,7 +55,7 @@ def parser(description: str, *, config: str | None = None) -> argparse.ArgumentP
 
 
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
-          default_config: str | None = None,
+          default_config: str | Callable[[argparse.Namespace], str] | None = None,
           optional: bool = False) -> tuple[argparse.Namespace, ml_collections.ConfigDict | None]:
     """Parses flags and, where the command has `--config`, loads the file and applies its overrides.
 
@@ -75,7 +75,7 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
         if overrides:
             p.error(f'{overrides[0]}: this command has no --config')
         return args, None
-    path = args.config or default_config
+    path = args.config or (default_config(args) if callable(default_config) else default_config)
     if path is None and optional and not overrides:
         return args, None
     if path is None:

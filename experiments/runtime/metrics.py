@@ -76,3 +76,9 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def curve(workdir: str | os.PathLike, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric of the run in `workdir`."""
+    rows = [row for row in read_metrics(storage.resolve(workdir) / 'metrics.jsonl') if row.get(name) is not None]
+    return [row['step'] for row in rows], [row[name] for row in rows]

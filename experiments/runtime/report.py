@@ -2,9 +2,10 @@
 import base64
 import html
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -50,6 +51,27 @@ def format_value(value: object, digits: int = 3) -> str:
         return '–'
     return f'{value:.{digits}g}' if isinstance(value, float) and abs(value) < 1000 else (
         f'{value:,.0f}' if isinstance(value, float) else str(value))
+
+
+def with_spread(rows: Mapping[str, Mapping[str, Any]], headings: Mapping[str, str] = {}) -> list[dict[str, Any]]:
+    """Table rows in which `x` and `x_std` have become one column "x ± std", both to the second digit of the spread.
+
+    `headings`: of columns, where they differ from the name by more than underscores.
+    """
+    out = []
+    for name, row in rows.items():
+        line = {'': name}
+        for key, value in row.items():
+            if key.endswith('_std'):
+                continue
+            spread = row.get(f'{key}_std')
+            text = format_value(value)
+            if value is not None and spread:
+                decimals = max(0, 1 - math.floor(math.log10(spread)))
+                text = f'{value:.{decimals}f} ± {spread:.{decimals}f}'
+            line[headings.get(key, key.replace('_', ' '))] = text
+        out.append(line)
+    return out
 
 
 class Report:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from experiments import compile as compile_command
 from experiments import encode, evaluate, quickstart, sample, train
+from experiments.dlc import quickstart as dlc_quickstart
 from experiments.dlc import codestore
 from experiments.runtime import launch, loop, modules
 from experiments.runtime import mesh as mesh_lib
@@ -382,7 +383,7 @@ def test_a_full_disk_does_not_cost_the_samples(call, generator, tmp_path, monkey
 
 def test_quickstart_stopped_by_a_signal_says_how_to_continue(call, tmp_path, monkeypatch):
     hit = hit_at(1)
-    monkeypatch.setattr(quickstart, 'train', lambda *unused, **also: hit())
+    monkeypatch.setattr(dlc_quickstart, 'train', lambda *unused, **also: hit())
     status, said = call('quickstart', f'--config=configs/dlc/quickstart.py:tiny --workdir={tmp_path}')
     assert status == 0 and 'run the same command to continue' in said
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from configs.dlc import quickstart as config_lib
-from experiments import quickstart
-from experiments.runtime import loop
+from experiments.dlc import quickstart
+from experiments.runtime import loop, stages
 
 pytestmark = pytest.mark.slow
 
@@ -55,9 +55,9 @@ def test_interrupted_at_three_stages_the_numbers_are_the_same(uninterrupted, tmp
             raise KeyboardInterrupt
         made.append(path)
         return original(path, make)
-    original = quickstart.once
+    original = stages.once
     with monkeypatch.context() as patch:
-        patch.setattr(quickstart, 'once', once)
+        patch.setattr(stages, 'once', once)
         with pytest.raises(KeyboardInterrupt):
             quickstart.quickstart(config, tmp_path)
     assert (tmp_path / 'generator_none' / 'checkpoints').exists() and not (tmp_path / 'metrics.json').exists()

@@ -1,0 +1,246 @@
+"""Discrete Latent Codes on handwritten digits, from raw images to a report (`python -m experiments.quickstart`).
+
+Trains the encoder, encodes the data set, trains generators on codes, on nothing and on the continuous embedding, trains
+the code model, samples, composes, evaluates. Interrupt it anywhere and run it again: it continues and ends with the
+same numbers.
+"""
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from dlc_jax import codes as codes_lib
+from dlc_jax.diffusion.gaussian import to_uint8
+from experiments import encode as encode_lib
+from experiments.dlc import codestore, evaluation, sources
+from experiments.dlc.code_model import CodeModel
+from experiments.dlc.encoder import Encoder
+from experiments.dlc.generator import Generator
+from experiments.dlc.judge import Judge
+from experiments.runtime import report, stages
+from experiments.runtime.metrics import curve
+from experiments.sample import progress
+from experiments.train import train
+
+# Row of the table of methods -> (generator, what its codes come from).
+METHODS = {
+    'unconditional': ('none', None),
+    'code, then image': ('code', 'code_model'),
+    'codes of held-out images': ('code', 'heldout'),
+    'embeddings of held-out images': ('embedding', 'heldout'),
+}
+
+# Column of a table in metrics.json -> its heading on the page, where they differ by more than underscores.
+HEADINGS = {'frechet': 'Fréchet distance', 'knn': '20 nearest neighbours', 'linear': 'linear probe'}
+
+
+def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
+                heldout: codestore.CodeStore) -> dict[str, list[np.ndarray]]:
+    """uint8 images of every method, one array a seed, as many as there are held-out images; codes drawn are kept
+    too."""
+    num, sets = len(heldout), {}
+    for method, (generator_name, origin) in METHODS.items():
+        sets[method] = []
+        for seed in config.sample_seeds:
+            def make():
+                code_key, image_key = jax.random.split(jax.random.key(seed))
+                drawn = {}
+                if origin == 'code_model':
+                    drawn['codes'] = CodeModel.load(workdir / 'code_model').sample(
+                        code_key, num, batch_size=config.sample_batch, progress=progress('codes', num))
+                cond = {
+                    None: lambda: None,
+                    'code_model': lambda: drawn['codes'],
+                    'heldout': lambda: heldout.array('codes' if generator_name == 'code' else 'embeddings'),
+                }[origin]()
+                x = Generator.load(workdir / f'generator_{generator_name}').sample(
+                    image_key, cond, num, batch_size=config.sample_batch,
+                    progress=progress(f'{method}, seed {seed}', num))
+                return drawn | {'images': np.asarray(to_uint8(x))}
+            file_name = f'{method.replace(", ", "_").replace(" ", "_")}_{seed}.npz'
+            sets[method].append(stages.once(workdir / 'samples' / file_name, make))
+    return sets
+
+
+def compositions(config: ml_collections.ConfigDict, workdir: pathlib.Path,
+                 heldout: codestore.CodeStore) -> dict[str, np.ndarray]:
+    """Images composed of pairs of held-out images of different classes: by codes, and by averaged embeddings.
+
+    Returns:
+        `sources` [P, 2] indices into the held-out set; `average`, `positions`, `embedding`: uint8 [P, S, H, W, C].
+    """
+    c = config.composition
+
+    def make():
+        labels = np.asarray(heldout.array('labels'))
+        rng = np.random.default_rng(0)
+        pairs = []
+        while len(pairs) < c.pairs:
+            a, b = rng.integers(len(labels), size=2)
+            if labels[a] != labels[b]:
+                pairs.append((a, b))
+        pairs = np.array(pairs)
+        raw = np.asarray(heldout.array('images'))[pairs]
+        encoder = Encoder.load(workdir / 'encoder')
+        shape = (c.pairs, 2)
+        sems = encoder.encode_images(list(raw.reshape(-1, *raw.shape[2:])), temperature=c.temperature)['sem']
+        sems = sems.reshape(*shape, *sems.shape[1:])
+        embeddings = np.asarray(heldout.array('embeddings'))[pairs].mean(1)
+        code_key, image_key = jax.random.split(jax.random.key(0))
+        cond = {method: np.concatenate([
+            np.asarray(codes_lib.compose(jax.random.fold_in(code_key, i), sems[i], c.samples, method=method))
+            for i in range(c.pairs)]) for method in ('average', 'positions')}
+        cond['embedding'] = np.repeat(embeddings, c.samples, axis=0)
+        out = {'sources': pairs}
+        for method, rows in cond.items():
+            generator = Generator.load(workdir / f'generator_{"embedding" if method == "embedding" else "code"}')
+            x = generator.sample(image_key, rows, len(rows), batch_size=config.sample_batch,
+                                 progress=progress(f'composed, {method}', len(rows)))
+            out[method] = np.asarray(to_uint8(x)).reshape(c.pairs, c.samples, *x.shape[1:])
+        return out
+    return stages.once(workdir / 'samples' / 'compositions.npz', make)
+
+
+def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeStore],
+            sets: dict[str, list[dict[str, np.ndarray]]], composed: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Everything in `metrics.json`."""
+    train_set, heldout = (
+        {name: np.asarray(store.array(name)) for name in ('images', 'labels', 'codes', 'embeddings', 'sem')}
+        for store in (stores['train'], stores['heldout']))
+    vocab = config.encoder.model.vocab_size
+    judge = Judge.fit(train_set['images'], train_set['labels'])
+    opinion = judge.predict(heldout['images'])
+
+    methods = {}
+    for method, draws in tqdm(sets.items(), desc='6/7 evaluation', unit='method', dynamic_ncols=True):
+        rows = []
+        for draw in draws:
+            row = evaluation.sample_set(judge, draw['images'], heldout['images'], train_set['images'])
+            if METHODS[method][1] == 'heldout':  # the image its code came from has a class: is it kept?
+                row['same_class'] = float((judge.predict(draw['images']) == heldout['labels']).mean())
+            rows.append(row)
+        methods[method] = evaluation.mean_and_spread(rows)
+    rng = np.random.default_rng(0)
+    floors = [evaluation.sample_set(
+        judge, train_set['images'][rng.permutation(len(train_set['images']))[:len(heldout['images'])]],
+        heldout['images'], train_set['images']) for _ in config.sample_seeds]
+    methods['real training images'] = evaluation.mean_and_spread(floors) | {
+        'nearest_train': None, 'nearest_train_std': None}
+
+    drawn = [draw['codes'] for draw in sets['code, then image']]
+    nearest_code = lambda codes: float(np.median(codes_lib.nearest_hamming(codes, train_set['codes'])))
+    first, second = (heldout['labels'][composed['sources'][:, i]].repeat(config.composition.samples) for i in range(2))
+    flat = lambda images: images.reshape(-1, *images.shape[2:])
+    return {
+        'methods': methods,
+        'judge_accuracy': float((opinion == heldout['labels']).mean()),
+        'heldout_nearest_train': evaluation.sample_set(
+            judge, heldout['images'], heldout['images'], train_set['images'])['nearest_train'],
+        'representation': evaluation.representation(
+            train_set, heldout, len(stores['train'].meta['class_names']), vocab),
+        'codes': {
+            'training images': evaluation.code_usage(train_set['codes'], vocab) | {'nearest_train_code': None},
+            'held-out images': evaluation.code_usage(heldout['codes'], vocab) | {
+                'nearest_train_code': nearest_code(heldout['codes'])},
+            'code model': evaluation.mean_and_spread([
+                evaluation.code_usage(codes, vocab) | {'nearest_train_code': nearest_code(codes)}
+                for codes in drawn]),
+        },
+        'composition': {method: evaluation.composition(judge, flat(composed[method]), first, second)
+                        for method in ('average', 'positions', 'embedding')},
+    }
+
+
+def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metrics: dict[str, Any],
+                 seconds: dict[str, float], heldout: codestore.CodeStore,
+                 sets: dict[str, list[dict[str, np.ndarray]]], composed: dict[str, np.ndarray]) -> None:
+    page = report.Report('Discrete Latent Codes on handwritten digits',
+                         'Every number on this page was measured in this run. ± is the standard deviation over '
+                         f'{len(config.sample_seeds)} sample sets.')
+    page.heading('Methods')
+    page.table(report.with_spread(metrics['methods'], HEADINGS))
+    page.text(f'Fréchet distance, precision, recall, density and coverage against {len(heldout)} held-out images, '
+              f'in the last hidden layer of a separate pixel classifier ({metrics["judge_accuracy"]:.1%} correct on '
+              'held-out images) that none of the generators or the encoder was trained in. '
+              'Nearest train: median distance of a sample to its closest training image, in grey levels; '
+              f'held-out images are at {metrics["heldout_nearest_train"]:.3g}, so a value far below that means copies. '
+              'Same class: how often the classifier gives a sample the label of the image its code came from.')
+    page.heading('Samples')
+    images = np.asarray(heldout.array('images'))
+    for method, draws in sets.items():
+        page.images(draws[0]['images'][:64], 16, method, scale=3)
+    page.images(images[:64], 16, 'the held-out images themselves', scale=3)
+
+    page.heading('Compositions')
+    count = min(12, config.composition.pairs)
+    for method, caption in (('average', 'codes drawn from the averaged soft codes'),
+                            ('positions', 'each position from either source'),
+                            ('embedding', 'averaged continuous embeddings')):
+        rows = np.concatenate([images[composed['sources'][:count]], composed[method][:count]], axis=1)
+        page.images(rows.reshape(-1, *rows.shape[2:]), rows.shape[1], f'two sources, then {caption}', scale=4)
+    page.table(report.with_spread(metrics['composition'], HEADINGS))
+    page.text('Share of composed images whose most likely class, to the separate classifier, is that of the first '
+              'source, of the second, of either; both: its two most likely classes are the two sources.')
+
+    page.heading('Codes and representation')
+    page.table(report.with_spread(metrics['codes'], HEADINGS))
+    page.text(f'{config.encoder.model.num_codes} positions of {config.encoder.model.vocab_size} values. '
+              'Perplexity: mean and least over positions; dead entries: share of values never used; '
+              'nearest train code: median number of positions that differ from the closest training code.')
+    page.table(report.with_spread(metrics['representation'], HEADINGS))
+    page.text('Accuracy on held-out images of a 20-nearest-neighbour classifier and of a linear probe.')
+
+    page.heading('Training')
+    page.lines({'encoder': curve(workdir / 'encoder', 'loss')}, 'encoder loss')
+    page.lines({'perplexity of the mean soft code': curve(workdir / 'encoder', 'sem_usage')},
+               'code usage while training')
+    page.lines({c: curve(workdir / f'generator_{c}', 'mse') for c in config.generators},
+               'generator, error of the predicted noise', log_y=True)
+    page.lines({'code model': curve(workdir / 'code_model', 'nats_per_token')}, 'code model, bound on nats a token')
+    page.table([{'stage': name, 'seconds': value} for name, value in seconds.items()])
+    page.save(workdir / 'report.html')
+
+
+def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says."""
+    workdir = stages.claim(config, workdir)
+    clock = stages.Clock(workdir / 'seconds.json')
+    config = config.copy_and_resolve_references()
+
+    # ---- 1, 2: encoder, codes ----------------------------------------------------------------------------------------
+    clock.stage('encoder', lambda: train(config.encoder, workdir / 'encoder', name='1/7 encoder'))
+
+    def encode():
+        encoder = Encoder.load(workdir / 'encoder')
+        for split in ('train', 'heldout'):
+            encode_lib.encode(encoder, sources.image_source(config.encoder.data, split), workdir / 'codes' / split,
+                              store_sem=True, image_size=config.generators.code.model.input_size)
+    clock.stage('codes', encode)
+    stores = {split: codestore.open_code_store(workdir / 'codes' / split) for split in ('train', 'heldout')}
+
+    # ---- 3, 4: generators, code model --------------------------------------------------------------------------------
+    for index, (condition, generator) in enumerate(config.generators.items()):
+        generator.data.path = str(workdir / 'codes' / 'train')
+        clock.stage(f'generator, {condition}', lambda: train(
+            generator, workdir / f'generator_{condition}', name=f'3/7 generator, condition {condition}'))
+    config.code_model.data.path = str(workdir / 'codes' / 'train')
+    clock.stage('code model', lambda: train(config.code_model, workdir / 'code_model', name='4/7 code model'))
+
+    # ---- 5, 6, 7: samples, numbers, page -----------------------------------------------------------------------------
+    sets = clock.stage('samples', lambda: sample_sets(config, workdir, stores['heldout']))
+    composed = clock.stage('compositions', lambda: compositions(config, workdir, stores['heldout']))
+    metrics = clock.stage('evaluation', lambda: measure(config, stores, sets, composed))
+    (workdir / 'metrics.json').write_text(json.dumps(metrics, indent=1) + '\n')
+    clock.stage('report', lambda: write_report(
+        config, workdir, metrics, clock.seconds, stores['heldout'], sets, composed))
+    return metrics
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The table of methods as text."""
+    return '\n'.join(f'{name:32s} Fréchet distance {row["frechet"]:8.3f}   precision {row["precision"]:.3f}   '
+                     f'recall {row["recall"]:.3f}' for name, row in metrics['methods'].items())
