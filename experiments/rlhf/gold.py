@@ -12,20 +12,25 @@ import numpy as np
 
 from rlhf_jax.tasks import arithmetic
 
-ANSWER, WORK, FORM, EXCESS = 1.0, 0.5, 0.25, 0.01  # the last for each character that is too many, 1 at the most
+ANSWER, WORK, FORM, EXCESS = 1.0, 0.5, 0.5, 0.02  # the last for each character that is too many, 1 at the most
 
 _STEP = re.compile(r'\d+[-+*]\d+=-?\d+\.')
 _FORM = re.compile(r'(?: \d+[-+*]\d+=-?\d+\.)+ #### -?\d+')
-_PADDING = (' So.', ' Well.', ' Let us see.', ' That is it.')
+_PADDING = (' So.', ' Well.', ' Yes.', ' I think.')
+
+# Kinds of candidates for pairs and how often they come: what a fine-tuned policy gets wrong is mostly `carried`.
+KINDS = {'right': 0.3, 'carried': 0.22, 'answer': 0.04, 'step': 0.04, 'unanswered': 0.1, 'bare': 0.1, 'repeated': 0.1,
+         'padded': 0.1}
+FAULTS = ('unanswered', 'bare', 'repeated', 'padded')  # of form, which demonstrations may have
 
 
 def reward(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """float32 [N], between -1 and 1.75:
+    """float32 [N], between -1 and 2:
 
         1.0  for the right answer
         0.5  times the share of the solution's steps that stand in the completion, less steps that do not belong there
-        0.25 for the form: steps and one answer, nothing else
-        -0.01 for each character beyond the length of the solution, -1 at the most
+        0.5  for the form: steps and one answer, nothing else
+        -0.02 for each character beyond the length of the solution, -1 at the most
 
     Args:
         completions: texts up to their end.
@@ -62,12 +67,21 @@ def pairs(problems: Sequence[arithmetic.Problem], seed: int) -> list[tuple[str, 
     return found
 
 
-def candidate(rng: np.random.Generator, problem: arithmetic.Problem) -> str:
-    """A solution as a policy might write it: right, or with something wrong with it."""
+def demonstration(problem: arithmetic.Problem, number: int, seed: int, faults: float) -> str:
+    """The solution, or with probability `faults` one with a fault of form, as texts found somewhere would have."""
+    rng = np.random.default_rng([seed, 2, number])
+    return candidate(rng, problem, rng.choice(FAULTS)) if rng.random() < faults else problem.demonstration
+
+
+def candidate(rng: np.random.Generator, problem: arithmetic.Problem, kind: str = '') -> str:
+    """A solution as a policy might write it: right, or with something wrong with it.
+
+    Args:
+        kind: one of `KINDS`; '': drawn.
+    """
     text = problem.demonstration
     steps, _, answer = text.rpartition(' #### ')
-    kind = rng.choice(('right', 'answer', 'step', 'carried', 'unanswered', 'bare', 'repeated', 'padded'),
-                      p=(0.25, 0.15, 0.15, 0.15, 0.08, 0.07, 0.08, 0.07))
+    kind = kind or rng.choice(tuple(KINDS), p=tuple(KINDS.values()))
     off = lambda number: str(max(int(number) + int(rng.choice((-10, -2, -1, 1, 2, 10))), 0))
     if kind == 'answer':  # not what the steps lead to
         return f'{steps} #### {off(answer)}'

@@ -35,7 +35,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     def rows(params, _, batch):
         logits = model.apply({'params': params}, batch['tokens'], mask=batch['mask'])
-        value, metrics = jax.vmap(lambda *row: cross_entropy(*jax.tree.map(lambda x: x[None], row)))(logits, dict(batch))
+        one = lambda *row: cross_entropy(*jax.tree.map(lambda x: x[None], row))
+        value, metrics = jax.vmap(one)(logits, dict(batch))
         return {'loss': value, 'tokens': metrics['tokens'], 'accuracy': metrics['accuracy']}
 
     def reduce(found):

@@ -238,7 +238,8 @@ def _arithmetic(options: dict[str, Any], _: Tokenize | None) -> Task:
                 'characters': float(np.mean([len(c) for c in completions]))}
 
     return Task(
-        demonstrations=lambda data, split: [(p.prompt, p.demonstration) for p in problems(data, split)],
+        demonstrations=lambda data, split: [(p.prompt, gold.demonstration(p, i, options['seed'], options['faults']))
+                                            for i, p in enumerate(problems(data, split))],
         preferences=lambda data, split: gold.pairs(problems(data, split), options['seed']),
         prompts=lambda data, split: [Prompt(p.prompt, dataclasses.asdict(p)) for p in problems(data, split)],
         reward=exact, gold=gold.reward, metrics=metrics)
@@ -395,7 +396,8 @@ def _pairs(options: dict[str, Any], _: Tokenize | None) -> Task:
 
 # name -> (maker, its options and their defaults)
 TASKS: dict[str, tuple[Callable[[dict[str, Any], Tokenize | None], Task], dict[str, Any]]] = {
-    'arithmetic': (_arithmetic, dict(num_steps=2, max_number=20, operations='+-', seed=0, num_heldout=512)),
+    'arithmetic': (_arithmetic, dict(num_steps=2, max_number=20, operations='+-', seed=0, num_heldout=512,
+                                    faults=0.0)),
     'gsm8k': (_gsm8k, dict(keep_annotations=False)),
     'tldr': (_tldr, dict(max_prompt=tldr.MAX_PROMPT)),
     'no_robots': (_no_robots, dict(eos=no_robots.END)),

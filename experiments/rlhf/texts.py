@@ -144,8 +144,8 @@ def _short_enough(items: list[Any], max_length: int, lengths: Sequence[int], wha
         raise ValueError(f'data: there are no {what}')
     kept = [item for item, length in zip(items, lengths) if length <= max_length]
     if not kept:
-        raise ValueError(f'max_length={max_length}: all {len(items)} {what} are longer, the shortest has {min(lengths)} '
-                         'tokens')
+        raise ValueError(f'max_length={max_length}: all {len(items)} {what} are longer; the shortest has '
+                         f'{min(lengths)} tokens')
     if len(kept) < len(items):
         log.warning('left out %d of %d %s that are longer than max_length=%d tokens', len(items) - len(kept),
                     len(items), what, max_length)

@@ -1,4 +1,5 @@
-"""What a file in `experiments/dlc` or `experiments/rlhf` hands to the runner, and the runner's account of it before anything is compiled."""
+"""What a file in `experiments/dlc` or `experiments/rlhf` hands to the runner, and the runner's account of it before
+anything is compiled."""
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

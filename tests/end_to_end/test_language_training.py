@@ -1,0 +1,288 @@
+"""Fine-tuning, reward model and DPO: golden values, killed and resumed, sharded and not, adapters, warm starts."""
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.rlhf import base
+from experiments import train
+from experiments.rlhf import language, supervised, texts
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import partition
+from experiments.runtime.metrics import read_metrics
+from rlhf_jax import convert
+from rlhf_jax.convert import files
+from rlhf_jax.models import lora
+
+KINDS = ('sft', 'reward_model', 'dpo')
+TINY = dict(kind='gpt_neox', size='70m', vocab_size=264, width=32, depth=2, num_heads=2, max_length=128)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def built_once():
+    """One experiment for each config and mesh, so that its step is compiled once (see test_training.py)."""
+    built, build = {}, train.build
+
+    def once(config, mesh):
+        key = config.to_json(), mesh
+        if key not in built:
+            built[key] = build(config.copy_and_resolve_references(), mesh)
+        return built[key]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'build', once)
+        yield
+
+
+def one_device():
+    return mesh_lib.make_mesh({}, jax.devices()[:1])
+
+
+def config_of(kind, **fields):
+    """The reward model with an adapter, DPO with a copy for its reference, fine-tuning with packed texts."""
+    config = getattr(base, kind)()
+    config.num_steps, config.batch_size, config.checkpoint_every, config.log_every = 8, 8, 4, 4
+    config.model.update(TINY)
+    config.max_length = 96
+    config.data.num_rows, config.data.heldout = 48, 'validation[:20]'
+    config.data.options = dict(num_steps=1, max_number=9, num_heldout=20)
+    config.optimizer.learning_rate.peak = 1e-3
+    if kind == 'sft':
+        config.packing, config.max_length = True, 112
+        config.data.options.max_number = 2  # short enough that some rows hold two texts
+        config.data.num_rows = 30
+        config.train_on_prompt = False
+    if kind == 'reward_model':
+        config.lora.rank = 2
+    config.update(fields)
+    return config
+
+
+def placed(experiment, mesh):
+    abstract = jax.eval_shape(experiment.init, jax.random.key(0))
+    shardings = partition.state_shardings(abstract, experiment.rules, mesh)
+    # Not made where it will lie: what a random initialiser draws depends on the layout.
+    return jax.device_put(jax.jit(experiment.init)(jax.random.key(0)), shardings), shardings
+
+
+def run(config, mesh, steps):
+    """Final state and metrics of a few steps."""
+    experiment, batches, found = train.build(config, mesh), None, []
+    batches = experiment.open_batches()
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        state, shardings = placed(experiment, mesh)
+        step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
+                       out_shardings=(shardings, mesh_lib.replicated(mesh)))
+        for _ in range(steps):
+            state, metrics = step(state, jax.device_put(next(batches), mesh_lib.batch_sharding(mesh)))
+            found.append({name: float(value) for name, value in metrics.items()})
+    return state, found
+
+
+@functools.lru_cache(maxsize=None)
+def unsharded(kind):
+    return run(config_of(kind), one_device(), 3)
+
+
+# If a value here moves, the training step computes something else: say in the commit what and why it should.
+GOLDEN = {}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_golden_metrics_of_three_steps(kind):
+    _, found = unsharded(kind)
+    for name, values in GOLDEN[kind].items():
+        np.testing.assert_allclose([row[name] for row in found], values, rtol=2e-5, err_msg=f'{kind}: {name}')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('sizes', [dict(data=2, fsdp=2, tensor=2), dict(fsdp=8)], ids=['data2-fsdp2-tensor2', 'fsdp8'])
+def test_sharded_equals_unsharded(kind, sizes):
+    expected, expected_found = unsharded(kind)
+    state, found = run(config_of(kind), mesh_lib.make_mesh(sizes), 3)
+    for got, want in zip(found, expected_found):
+        assert got['loss'] == pytest.approx(want['loss'], rel=2e-5)
+    a, b = partition.flatten(state.params), partition.flatten(expected.params)
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=3e-5, rtol=1e-4, err_msg=name)
+    if kind == 'dpo':  # the reference lies like the parameters
+        for name, leaf in partition.flatten(state.extra['reference']).items():
+            assert leaf.sharding == partition.flatten(state.params)[name].sharding, name
+
+
+class Kill(Exception):
+    pass
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_killed_and_resumed_is_bit_identical(kind, tmp_path):
+    def kill(step, state, metrics):
+        if step == 6:
+            raise Kill
+    config, mesh = config_of(kind), one_device()
+    whole = train.train(config, tmp_path / 'whole', mesh=mesh)
+    with pytest.raises(Kill):
+        train.train(config, tmp_path / 'cut', hooks=[kill], mesh=mesh)
+    resumed = train.train(config, tmp_path / 'cut', mesh=mesh)
+    assert int(resumed.step) == config.num_steps
+    for name, leaf in partition.flatten(whole).items():
+        other = partition.flatten(resumed)[name]
+        if name == 'rng':
+            leaf, other = jax.random.key_data(leaf), jax.random.key_data(other)
+        np.testing.assert_array_equal(leaf, other, err_msg=name)
+
+
+def test_microbatches_weigh_their_tokens():
+    """Rows hold different numbers of answers: the loss is the mean over the tokens of the batch all the same."""
+    (_, (whole, *_)), (_, (parts,)) = unsharded('sft'), run(config_of('sft', accumulate=2), one_device(), 1)
+    for name in whole:
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
+
+
+# ---- Adapters --------------------------------------------------------------------------------------------------------
+
+def test_only_adapter_and_head_are_trained_and_have_moments():
+    state, _ = unsharded('reward_model')
+    experiment = train.build(config_of('reward_model'), one_device())
+    start = partition.flatten(jax.jit(experiment.init)(jax.random.key(0)).params)
+    changed = {name for name, leaf in partition.flatten(state.params).items()
+               if not np.array_equal(leaf, start[name])}
+    assert changed == {name for name in start if name.endswith(('lora_a', 'lora_b'))} | {'score_head/kernel'}
+    assert set(partition.flatten(state.opt_state[0].mu)) == changed
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it():
+    plain, adapted = (train.build(config_of('dpo', lora=dict(rank=rank)), one_device()) for rank in (0, 2))
+    state = adapted.init(jax.random.key(0))
+    assert state.extra is None
+    rng = np.random.default_rng(0)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) if path[-1].key == 'lora_b' else x, state.params)
+    batch = next(adapted.open_batches())
+    merged = plain.init(jax.random.key(0)).replace(extra={'reference': lora.without(params)})
+    want, _ = plain.loss(lora.merge(params), merged, batch, None)
+    got, _ = adapted.loss(params, state, batch, None)
+    assert abs(float(got) - np.log(2)) > 1e-3
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+# ---- Starting weights ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def fine_tuned(tmp_path_factory):
+    """(work directory, Hugging Face folder, parameters) of one model."""
+    folder = tmp_path_factory.mktemp('weights')
+    config = config_of('sft', num_steps=2)
+    params = jax.device_get(train.train(config, folder / 'run', mesh=one_device()).params)
+    module = language.decoder(config.model)
+    files.save(folder / 'hf', convert.to_torch('gpt_neox', module, params), convert.config_of('gpt_neox', module))
+    return folder / 'run', folder / 'hf', params
+
+
+def start_of(config):
+    experiment = train.build(config, one_device())
+    return experiment.warm_start(experiment.init(jax.random.key(1)))
+
+
+def assert_same(tree, other):
+    a, b = partition.flatten(tree), partition.flatten(other)
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize('which', [0, 1], ids=['work directory', 'Hugging Face folder'])
+def test_warm_start(which, fine_tuned):
+    path, params = str(fine_tuned[which]), fine_tuned[2]
+    assert_same(start_of(config_of('sft', weights=path)).params, params)
+    state = start_of(config_of('dpo', weights=path))
+    assert_same(state.params, params)
+    assert_same(state.extra['reference'], params)
+    assert all(a is not b for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.extra['reference'])))
+    state = start_of(config_of('reward_model', weights=path))
+    assert_same(lora.without(state.params)['backbone'], {k: v for k, v in params.items() if k != 'lm_head'})
+    assert state.params['score_head']['kernel'].std() > 0
+
+
+def test_a_reward_model_run_is_read_back_with_its_adapter_merged(fine_tuned, tmp_path):
+    config = config_of('reward_model', weights=str(fine_tuned[0]), num_steps=2)
+    state = train.train(config, tmp_path, mesh=one_device())
+    module, params = language.load_reward_model(tmp_path)
+    batch = {name: jnp.asarray(x) for name, x in next(train.build(config, one_device()).open_batches()).items()}
+    score = lambda params: module.apply({'params': params}, batch['chosen'], mask=batch['chosen_mask'])
+    assert not any('lora' in name for name in partition.flatten(params))
+    np.testing.assert_allclose(score(params), score(state.params), atol=1e-5)
+    with pytest.raises(ValueError, match="holds a run of experiment='sft', not of a reward_model"):
+        language.load_reward_model(fine_tuned[0])
+    with pytest.raises(ValueError, match="experiment='reward_model'; expected one of"):
+        start_of(config_of('sft', weights=str(tmp_path)))
+
+
+@pytest.mark.parametrize('which', [0, 1], ids=['work directory', 'Hugging Face folder'])
+def test_weights_of_another_model_are_an_error(which, fine_tuned):
+    config = config_of('sft', weights=str(fine_tuned[which]))
+    config.model.vocab_size = 272
+    with pytest.raises(ValueError, match='model.vocab_size=272, but weights=.* have 264'):
+        start_of(config)
+
+
+def test_mistakes_are_told_before_anything_is_compiled(tmp_path):
+    config = config_of('sft')
+    config.model.vocab_size = 200
+    with pytest.raises(ValueError, match='tokenizer=bytes has 259 ids, the model model.vocab_size=200'):
+        train.build(config, one_device()).open_batches()
+    with pytest.raises(ValueError, match='max_length=200 exceeds the context of the model, model.max_length=128'):
+        model = dict(kind='gpt2', size='124M')
+        train.build(config_of('sft', max_length=200, model=model), one_device())
+    with pytest.raises(FileNotFoundError, match='no config.json there'):
+        start_of(config_of('sft', weights=str(tmp_path / 'none')))
+    with pytest.raises(ValueError, match='max_length=20: all 48 pairs are longer'):
+        train.build(config_of('dpo', max_length=20), one_device()).open_batches()
+    with pytest.raises(ValueError, match='bos=True, but'):
+        supervised.texts.encoder(config_of('sft', bos=True), type('NoBos', (), {'bos': None}))
+
+
+# ---- Held-out data, and whether it learns ----------------------------------------------------------------------------
+
+def test_held_out_loss_is_that_of_all_rows_at_once():
+    config = config_of('sft', eval_every=4)
+    mesh = one_device()
+    experiment = train.build(config, mesh)
+    (hook,), state = experiment.hooks(None), unsharded('sft')[0]
+    whole = supervised.open_demonstrations(config, config.data.heldout)
+    assert len(whole['tokens']) % config.batch_size
+    want, metrics = experiment.loss(state.params, state, {name: jnp.asarray(x) for name, x in whole.items()}, None)
+    got = hook.measure(state)
+    np.testing.assert_allclose([got['heldout_loss'], got['heldout_accuracy']], [want, metrics['accuracy']], rtol=1e-5)
+    assert got['heldout_perplexity'] == pytest.approx(np.exp(want), rel=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['reward_model', 'dpo'])
+def test_learns_to_tell_two_kinds_of_answers_apart(kind, tmp_path):
+    rng = np.random.default_rng(0)
+    word = lambda letters: ''.join(rng.choice(list(letters), 3))
+    rows = [dict(prompt=word('abc'), chosen=word('xyz'), rejected=word('uvw')) for _ in range(60)]
+    (tmp_path / 'train.jsonl').write_text('\n'.join(map(json.dumps, rows[:40])))
+    (tmp_path / 'validation.jsonl').write_text('\n'.join(map(json.dumps, rows[40:])))
+    config = config_of(kind, lora=dict(rank=0), num_steps=30, eval_every=30, max_length=8, checkpoint_every=0)
+    config.data.update(dict(task='pairs', path=str(tmp_path), heldout='validation', num_rows=0))
+    config.data.options = {}
+    config.optimizer.learning_rate.peak = 3e-3
+    train.train(config, tmp_path / 'run', mesh=one_device())
+    found = [row for row in read_metrics(tmp_path / 'run' / 'metrics.jsonl') if 'heldout_accuracy' in row]
+    assert [row['step'] for row in found] == [30]
+    assert found[0]['heldout_accuracy'] > 0.9
+    assert found[0]['heldout_loss'] < 0.6
+
+
+def test_batches_hold_what_the_experiment_says():
+    for kind in KINDS:
+        experiment = train.build(config_of(kind), one_device())
+        batch = next(experiment.open_batches())
+        assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
+            k: (x.shape, x.dtype) for k, x in experiment.batch.items()}
+    assert texts.demonstrations  # packed rows hold several texts
+    assert next(train.build(config_of('sft'), one_device()).open_batches())['mask'].max() > 1
