@@ -86,7 +86,6 @@ class Policy:
         on_host = split(jax.device_put(params, modules.host()))  # no device has to hold the whole, or both forms of it
         self.params = jax.device_put(on_host, partition.param_shardings(on_host, rules, self.mesh))
         self._shards = mesh_lib.batch_shards(self.mesh)
-        self._score = jax.jit(functools.partial(_score, self.module), static_argnames=('length', 'temperature'))
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: ml_collections.ConfigDict | None = None, *, dtype: str = '',
@@ -199,8 +198,8 @@ class Policy:
         if tokens.max() >= self.module.vocab_size or tokens.shape[1] > self.module.max_length:
             raise ValueError(f'rows of {tokens.shape[1]} tokens with ids up to {tokens.max()} do not fit this model: it '
                              f'has {self.module.max_length} positions and {self.module.vocab_size} ids')
-        return self._in_batches(lambda t, m: self._score(self.params, t, m, length=length, temperature=temperature),
-                                (tokens, mask), batch_size, progress)
+        return self._in_batches(lambda t, m: _score(self.module, self.params, t, m, length, temperature), (tokens, mask),
+                                batch_size, progress)
 
     def _in_batches(self, fn: Callable[..., Any], arrays: Sequence[np.ndarray], batch_size: int,
                     progress: Progress | None) -> Any:
@@ -218,6 +217,7 @@ class Policy:
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *out)
 
 
+@functools.partial(jax.jit, static_argnames=('module', 'length', 'temperature'))
 def _score(module: Any, params: Any, tokens: jax.Array, mask: jax.Array, length: int, temperature: float) -> jax.Array:
     logits = module.apply({'params': params}, tokens, mask=mask, at=slice(-length - 1, -1))
     return token_logprobs(logits, tokens[:, -length:], temperature)

@@ -168,6 +168,22 @@ def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None)
     return _load(path, config, decoder(config.model), POLICIES, shardings)
 
 
+def load_trained(path: str | os.PathLike, kinds: tuple[str, ...] = (*POLICIES, 'reward_model'),
+                 dtype: str = '') -> tuple[Any, Params, Config]:
+    """Module, float32 parameters on the host with their adapter, and config of the run in a work directory.
+
+    Raises:
+        ValueError: no run there, or one of another of `kinds`.
+    """
+    own = launch.read_config(path)
+    if own.get('experiment') not in kinds:
+        raise ValueError(f'{path}: holds a run of experiment={own.get("experiment")!r}; expected one of {kinds}')
+    if dtype:
+        own.model.dtype = dtype
+    module = reward_model(own.model) if own.experiment == 'reward_model' else decoder(own.model)
+    return module, _restore(path, own, module, 'policy' if own.experiment == 'policy' else None), own
+
+
 def load_policy(path: str | os.PathLike, dtype: str = '') -> tuple[Any, Params, Config | None]:
     """Module, float32 parameters on the host, adapters merged, and config of a policy as it lies there: a work
     directory of sft, dpo or policy; or a Hugging Face folder, which has no config.
@@ -178,18 +194,11 @@ def load_policy(path: str | os.PathLike, dtype: str = '') -> tuple[Any, Params, 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no language model.
     """
+    if is_run(path):
+        module, params, own = load_trained(path, POLICIES, dtype)
+        return module, merged(params), own
     folder = storage.resolve(path)
-    if not (folder / 'config.json').exists():
-        raise FileNotFoundError(f'{path}: no config.json there; give a Hugging Face folder or a work directory')
-    saved = json.loads((folder / 'config.json').read_text())
-    if 'experiment' in saved:
-        own = launch.read_config(path)
-        if own.experiment not in POLICIES:
-            raise ValueError(f'{path}: holds a run of experiment={own.experiment!r}; expected one of {POLICIES}')
-        if dtype:
-            own.model.dtype = dtype
-        module = decoder(own.model)
-        return module, _merged(_restore(path, own, module, 'policy' if own.experiment == 'policy' else None)), own
+    saved = files.read_config(folder)
     fields = {'dtype': modules.dtype(dict(dtype=dtype or 'float32'))}
     module, params = convert.from_torch(saved.get('model_type'), files.open_safetensors(folder), config=saved, **fields)
     if isinstance(module, heads.RewardModel):
@@ -215,7 +224,7 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
         own = launch.read_config(path)
         if own.experiment != 'reward_model':
             raise ValueError(f'{path}: holds a run of experiment={own.experiment!r}, not of a reward_model')
-        return reward_model(own.model), _merged(_restore(path, own, reward_model(own.model), None))
+        return reward_model(own.model), merged(_restore(path, own, reward_model(own.model), None))
     fields = {'dtype': modules.dtype(model)} if model else {}
     module, params = convert.from_torch(saved.get('model_type'), files.open_safetensors(folder), config=saved, **fields)
     if not isinstance(module, heads.RewardModel):
@@ -233,7 +242,7 @@ def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str
         if own.experiment not in kinds:
             raise ValueError(f'weights={path}: holds a run of experiment={own.experiment!r}; expected one of {kinds}')
         _check_same(path, decoder(own.model), module)
-        params = _merged(_restore(path, own, decoder(own.model), 'policy' if own.experiment == 'policy' else None))
+        params = merged(_restore(path, own, decoder(own.model), 'policy' if own.experiment == 'policy' else None))
         return params if shardings is None else jax.device_put(params, shardings)
     kind = saved.get('model_type')
     if kind != config.model.kind:
@@ -274,6 +283,7 @@ def _merge(params: Params) -> Params:
     return lora.merge(params)
 
 
-def _merged(params: Params) -> Params:
+def merged(params: Params) -> Params:
+    """Without adapters, which become part of the weights."""
     has = any(name.endswith('/lora_a') for name in partition.flatten(params))
     return _merge(params) if has else params

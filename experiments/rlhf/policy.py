@@ -159,7 +159,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     rules = (*language.rules(config.model, 'policy'), *language.rules(config.model, 'value/backbone'))
     return Experiment(init, loss, step, rules, batch_shapes(config), None, warm_start=warm_start,
-                      sampler=lambda params, key: rollouts.sample(config, params['policy'], key),
+                      sampler_program=lambda devices: rollouts.sampler_program(config, devices),
                       open_rollouts=lambda workdir: rollouts.open_rollouts(config, mesh, workdir), hooks=hooks)
 
 

@@ -60,24 +60,28 @@ def check(config: ml_collections.ConfigDict) -> None:
                          "generators apart (rollout.transport='files' and python -m experiments.generate)")
 
 
-def learner_devices(config: ml_collections.ConfigDict) -> list[jax.Device]:
-    """Devices that train: all but the last `rollout.devices`.
+def learner_devices(config: ml_collections.ConfigDict,
+                    devices: Sequence[jax.Device] | None = None) -> list[jax.Device]:
+    """Devices that train, of `devices` (default: all there are): all but the last `rollout.devices`.
 
     Raises:
         ValueError: none would be left.
     """
-    devices, held = jax.devices(), config.rollout.devices
+    devices, held = list(jax.devices() if devices is None else devices), config.rollout.devices
     if held >= len(devices):
         raise ValueError(f'rollout.devices={held} leaves none of {len(devices)} devices to the learner; 0 shares them')
     return devices[:len(devices) - held]
 
 
-def generator_mesh(config: ml_collections.ConfigDict, learner: Mesh | None = None) -> Mesh:
-    """Mesh of the devices that generate; the learner's own unless `rollout.devices` sets some apart."""
+def generator_mesh(config: ml_collections.ConfigDict, learner: Mesh | None = None,
+                   devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of the devices that generate, of `devices` (default: all there are); the learner's own unless
+    `rollout.devices` sets some apart."""
+    devices = list(jax.devices() if devices is None else devices)
     if config.rollout.devices:
-        devices = jax.devices()[-config.rollout.devices:]
-    else:
-        devices = jax.devices() if learner is None else list(learner.devices.flat)
+        devices = devices[-config.rollout.devices:]
+    elif learner is not None:
+        devices = list(learner.devices.flat)
     return mesh_lib.make_mesh(config.rollout.mesh, devices)
 
 
@@ -85,16 +89,6 @@ def sampling_of(config: ml_collections.ConfigDict, eos: int, pad: int) -> genera
     s = config.sampling
     return generate_lib.Sampling(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
                                  top_p=s.top_p, min_new_tokens=s.min_new_tokens, stop_tokens=(eos,), pad_token=pad)
-
-
-def sample(config: ml_collections.ConfigDict, policy: Any, key: jax.Array) -> Any:
-    """A batch of samples as one program of stacked weights; for compile checks."""
-    s = config.sampling
-    tokens = jnp.zeros((config.batch_size, s.max_prompt), jnp.int32)
-    module = language.decoder(config.model)
-    plain = lora.merge(policy) if config.lora.rank else policy
-    return generate_lib._generate(module, plain, tokens, jnp.ones(tokens.shape, bool), key, sampling_of(config, 0, 0),
-                                  config.algorithm.num_samples)
 
 
 # ---- Weights for decoding ----------------------------------------------------------------------------------------------
@@ -119,6 +113,21 @@ class Decoding:
         self.shapes = jax.eval_shape(convert, jax.eval_shape(language.init_decoder(config), jax.random.key(0)))
         self.shardings = partition.param_shardings(
             self.shapes, decoder.split_rules(language.rules(config.model)), mesh)
+
+
+def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Any, tuple, Mesh]:
+    """(jitted sampler, its abstract arguments, mesh) of a whole batch at its longest as `devices` would run it, some of
+    which train; for compile checks."""
+    mesh, num_samples = generator_mesh(config, devices=devices), config.algorithm.num_samples
+    decoding, batch = Decoding(config, mesh), mesh_lib.batch_sharding(mesh)
+    prompts, sampling = (config.batch_size, config.sampling.max_prompt), sampling_of(config, 0, 0)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.batch_size * num_samples))
+    program = jax.jit(
+        lambda params, tokens, mask, keys: generate_lib.generate(decoding.module, params, tokens, mask, keys, sampling,
+                                                                 num_samples=num_samples),
+        in_shardings=(decoding.shardings, batch, batch, batch), out_shardings=batch)
+    return program, (decoding.shapes, jax.ShapeDtypeStruct(prompts, jnp.int32), jax.ShapeDtypeStruct(prompts, bool),
+                     keys), mesh
 
 
 def open_weights(config: ml_collections.ConfigDict, shardings: Any, shapes: Any, folder: Any, *,
