@@ -81,16 +81,20 @@ def init(key: Array, game: Game, hidden: int = 200, scale: float = 0.1) -> Param
 
 
 def speak(speaker: Params, game: Game, objects: Array) -> tuple[Array, Array]:
-    """Logits of the symbol at each position and the value: int [N, p] -> [N, p, p t], [N]. Linear: no non-linearity."""
-    h = game.encode(objects) @ speaker['hidden']['kernel'] + speaker['hidden']['bias']
-    logits = h @ speaker['symbols']['kernel'] + speaker['symbols']['bias']
-    value = (h @ speaker['value']['kernel'] + speaker['value']['bias'])[..., 0]
+    """Logits of the symbol at each position and the value: int [N, p] -> [N, p, p t], [N].
+
+    Two layers without a non-linearity between them, multiplied with each other first: that is less work for as few as
+    25 objects.
+    """
+    x, hidden = game.encode(objects), speaker['hidden']
+    through = lambda last: x @ (hidden['kernel'] @ last['kernel']) + (hidden['bias'] @ last['kernel'] + last['bias'])
+    logits, value = through(speaker['symbols']), through(speaker['value'])[..., 0]
     return logits.reshape(*objects.shape[:-1], game.properties, game.num_symbols), value
 
 
 def listen(listener: Params, symbols: Array) -> Array:
     """Logits of each property's type from the symbol at its position, one-hot [..., p, p t] -> [..., p, t]."""
-    return symbols @ listener['hidden']['kernel'] @ listener['types']['kernel']
+    return symbols @ (listener['hidden']['kernel'] @ listener['types']['kernel'])
 
 
 # ---- Losses --------------------------------------------------------------------------------------------------------
@@ -105,7 +109,7 @@ def supervised_losses(params: Params, game: Game, objects: Array) -> tuple[Array
 
 def self_play_loss(params: Params, game: Game, objects: Array, key: Array, *, method: str = 'a2c',
                    baseline: Array | float = 0.0, value_coefficient: float = 0.5, entropy_coefficient: float = 0.001,
-                   reference: Params | None = None, kl_coefficient: float = 0.0) -> tuple[Array, dict[str, Array]]:
+                   reference: Params | None = None, kl_coefficient: Array | float = 0.0) -> tuple[Array, dict[str, Array]]:
     """Loss of both agents on a round of the game; the reward is `sum_i log p_listener(property i)`.
 
         a2c        -(R - V) sum_i log pi(m_i) + value_coefficient (R - V)^2 - entropy_coefficient H
@@ -201,41 +205,65 @@ def pretrain(key: Array, params: Params, game: Game, objects: Array, *, speaker_
 class Training:
     """Attributes: as in `self_play_loss`; `log_every` steps apart, `num_steps` in all; AdamW with `weight_decay`.
 
-    Published: a2c and gumbel with learning rate 1e-4, batch 50, 50000 steps; reinforce with 1e-3, 64, 25000.
+    `listener_pace`: how large the listener's updates are beside the speaker's, which AdamW takes at `learning_rate`.
+
+    Published: a2c and gumbel with learning rate 1e-4, batch 50, 50000 steps; reinforce with 1e-3, 64, 25000. Both
+    agents at the same pace.
     """
     method: str = 'a2c'
     num_steps: int = 50_000
     batch_size: int = 50
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
-    kl_coefficient: float = 0.0
+    kl_coefficient: float | Array = 0.0
     log_every: int = 100
+    listener_pace: float = 1.0
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f'method={self.method!r} is not one of {METHODS}')
         if self.log_every < 1 or self.num_steps % self.log_every:
             raise ValueError(f'log_every={self.log_every} must divide num_steps={self.num_steps}')
+        if not 0 <= self.listener_pace <= 1:
+            raise ValueError(f'listener_pace={self.listener_pace} must be in [0, 1]')
+
+
+def check_schedule(training: Training, elastic_config: er.ElasticReset) -> None:
+    """Raises a ValueError unless every reset is at a log point, so that both its sides are logged."""
+    late = [k + 1 for k in range(training.num_steps)
+            if any(elastic_config.due('step', k)[1:]) and (k + 1) % training.log_every]
+    if late:
+        raise ValueError(f'log_every={training.log_every} must divide elastic.period={elastic_config.period}: the reset '
+                         f'after step {late[0]} is not at a log point')
 
 
 def train(key: Array, params: Params, game: Game, self_play: Array, held_out: Array, training: Training,
-          elastic_config: er.ElasticReset) -> tuple[Params, dict[str, Array]]:
+          elastic_config: er.ElasticReset, decay: Array | float | None = None) -> tuple[Params, dict[str, Array]]:
     """Self-play under any of the compared methods (`elastic_reset.method`), as one program.
 
     The policy that is averaged and reset is the speaker with its value head, unless `elastic_config.policy` says
-    otherwise; the listener stays. Order in a step: update, tick, reset the policy, reset the average, log.
+    otherwise; the listener stays. Order in a step: update, tick; then, every `log_every` steps, log, reset the policy,
+    reset the average, log.
 
     Args:
         params: pretrained agents.
         self_play, held_out: int [N, p] objects.
+        decay: in place of that in `elastic_config`; may be traced, as may `training.kl_coefficient`, so that runs
+            which differ in these alone share a program.
 
     Returns:
-        The agents at the end, and float32 [num_steps / log_every] of each metric: those of `evaluate` on self-play
-        objects and, with the prefix `held_out_`, on the others; `reward` of the last step; `kl` to the initial speaker
-        on held-out objects; `kept` of the last step, before any reset.
+        The agents at the end, and float32 [num_steps / log_every] of each metric: `communication`, `language` and
+        `understanding` (see `evaluate`) on self-play objects and, with the prefix `held_out_`, on the others; `kl` to
+        the initial speaker on held-out objects; the same before the reset that may have been due, prefix
+        `before_reset_`; `reward` of the last step; `kept` before the reset.
+
+    Raises:
+        ValueError: a reset is not at a log point (`check_schedule`).
     """
+    check_schedule(training, elastic_config)
     if elastic_config.policy == '.*':
         elastic_config = dataclasses.replace(elastic_config, policy='speaker/.*')
+    decay = elastic_config.decay if decay is None else decay
     tx = optax.adamw(training.learning_rate, weight_decay=training.weight_decay)
 
     def step(carry, k):
@@ -247,23 +275,27 @@ def train(key: Array, params: Params, game: Game, self_play: Array, held_out: Ar
                                         reference=reference, kl_coefficient=training.kl_coefficient)
         grads, metrics = jax.grad(loss, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
+        updates |= {'listener': jax.tree.map(lambda u: training.listener_pace * u, updates['listener'])}
         params = optax.apply_updates(params, updates)
-        due = elastic_config.due('step', k)
-        ticks, resets = due._replace(reset=False, reset_ema=False), due._replace(tick=False)
-        elastic, params, opt_state = er.apply(elastic_config, elastic, params, opt_state, ticks)
-        kept = er.kept(elastic, params)
-        elastic, params, opt_state = er.apply(elastic_config, elastic, params, opt_state, resets)
+        elastic = jax.lax.cond(elastic_config.due('step', k).tick, lambda e: er.tick(e, params, decay), lambda e: e,
+                               elastic)
         mean = mean + (metrics['reward'] - mean) / (k + 1.0)
-        return (params, opt_state, elastic, mean), {'reward': metrics['reward'], 'kept': kept}
+        return (params, opt_state, elastic, mean), metrics['reward']
 
-    start = params
+    start = params['speaker']
+
+    def measure(params):
+        return evaluate(params, game, self_play) | {
+            f'held_out_{name}': x for name, x in evaluate(params, game, held_out).items()} | {
+                'kl': speaker_kl(params['speaker'], start, game, held_out)}
 
     def block(carry, first):
-        carry, metrics = jax.lax.scan(step, carry, first + jnp.arange(training.log_every))
-        params = carry[0]
-        out = jax.tree.map(lambda x: x[-1], metrics) | evaluate(params, game, self_play)
-        out |= {f'held_out_{name}': x for name, x in evaluate(params, game, held_out).items()}
-        return carry, out | {'kl': speaker_kl(params['speaker'], start['speaker'], game, held_out)}
+        (params, opt_state, elastic, mean), reward = jax.lax.scan(step, carry, first + jnp.arange(training.log_every))
+        out = {f'before_reset_{name}': x for name, x in measure(params).items()}
+        out |= {'reward': reward[-1], 'kept': er.kept(elastic, params)}
+        resets = elastic_config.due('step', first + training.log_every - 1)._replace(tick=False)
+        elastic, params, opt_state = er.apply(elastic_config, elastic, params, opt_state, resets)
+        return (params, opt_state, elastic, mean), out | measure(params)
 
     carry = (params, tx.init(params), er.init(elastic_config, params), jnp.float32(0))
     carry, history = jax.lax.scan(block, carry, jnp.arange(0, training.num_steps, training.log_every))
