@@ -9,8 +9,6 @@ same numbers.
 import json
 import math
 import pathlib
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +26,7 @@ from experiments.dlc.generator import Generator
 from experiments.dlc.judge import Judge
 from experiments.runtime import launch, report, storage
 from experiments.runtime.metrics import read_metrics
+from experiments.runtime.stages import Clock, claim, once
 from experiments.sample import progress
 from experiments.train import train
 
@@ -41,40 +40,6 @@ METHODS = {
 
 # Column of a table in metrics.json -> its heading on the page, where they differ by more than underscores.
 HEADINGS = {'frechet': 'Fréchet distance', 'knn': '20 nearest neighbours', 'linear': 'linear probe'}
-
-
-def once(path: pathlib.Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The arrays in `path`, made and written whole if they are not there yet."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix('.partial.npz')
-        np.savez(partial, **make())
-        partial.replace(path)
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
-class Clock:
-    """Seconds spent in each stage, added up over interruptions."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-        self.seconds = json.loads(path.read_text()) if path.exists() else {}
-
-    def stage(self, name: str, work: Callable[[], Any]) -> Any:
-        started = time.monotonic()
-        try:
-            return work()
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-            self._path.write_text(json.dumps(self.seconds, indent=1) + '\n')
-
-
-def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises a ValueError if `workdir` holds a run of another config; else records this one."""
-    if (workdir / 'config.json').exists() and launch.read_config(workdir).to_dict() != config.to_dict():
-        raise ValueError(f'{workdir} holds a quickstart with another config; choose another --workdir or delete it')
-    launch.save_config(config, workdir)
 
 
 def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,

@@ -2,6 +2,7 @@
 import base64
 import html
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import IO
@@ -52,6 +53,12 @@ def format_value(value: object, digits: int = 3) -> str:
         f'{value:,.0f}' if isinstance(value, float) else str(value))
 
 
+def with_spread(value: float, spread: float) -> str:
+    """"value ± spread", both to the second digit of the spread."""
+    decimals = max(0, 1 - math.floor(math.log10(spread))) if spread > 0 else 3
+    return f'{value:.{decimals}f} ± {spread:.{decimals}f}'
+
+
 class Report:
     """Collects sections and writes them with `save`."""
 
@@ -92,13 +99,13 @@ class Report:
         self._figure(buffer, caption, f'class=grid width={grid.shape[1] * scale}')
 
     def lines(self, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, *, x: str = 'step',
-              y: str = '', log_y: bool = False) -> None:
-        """A line chart of {label: (xs, ys)}."""
+              y: str = '', log_y: bool = False, styles: Mapping[str, str] | None = None) -> None:
+        """A line chart of {label: (xs, ys)}. `styles`: label -> matplotlib's format ('o--', '^', ...); lines if not."""
         from matplotlib.figure import Figure  # deferred: most commands draw nothing
         figure = Figure(figsize=(5.2, 3.1), dpi=110)
         axes = figure.subplots()
         for label, (xs, ys) in curves.items():
-            axes.plot(xs, ys, label=label, linewidth=1.4)
+            axes.plot(xs, ys, (styles or {}).get(label, '-'), label=label, linewidth=1.4, markersize=4)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(alpha=0.3)

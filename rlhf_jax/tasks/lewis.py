@@ -9,7 +9,7 @@ Agents are linear, as in the authors' Elastic Reset code: `{'speaker': ..., 'lis
 A whole run is one program (`train`), which `jax.vmap` runs over seeds.
 """
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,37 +237,63 @@ def check_schedule(training: Training, elastic_config: er.ElasticReset) -> None:
                          f'after step {late[0]} is not at a log point')
 
 
+class Carry(NamedTuple):
+    """A run between two steps: agents, optimizer, average, running mean of the rewards, and the number of steps done."""
+    params: Params
+    opt_state: Any
+    elastic: er.Elastic
+    mean_reward: Array
+    step: Array
+
+
 def train(key: Array, params: Params, game: Game, self_play: Array, held_out: Array, training: Training,
-          elastic_config: er.ElasticReset, decay: Array | float | None = None) -> tuple[Params, dict[str, Array]]:
-    """Self-play under any of the compared methods (`elastic_reset.method`), as one program.
+          elastic_config: er.ElasticReset) -> tuple[Params, dict[str, Array]]:
+    """Self-play under any of the compared methods (`elastic_reset.method`), as one program: `begin`, then `advance` by
+    all steps."""
+    carry = begin(params, training, elastic_config)
+    carry, history = advance(carry, key, params['speaker'], game, self_play, held_out, training, elastic_config,
+                             training.num_steps)
+    return carry.params, history
+
+
+def begin(params: Params, training: Training, elastic_config: er.ElasticReset) -> Carry:
+    """The state before the first step.
+
+    Raises:
+        ValueError: a reset is not at a log point (`check_schedule`).
+    """
+    check_schedule(training, elastic_config)
+    return Carry(params, _optimizer(training).init(params), er.init(_of_speaker(elastic_config), params),
+                 jnp.float32(0), jnp.int32(0))
+
+
+def advance(carry: Carry, key: Array, start: Params, game: Game, self_play: Array, held_out: Array, training: Training,
+            elastic_config: er.ElasticReset, num_steps: int,
+            decay: Array | float | None = None) -> tuple[Carry, dict[str, Array]]:
+    """`num_steps` (a multiple of `log_every`) more steps of a run. All calls of a run take the same arguments.
 
     The policy that is averaged and reset is the speaker with its value head, unless `elastic_config.policy` says
     otherwise; the listener stays. Order in a step: update, tick; then, every `log_every` steps, log, reset the policy,
     reset the average, log.
 
     Args:
-        params: pretrained agents.
+        start: the pretrained speaker.
         self_play, held_out: int [N, p] objects.
         decay: in place of that in `elastic_config`; may be traced, as may `training.kl_coefficient`, so that runs
             which differ in these alone share a program.
 
     Returns:
-        The agents at the end, and float32 [num_steps / log_every] of each metric: `communication`, `language` and
-        `understanding` (see `evaluate`) on self-play objects and, with the prefix `held_out_`, on the others; `kl` to
-        the initial speaker on held-out objects; the same before the reset that may have been due, prefix
-        `before_reset_`; `reward` of the last step; `kept` before the reset.
-
-    Raises:
-        ValueError: a reset is not at a log point (`check_schedule`).
+        The state, and float32 [num_steps / log_every] of each metric: `communication`, `language` and `understanding`
+        (see `evaluate`) on self-play objects and, with the prefix `held_out_`, on the others; `kl` to the initial
+        speaker on held-out objects; the same before the reset that may have been due, prefix `before_reset_`; `reward`
+        of the last step; `kept` before the reset.
     """
-    check_schedule(training, elastic_config)
-    if elastic_config.policy == '.*':
-        elastic_config = dataclasses.replace(elastic_config, policy='speaker/.*')
+    elastic_config = _of_speaker(elastic_config)
     decay = elastic_config.decay if decay is None else decay
-    tx = optax.adamw(training.learning_rate, weight_decay=training.weight_decay)
+    tx = _optimizer(training)
 
-    def step(carry, k):
-        params, opt_state, elastic, mean = carry
+    def step(carry, _):
+        params, opt_state, elastic, mean, k = carry
         rows, sample = jax.random.split(jax.random.fold_in(key, k))
         objects = self_play[jax.random.randint(rows, (training.batch_size,), 0, len(self_play))]
         reference = er.reference(elastic_config, elastic, params)['speaker']
@@ -280,26 +306,36 @@ def train(key: Array, params: Params, game: Game, self_play: Array, held_out: Ar
         elastic = jax.lax.cond(elastic_config.due('step', k).tick, lambda e: er.tick(e, params, decay), lambda e: e,
                                elastic)
         mean = mean + (metrics['reward'] - mean) / (k + 1.0)
-        return (params, opt_state, elastic, mean), metrics['reward']
+        return Carry(params, opt_state, elastic, mean, k + 1), metrics['reward']
 
-    start = params['speaker']
+    def block(carry, _):
+        carry, reward = jax.lax.scan(step, carry, length=training.log_every)
+        kept = er.kept(carry.elastic, carry.params)
+        resets = elastic_config.due('step', carry.step - 1)._replace(tick=False)
+        elastic, params, opt_state = er.apply(elastic_config, carry.elastic, carry.params, carry.opt_state, resets)
+        sides = jax.tree.map(lambda *x: jnp.stack(x), carry.params, params)  # one program for both compiles faster
+        both = jax.vmap(lambda p: measure(p, start, game, self_play, held_out))(sides)
+        history = {'reward': reward[-1], 'kept': kept} | {name: x[1] for name, x in both.items()}
+        return (carry._replace(params=params, opt_state=opt_state, elastic=elastic),
+                history | {f'before_reset_{name}': x[0] for name, x in both.items()})
 
-    def measure(params):
-        return evaluate(params, game, self_play) | {
-            f'held_out_{name}': x for name, x in evaluate(params, game, held_out).items()} | {
-                'kl': speaker_kl(params['speaker'], start, game, held_out)}
+    return jax.lax.scan(block, carry, length=num_steps // training.log_every)
 
-    def block(carry, first):
-        (params, opt_state, elastic, mean), reward = jax.lax.scan(step, carry, first + jnp.arange(training.log_every))
-        out = {f'before_reset_{name}': x for name, x in measure(params).items()}
-        out |= {'reward': reward[-1], 'kept': er.kept(elastic, params)}
-        resets = elastic_config.due('step', first + training.log_every - 1)._replace(tick=False)
-        elastic, params, opt_state = er.apply(elastic_config, elastic, params, opt_state, resets)
-        return (params, opt_state, elastic, mean), out | measure(params)
 
-    carry = (params, tx.init(params), er.init(elastic_config, params), jnp.float32(0))
-    carry, history = jax.lax.scan(block, carry, jnp.arange(0, training.num_steps, training.log_every))
-    return carry[0], history
+def measure(params: Params, start: Params, game: Game, self_play: Array, held_out: Array) -> dict[str, Array]:
+    """`evaluate` on self-play objects and, with the prefix `held_out_`, on the others, and there also `kl` to the
+    speaker `start`."""
+    return evaluate(params, game, self_play) | {
+        f'held_out_{name}': x for name, x in evaluate(params, game, held_out).items()} | {
+            'kl': speaker_kl(params['speaker'], start, game, held_out)}
+
+
+def _optimizer(training: Training) -> optax.GradientTransformation:
+    return optax.adamw(training.learning_rate, weight_decay=training.weight_decay)
+
+
+def _of_speaker(config: er.ElasticReset) -> er.ElasticReset:
+    return dataclasses.replace(config, policy='speaker/.*') if config.policy == '.*' else config
 
 
 def _pick(logits: Array, index: Array) -> Array:

@@ -1,0 +1,45 @@
+"""Work in stages whose results are kept: an interrupted command that is run again begins where it was."""
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from experiments.runtime import launch
+
+
+def once(path: pathlib.Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays in `path`, made and written whole if they are not there yet."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix('.partial.npz')
+        np.savez(partial, **make())
+        partial.replace(path)
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+class Clock:
+    """Seconds spent in each stage, added up over interruptions."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self.seconds = json.loads(path.read_text()) if path.exists() else {}
+
+    def stage(self, name: str, work: Callable[[], Any]) -> Any:
+        started = time.monotonic()
+        try:
+            return work()
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            self._path.write_text(json.dumps(self.seconds, indent=1) + '\n')
+
+
+def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises a ValueError if `workdir` holds a run of another config; else records this one."""
+    if (workdir / 'config.json').exists() and launch.read_config(workdir).to_dict() != config.to_dict():
+        raise ValueError(f'{workdir} holds a run with another config; choose another --workdir or delete it')
+    launch.save_config(config, workdir)
