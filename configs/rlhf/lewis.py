@@ -56,12 +56,12 @@ def _quickstart() -> ml_collections.ConfigDict:
         ),
         elastic=dict(period=200, tick_every=10, tick_offset=1),  # steps; see rlhf_jax/elastic_reset.py
         methods=dict(  # one run a coefficient of the KL and a decay; without decays, the method has none
-            fixed_reference=run((0.0, 0.01, 0.03, 0.1, 0.3)),  # 0: the plain run, which is interpolated
+            fixed_reference=run((0.0, 0.01, 0.03, 0.1, 0.3, 1.0)),  # 0: the plain run, which is interpolated
             ema_anchor=run((0.1,), (0.95,)),
             reference_reset=run((0.1,)),
             reset_to_init=run(),
             reset_to_ema=run(decays=(0.95,)),
-            elastic_reset=run(decays=(0.995, 0.95, 0.8)),
+            elastic_reset=run(decays=(0.995, 0.98, 0.95)),
         ),
         alphas=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),  # of the interpolation; with 0 and 1
         seeds=(0, 1, 2, 3, 4),  # each its own split of the objects, pretraining and self-play
