@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from experiments.runtime import launch, report
+from experiments.runtime import launch, report, storage
 from experiments.runtime.stages import claim, once
 from rlhf_jax import elastic_reset as er
 from rlhf_jax.tasks import lewis

@@ -173,7 +173,7 @@ def test_bad_settings_are_one_line_before_anything_is_written(field, value, mess
     ('--config=configs/rlhf/lewis.py:huge', "error: lewis: size 'huge' is not one of"),
     ('--config.methods.elastic_rest.decays=(0.5,)', 'did you mean config.methods.elastic_reset?'),
     ('--workdri=x', 'did you mean --workdir?'),
-    ('--workdir=gs://bucket/run', 'works in a local folder'),
+    ('--workdir=gs://bucket/run', 'needs a local folder'),
 ])
 def test_command_refuses(argument, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['lewis', argument])
