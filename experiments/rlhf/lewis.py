@@ -121,7 +121,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not {0.0, 1.0} <= {*config.alphas}:
         raise ValueError(f'config.alphas={tuple(config.alphas)} must have 0.0 and 1.0, the ends of the interpolation')
     if len(config.seeds) < 2 or len({*config.seeds}) < len(config.seeds):
-        raise ValueError(f'config.seeds={tuple(config.seeds)}: give two or more, each once; there is no spread otherwise')
+        raise ValueError(f'config.seeds={tuple(config.seeds)}: two or more, each once, for a spread')
 
 
 def _split(config: ml_collections.ConfigDict, seed: int) -> tuple[np.ndarray, ...]:
@@ -180,36 +180,37 @@ def compare(config: ml_collections.ConfigDict, workdir: str | pathlib.Path,
     return Comparison(histories, interpolated, start, summarize(config, histories, interpolated, start))
 
 
-class _Setting:
-    """What all runs share, and the programs they have been compiled to.
+@functools.cache
+def _program(training: lewis.Training, game: lewis.Game, settings: er.ElasticReset, num_steps: int) -> Callable:
+    """`lewis.advance` by `num_steps`, compiled, over seeds; KL coefficient and decay are arguments."""
+    def advance(carry, key, start, objects, kl_coefficient, decay):
+        whole = dataclasses.replace(training, kl_coefficient=kl_coefficient)
+        return lewis.advance(carry, key, start, game, *objects, whole, settings, num_steps, decay)
+    return jax.jit(jax.vmap(advance, (0, 0, 0, 0, None, None)), donate_argnums=0)
 
-    Attributes of the constructor: arrays have a leading axis of seeds; `objects`: to play with, held out.
-    """
+
+@functools.cache
+def _begin(training: lewis.Training) -> Callable:
+    return jax.jit(jax.vmap(lambda params: lewis.begin(params, training, er.ElasticReset())))
+
+
+class _Setting:
+    """What all runs share. `objects`: to play with, held out; arrays have a leading axis of seeds."""
 
     def __init__(self, config, game, keys, params, objects):
         self._training, self._config = lewis.Training(**config.training), config
         self._game, self._keys, self._params, self._objects = game, keys, params, objects
-        blocks = self._training.num_steps // self._training.log_every
-        self._chunk = self._training.log_every * max(
-            n for n in range(1, blocks + 1)
-            if blocks % n == 0 and (n == 1 or n * self._training.log_every <= CHUNK))
-        self._program = functools.cache(self._compile)
-        self._begin = jax.jit(jax.vmap(lambda p: lewis.begin(p, self._training, er.ElasticReset())))
-
-    def _compile(self, method: str) -> Callable:
-        settings = elastic(self._config, method)
-
-        def advance(carry, key, start, objects, kl_coefficient, decay):
-            training = dataclasses.replace(self._training, kl_coefficient=kl_coefficient)
-            return lewis.advance(carry, key, start, self._game, *objects, training, settings, self._chunk, decay)
-        return jax.jit(jax.vmap(advance, (0, 0, 0, 0, None, None)), donate_argnums=0)
+        every, blocks = self._training.log_every, self._training.num_steps // self._training.log_every
+        self._chunk = every * max(n for n in range(1, blocks + 1)
+                                  if blocks % n == 0 and (n == 1 or n * every <= CHUNK))
 
     def make(self, run: Run, update: Callable[[int], Any]) -> dict[str, np.ndarray]:
         """The whole run; `update` hears of every chunk of steps."""
-        carry, history = self._begin(self._params), []
+        carry, history = _begin(self._training)(self._params), []
+        program = _program(self._training, self._game, elastic(self._config, run.method), self._chunk)
         for _ in range(self._training.num_steps // self._chunk):
-            carry, part = self._program(run.method)(
-                carry, self._keys, self._params['speaker'], self._objects, run.kl_coefficient, run.decay)
+            carry, part = program(carry, self._keys, self._params['speaker'], self._objects, run.kl_coefficient,
+                                  run.decay)
             history.append(jax.device_get(part))
             if not all(np.isfinite(x).all() for x in history[-1].values()):
                 raise FloatingPointError(f'{run.label(self._training.method)}: not finite within the first '
@@ -402,7 +403,8 @@ def main() -> None:
     write_section(page, config, comparison)
     page.save(workdir / 'report.html')
     for name, row in comparison.metrics['methods'].items():
-        print(f'{name:52s} communication {row[TASK]:.3f}   language {row["held_out_language"]:.3f}   KL {row["kl"]:6.2f}')
+        print(f'{name:52s} communication {row[TASK]:.3f}   language {row["held_out_language"]:.3f}   '
+              f'KL {row["kl"]:6.2f}')
     print(f'report -> {workdir / "report.html"}')
 
 
