@@ -186,7 +186,7 @@ def _program(training: lewis.Training, game: lewis.Game, settings: er.ElasticRes
     def advance(carry, key, start, objects, kl_coefficient, decay):
         whole = dataclasses.replace(training, kl_coefficient=kl_coefficient)
         return lewis.advance(carry, key, start, game, *objects, whole, settings, num_steps, decay)
-    return jax.jit(jax.vmap(advance, (0, 0, 0, 0, None, None)), donate_argnums=0)
+    return jax.jit(jax.vmap(advance, (0, 0, 0, 0, None, None)))
 
 
 @functools.cache
