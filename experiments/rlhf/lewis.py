@@ -287,17 +287,17 @@ def fronts(histories: dict[Run, History], interpolation: dict[str, np.ndarray], 
            drift: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What costs nothing but a coefficient: name -> drift and task, [seeds, points] each.
 
-    `kl_front`: the ends of the runs with each KL coefficient, and the pretrained agents; `interpolation`: every alpha;
-    `early_stopping`: every log point of the plain run, and the pretrained agents.
+    `kl_front`: the ends of the runs with each KL coefficient, in their order, then the pretrained agents;
+    `interpolation`: every alpha; `early_stopping`: the pretrained agents, then every log point of the plain run.
     """
     measure = lambda arrays: (DRIFTS[drift](arrays, ''), arrays[TASK])
     first = tuple(x[:, None] for x in measure(start))
     penalised = [run for run in histories if run.method == 'fixed_reference']
     plain = next(run for run in penalised if run.plain)
     ends = {name: np.stack([histories[run][name][:, -1] for run in penalised], 1) for name in start}
-    joined = lambda arrays: tuple(np.concatenate(pair, 1) for pair in zip(first, measure(arrays)))
-    return {'kl_front': joined(ends), 'interpolation': measure(interpolation),
-            'early_stopping': joined(histories[plain])}
+    joined = lambda *parts: tuple(np.concatenate(pair, 1) for pair in zip(*parts))
+    return {'kl_front': joined(measure(ends), first), 'interpolation': measure(interpolation),
+            'early_stopping': joined(first, measure(histories[plain]))}
 
 
 def front_height(drift: np.ndarray, task: np.ndarray, at: float) -> float:
@@ -331,9 +331,7 @@ def write_section(page: report.Report, config: ml_collections.ConfigDict, compar
     for drift, x_label in (('kl', 'KL to the initial policy'), ('language', '1 - language accuracy')):
         curves, styles = {}, {}
         for name, (xs, ys) in fronts(histories, comparison.interpolation, comparison.start, drift).items():
-            xs, ys = xs.mean(0), ys.mean(0)
-            order = np.argsort(xs) if name == 'kl_front' else slice(None)
-            curves[FRONTS[name]] = xs[order], ys[order]
+            curves[FRONTS[name]] = xs.mean(0), ys.mean(0)
             styles[FRONTS[name]] = {'kl_front': 'o--', 'interpolation': 's--', 'early_stopping': ':'}[name]
         for run in chosen:
             history, label = histories[run], run.label(algorithm)
@@ -353,7 +351,9 @@ def write_section(page: report.Report, config: ml_collections.ConfigDict, compar
         f'{front}_at_{drift}': f'over {name}, at its {what}' for drift, what in (('kl', 'KL'), ('language', 'language'))
         for front, name in FRONTS.items()}, seeds))
     page.text(f'Gain in communication over the front of another method at the same drift, paired by seed; in brackets, '
-              f'at how many of the {seeds} seeds it is above. Without a gain over interpolation there is none.')
+              f'at how many of the {seeds} seeds it is above. Without a gain over interpolation there is none. Near '
+              'a KL of 0 the penalties and early stopping have only the pretrained agents to offer, whose listener has '
+              'not learned from the game yet.')
     steps = np.arange(1, config.training.num_steps // config.training.log_every + 1) * config.training.log_every
     plain = next(run for run in histories if run.plain)
     for name, caption in ((TASK, 'communication'), ('held_out_language', 'language'), ('kl', 'KL')):
@@ -367,12 +367,12 @@ def write_section(page: report.Report, config: ml_collections.ConfigDict, compar
 
 
 def _shown(histories: Mapping[Run, History]) -> list[Run]:
-    """One run of each method but the fronts', with a curve of its own: those with the middle decay, coefficient."""
+    """The runs with a curve of their own: the last of each method but the penalties'."""
     out = []
     for method in er.METHODS:
         found = [run for run in histories if run.method == method]
         if found and method != 'fixed_reference':
-            out.append(found[len(found) // 2])
+            out.append(found[-1])
     return out
 
 
