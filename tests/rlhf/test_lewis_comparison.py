@@ -35,6 +35,7 @@ def compared(tmp_path_factory):
     return workdir, {tuple(run): history for run, history in comparison.histories.items()}, comparison
 
 
+@pytest.mark.slow
 def test_stopped_by_signals_within_runs_the_numbers_are_the_same(compared, tmp_path, monkeypatch):
     make = lewis._Setting.make
     for finished in (1, 3):  # by the command that is stopped; it begins with the first that was not
