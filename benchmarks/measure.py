@@ -1,4 +1,5 @@
 """Timing works that take turns, agreement of two sides, and what the machine can do."""
+import dataclasses
 import os
 import platform
 import statistics
@@ -84,6 +85,49 @@ def ratio(times: Times, rivals: Sequence[str], ours: str = 'ours') -> dict[str, 
     turns = sorted(theirs / mine for theirs, mine in zip(times[best], times[ours]))
     return {'ratio': medians[best] / statistics.median(times[ours]), 'ratio_turns': (turns[0], turns[-1]),
             'best_rival': best}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A number of the table.
+
+    Attributes:
+        name: what it is.
+        value: of medians.
+        turns: least and greatest of a turn.
+        target: to be reached; None: there is none.
+        at_most: the target is an upper bound.
+        form: how a number is printed, a format specification.
+        note: printed behind it.
+    """
+    name: str
+    value: float
+    turns: tuple[float, float]
+    target: float | None = None
+    at_most: bool = False
+    form: str = '.2f'
+    note: str = ''
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the target is; None without one."""
+        if self.target is None:
+            return None
+        return self.value <= self.target if self.at_most else self.value >= self.target
+
+    def __str__(self) -> str:
+        value, low, high = (format(x, self.form) for x in (self.value, *self.turns))
+        parts = [f'{self.name:34s} {value} ({low}..{high})']
+        if self.target is not None:
+            sign, verdict = '<=' if self.at_most else '>=', 'reached' if self.reached else 'NOT reached'
+            parts.append(f'target {sign} {format(self.target, self.form)}   {verdict}')
+        return '   '.join([*parts, self.note] if self.note else parts)
+
+
+def figure(name: str, of_turn: Callable[..., float], *columns: Sequence[float], **settings: Any) -> Figure:
+    """The figure `of_turn(*one number of each column)`: of the columns' medians, and of every turn."""
+    turns = [of_turn(*turn) for turn in zip(*columns, strict=True)]
+    return Figure(name, of_turn(*map(statistics.median, columns)), (min(turns), max(turns)), **settings)
 
 
 def matmul_peak(side: int, dtype: str) -> float:

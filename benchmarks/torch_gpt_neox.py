@@ -67,7 +67,8 @@ class Trunk(nn.Module):
 
 
 class GPTNeoX(nn.Module):
-    """Logits [B, T, V] of tokens [B, T]; with a `cache`, those of the last token alone, [B, V]."""
+    """Logits of tokens [B, T], [B, L, V]: those that predict the last L = `response` tokens, by default all but the
+    first; with a `cache`, those of the last token alone, [B, V]."""
 
     def __init__(self, *, vocab_size: int, width: int, depth: int, num_heads: int, max_length: int,
                  rotary_fraction: float = 0.25, rope_base: float = 10000.0, eps: float = 1e-5):
@@ -80,14 +81,14 @@ class GPTNeoX(nn.Module):
         self.register_buffer('cos', angle.cos(), persistent=False)
         self.register_buffer('sin', angle.sin(), persistent=False)
 
-    def forward(self, tokens, cache=None, slots=None, visible=None):
+    def forward(self, tokens, cache=None, slots=None, visible=None, response=0):
         where = slice(0, tokens.shape[1]) if slots is None else slots
         x = self.gpt_neox.embed_in(tokens)
         rotary = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
         for i, block in enumerate(self.gpt_neox.layers):
             x = block(x, rotary, None if cache is None else cache[i], slots, visible)
-        x = self.gpt_neox.final_layer_norm(x if cache is None else x[:, -1])
-        return self.embed_out(x)
+        x = x[:, -(response or tokens.shape[1] - 1) - 1:-1] if cache is None else x[:, -1]
+        return self.embed_out(self.gpt_neox.final_layer_norm(x))
 
     def new_cache(self, batch: int, length: int):
         """Keys and values of every layer, [B, H, S, D] each, allocated once."""
@@ -142,9 +143,9 @@ class Decoder:
         return self.tokens, self.logprobs
 
 
-def response_logprobs(logits, tokens, length: int):
-    """Log-probabilities [B, L] of the last `length` of `tokens` [B, T], from `logits` [B, T, V]."""
-    logits = logits[:, -length - 1:-1].float()
+def response_logprobs(model, tokens, length: int):
+    """Log-probabilities [B, L] of the last `length` of `tokens` [B, T]."""
+    logits = model(tokens, response=length).float()
     chosen = logits.gather(-1, tokens[:, -length:, None])[..., 0]
     return chosen - torch.logsumexp(logits, -1)
 
@@ -152,6 +153,6 @@ def response_logprobs(logits, tokens, length: int):
 def dpo_loss(policy, reference, tokens, length: int, beta: float):
     """Mean DPO loss; the first half of the rows are chosen, the second half rejected."""
     with torch.no_grad():
-        ref = response_logprobs(reference(tokens), tokens, length).sum(-1)
-    h = (response_logprobs(policy(tokens), tokens, length).sum(-1) - ref).view(2, -1)
+        ref = response_logprobs(reference, tokens, length).sum(-1)
+    h = (response_logprobs(policy, tokens, length).sum(-1) - ref).view(2, -1)
     return -F.logsigmoid(beta * (h[0] - h[1])).mean()
