@@ -45,7 +45,7 @@ def roofline(sizes: Any, run: Any) -> tuple[Times, list[Figure]]:
             share = lambda ours, prefill, *m: must / (ours - prefill) / bandwidth(*m)
             peak = bandwidth(*(statistics.median(here[m]) for m in memory))
             figures.append(figure(
-                f'decode {name}', share, *(here[n] for n in works), target=0.6, form='.0%',
+                f'decode {name}', share, *(here[n] for n in works), form='.0%',
                 note=f'of {peak / 1e12:.3g} TB/s; {batch * new / statistics.median(here["ours"]):.0f} tokens/s with '
                      f'prefill, {prompt} + {new} tokens'))
             times |= {f'{name}: {k}': v for k, v in here.items()}

@@ -1,5 +1,4 @@
-"""What the rows of `benchmarks/rlhf.py` train and sample: GPT-NeoX policies with random weights, and an Online-DPO step.
-"""
+"""What the rows of `benchmarks/rlhf.py` train and sample: GPT-NeoX policies of random weights, an Online-DPO step."""
 import functools
 from collections.abc import Mapping
 from typing import Any

@@ -93,7 +93,10 @@ def _own_times(loops: dict[str, Callable[[], float]], repeats: int, progress: Ca
 
 
 def overhead(sizes: Any, run: Any) -> tuple[Times, list[Figure]]:
-    """The stream over a plain loop: in series at S = 0, 1, 4; threaded at S = 0, and at S = 1, 4 over the longer half."""
+    """The stream over a plain loop: in series at S = 0, 1, 4; threaded at S = 0, and at S = 1, 4 over the longer half.
+
+    Where generation and training overlap, the plain loop does only one of the two, which take equally long.
+    """
     steps, sleep = sizes.stream['steps'], sizes.stream['sleep']
     stub = stubs(sleep, sleep)
     alone = (lambda params, *, index, version: None, *stub[1:])
@@ -115,7 +118,8 @@ def overhead(sizes: Any, run: Any) -> tuple[Times, list[Figure]]:
                for s, how, base in ((0, '', 'plain'), (0, ' in series', 'plain'), (1, ' in series', 'plain'),
                                     (4, ' in series', 'plain'), (1, '', 'longer half'), (4, '', 'longer half'))]
     figures.append(figure('overhead S=0, jitted work', over, times['real S=0'], times['real plain'],
-                          note=f'{1e3 * statistics.median(times["real plain"]):.4g} ms a step in the plain loop', **bound))
+                          note=f'{1e3 * statistics.median(times["real plain"]):.4g} ms a step in the plain loop',
+                          **bound))
     return times, figures
 
 
