@@ -56,7 +56,8 @@ SIZES = {
         policy=_TINY, decode=dict(batch=2, prompt=4, new=5, read_mib=1), dpo=dict(rows=4, length=8, response=4),
         stream=dict(sleep=0.001, steps=3, publish_mib=1),
         small=dict(shape=_TINY, prompts=2, prompt=4, new=4, steps=2),
-        large=dict(decode=(_TINY,), batches=(2,), learner=(_TINY,), context=12, new=4, rows=4, gemm=64, read_mib=1)),
+        large=dict(decode=(_TINY | {'depth': 1},), batches=(2,), learner=(_TINY | {'depth': 1},), context=12, new=4,
+                   rows=4, gemm=64, read_mib=1)),
     'real': Sizes(
         policy='70m', decode=dict(batch=8, prompt=64, new=128, read_mib=512),
         dpo=dict(rows=4, length=128, response=64), stream=dict(sleep=0.02, steps=15, publish_mib=64),
