@@ -105,15 +105,6 @@ def divide(params: Params, also: Sequence[str] = ()) -> tuple[Params, Params]:
     return visit(params, '')
 
 
-def frozen_groups(config: Config, *also: str) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Optimizer groups: all parameters, or with an adapter only A and B (and paths that a regex of `also` matches)."""
-    groups = tuple(config.optimizer.groups)
-    if not config.lora.rank:
-        return groups
-    trained = (r'.*/lora_(a|b)', *also)
-    return tuple((pattern, {}) for pattern in trained) + ((r'.*', dict(learning_rate=0.0, weight_decay=0.0)),)
-
-
 # ---- Tokenizers ------------------------------------------------------------------------------------------------------
 
 def open_tokenizer(name: str) -> Any:

@@ -165,6 +165,14 @@ def test_microbatches_weigh_their_tokens():
         assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
 
 
+def test_bfloat16_and_recomputation_change_no_more_than_rounding():
+    state, (found,) = run(config_of('sft', model=dict(dtype='bfloat16', remat='full')), one_device(), 1)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+    whole = unsharded('sft')[1][0]
+    assert found['loss'] == pytest.approx(whole['loss'], rel=1e-3) and found['loss'] != whole['loss']
+    assert found['grad_norm'] == pytest.approx(whole['grad_norm'], rel=2e-2)
+
+
 # ---- Adapters --------------------------------------------------------------------------------------------------------
 
 def test_only_adapter_and_head_are_trained_and_have_moments():
