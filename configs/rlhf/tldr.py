@@ -39,7 +39,8 @@ def get_config(name: str = 'online_dpo_410m'):
     config.accumulate = (ACCUMULATE_ASYNC if asynchronous else ACCUMULATE)[size]
     if kind == 'rloo':  # counts completions
         config.batch_size //= 2
-        config.accumulate = {21: 14}.get(config.accumulate, config.accumulate)  # 252 prompts = 3 x 14 x 6
+        if name == 'rloo_410m_async':
+            config.accumulate = 7  # 8 do not divide the 84 prompts of a device
     config.num_steps = EPISODES // BATCH
     config.log_every, config.checkpoint_every = 10, config.num_steps // 4
     config.eval_every, config.eval_prompts = config.num_steps // 4, 512
