@@ -14,7 +14,7 @@ ROWS = 5000
 
 def get_config():
     config = base.sft()
-    config.num_steps, config.batch_size = 350, 64
+    config.num_steps, config.batch_size = 400, 64
     config.log_every, config.checkpoint_every = 50, 0
     config.model.update(MODEL)
     config.data.update(dict(task='arithmetic', num_rows=ROWS))

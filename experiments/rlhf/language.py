@@ -24,6 +24,9 @@ KINDS = {'gpt2': (gpt2, gpt2.GPT2), 'gpt_neox': (gpt_neox, gpt_neox.GPTNeoX), 'l
 POLICIES = ('sft', 'dpo', 'policy')  # experiments whose runs hold a language model
 # How a model computes, not what it computes: may differ from the weights' own config.
 _MANNER = ('dtype', 'param_dtype', 'remat', 'unroll', 'attention_impl', 'stacked', 'init_std', 'parent', 'name')
+# What 0 stands for in a field.
+_IMPLIED = {'hidden': lambda m: 4 * m.width, 'num_kv_heads': lambda m: m.num_heads,
+            'head_dim': lambda m: m.width // m.num_heads}
 
 
 # ---- Modules ---------------------------------------------------------------------------------------------------------
@@ -253,11 +256,16 @@ def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str
     return params['backbone'] if hasattr(found, 'backbone') else params
 
 
+def _meant(module: Any, name: str) -> Any:
+    value = getattr(module, name, None)
+    return _IMPLIED[name](module) if name in _IMPLIED and not value else value
+
+
 def _check_same(path: Any, theirs: Any, ours: Any) -> None:
     for name in type(ours).__dataclass_fields__:
         if name in _MANNER:
             continue
-        a, b = getattr(ours, name), getattr(theirs, name, None)
+        a, b = (_meant(module, name) for module in (ours, theirs))
         if a != b and not (isinstance(a, float) and isinstance(b, (int, float)) and np.isclose(a, b, rtol=1e-6)):
             raise ValueError(f'model.{name}={a!r}, but weights={path} have {b!r}')
 

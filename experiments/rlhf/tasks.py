@@ -212,7 +212,7 @@ def _lengths(completions: Sequence[str], references: Sequence[str] | None = None
 # ---- Arithmetic: made up, with a rule for a reward and a gold reward -------------------------------------------------
 
 def _arithmetic(options: dict[str, Any], _: Tokenize | None) -> Task:
-    settings = {name: options[name] for name in ('num_steps', 'max_number', 'operations')}
+    settings = {name: options[name] for name in ('num_steps', 'max_number', 'operations', 'words')}
 
     def problems(data, split):
         if data['path']:
@@ -396,8 +396,8 @@ def _pairs(options: dict[str, Any], _: Tokenize | None) -> Task:
 
 # name -> (maker, its options and their defaults)
 TASKS: dict[str, tuple[Callable[[dict[str, Any], Tokenize | None], Task], dict[str, Any]]] = {
-    'arithmetic': (_arithmetic, dict(num_steps=2, max_number=20, operations='+-', seed=0, num_heldout=512,
-                                    faults=0.0)),
+    'arithmetic': (_arithmetic, dict(num_steps=2, max_number=20, operations='+-', words=True, seed=0,
+                                     num_heldout=512, faults=0.0)),
     'gsm8k': (_gsm8k, dict(keep_annotations=False)),
     'tldr': (_tldr, dict(max_prompt=tldr.MAX_PROMPT)),
     'no_robots': (_no_robots, dict(eos=no_robots.END)),

@@ -36,23 +36,26 @@ class Problem:
 
 
 def problem(rng: np.random.Generator, *, num_steps: int = 2, max_number: int = 20,
-            operations: str = '+-') -> Problem:
+            operations: str = '+-', words: bool = True) -> Problem:
     """One problem of `num_steps` changes to a number of things.
 
     Args:
         max_number: of what there is at first and of each change (of factors, 5).
         operations: which of `+-*` occur.
+        words: tell a story; False asks for the bare sum, in far fewer tokens.
 
     Raises:
-        ValueError: no step, no number or an unknown operation.
+        ValueError: no step, no number, an unknown operation, or a product in a bare sum (it would come first there).
     """
     if num_steps < 1 or max_number < 1:
         raise ValueError(f'num_steps={num_steps} and max_number={max_number} must be at least 1')
     if not operations or set(operations) - set('+-*'):
         raise ValueError(f"operations={operations!r} must be some of '+-*'")
+    if not words and '*' in operations:
+        raise ValueError(f"operations={operations!r}: a bare sum (words=False) has no '*'")
     name, thing = _NAMES[rng.integers(len(_NAMES))], _THINGS[rng.integers(len(_THINGS))]
     count = int(rng.integers(1, max_number + 1))
-    sentences, work = [f'{name} has {count} {thing}.'], []
+    sentences, work, bare = [f'{name} has {count} {thing}.'], [], str(count)
     for _ in range(num_steps):
         fits = [c for c in _CHANGES if c[0] in operations and (c[0] != '-' or count > 0)]
         if not fits:  # nothing to take from, and nothing but taking
@@ -63,8 +66,9 @@ def problem(rng: np.random.Generator, *, num_steps: int = 2, max_number: int = 2
         result = {'+': count + n, '-': count - n, '*': count * n}[sign]
         sentences.append(sentence.format(name=name, n=n))
         work.append(f'{count}{sign}{n}={result}.')
+        bare += f'{sign}{n}'
         count = result
-    question = f'{" ".join(sentences)} How many {thing} does {name} have?'
+    question = f'{" ".join(sentences)} How many {thing} does {name} have?' if words else bare
     return Problem(question, f'{" ".join(work)} #### {count}', str(count))
 
 
