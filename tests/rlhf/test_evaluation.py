@@ -95,6 +95,8 @@ def test_wins_are_strict_and_over_every_sample(policy):
     assert (found['win_rate'], found['win_ties'], found['win_margin']) == (0, 0.5, -2.5)
     assert (found['gold'], found['reference_gold'], found['mine'], found['reward']) == (3, 5.5, 2, 0.5)
     assert found['pass_at_1'] == 0.5 and found['distinct_1'] == 0.5
+    more = evaluation.of_wins(policy, prompts, rows, np.array([3.0, 4.0, 3.0, 9.0]), gold)  # two samples of each
+    assert (more['win_rate'], more['win_ties'], more['win_margin']) == (0.5, 0.25, -0.75)
     given = policy.given(prompts, ['aaaa', 'b'])
     assert given.mask.sum(-1).tolist() == [[5], [2]] and given.tokens[1, 0, 1] == policy.tokenizer.eos
     completions = evaluation.completions_of(dataclasses.replace(
