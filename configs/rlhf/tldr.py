@@ -1,4 +1,4 @@
-"""Pythia trained with RL to summarise Reddit posts (arXiv 2410.18252): `NAME_SIZE` or, asynchronously, `NAME_SIZE_async`.
+"""Pythia trained with RL to summarise Reddit posts (arXiv 2410.18252): `NAME_SIZE`, or `NAME_SIZE_async`.
 
     python -m experiments.train --config=configs/rlhf/tldr.py:online_dpo_410m --workdir=runs/tldr_410m/online_dpo \\
         --config.data.path=tldr --config.weights=runs/tldr_410m/sft --config.reward.model=runs/tldr_410m/reward \\

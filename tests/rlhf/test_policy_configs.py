@@ -93,7 +93,8 @@ def test_gsm8k_and_no_robots_numbers():
     assert chat.reward.missing_eos == '-10' and chat.num_steps == 390
 
 
-@pytest.mark.parametrize('file, task, resets', [('imdb', 'imdb', [0, 17, 34]), ('stackexchange', 'stackllama', [260, 520])])
+@pytest.mark.parametrize('file, task, resets', [('imdb', 'imdb', [0, 17, 34]),
+                                                ('stackexchange', 'stackllama', [260, 520])])
 def test_elastic_reset_has_the_released_schedule(file, task, resets):
     config = get(file, 'elastic_reset')
     found, released = policy.elastic_config(config), elastic_reset.released(task)
