@@ -35,8 +35,8 @@ class Experiment:
             batch.
         warm_start: applied to a fresh state, never to a resumed one (released weights).
         sampler: (params, key) -> samples (of an encoder: codes of random images) as one program, for compile checks.
-        sampler_program: devices -> (jitted sampler, its abstract arguments, their mesh), for the same, where samples are
-            not made with a copy of all parameters on every device.
+        sampler_program: devices -> (jitted sampler, its abstract arguments, their mesh), for the same where sampling
+            has a layout of its own.
         hooks: writer of metrics (None in all processes but the first) -> hooks of its own, such as an evaluation.
     """
     init: Callable[[jax.Array], TrainState]
