@@ -1,6 +1,6 @@
 """What a file in `experiments/dlc` hands to the runner, and the runner's account of it before anything is compiled."""
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class Experiment:
         batch: shape and dtype of a global batch.
         open_batches: opens the data and returns this process's stream.
         warm_start: applied to a fresh state, never to a resumed one (released weights).
+        hooks: work directory -> what runs after every step besides saving and logging (evaluation).
         sampler: (params, key) -> samples (of an encoder: codes of random images) as one program, for compile checks.
     """
     init: Callable[[jax.Array], TrainState]
@@ -38,6 +39,7 @@ class Experiment:
     batch: Mapping[str, jax.ShapeDtypeStruct]
     open_batches: Callable[[], Iterator[dict[str, np.ndarray]]]
     warm_start: Callable[[TrainState], TrainState] | None = None
+    hooks: Callable[[Any], Sequence[Callable]] | None = None
     sampler: Callable[[Any, jax.Array], Any] | None = None
 
 
