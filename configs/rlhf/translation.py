@@ -102,14 +102,15 @@ def game(algorithm: str = 'a2c') -> ConfigDict:
 
 def _small(config: ConfigDict) -> ConfigDict:
     """Multi30k for all three, in minutes on a CPU."""
-    config.vocabulary.update(dict(kind='words', size=4000, min_count=2))
-    config.model.width = 128
+    config.vocabulary.update(dict(kind='words', size=3000))
+    config.model.update(dict(width=128, dropout=0.0))
     config.data.lengths, config.message.max_length = (12, 16, 20, 32), 24
     config.evaluation.update(dict(every=500, sentences=256))
     config.log_every, config.checkpoint_every = 50, 500
     if config.experiment == 'translation_agent':
-        config.batch_size, config.num_steps = 32, 4000
-        config.optimizer.learning_rate.update(dict(peak=3e-3, final=1e-4, decay_steps=0))
+        config.model.dropout = 0.1
+        config.batch_size, config.num_steps = 32, 3000
+        config.optimizer.learning_rate.update(dict(peak=2e-3, final=1e-4, decay_steps=0))
     else:
         config.batch_size, config.num_steps = 20, 2000
         config.optimizer.learning_rate.peak = 1e-4
@@ -125,12 +126,12 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.evaluation.update(dict(every=200, sentences=64, rows=64))
     config.log_every, config.checkpoint_every, config.batch_size = 20, 200, 32
     if config.experiment == 'translation_agent':
-        config.num_steps = 600
+        config.num_steps = 2000
         config.optimizer.learning_rate.update(dict(peak=5e-3, final=1e-3, decay_steps=0))
     else:
         config.num_steps = 400
         config.optimizer.learning_rate.peak = 3e-4
-        config.elastic.update(dict(period=100, decay=0.95, tick_every=1))
+        config.elastic.update(dict(period=100, decay=0.99, tick_every=1))
     return config
 
 

@@ -8,6 +8,7 @@
 `experiments/rlhf/translation_evaluation.py` says what the numbers are.
 """
 import json
+import logging
 import os
 from typing import Any
 
@@ -66,6 +67,7 @@ def main() -> None:
     if args.json:
         storage.check_writable(storage.resolve(args.json).parent, '--json')
     launch.initialize(args)
+    logging.getLogger('sacrebleu').setLevel(logging.ERROR)  # it would take words joined by spaces for a mistake
     config, params = load_game(args.game) if args.game else load_agents(args.speaker, args.listener)
     if alphas and not config.speaker:
         raise ValueError(f'--game={args.game}: its speaker started from scratch; there is nothing to pull it back to')
