@@ -1,7 +1,8 @@
 """Parallel text of the translation game: files, vocabularies, and batches of a few fixed shapes.
 
-A corpus is a folder of text files that say the same line by line, `{split}.{language}`, also `.gz` and `.xz`: the layout
-of Multi30k's task 1. IWSLT goes into the same layout. Without a folder, a corpus of one small grammar is generated.
+A corpus is a folder of text files that say the same line by line, `{split}.{language}`, also `.gz` and `.xz`: the
+layout of Multi30k's task 1. IWSLT goes into the same layout. Without a folder, a corpus of one small grammar is
+generated.
 
 Vocabularies are no files of their own: they are a function of the training text, and a run keeps their checksum.
 """
@@ -213,8 +214,8 @@ class LengthBatches:
     """Endless batches of sentences of similar length, in shapes known beforehand, with an exact position.
 
     An epoch holds every row at least once, in an order drawn from (seed, epoch). A row goes to the shortest shape that
-    its longest language fits; what does not fill a batch there goes to the next longer, and at the end the last batch is
-    filled up with other rows. So every epoch has the same number of batches, and the position is their count.
+    its longest language fits; what does not fill a batch there goes to the next longer, and at the end the last batch
+    is filled up with other rows. So every epoch has the same number of batches, and the position is their count.
 
     Yields `{language: int32 [rows, length], language + '_length': int32 [rows]}`, this process's part of the rows.
 

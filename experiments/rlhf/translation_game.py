@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from experiments.rlhf import translation_agent as agents
 from experiments.rlhf import translation_data as data_lib
 from experiments.rlhf import translation_evaluation as evaluation
-from experiments.runtime import launch, optim, partition
+from experiments.runtime import optim, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
@@ -45,7 +45,7 @@ def make_method(config: ml_collections.ConfigDict) -> elastic_reset.ElasticReset
     if not name:
         return None
     if config.freeze_speaker:
-        raise ValueError(f'elastic.method or kl.coefficient is set, but freeze_speaker leaves nothing for {name!r} to do')
+        raise ValueError(f'elastic.method or kl.coefficient is set, but freeze_speaker leaves {name!r} nothing to do')
     if name in KL_ONLY:
         if not coefficient:
             raise ValueError(f'elastic.method={name!r} acts through the KL penalty alone, but kl.coefficient is 0')

@@ -31,7 +31,8 @@ FRENCH = {(True, 'm'): 'le', (True, 'f'): 'la', (False, 'm'): 'un', (False, 'f')
 NOMINATIVE = {(True, 'm'): 'der', (True, 'f'): 'die', (True, 'n'): 'das', (False, 'm'): 'ein', (False, 'f'): 'eine',
               (False, 'n'): 'ein'}
 ACCUSATIVE = NOMINATIVE | {(True, 'm'): 'den', (False, 'm'): 'einen'}
-ENDINGS = {'der': 'e', 'die': 'e', 'das': 'e', 'den': 'en', 'einen': 'en', 'eine': 'e'}  # of an adjective; after ein, see below
+# Of an adjective after an article; after 'ein' it depends on the noun's gender.
+ENDINGS = {'der': 'e', 'die': 'e', 'das': 'e', 'den': 'en', 'einen': 'en', 'eine': 'e'}
 
 
 def _noun_phrase(rng: np.random.Generator, articles: dict) -> tuple[str, str, str]:

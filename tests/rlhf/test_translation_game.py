@@ -445,7 +445,7 @@ def no_method(**fields):
     (dict(elastic__period=9), 'elastic.period=9 is longer than the run of 8 steps'),
     (dict(elastic__method='warp'), "method='warp' is not one of"),
     (dict(elastic__method='ema_anchor', kl__coefficient=0.0), "elastic.method='ema_anchor' acts through the KL"),
-    (dict(freeze_speaker=True), 'freeze_speaker leaves nothing'),
+    (dict(freeze_speaker=True), "freeze_speaker leaves 'elastic_reset' nothing"),
     (no_method(kl__coefficient=-1.0), 'kl.coefficient=-1.0 must not be negative'),
     (no_method(algorithm='ppo'), "algorithm='ppo' is not one of"),
     (no_method(message__min_length=7), 'message.min_length=7 must be between'),
