@@ -421,7 +421,7 @@ def test_every_sentence_is_translated_by_both_agents_in_turn(pretrained):
 @pytest.mark.parametrize('name', [prefix + name for prefix in ('', 'small_', 'tiny_') for name in configs.CONFIGS])
 def test_config_builds_and_shards(name):
     config = launch.load_config(f'configs/rlhf/translation.py:{name}')
-    mesh = mesh_lib.make_mesh({}, jax.devices()[:2])
+    mesh = mesh_lib.make_mesh(dict(data=2), jax.devices()[:2])
     experiment = train.build(config, mesh)
     state = jax.eval_shape(experiment.init, jax.random.key(0))
     partition.state_shardings(state, experiment.rules, mesh)
