@@ -2,6 +2,7 @@
 
     pip install -e ".[tpu]"
     python -m experiments.compile --config=configs/dlc/generator_imagenet.py:L512 --topology=v5e-16
+    python -m experiments.compile --config=configs/rlhf/tldr.py:online_dpo_1b --topology=v5e-16
     python -m experiments.compile --all --topology=v5e-16
 
 Prints, for one chip, bytes against HBM, matrix products against peak, and collectives. Needs no TPU and no data. A
@@ -32,7 +33,7 @@ from jax.sharding import Mesh
 
 from experiments.runtime import launch, partition
 from experiments.runtime import mesh as mesh_lib
-from experiments.train import build
+from experiments.train import build, mesh_of
 
 PAPER = tuple(f'configs/dlc/{name}_imagenet.py:L512' for name in ('encoder', 'generator', 'code_model'))
 
@@ -152,9 +153,9 @@ def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: st
     """('step', report) and ('sampler', report) of `config` on `target`, each laid out as it is run there.
 
     Training follows `config.mesh`. Sampling keeps a copy of the parameters on every chip and splits the batch over all
-    of them, as `experiments.runtime.modules.Batched` does.
+    of them, as `experiments.runtime.modules.Batched` does; a policy samples as `config.rollout` says.
     """
-    mesh = mesh_lib.make_mesh(config.mesh, target.devices)
+    mesh = mesh_of(config, target.devices)
     experiment = build(config, mesh)
     state = jax.eval_shape(experiment.init, jax.random.key(0))
     if only in (None, 'step'):
@@ -162,7 +163,10 @@ def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: st
         step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, batch),
                        out_shardings=(shardings, mesh_lib.replicated(mesh)))
         yield 'step', compile_program(step, (state, dict(experiment.batch)), mesh, target, fast=fast)
-    if only in (None, 'sampler') and experiment.sampler:
+    if only in (None, 'sampler') and experiment.sampler_program:
+        sampler, args, mesh = experiment.sampler_program(target.devices)
+        yield 'sampler', compile_program(sampler, args, mesh, target, fast=fast)
+    elif only in (None, 'sampler') and experiment.sampler:
         mesh = mesh_lib.make_mesh({'data': -1}, target.devices)
         sampler = jax.jit(experiment.sampler, in_shardings=mesh_lib.replicated(mesh),
                           out_shardings=mesh_lib.batch_sharding(mesh))

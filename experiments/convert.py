@@ -6,10 +6,13 @@
     python -m experiments.convert --kind=sedd --src=DLC_SEDD_L512/   --dst=runs/released/code_model
     # the averaged weights of a run -> safetensors and config.json under the originals' names
     python -m experiments.convert --reverse --kind=dit --src=runs/generator --dst=exported/
+    # a policy, fine-tuned or reward model (LoRA merged; --adapter: as PEFT has it) -> a folder for transformers
+    python -m experiments.convert --reverse --kind=gpt_neox --src=runs/tldr_410m/online_dpo --dst=exported/
 
 --src is safetensors or a torch.save file (no code in it is run), one file or shards with their index. sd_vae, inception
 and dinov2 become one checked safetensors file in the originals' newest names, for --vae, --inception and
---config.pretrained. --config says how the model is to be sampled and was trained; by default, as published.
+--config.pretrained. --config says how the model is to be sampled and was trained; by default, as published. Language
+models need no conversion to be trained from: --config.weights takes their folder.
 """
 import argparse
 import sys
@@ -20,7 +23,9 @@ import ml_collections
 import numpy as np
 
 from experiments.dlc import released
+from experiments.rlhf import released as language
 from experiments.runtime import launch, storage
+from rlhf_jax.convert import KINDS as LANGUAGE
 
 # Which kinds take a flag that the tensors do not tell.
 TAKES = {'num_heads': ('sem', 'dinov2', 'dit', 'sedd'), 'num_codes': ('sem',), 'vocab_size': ('sem',),
@@ -29,10 +34,11 @@ TAKES = {'num_heads': ('sem', 'dinov2', 'dit', 'sedd'), 'num_codes': ('sem',), '
 
 def parser() -> argparse.ArgumentParser:
     p = launch.parser(__doc__, config='settings of the work directory (default: configs/dlc/released.py:KIND)')
-    p.add_argument('--kind', required=True, choices=tuple(released.KINDS))
+    p.add_argument('--kind', required=True, choices=(*released.KINDS, *LANGUAGE))
     p.add_argument('--src', required=True, metavar='DIR|FILE', help='released weights; --reverse: a work directory')
     p.add_argument('--dst', required=True, metavar='DIR', help='written there; must be empty or new')
     p.add_argument('--reverse', action='store_true', help='from a work directory to released names')
+    p.add_argument('--adapter', action='store_true', help='of a language model, the LoRA adapter alone')
     p.add_argument('--key', help='entry of a file that holds several state dicts, such as teacher')
     p.add_argument('--num_heads', type=int, help='default: as published for that width')
     p.add_argument('--num_codes', type=int, help='L of a sem (default 512)')
@@ -50,6 +56,11 @@ def check_flags(args: argparse.Namespace, overrides: bool) -> None:
                                               f'the tensors of a {args.kind} say it themselves') + '; leave it out')
         if value is not None and value <= 0:
             raise ValueError(f'--{name}={value} must be positive')
+    if args.kind in LANGUAGE and not args.reverse:
+        raise ValueError(f'--kind={args.kind}: nothing to convert, --config.weights takes the Hugging Face folder; '
+                         '--reverse writes one')
+    if args.adapter and args.kind not in LANGUAGE:
+        raise ValueError(f'--adapter: a {args.kind} has none; leave it out')
     if overrides and (args.reverse or not released.KINDS[args.kind].experiment):
         raise ValueError('--config: only a work directory has one; leave it out')
     if args.key and args.reverse:
@@ -91,6 +102,9 @@ def main() -> None:
     args, config = parse(argv)
     check_flags(args, any(a.startswith('--config') for a in argv))
     launch.initialize(args)
+    if args.kind in LANGUAGE:
+        print(language.export(args.kind, args.src, args.dst, adapter=args.adapter))
+        return
     to_run = '' if args.reverse else released.KINDS[args.kind].experiment  # what the work directory will be of
     if to_run and config.get('experiment') != to_run:
         raise ValueError(f'--config: experiment={config.get("experiment")!r}, but a {args.kind} makes {to_run!r}')

@@ -10,6 +10,8 @@ Stores come from experiments.encode, samples.npz from experiments.sample. With -
 and the ADM suite's reference file this gives FID, sFID, Inception score, precision and recall as they are published;
 without --inception, distances in the features of a small classifier fitted to the --train images, comparable only among
 themselves.
+
+Language models are measured by the same command with --policy: python -m experiments.evaluate --policy=RUN --help.
 """
 import argparse
 import json
@@ -99,6 +101,9 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    if launch.given('--policy'):
+        from experiments.rlhf import commands
+        return commands.evaluate()
     p = launch.parser(__doc__)
     p.add_argument('--samples', metavar='NPZ', help='images to judge')
     p.add_argument('--reference', metavar='NPZ|STORE', help='real images that no model has seen')

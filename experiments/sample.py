@@ -1,4 +1,4 @@
-"""Makes images with trained models.
+"""Makes images with trained models, and texts: python -m experiments.sample --policy=RUN --help.
 
     # code first, pixels second
     python -m experiments.sample --unconditional --code_model=RUN --generator=RUN --num=64 --out=grid.png
@@ -193,6 +193,9 @@ def check_sampler(args: argparse.Namespace, config: ml_collections.ConfigDict) -
 
 
 def main() -> None:
+    if launch.given('--policy'):
+        from experiments.rlhf import commands
+        return commands.sample()
     args, _ = launch.parse(parser())
     check_flags(args)
     check_out(args.out)

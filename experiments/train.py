@@ -45,12 +45,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> experiment_lib.Exper
     return importlib.import_module(EXPERIMENTS[config.experiment]).build(config, mesh)
 
 
-def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
-    """`config.mesh` over all devices but those that `config.rollout` sets apart to generate."""
+def mesh_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """`config.mesh` over `devices` (default: all) but those that `config.rollout` sets apart to generate."""
     if config.get('rollout'):
         from experiments.rlhf.rollouts import learner_devices
-        return mesh_lib.make_mesh(config.mesh, learner_devices(config))
-    return mesh_lib.make_mesh(config.mesh)
+        return mesh_lib.make_mesh(config.mesh, learner_devices(config, devices))
+    return mesh_lib.make_mesh(config.mesh, devices)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh: Mesh | None = None,
@@ -100,6 +100,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
                 state = jax.device_put(experiment.warm_start(state), shardings)
 
         # ---- Train ---------------------------------------------------------------------------------------------------
+        if experiment.hooks:
+            hooks = (*experiment.hooks(workdir), *hooks)
         step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
                        out_shardings=(shardings, mesh_lib.replicated(mesh)))
         if online:

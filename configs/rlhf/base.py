@@ -131,6 +131,8 @@ def policy() -> ConfigDict:
             reset_optimizer=False, reset_critic=False,
             kl_reference='init',  # init | ema
         ),
+        eval_every=0,  # steps between evaluations on data.heldout, and at the end; 0: none
+        eval_prompts=256,  # of it, the first so many
         lr_per='step',  # the learning rate moves each update | batch: each rollout batch, ahead of it (published runs)
         optimizer=adamw(schedule(3e-6, decay='linear'), schedule(0.0)),
     ).lock()

@@ -21,7 +21,7 @@ _PADDING = (' So.', ' Well.', ' Yes.', ' I think.')
 # Kinds of candidates for pairs and how often they come: what a fine-tuned policy gets wrong is mostly `carried`.
 KINDS = {'right': 0.3, 'carried': 0.22, 'answer': 0.04, 'step': 0.04, 'unanswered': 0.1, 'bare': 0.1, 'repeated': 0.1,
          'padded': 0.1}
-FAULTS = ('unanswered', 'bare', 'repeated', 'padded')  # of form, which demonstrations may have
+FAULTS = ('answer', 'unanswered', 'repeated', 'padded')  # which demonstrations may have: two of them cost the answer
 
 
 def reward(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -68,7 +68,7 @@ def pairs(problems: Sequence[arithmetic.Problem], seed: int) -> list[tuple[str, 
 
 
 def demonstration(problem: arithmetic.Problem, number: int, seed: int, faults: float) -> str:
-    """The solution, or with probability `faults` one with a fault of form, as texts found somewhere would have."""
+    """The solution, or with probability `faults` one with a fault, as texts found somewhere would have."""
     rng = np.random.default_rng([seed, 2, number])
     return candidate(rng, problem, rng.choice(FAULTS)) if rng.random() < faults else problem.demonstration
 

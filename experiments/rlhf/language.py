@@ -1,5 +1,4 @@
 """Language models of the experiments: module, tokenizer and starting weights from a config."""
-import functools
 import json
 import os
 import re
@@ -21,6 +20,7 @@ Params = dict[str, Any]
 Config = ml_collections.ConfigDict
 
 KINDS = {'gpt2': (gpt2, gpt2.GPT2), 'gpt_neox': (gpt_neox, gpt_neox.GPTNeoX), 'llama': (llama, llama.Llama)}
+POLICIES = ('sft', 'dpo', 'policy')  # experiments whose runs hold a language model
 # How a model computes, not what it computes: may differ from the weights' own config.
 _MANNER = ('dtype', 'param_dtype', 'remat', 'unroll', 'attention_impl', 'stacked', 'init_std', 'parent', 'name')
 # What 0 stands for in a field.
@@ -39,6 +39,11 @@ def kind_of(model: Mapping[str, Any]) -> tuple[Any, Any]:
     if model['kind'] not in KINDS:
         raise ValueError(f'model.kind={model["kind"]!r} is not one of {tuple(KINDS)}')
     return KINDS[model['kind']]
+
+
+def kind_name(module: Any) -> str:
+    """The `model.kind` of a decoder."""
+    return next(kind for kind, (_, cls) in KINDS.items() if isinstance(module, cls))
 
 
 def decoder(model: Mapping[str, Any]) -> Any:
@@ -100,16 +105,20 @@ def divide(params: Params, also: Sequence[str] = ()) -> tuple[Params, Params]:
     return visit(params, '')
 
 
-def frozen_groups(config: Config, *also: str) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Optimizer groups: all parameters, or with an adapter only A and B (and paths that a regex of `also` matches)."""
-    groups = tuple(config.optimizer.groups)
-    if not config.lora.rank:
-        return groups
-    trained = (r'.*/lora_(a|b)', *also)
-    return tuple((pattern, {}) for pattern in trained) + ((r'.*', dict(learning_rate=0.0, weight_decay=0.0)),)
-
-
 # ---- Tokenizers ------------------------------------------------------------------------------------------------------
+
+def open_tokenizer(name: str) -> Any:
+    """'bytes', or a tokenizer.json or its folder.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no EOS.
+    """
+    found = tokenizers.ByteTokenizer() if name == 'bytes' else tokenizers.JsonTokenizer(name)
+    if found.eos is None:
+        raise ValueError(f'tokenizer={name}: it names no eos token, so that no response could end; add '
+                         'eos_token to the tokenizer_config.json beside it')
+    return found
+
 
 def tokenizer(config: Config) -> Any:
     """The tokenizer that `config.tokenizer` names, checked against the model's vocabulary.
@@ -117,10 +126,7 @@ def tokenizer(config: Config) -> Any:
     Raises:
         FileNotFoundError, ValueError: no such file, no EOS, or ids that the model does not have.
     """
-    found = tokenizers.ByteTokenizer() if config.tokenizer == 'bytes' else tokenizers.JsonTokenizer(config.tokenizer)
-    if found.eos is None:
-        raise ValueError(f'tokenizer={config.tokenizer}: it names no eos token, so that no response could end; add '
-                         'eos_token to the tokenizer_config.json beside it')
+    found = open_tokenizer(config.tokenizer)
     size = decoder(config.model).vocab_size
     if found.vocab_size > size:
         raise ValueError(f'tokenizer={config.tokenizer} has {found.vocab_size} ids, the model model.vocab_size={size}; '
@@ -129,6 +135,18 @@ def tokenizer(config: Config) -> Any:
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether `path` is a work directory rather than a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    file = storage.resolve(path) / 'config.json'
+    if not file.exists():
+        raise FileNotFoundError(f'{path}: no config.json there; give a Hugging Face folder or a work directory')
+    return 'experiment' in json.loads(file.read_text())
+
 
 def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None) -> Params:
     """Parameters of `decoder(config.model)`, float32, from a Hugging Face folder or a work directory of sft, dpo or
@@ -140,7 +158,45 @@ def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None)
     Raises:
         FileNotFoundError, ValueError: nothing there, or weights of another model, with the field that differs.
     """
-    return _load(path, config, decoder(config.model), ('sft', 'dpo', 'policy'), shardings)
+    return _load(path, config, decoder(config.model), POLICIES, shardings)
+
+
+def load_trained(path: str | os.PathLike, kinds: tuple[str, ...] = (*POLICIES, 'reward_model'),
+                 dtype: str = '') -> tuple[Any, Params, Config]:
+    """Module, float32 parameters on the host with their adapter, and config of the run in a work directory.
+
+    Raises:
+        ValueError: no run there, or one of another of `kinds`.
+    """
+    own = launch.read_config(path)
+    if own.get('experiment') not in kinds:
+        raise ValueError(f'{path}: holds a run of experiment={own.get("experiment")!r}; expected one of {kinds}')
+    if dtype:
+        own.model.dtype = dtype
+    module = reward_model(own.model) if own.experiment == 'reward_model' else decoder(own.model)
+    return module, _restore(path, own, module, 'policy' if own.experiment == 'policy' else None), own
+
+
+def load_policy(path: str | os.PathLike, dtype: str = '') -> tuple[Any, Params, Config | None]:
+    """Module, float32 parameters on the host, adapters merged, and config of a policy as it lies there: a work
+    directory of sft, dpo or policy; or a Hugging Face folder, which has no config.
+
+    Args:
+        dtype: to compute in; '': as the run's config says, float32 for a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or no language model.
+    """
+    if is_run(path):
+        module, params, own = load_trained(path, POLICIES, dtype)
+        return module, merged(params), own
+    folder = storage.resolve(path)
+    saved = files.read_config(folder)
+    fields = {'dtype': modules.dtype(dict(dtype=dtype or 'float32'))}
+    module, params = convert.from_torch(saved.get('model_type'), files.open_safetensors(folder), config=saved, **fields)
+    if isinstance(module, heads.RewardModel):
+        raise ValueError(f'{path}: holds a reward model, not a policy')
+    return getattr(module, 'backbone', module), params.get('backbone', params), None
 
 
 def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tuple[Any, Params]:
@@ -161,7 +217,7 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
         own = launch.read_config(path)
         if own.experiment != 'reward_model':
             raise ValueError(f'{path}: holds a run of experiment={own.experiment!r}, not of a reward_model')
-        return reward_model(own.model), _merged(_restore(path, own, reward_model(own.model), None))
+        return reward_model(own.model), merged(_restore(path, own, reward_model(own.model), None))
     fields = {'dtype': modules.dtype(model)} if model else {}
     module, params = convert.from_torch(saved.get('model_type'), files.open_safetensors(folder), config=saved, **fields)
     if not isinstance(module, heads.RewardModel):
@@ -179,7 +235,7 @@ def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str
         if own.experiment not in kinds:
             raise ValueError(f'weights={path}: holds a run of experiment={own.experiment!r}; expected one of {kinds}')
         _check_same(path, decoder(own.model), module)
-        params = _merged(_restore(path, own, decoder(own.model), 'policy' if own.experiment == 'policy' else None))
+        params = merged(_restore(path, own, decoder(own.model), 'policy' if own.experiment == 'policy' else None))
         return params if shardings is None else jax.device_put(params, shardings)
     kind = saved.get('model_type')
     if kind != config.model.kind:
@@ -217,14 +273,15 @@ def _restore(path: Any, own: Config, module: Any, part: str | None) -> Params:
     checkpointer.close()
     if params is None:
         raise ValueError(f'{path}: no checkpoint there yet; let experiments.train reach its first one')
-    return params
+    return jax.device_get(params)  # tied to no device, so that a program over any mesh takes them
 
 
-@functools.partial(jax.jit, static_argnums=())
+@jax.jit
 def _merge(params: Params) -> Params:
     return lora.merge(params)
 
 
-def _merged(params: Params) -> Params:
+def merged(params: Params) -> Params:
+    """Without adapters, which become part of the weights."""
     has = any(name.endswith('/lora_a') for name in partition.flatten(params))
     return _merge(params) if has else params

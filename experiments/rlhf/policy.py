@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.rlhf import algorithms, language, rollouts
+from experiments.rlhf import algorithms, evaluation, language, rollouts, supervised
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, optim
 from experiments.runtime.experiment import Experiment
@@ -137,21 +137,32 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
                 metrics | (seen if elastic else {}))
 
     def warm_start(state):
+        placed = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
         params = dict(state.params)
         if config.weights:
-            loaded = language.load_decoder(config.weights, config)
-            params['policy'] = language.with_adapter(config, loaded, jax.random.fold_in(jax.random.key(config.seed), 1))
+            loaded = language.load_decoder(config.weights, config, placed(lora.without(params['policy'])))
+            params['policy'] = supervised.filled(params['policy'], loaded)
         if algorithm.critic and a.critic == 'separate':
             if a.critic_weights:
-                params['value'] = language.load_reward_model(a.critic_weights, config.model)[1]
+                critic = language.load_reward_model(a.critic_weights, config.model)[1]
+                params['value'] = jax.device_put(critic, placed(params['value']))
             elif config.weights:
-                params['value'] = params['value'] | {'backbone': without_head(loaded)}
+                params['value'] = supervised.filled(params['value'], {'backbone': loaded})
         return jax.jit(assemble)(params, state.rng)
+
+    def divergence(state, batch):
+        """KL of each prompt's completions from the reference, in nats a response, and theirs a token."""
+        score = scorers(state)
+        kl = masked.zeroed(score.policy(batch) - score.reference(batch), batch['mask']).sum(-1)
+        return {'kl': kl.mean(-1), 'kl_per_token': (kl / jnp.maximum(batch['mask'].sum(-1), 1)).mean(-1)}
+
+    def hooks(writer):
+        return (evaluation.HeldOutPrompts(config, mesh, divergence, writer),) if config.eval_every else ()
 
     rules = (*language.rules(config.model, 'policy'), *language.rules(config.model, 'value/backbone'))
     return Experiment(init, loss, step, rules, batch_shapes(config), None, warm_start=warm_start,
-                      sampler=lambda params, key: rollouts.sample(config, params['policy'], key),
-                      open_rollouts=lambda workdir: rollouts.open_rollouts(config, mesh, workdir))
+                      sampler_program=lambda devices: rollouts.sampler_program(config, devices),
+                      open_rollouts=lambda workdir: rollouts.open_rollouts(config, mesh, workdir), hooks=hooks)
 
 
 # ---- Parts -------------------------------------------------------------------------------------------------------------
@@ -175,6 +186,7 @@ def check(config: ml_collections.ConfigDict, shards: int) -> None:
         raise ValueError(f"lr_per={config.lr_per!r} is not one of ('step', 'batch')")
     modules.dtype(config.reference)
     rollouts.check(config)
+    evaluation.check(config)
     elastic_config(config)
 
 
@@ -252,10 +264,6 @@ def divide(config: ml_collections.ConfigDict, params: Params) -> tuple[Params, P
 
 def join(frozen: Params, trained: Params) -> Params:
     return lora.join(frozen, trained) if frozen else trained
-
-
-def without_head(params: Params) -> Params:
-    return {name: sub for name, sub in params.items() if name != 'lm_head'}
 
 
 def in_parts(fn: Callable[[Rows], Array], rows: Rows, parts: int, shards: int) -> Array:

@@ -1,6 +1,7 @@
 """Rewards of completions as `config.reward` names them: a task's rule, a reward model, or a function of the user's."""
 import dataclasses
 import importlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,8 +54,14 @@ class Scorer:
         self._timeout = r.timeout or None
         self._missing_eos = number('reward.missing_eos', r.missing_eos)
         self._replacement = number('reward.replacement', r.replacement)
-        self._reward = _named(config, task, mesh, 'reward.kind', kind_of(r))
-        self._gold = _named(config, task, mesh, 'reward.gold', r.gold, gold=True) if r.gold else None
+
+        def model(path):
+            return shared(path, mesh, dtype=config.model.dtype, num_ids=language.tokenizer(config).vocab_size,
+                          batch_size=r.batch_size)
+
+        name = config.data.task
+        self._reward = find('reward.kind', kind_of(r), task, name, model)
+        self._gold = find('reward.gold', r.gold, task, name, model, gold=True) if r.gold else None
 
     def __call__(self, completions: Completions) -> dict[str, np.ndarray]:
         """`rewards` float32 [N], `replaced` bool [N], and `gold` float32 [N] where there is one.
@@ -99,16 +106,26 @@ def number(name: str, text: Any) -> float | None:
         raise ValueError(f"{name}={text!r} must be a number, or '' for none") from None
 
 
-def _named(config: ml_collections.ConfigDict, task: Task, mesh: Mesh, field: str, name: str, *,
-           gold: bool = False) -> Reward:
+def find(field: str, name: str, task: Task, task_name: str, model: Callable[[str], Reward], *,
+         gold: bool = False) -> Reward:
+    """The reward that `name` says: 'task', a reward model's folder, or 'package.module:function'.
+
+    Args:
+        field: what the user calls it, for messages.
+        model: path -> reward, for a folder.
+        gold: of the task's rules, the one of what is really wanted.
+
+    Raises:
+        ValueError, FileNotFoundError: no such reward.
+    """
     if name == 'task':
         rule = (task.gold or task.reward) if gold else task.reward
         if rule is None:
-            raise ValueError(f"{field}: the task {config.data.task!r} has no rule to reward by; give a reward model "
+            raise ValueError(f'{field}: the task {task_name!r} has no rule to reward by; give a reward model '
                              '(reward.kind=model) or a function (reward.kind=function)')
         return lambda c: rule(c.texts, c.rows)
     if (storage.resolve(name) / 'config.json').exists():
-        return RewardModel(name, config, mesh)
+        return model(name)
     module, colon, attribute = name.partition(':')
     if not colon:
         raise FileNotFoundError(f'{field}: {name} is neither a folder with a config.json nor a package.module:function')
@@ -119,42 +136,63 @@ def _named(config: ml_collections.ConfigDict, task: Task, mesh: Mesh, field: str
     return lambda c: function(c.texts, c.rows)
 
 
+def shared(path: str, mesh: Mesh, **settings: Any) -> 'RewardModel':
+    """`RewardModel(...)`, or the same one that is still held elsewhere in this process: a run that generates and
+    evaluates on the same devices needs its weights but once."""
+    key = (str(path), mesh, *sorted(settings.items()))
+    found = _MODELS.get(key)
+    if found is None:
+        found = _MODELS[key] = RewardModel(path, mesh, **settings)
+    return found
+
+
+_MODELS: 'weakref.WeakValueDictionary[Any, RewardModel]' = weakref.WeakValueDictionary()
+
+
 class RewardModel:
     """A reward model read at the last token of each row.
 
     Args:
         path: a work directory or a Hugging Face folder.
-        config: of the policy; the reward model computes in its `model.dtype`.
+        mesh: of the devices it runs on.
+        dtype: to compute in; '': as its own config says.
+        num_ids: of the tokenizer that makes the rows.
+        batch_size: rows it reads at once.
+        before_eos: of a row that ends, read at the token before EOS, as the published gold scores were.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, no reward model, or one of another tokenizer.
     """
 
-    def __init__(self, path: str, config: ml_collections.ConfigDict, mesh: Mesh):
-        module, params = language.load_reward_model(path, config.model)
-        size, ids = module.backbone.vocab_size, language.tokenizer(config).vocab_size
-        if ids > size:
-            raise ValueError(f'{path}: the reward model has {size} tokens, the tokenizer {ids}; they do not belong '
+    def __init__(self, path: str, mesh: Mesh, *, dtype: str = '', num_ids: int = 0, batch_size: int = 64,
+                 before_eos: bool = False):
+        module, params = language.load_reward_model(path, dict(dtype=dtype) if dtype else None)
+        size = module.backbone.vocab_size
+        if num_ids > size:
+            raise ValueError(f'{path}: the reward model has {size} tokens, the tokenizer {num_ids}; they do not belong '
                              'together')
-        if config.reward.batch_size < 1:
-            raise ValueError(f'reward.batch_size={config.reward.batch_size} must be at least 1')
-        self._max_length, self._path = module.backbone.max_length, path
+        if batch_size < 1:
+            raise ValueError(f'reward.batch_size={batch_size} must be at least 1')
+        self.max_length, self._path, self._before_eos = module.backbone.max_length, path, before_eos
         shards = mesh_lib.batch_shards(mesh)
-        self._rows = -(-config.reward.batch_size // shards) * shards
-        own = ml_collections.ConfigDict(dict(kind=_kind(module.backbone)))
+        self._rows = -(-batch_size // shards) * shards
+        own = ml_collections.ConfigDict(dict(kind=language.kind_name(module.backbone)))
         rules = language.rules(own, 'backbone')
         self._params = jax.device_put(params, partition.param_shardings(params, rules, mesh))
         self._sharding = mesh_lib.batch_sharding(mesh)
-        self._run = jax.jit(lambda p, t, m: heads.at_last_token(module.apply({'params': p}, t, mask=m), m))
+
+        def run(params, tokens, mask, back):
+            values = module.apply({'params': params}, tokens, mask=mask)
+            return jnp.take_along_axis(values, heads.last_token(mask)[:, None] - back[:, None], 1)[:, 0]
+        self._run = jax.jit(run)
 
     def __call__(self, completions: Completions) -> np.ndarray:
         tokens, mask = completions.tokens, completions.mask
-        if tokens.shape[1] > self._max_length:
-            raise ValueError(f'{self._path}: reads at most {self._max_length} tokens, rows have {tokens.shape[1]}')
-        out = []
+        if tokens.shape[1] > self.max_length:
+            raise ValueError(f'{self._path}: reads at most {self.max_length} tokens, rows have {tokens.shape[1]}')
+        out, back = [], completions.ended.astype(np.int32) * self._before_eos
         for start in range(0, len(tokens), self._rows):
-            part = [x[start:start + self._rows] for x in (tokens, mask)]
+            part = [x[start:start + self._rows] for x in (tokens, mask, back)]
             padded = [np.concatenate([x, np.repeat(x[-1:], self._rows - len(x), 0)]) for x in part]
             out.append(self._run(self._params, *(jax.device_put(x, self._sharding) for x in padded)))
         return np.concatenate(jax.device_get(out))[:len(tokens)]
-
-
-def _kind(backbone: Any) -> str:
-    return next(kind for kind, (_, cls) in language.KINDS.items() if isinstance(backbone, cls))

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf import language, rewards, tasks
+from experiments.rlhf import texts as text_arrays
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition, storage
 from experiments.runtime.stream import EpochOrder
@@ -59,24 +60,28 @@ def check(config: ml_collections.ConfigDict) -> None:
                          "generators apart (rollout.transport='files' and python -m experiments.generate)")
 
 
-def learner_devices(config: ml_collections.ConfigDict) -> list[jax.Device]:
-    """Devices that train: all but the last `rollout.devices`.
+def learner_devices(config: ml_collections.ConfigDict,
+                    devices: Sequence[jax.Device] | None = None) -> list[jax.Device]:
+    """Devices that train, of `devices` (default: all there are): all but the last `rollout.devices`.
 
     Raises:
         ValueError: none would be left.
     """
-    devices, held = jax.devices(), config.rollout.devices
+    devices, held = list(jax.devices() if devices is None else devices), config.rollout.devices
     if held >= len(devices):
         raise ValueError(f'rollout.devices={held} leaves none of {len(devices)} devices to the learner; 0 shares them')
     return devices[:len(devices) - held]
 
 
-def generator_mesh(config: ml_collections.ConfigDict, learner: Mesh | None = None) -> Mesh:
-    """Mesh of the devices that generate; the learner's own unless `rollout.devices` sets some apart."""
+def generator_mesh(config: ml_collections.ConfigDict, learner: Mesh | None = None,
+                   devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of the devices that generate, of `devices` (default: all there are); the learner's own unless
+    `rollout.devices` sets some apart."""
+    devices = list(jax.devices() if devices is None else devices)
     if config.rollout.devices:
-        devices = jax.devices()[-config.rollout.devices:]
-    else:
-        devices = jax.devices() if learner is None else list(learner.devices.flat)
+        devices = devices[-config.rollout.devices:]
+    elif learner is not None:
+        devices = list(learner.devices.flat)
     return mesh_lib.make_mesh(config.rollout.mesh, devices)
 
 
@@ -84,16 +89,6 @@ def sampling_of(config: ml_collections.ConfigDict, eos: int, pad: int) -> genera
     s = config.sampling
     return generate_lib.Sampling(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
                                  top_p=s.top_p, min_new_tokens=s.min_new_tokens, stop_tokens=(eos,), pad_token=pad)
-
-
-def sample(config: ml_collections.ConfigDict, policy: Any, key: jax.Array) -> Any:
-    """A batch of samples as one program of stacked weights; for compile checks."""
-    s = config.sampling
-    tokens = jnp.zeros((config.batch_size, s.max_prompt), jnp.int32)
-    module = language.decoder(config.model)
-    plain = lora.merge(policy) if config.lora.rank else policy
-    return generate_lib._generate(module, plain, tokens, jnp.ones(tokens.shape, bool), key, sampling_of(config, 0, 0),
-                                  config.algorithm.num_samples)
 
 
 # ---- Weights for decoding ----------------------------------------------------------------------------------------------
@@ -118,6 +113,21 @@ class Decoding:
         self.shapes = jax.eval_shape(convert, jax.eval_shape(language.init_decoder(config), jax.random.key(0)))
         self.shardings = partition.param_shardings(
             self.shapes, decoder.split_rules(language.rules(config.model)), mesh)
+
+
+def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Any, tuple, Mesh]:
+    """(jitted sampler, its abstract arguments, mesh) of a whole batch at its longest as `devices` would run it, some of
+    which train; for compile checks."""
+    mesh, num_samples = generator_mesh(config, devices=devices), config.algorithm.num_samples
+    decoding, batch = Decoding(config, mesh), mesh_lib.batch_sharding(mesh)
+    prompts, sampling = (config.batch_size, config.sampling.max_prompt), sampling_of(config, 0, 0)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.batch_size * num_samples))
+    program = jax.jit(
+        lambda params, tokens, mask, keys: generate_lib.generate(decoding.module, params, tokens, mask, keys, sampling,
+                                                                 num_samples=num_samples),
+        in_shardings=(decoding.shardings, batch, batch, batch), out_shardings=batch)
+    return program, (decoding.shapes, jax.ShapeDtypeStruct(prompts, jnp.int32), jax.ShapeDtypeStruct(prompts, bool),
+                     keys), mesh
 
 
 def open_weights(config: ml_collections.ConfigDict, shardings: Any, shapes: Any, folder: Any, *,
@@ -149,29 +159,39 @@ class Generator:
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, weights: Any = None):
         self._config, self._mesh, self._weights = config, mesh, weights
-        self._tokenizer = language.tokenizer(config)
+        self.tokenizer = language.tokenizer(config)
         self._module = language.decoder(config.model).clone(stacked=False)
-        task = tasks.get(config.data, self._tokenizer.encode)
-        self._prompts, self._rows = prompts_of(config, task, self._tokenizer, config.data.split)
+        self.task = tasks.get(config.data, self.tokenizer.encode)
+        self._prompts, self._rows = prompts_of(config, self.task, self.tokenizer, config.data.split)
         self._order = EpochOrder(len(self._prompts), config.seed)
-        self._scorer = rewards.Scorer(config, task, mesh)
-        self._sampling = sampling_of(config, self._tokenizer.eos, self._tokenizer.pad)
+        self._scorer = rewards.Scorer(config, self.task, mesh)
+        self._sampling = sampling_of(config, self.tokenizer.eos, self.tokenizer.pad)
         self._buckets = tuple(config.sampling.buckets) or (config.sampling.max_prompt,)
         shards = mesh_lib.batch_shards(mesh)
         if config.batch_size % shards:
             raise ValueError(f'batch_size={config.batch_size} prompts are not divisible by the {shards} generating '
                              'shards (rollout.mesh data x fsdp); use a multiple')
 
+    @property
+    def num_prompts(self) -> int:
+        return len(self._prompts)
+
+    def rows(self, index: int) -> list[Mapping[str, Any]]:
+        """Of the data set, one for each of the B prompts of batch `index`."""
+        return [self._rows[i] for i in self._ids(index)]
+
+    def _ids(self, index: int) -> np.ndarray:
+        return self._order(index * self._config.batch_size + np.arange(self._config.batch_size))
+
     def __call__(self, params: Any, *, index: int, version: int) -> Mapping[str, np.ndarray]:
         """A batch of B prompts and K completions of each, K-major: see `rlhf_jax.rollout.batch`."""
-        size, num_samples = self._config.batch_size, self._config.algorithm.num_samples
-        ids = self._order(index * size + np.arange(size))
+        num_samples, ids = self._config.algorithm.num_samples, self._ids(index)
         tokens, mask = generate_lib.pad_prompts([self._prompts[i] for i in ids], buckets=self._buckets,
-                                                pad_token=self._tokenizer.pad)
+                                                pad_token=self.tokenizer.pad)
         key = jax.random.fold_in(jax.random.key(self._config.seed), index)
         keys = responses.sample_keys(key, ids, num_samples, version)
         drawn, versions = self._draw(params, version, tokens, mask, keys)
-        return finish(self._tokenizer, self._scorer, np.tile(tokens, (num_samples, 1)), np.tile(mask, (num_samples, 1)),
+        return finish(self.tokenizer, self._scorer, np.tile(tokens, (num_samples, 1)), np.tile(mask, (num_samples, 1)),
                       drawn, [self._rows[i] for _ in range(num_samples) for i in ids]) | versions
 
     def _draw(self, params, version, tokens, mask, keys):
@@ -205,12 +225,14 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: A
     """
     found = tasks.require(task, 'prompts', config.data)(config.data, split)
     longest = config.sampling.max_prompt
-    tokens, rows = [], []
+    tokens, rows, encode = [], [], text_arrays.encoder(config, tokenizer)
     for i, prompt in enumerate(found):
-        ids = list(tokenizer.encode(prompt.text))
+        ids = list(encode(prompt.text))
         if not ids or ids[-1] == tokenizer.eos:
             raise ValueError(f'data: prompt {i} ' + ('has no token' if not ids else 'ends in the EOS token'))
-        ids = ids[-longest:] if task.cut_prompts else ids
+        if task.cut_prompts:
+            first = int(config.bos)  # a BOS stays where the beginning goes
+            ids = ids[:first] + ids[first:][-(longest - first):]
         if len(ids) <= longest:
             tokens.append(ids)
             rows.append({'prompt': prompt.text} | dict(prompt.row))
@@ -222,13 +244,18 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: A
     return tokens, rows
 
 
+def texts_of(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Texts of responses [N, L] without their EOS, and whether they have one, bool [N]."""
+    lengths = mask.sum(1)
+    last = tokens[np.arange(len(lengths)), np.maximum(lengths - 1, 0)]
+    ended = (lengths > 0) & (last == tokenizer.eos)
+    return [tokenizer.decode(row[:length - end]) for row, length, end in zip(tokens, lengths, ended)], ended
+
+
 def finish(tokenizer: Any, scorer: Any, tokens: np.ndarray, mask: np.ndarray, drawn: Any,
            rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Samples (of prompts [N, P] as they stand) with their rewards."""
-    lengths = drawn.mask.sum(1)
-    last = drawn.tokens[np.arange(len(lengths)), np.maximum(lengths - 1, 0)]
-    ended = (lengths > 0) & (last == tokenizer.eos)
-    texts = [tokenizer.decode(row[:length - end]) for row, length, end in zip(drawn.tokens, lengths, ended)]
+    texts, ended = texts_of(tokenizer, drawn.tokens, drawn.mask)
     whole = np.concatenate([tokens, drawn.tokens], 1)
     scored = scorer(rewards.Completions(texts, rows, whole, np.concatenate([mask, drawn.mask], 1), ended))
     return {'tokens': whole, 'prompt_mask': mask, 'mask': drawn.mask, 'logprobs': drawn.logprobs, 'ended': ended,

@@ -55,8 +55,11 @@ def parser(description: str, *, config: str | None = None) -> argparse.ArgumentP
 
 
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
-          default_config: str | Callable[[argparse.Namespace], str] | None = None) -> tuple[argparse.Namespace, ml_collections.ConfigDict | None]:
+          default_config: str | Callable[[argparse.Namespace], str] | None = None,
+          optional: bool = False) -> tuple[argparse.Namespace, ml_collections.ConfigDict | None]:
     """Parses flags and, where the command has `--config`, loads the file and applies its overrides.
+
+    `optional`: a command line without any config gives None.
 
     Raises:
         ValueError: missing file, unknown field (with the nearest name) or a value of the wrong type.
@@ -73,9 +76,16 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
             p.error(f'{overrides[0]}: this command has no --config')
         return args, None
     path = args.config or (default_config(args) if callable(default_config) else default_config)
+    if path is None and optional and not overrides:
+        return args, None
     if path is None:
         raise ValueError('--config is missing: give a file such as configs/dlc/encoder_digits.py')
     return args, load_config(path, overrides)
+
+
+def given(flag: str) -> bool:
+    """Whether the command line has `flag`, with a value or without."""
+    return any(arg == flag or arg.startswith(f'{flag}=') for arg in sys.argv[1:])
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:

@@ -1,0 +1,64 @@
+"""Pythia trained with RL to summarise Reddit posts (arXiv 2410.18252): `NAME_SIZE`, or `NAME_SIZE_async`.
+
+    python -m experiments.train --config=configs/rlhf/tldr.py:online_dpo_410m --workdir=runs/tldr_410m/online_dpo \\
+        --config.data.path=tldr --config.weights=runs/tldr_410m/sft --config.reward.model=runs/tldr_410m/reward \\
+        --config.tokenizer=pythia-410m-deduped --config.reward.gold=GOLD
+
+NAME: online_dpo, ppo, rloo (the paper's Proximal RLOO), best_of_n. SIZE: 410m, 1b, 2.8b; policy and reward model have
+one size. GOLD labels the preferences and judges (a 6.9b reward model); it is logged and never trained on.
+
+131,072 episodes, 512 a step, at a learning rate of 3e-6 that falls linearly to 0 and moves once a batch, as published.
+An episode is a prompt of two samples for online_dpo and best_of_n and one completion for ppo and rloo, so that the
+former see twice as many completions. Responses have 53 tokens, as in every published training configuration (the
+paper's table says 128, which is the evaluation's length: `experiments.evaluate --max_new_tokens=128`).
+
+Hardware: four GPUs of 80 GB, or a TPU slice (`experiments.compile`). Asynchronous: three train on 504 episodes while
+one generates, 129,024 in all; three devices split no width of these models, so each trainer holds all weights (on other
+machines set rollout.devices and mesh). The published scripts have ppo and rloo at 410m and online_dpo at every size; at
+other sizes ppo, rloo and best_of_n take the microbatches of online_dpo. They compute in float16 or bfloat16; here it is
+bfloat16 over float32 weights.
+"""
+from configs.rlhf import base
+
+EPISODES, BATCH, BATCH_ASYNC = 131_072, 512, 504
+# Microbatches of a step on four devices, and on three.
+ACCUMULATE, ACCUMULATE_ASYNC = {'410m': 4, '1b': 8, '2.8b': 32}, {'410m': 8, '1b': 21, '2.8b': 28}
+ALGORITHMS = {  # name, completions a prompt
+    'online_dpo': ('online_dpo', 2), 'ppo': ('ppo', 1), 'rloo': ('proximal_rloo', 2), 'best_of_n': ('best_of_n', 2)}
+NAMES = tuple(f'{name}_{size}{end}' for name in ALGORITHMS for size in ACCUMULATE for end in ('', '_async'))
+
+
+def get_config(name: str = 'online_dpo_410m'):
+    if name not in NAMES:
+        raise ValueError(f'tldr: {name!r} is not one of {NAMES}')
+    asynchronous = name.endswith('_async')
+    kind, _, size = name.removesuffix('_async').rpartition('_')
+    algorithm, num_samples = ALGORITHMS[kind]
+    config = base.policy()
+    config.batch_size = BATCH_ASYNC if asynchronous else BATCH
+    config.accumulate = (ACCUMULATE_ASYNC if asynchronous else ACCUMULATE)[size]
+    if kind == 'rloo':  # counts completions
+        config.batch_size //= 2
+        if name == 'rloo_410m_async':
+            config.accumulate = 7  # 8 do not divide the 84 prompts of a device
+    config.num_steps = EPISODES // BATCH
+    config.log_every, config.checkpoint_every = 10, config.num_steps // 4
+    config.eval_every, config.eval_prompts = config.num_steps // 4, 512
+    config.model.update(dict(kind='gpt_neox', size=size, dtype='bfloat16', remat='full'))
+    config.weights, config.tokenizer = f'runs/tldr_{size}/sft', f'models/pythia-{size}-deduped'
+    config.data.update(dict(task='tldr', path='data/tldr', heldout='validation'))
+    config.algorithm.update(dict(name=algorithm, num_samples=num_samples, beta=0.1, kl_coefficient=0.05, clip=0.2,
+                                 gamma=1.0, lam=0.95, value_coefficient=0.1, value_clip=0.2, after_eos=True))
+    config.sampling.update(dict(max_new_tokens=53, temperature=0.7, max_prompt=512))
+    config.reward.update(dict(kind='model', model=f'runs/tldr_{size}/reward', missing_eos='-1',
+                              batch_size={'410m': 64, '1b': 64, '2.8b': 32}[size]))
+    if kind == 'ppo':
+        config.algorithm.critic_weights = config.reward.model
+    config.reference.dtype = 'bfloat16'
+    if asynchronous:
+        config.rollout.update(dict(max_staleness=1, devices=1))
+        config.mesh.update(dict(data=-1, fsdp=1))
+    config.lr_per = 'batch'
+    config.optimizer.learning_rate.update(dict(peak=3e-6, decay='linear'))
+    config.optimizer.clip_norm = 1.0  # what the four-GPU runs had by default; those of one GPU did not clip
+    return config

@@ -1,0 +1,68 @@
+"""Trained language models in the form that `transformers` and PEFT load: weights, config.json, tokenizer files."""
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+
+from experiments.rlhf import language
+from experiments.runtime import storage
+from rlhf_jax import convert
+from rlhf_jax.convert import files, peft
+from rlhf_jax.models import lora
+
+# Beside a tokenizer.json, whatever of it there is.
+_TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+                    'vocab.json', 'merges.txt', 'tokenizer.model', 'chat_template.jinja')
+
+
+def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter: bool = False) -> str:
+    """Writes the model of the run in `src` to the folder `dst`, float32, and says in one line what it is.
+
+    Args:
+        kind: of `rlhf_jax.convert.KINDS`, what the run must be of.
+        adapter: only the LoRA adapter, as PEFT has it; otherwise it is merged into the weights.
+
+    Raises:
+        FileNotFoundError, ValueError: no run of a language or reward model there, one of another kind, or no adapter.
+    """
+    if not language.is_run(src):
+        raise ValueError(f'--src={src}: a Hugging Face folder already; --reverse takes a work directory')
+    module, params, config = language.load_trained(src)
+    if config.model.kind != kind:
+        raise ValueError(f'--kind={kind}: --src={src} holds a {config.model.kind}')
+    if adapter and not config.lora.rank:
+        raise ValueError(f'--adapter: --src={src} was trained without one (lora.rank=0)')
+    target = pathlib.Path(storage.resolve(dst))
+    params = jax.tree.map(np.asarray, params if adapter else language.merged(params))
+    if adapter:
+        from safetensors.numpy import save_file
+        tensors, saved = peft.to_torch(kind, module, params)
+        saved['base_model_name_or_path'] = config.weights
+        target.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, target / 'adapter_model.safetensors', metadata={'format': 'pt'})
+        (target / 'adapter_config.json').write_text(json.dumps(saved, indent=1) + '\n')
+        params = lora.split(params)[1]
+    else:
+        tokenizer = language.open_tokenizer(config.tokenizer)
+        ids = {f'{name}_token_id': getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')}
+        files.save(target, convert.to_torch(kind, module, params), convert.config_of(kind, module) | ids)
+    copied = copy_tokenizer(config.tokenizer, target)
+    count = sum(np.size(x) for x in jax.tree.leaves(params))
+    return (f'{kind}{" adapter" if adapter else ""} of a {config.experiment} run: {count:,} parameters, '
+            f'{4 * count / 1e9:.3g} GB in float32 -> {dst}'
+            + ('' if copied else ' (no tokenizer files: bytes are ids)'))
+
+
+def copy_tokenizer(name: str, folder: pathlib.Path) -> list[str]:
+    """Copies the files of `config.tokenizer`; the names of those there were."""
+    if name == 'bytes':
+        return []
+    source = pathlib.Path(storage.local_copy(name))
+    source = source if source.is_dir() else source.parent
+    found = [file for file in _TOKENIZER_FILES if (source / file).exists()]
+    for file in found:
+        shutil.copyfile(source / file, folder / file)
+    return found

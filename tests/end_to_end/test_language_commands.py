@@ -1,0 +1,183 @@
+"""What a user does with language models beside training them, through the real commands, on models of one block."""
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs.rlhf import base
+from experiments import convert as convert_command
+from experiments import evaluate as evaluate_command
+from experiments import sample as sample_command
+from experiments.rlhf import language, relabel
+from experiments.rlhf.evaluation import HeldOutPrompts
+from experiments.rlhf.inference import Policy
+from experiments.runtime import launch
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.metrics import read_metrics
+from experiments.train import build, train
+from rlhf_jax import convert
+from rlhf_jax.convert import files, peft
+from rlhf_jax.models.gpt2 import GPT2
+from rlhf_jax.models.heads import RewardModel
+from tests.rlhf.tiny_models import random_params
+
+ONE = mesh_lib.make_mesh({}, jax.devices()[:1])
+MODEL = dict(kind='gpt2', size='124M', width=16, depth=1, num_heads=2, vocab_size=259, max_length=128)
+
+
+def settings(make, **fields):
+    config = make()
+    with config.unlocked():
+        config.update(dict(num_steps=1, batch_size=4, log_every=1, **fields))
+        config.model.update(MODEL)
+        config.data.update(dict(num_rows=16, options=dict(num_steps=1, max_number=9, num_heldout=8)))
+        if make is base.policy:
+            config.sampling.update(dict(max_new_tokens=6, max_prompt=80, temperature=1.0))
+            config.lora.rank = 2
+            config.reward.gold = 'task'
+    return config
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Work directories of a fine-tuned model and of a policy with an adapter, and the folder of a reward model."""
+    root = tmp_path_factory.mktemp('language')
+    train(settings(base.sft, max_length=100), root / 'sft', mesh=ONE)
+    train(settings(base.policy, weights=str(root / 'sft'), eval_every=1, eval_prompts=6), root / 'policy', mesh=ONE)
+    reward = RewardModel(GPT2(**{k: v for k, v in MODEL.items() if k not in ('kind', 'size')}))
+    files.save(root / 'reward', convert.to_torch('gpt2', reward, random_params(reward)),
+               convert.config_of('gpt2', reward))
+    return root
+
+
+def command(main, monkeypatch, *args):
+    monkeypatch.setattr(sys, 'argv', ['command', *map(str, args)])
+    launch.main(main)
+
+
+def test_training_reports_held_out_prompts_and_changes_nothing(runs):
+    rows = [row for row in read_metrics(runs / 'policy' / 'metrics.jsonl') if 'eval_reward' in row]
+    assert [row['step'] for row in rows] == [1]
+    assert {'eval_gold', 'eval_kl', 'eval_kl_per_token', 'eval_accuracy', 'eval_length', 'eval_ended'} <= set(rows[0])
+    assert rows[0]['eval_kl_per_token'] * rows[0]['eval_length'] == pytest.approx(rows[0]['eval_kl'], abs=1e-2)
+
+    config = settings(base.policy, weights=str(runs / 'sft'), eval_every=2, eval_prompts=6)
+    written = []
+    experiment = build(config, ONE)
+    writer = type('Writer', (), {'write': lambda self, step, values: written.append((step, values))})()
+    hook, = experiment.hooks(writer)
+    assert isinstance(hook, HeldOutPrompts)
+    state = experiment.init(jax.random.key(0))
+    before = jax.tree.map(np.asarray, state.params)
+    config.num_steps = 5
+    assert [hook(step, state, None) for step in (2, 3, 4)] == [None] * 3
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+    assert [step for step, _ in written] == [2, 4] and written[0][1] == written[1][1]  # draws of its own
+
+
+def test_evaluate_and_sample(runs, monkeypatch, capsys):
+    out, texts = runs / 'metrics.json', runs / 'responses.jsonl'
+    command(evaluate_command.main, monkeypatch, f'--policy={runs / "policy"}', f'--reference={runs / "sft"}', '--num=5',
+            '--num_samples=2', '--temperature=1', '--batch_size=8', '--drift=4', f'--json={out}', f'--out={texts}')
+    found = json.loads(out.read_text())
+    assert found == json.loads(capsys.readouterr().out)
+    assert (found['num_prompts'], found['num_samples'], found['temperature']) == (5, 2, 1)
+    assert {'reward', 'gold', 'accuracy', 'pass_at_1', 'pass_at_2', 'kl', 'kl_per_token', 'perplexity',
+            'legacy_kl_perplexity', 'drift_perplexity', 'distinct_samples', 'length', 'ended'} <= set(found)
+    assert found['perplexity'] > found['legacy_kl_perplexity'] > 1
+    lines = [json.loads(line) for line in texts.read_text().splitlines()]
+    assert len(lines) == 10 and lines[0]['prompt'] == lines[1]['prompt'] != lines[2]['prompt']
+
+    prompts = runs / 'prompts.jsonl'
+    prompts.write_text('{"prompt": "3+4=", "id": 7}\n{"prompt": "5-1="}\n')
+    command(sample_command.main, monkeypatch, f'--policy={runs / "policy"}', f'--prompts={prompts}', '--num_samples=2',
+            '--temperature=0.7', '--max_new_tokens=3', '--batch_size=8', f'--out={texts}')
+    lines = [json.loads(line) for line in texts.read_text().splitlines()]
+    assert [line['prompt'] for line in lines] == ['3+4='] * 2 + ['5-1='] * 2 and lines[1]['id'] == 7
+    assert all(line['logprob'] < 0 for line in lines) and '4 responses' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('main, args, message', [
+    (evaluate_command.main, ('--policy=nowhere',), 'nowhere: no config.json there'),
+    (evaluate_command.main, ('--policy={policy}', '--num_samples=4'), 'with --temperature=0: all samples'),
+    (evaluate_command.main, ('--policy={policy}', '--gold=nothing'), '--gold: nothing is neither a folder'),
+    (evaluate_command.main, ('--policy={reward}',), 'holds a reward model, not a policy'),
+    (evaluate_command.main, ('--policy={policy}', '--max_prompt=3'), 'none of 8 prompts has at most 3 tokens'),
+    (sample_command.main, ('--policy={policy}',), 'give either --prompt=TEXT or --prompts=FILE'),
+    (sample_command.main, ('--policy={policy}', '--prompts={sft}/config.json'), 'line 1 is not {"prompt": "..."}'),
+    (sample_command.main, ('--policy={policy}', '--prompt=a', '--max_new_token=3'), 'did you mean --max_new_tokens?'),
+    (convert_command.main, ('--kind=gpt2', '--src={policy}', '--dst={policy}/new'), '--reverse writes one'),
+    (convert_command.main, ('--reverse', '--kind=llama', '--src={policy}', '--dst={policy}/new'), 'holds a gpt2'),
+    (convert_command.main, ('--reverse', '--kind=gpt2', '--adapter', '--src={sft}', '--dst={policy}/new'),
+     'was trained without one'),
+])
+def test_mistakes_are_one_line(runs, monkeypatch, capsys, main, args, message):
+    with pytest.raises(SystemExit):
+        command(main, monkeypatch, *(arg.format(**{name: runs / name for name in ('policy', 'sft', 'reward')})
+                                     for arg in args))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith('error: ') and message in last
+
+
+def test_help_says_how(monkeypatch, capsys):
+    for main, text in ((evaluate_command.main, '--gold_before_eos'), (sample_command.main, '--num_samples')):
+        with pytest.raises(SystemExit):
+            command(main, monkeypatch, '--policy=RUN', '--help')
+        assert text in capsys.readouterr().out
+
+
+def test_relabelling_swaps_what_gold_prefers(runs, monkeypatch, capsys):
+    pairs, out = runs / 'pairs.jsonl', runs / 'relabelled.jsonl'
+    rows = [{'prompt': 'p', 'chosen': f' {i}', 'rejected': f' {i}{i}<|endoftext|>', 'id': i} for i in range(5)]
+    pairs.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    command(relabel.main, monkeypatch, f'--pairs={pairs}', f'--gold={runs / "reward"}', '--tokenizer=bytes',
+            f'--out={out}', '--batch_size=8')
+    module, params = language.load_reward_model(runs / 'reward')
+    ids = lambda text: np.array([[*b'p', *text.removesuffix('<|endoftext|>').encode(), 258]])
+    score = lambda text: float(module.apply({'params': params}, ids(text))[0, -1])
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    swapped = 0
+    for row, new in zip(rows, found):
+        better, worse = sorted((row['chosen'], row['rejected']), key=score, reverse=True)
+        assert (new['chosen'], new['rejected'], new['id']) == (better, worse, row['id'])
+        assert new['chosen_score'] == pytest.approx(score(better), abs=1e-4)
+        swapped += better == row['rejected']
+    assert f'agreement {(5 - swapped) / 5:.4f}: {swapped} of 5 pairs' in capsys.readouterr().out
+
+
+def test_export_merges_the_adapter_or_writes_it(runs, monkeypatch, capsys, tmp_path):
+    source = runs / 'policy'
+    command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', f'--src={source}', f'--dst={tmp_path / "a"}')
+    assert 'gpt2 of a policy run' in capsys.readouterr().out
+    module, params, config = language.load_trained(source)
+    merged = language.merged(params)
+    _, again, none = language.load_policy(tmp_path / 'a')
+    assert none is None
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, dict(merged))
+    saved = files.read_config(tmp_path / 'a')
+    assert (saved['eos_token_id'], saved['pad_token_id']) == (258, 256)
+
+    command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', '--adapter', f'--src={source}',
+            f'--dst={tmp_path / "b"}')
+    tensors = files.open_safetensors(tmp_path / 'b' / 'adapter_model.safetensors')
+    plain = language.load_policy(runs / 'sft')[1]
+    adapted = peft.from_torch('gpt2', tensors, module, plain,
+                              config=json.loads((tmp_path / 'b' / 'adapter_config.json').read_text()))
+    jax.tree.map(np.testing.assert_array_equal, adapted['blocks']['attn']['qkv'], params['blocks']['attn']['qkv'])
+
+
+def test_transformers_loads_what_is_exported(runs, monkeypatch, tmp_path):
+    torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+    command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', f'--src={runs / "sft"}', f'--dst={tmp_path}')
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    policy = Policy.load(runs / 'sft', mesh=ONE)
+    found = policy.given(['12+3='], [' 12+3=15. #### 15'])
+    tokens, _ = found.rows()
+    tokens = tokens[:, found.prompt_mask.shape[1] - found.prompt_mask.sum():]  # without padding
+    with torch.no_grad():
+        logits = twin(torch.tensor(tokens)).logits.log_softmax(-1).numpy()
+    length = found.tokens.shape[-1]
+    expected = np.take_along_axis(logits[:, -length - 1:-1], tokens[:, -length:, None], -1)[..., 0]
+    np.testing.assert_allclose(policy.logprobs(found)[0], expected, atol=1e-4)

@@ -1,0 +1,136 @@
+"""Measures of a policy, through the whole path, on models whose probabilities are known in advance."""
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.rlhf import evaluation, language, rewards, tasks
+from experiments.rlhf.inference import Policy
+from experiments.runtime import mesh as mesh_lib
+from rlhf_jax import convert, tokenizers
+from rlhf_jax.convert import files
+from rlhf_jax.convert.rules import flatten, param_shapes, unflatten
+from rlhf_jax.models.gpt2 import GPT2
+from rlhf_jax.models.gpt_neox import GPTNeoX
+from rlhf_jax.models.heads import RewardModel
+from tests.rlhf.tiny_models import random_params
+
+MODULE = GPTNeoX(vocab_size=259, width=8, depth=1, num_heads=1, max_length=384)
+A = ord('a')
+ONE = mesh_lib.make_mesh({}, jax.devices()[:1])
+
+
+def constant(nll, mesh=ONE):
+    """A policy that says 'a' with probability exp(-nll), whatever came before, and anything else alike."""
+    shapes = flatten(param_shapes(MODULE, np.zeros((1, 1), np.int32)))
+    flat = {name: np.zeros(x.shape, np.float32) for name, x in shapes.items()}
+    flat['norm/bias'][0] = 1
+    flat['lm_head/kernel'][0] = math.log((1 - math.exp(-nll)) / 258)
+    flat['lm_head/kernel'][0, A] = -nll
+    return Policy(MODULE, unflatten(flat), tokenizers.ByteTokenizer(), mesh=mesh)
+
+
+@pytest.fixture(scope='module')
+def policy():
+    return constant(0.7)
+
+
+def test_published_kl_beside_the_true_one(policy):
+    """30 tokens of 0.7 nats after 320: 1.062 where prompts are counted, 2.014 where they are not."""
+    prompts, rows = ['x' * 320] * 3, [{}] * 3
+    found, responses = evaluation.evaluate_policy(
+        policy, prompts, rows, policy.sampling(max_new_tokens=30, temperature=0.0), key=jax.random.key(0), batch_size=2,
+        reference=constant(1.0))
+    assert responses.texts == [['a' * 30]] * 3
+    assert (found['length'], found['ended'], found['num_prompts']) == (30, 0, 3)
+    np.testing.assert_allclose([found['kl'], found['kl_per_token']], [0.3 * 30, 0.3], rtol=1e-5)
+    np.testing.assert_allclose([found['perplexity'], found['legacy_kl_perplexity']],
+                               [math.e, math.exp(30 / 349)], rtol=1e-5)
+    itself = evaluation.of_drift(policy, policy, responses, batch_size=2)
+    assert (round(itself['perplexity'], 3), round(itself['legacy_kl_perplexity'], 3)) == (2.014, 1.062)
+    assert itself['kl'] == 0
+
+
+def test_samples_hang_on_their_prompt_and_not_on_the_batch(policy):
+    how, key = policy.sampling(max_new_tokens=6, temperature=1.0), jax.random.key(3)
+    prompts = ['one', 'two and more', 'three', 'one']
+    done = []
+    found = policy.sample(prompts, how, key, batch_size=3, num_samples=2, progress=done.append)
+    assert found.tokens.shape == (4, 2, 6) and done == [3, 4]
+    spread = Policy(MODULE, constant_params(policy), policy.tokenizer, mesh=mesh_lib.make_mesh({'data': 2},
+                                                                                              jax.devices()[:2]))
+    again = spread.sample(prompts[:2], how, key, batch_size=2, num_samples=2)
+    np.testing.assert_array_equal(again.tokens, found.tokens[:2])
+    assert len({tuple(x) for x in found.tokens.reshape(8, 6)}) > 6  # samples, and equal prompts, draw apart
+    np.testing.assert_allclose(policy.logprobs(found, batch_size=8), found.logprobs, atol=1e-5)
+    with pytest.raises(ValueError, match='prompt 1 has too many tokens: 380 and a response of 6 exceed the context'):
+        policy.sample(['a', 'b' * 380], how, key)
+
+
+def constant_params(policy):
+    """Split blocks -> stacked ones, of a depth of 1."""
+    params = dict(policy.params)
+    return params | {'blocks': jax.tree.map(lambda x: np.asarray(x)[None], params.pop('block_0'))}
+
+
+def test_text_is_read_through_a_window(policy):
+    """Every token but the first counts once; a last window of one token counts as much as another if unweighted."""
+    other = -math.log((1 - math.exp(-0.7)) / 258)
+    text = 'x' + 'a' * 7 + 'b'  # windows of 4 by 2: counts 3, 2, 2, 1
+    found = evaluation.of_text(policy, text, size=4, stride=2, batch_size=2)
+    np.testing.assert_allclose(found['drift_perplexity'], math.exp((7 * 0.7 + other) / 8), rtol=1e-4)
+    np.testing.assert_allclose(found['drift_perplexity_unweighted'], math.exp((3 * 0.7 + other) / 4), rtol=1e-4)
+
+
+def test_wins_are_strict_and_over_every_sample(policy):
+    prompts, rows = ['p', 'q'], [{'reference': 'aaa'}, {'reference': 'aaaaaaaa'}]
+    gold = lambda c: np.array([len(text) for text in c.texts], np.float32)
+    found, responses = evaluation.evaluate_policy(
+        policy, prompts, rows, policy.sampling(max_new_tokens=3, temperature=0.0), key=jax.random.key(0), batch_size=2,
+        gold=gold, reward=lambda c: np.array([row['reference'] == 'aaa' for row in c.rows], np.float32),
+        task=tasks.Task(metrics=lambda texts, rows: {'mine': float(len(texts))}))
+    assert (found['win_rate'], found['win_ties'], found['win_margin']) == (0, 0.5, -2.5)
+    assert (found['gold'], found['reference_gold'], found['mine'], found['reward']) == (3, 5.5, 2, 0.5)
+    assert found['pass_at_1'] == 0.5 and found['distinct_1'] == 0.5
+    more = evaluation.of_wins(policy, prompts, rows, np.array([3.0, 4.0, 3.0, 9.0]), gold)  # two samples of each
+    assert (more['win_rate'], more['win_ties'], more['win_margin']) == (0.5, 0.25, -0.75)
+    given = policy.given(prompts, ['aaaa', 'b'])
+    assert given.mask.sum(-1).tolist() == [[5], [2]] and given.tokens[1, 0, 1] == policy.tokenizer.eos
+    completions = evaluation.completions_of(dataclasses.replace(
+        given, texts=[['1', '2'], ['3', '4']], **{name: np.repeat(getattr(given, name), 2, 1)
+                                                  for name in ('tokens', 'mask', 'ended')}), rows)
+    assert completions.texts == ['1', '2', '3', '4'] and completions.rows == [rows[0], rows[0], rows[1], rows[1]]
+    assert completions.tokens[3].tolist() == [*given.prompt_tokens[1], *given.tokens[1, 0]]
+
+
+def test_pass_rates_and_variety():
+    scores = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 1]], np.float32)
+    found = evaluation.of_passes(scores)
+    assert set(found) == {'pass_at_1', 'pass_at_2', 'pass_at_3'}
+    np.testing.assert_allclose([found['pass_at_1'], found['pass_at_2'], found['pass_at_3']],
+                               [4 / 9, (2 / 3 + 1) / 3, 2 / 3])
+    assert evaluation.of_passes(scores * 0.5) == {}
+
+
+def test_gold_is_read_at_eos_or_one_before(tmp_path):
+    module = RewardModel(GPT2(vocab_size=259, width=16, depth=1, num_heads=2, max_length=16))
+    params = random_params(module)
+    files.save(tmp_path, convert.to_torch('gpt2', module, params), convert.config_of('gpt2', module))
+    tokens = np.arange(12).reshape(3, 4).astype(np.int32)
+    mask = np.array([[0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]], bool)
+    batch = rewards.Completions([''] * 3, [{}] * 3, tokens, mask, np.array([True, True, False]))
+    values = np.asarray(module.apply({'params': params}, jnp.asarray(tokens), mask=jnp.asarray(mask)))
+    at = rewards.RewardModel(str(tmp_path), ONE, batch_size=2)(batch)
+    before = rewards.RewardModel(str(tmp_path), ONE, batch_size=2, before_eos=True)(batch)
+    np.testing.assert_allclose(at, values[[0, 1, 2], [3, 2, 3]], atol=1e-5)
+    np.testing.assert_allclose(before, values[[0, 1, 2], [2, 1, 3]], atol=1e-5)  # the third never ended
+    held = rewards.shared(str(tmp_path), ONE, batch_size=2)
+    assert rewards.shared(str(tmp_path), ONE, batch_size=2) is held
+    assert rewards.shared(str(tmp_path), ONE, batch_size=2, before_eos=True) is not held
+    with pytest.raises(ValueError, match='the reward model has 259 tokens, the tokenizer 300'):
+        rewards.RewardModel(str(tmp_path), ONE, num_ids=300)
+    with pytest.raises(ValueError, match='holds a reward model, not a policy'):
+        language.load_policy(str(tmp_path))
