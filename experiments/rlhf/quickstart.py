@@ -74,7 +74,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -
     return metrics
 
 
-# ---- Numbers -----------------------------------------------------------------------------------------------------------
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 def measure(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Everything of the policies in `metrics.json`: on held-out problems, at the temperature they were trained at."""
@@ -129,7 +129,7 @@ def over_optimisation(workdir: pathlib.Path) -> dict[str, float]:
                                          for name, values in (('gold', gold), ('reward', reward))}
 
 
-# ---- Page --------------------------------------------------------------------------------------------------------------
+# ---- Page ------------------------------------------------------------------------------------------------------------
 
 def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metrics: dict[str, Any],
                  comparison: lewis.Comparison, seconds: Mapping[str, float]) -> None:
@@ -155,7 +155,8 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
                'reward against drift', x='KL')
 
     page.heading('Who waits for whom')
-    page.table([{'': mode} | {label: median(run, name) for name, label in SECONDS.items()} for mode, run in runs.items()])
+    page.table([{'': mode} | {label: median(run, name) for name, label in SECONDS.items()}
+                for mode, run in runs.items()])
     page.text('Medians over the steps of one run, in seconds. Learner and generator have a device each, but on a CPU '
               'share its cores: where the learner keeps all of them busy, generating at the same time gains nothing.')
 
@@ -165,7 +166,8 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
     page.lines({'learned reward': (curve(workdir / 'proxy', 'kl')[1], curve(workdir / 'proxy', 'reward')[1]),
                 'gold reward': (curve(workdir / 'proxy', 'kl')[1], curve(workdir / 'proxy', 'gold')[1])},
                'both against drift', x='KL')
-    page.text(f'The reward model orders {metrics["reward_model_accuracy"]:.1%} of held-out pairs as the gold reward does.')
+    page.text(f'The reward model orders {metrics["reward_model_accuracy"]:.1%} of held-out pairs as the gold reward '
+              'does.')
 
     page.heading('Elastic Reset on the Lewis game')
     lewis.write_section(page, config.lewis, comparison)
