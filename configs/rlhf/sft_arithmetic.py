@@ -2,8 +2,9 @@
 
     python -m experiments.train --config=configs/rlhf/sft_arithmetic.py --workdir=runs/arithmetic/sft
 
-Problems of one step with numbers up to 9, made up on the spot. Training stops early on purpose: reinforcement learning
-needs room.
+Problems of one step with numbers up to 9, made up on the spot; of the demonstrations four in ten have a fault. Training
+stops early on purpose, for reinforcement learning needs room: after a minute, 52 % of held-out answers sampled at
+temperature 0.7 are right and 37 % at 1.0 (one run, 256 problems with two samples each).
 """
 from configs.rlhf import base
 
