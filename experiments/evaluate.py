@@ -11,7 +11,7 @@ and the ADM suite's reference file this gives FID, sFID, Inception score, precis
 without --inception, distances in the features of a small classifier fitted to the --train images, comparable only among
 themselves.
 
-Language models are measured by the same command with --policy; python -m experiments.evaluate --policy --help says how.
+Language models are measured by the same command with --policy: python -m experiments.evaluate --policy=RUN --help.
 """
 import argparse
 import json

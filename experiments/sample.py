@@ -1,4 +1,4 @@
-"""Makes images with trained models, and texts: python -m experiments.sample --policy --help.
+"""Makes images with trained models, and texts: python -m experiments.sample --policy=RUN --help.
 
     # code first, pixels second
     python -m experiments.sample --unconditional --code_model=RUN --generator=RUN --num=64 --out=grid.png

@@ -234,10 +234,10 @@ def apply(config: ElasticReset, elastic: Elastic, params: Tree, opt_state: Tree,
     return elastic, params, opt_state
 
 
-def tick(elastic: Elastic, params: Tree, decay: float) -> Elastic:
-    """`ema <- ema - (1 - decay) (ema - params)`, in float32."""
+def tick(elastic: Elastic, params: Tree, decay: float | Array) -> Elastic:
+    """`ema <- ema - (1 - decay) (ema - params)`, in float32. `decay` may be traced; 0 is then exact to a rounding."""
     def one(average, x):
-        if decay == 0:  # where the formula would miss x by a rounding
+        if not isinstance(decay, jax.Array) and decay == 0:  # where the formula would miss x by a rounding
             return jnp.array(x, average.dtype, copy=True)
         return average - (1 - decay) * (average - x.astype(average.dtype))
     return elastic.replace(ema=_map_subset(one, elastic.ema, params))

@@ -17,6 +17,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,9 +231,11 @@ def _generate(module: Any, params: Any, tokens: Array, mask: Array, key: Array, 
               num_samples: int) -> Samples:
     prompts, length = tokens.shape
     rows, steps = prompts * num_samples, sampling.max_new_tokens
-    keys = row_keys(key, rows)
+    by_device = lambda x: nn.with_logical_constraint(x, ('batch',) + (None,) * (x.ndim - 1))
+    # Inside, a prompt's samples are beside each other, so that copies of its cache stay on its device.
+    keys = by_device(jnp.swapaxes(row_keys(key, rows).reshape(num_samples, prompts), 0, 1).reshape(rows))
     logits, cache = prefill(module, params, tokens, mask, length + steps - 1)  # the last token is not fed back
-    cache, logits = cache.repeat(num_samples), jnp.tile(logits, (num_samples, 1))
+    cache, logits = cache.repeat(num_samples), by_device(jnp.repeat(logits, num_samples, 0))
     split, params = split_blocks(module, params, dtype=module.dtype)
 
     def write(out, t, token, logprob, done):
@@ -250,7 +253,9 @@ def _generate(module: Any, params: Any, tokens: Array, mask: Array, key: Array, 
     token, logprob, stop = next_token(logits, keys, jnp.zeros(rows, jnp.int32), sampling)
     out = write(out, 0, token, logprob, jnp.zeros(rows, bool))
     carry = (jnp.int32(1), token, stop, cache, out)
-    return jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[2].all(), body, carry)[-1]
+    out = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[2].all(), body, carry)[-1]
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(by_device(x).reshape(prompts, num_samples, steps), 0, 1).reshape(rows, steps), out)
 
 
 def generate(module: Any, params: Any, tokens: Array, mask: Array, key: Array, sampling: Sampling, *,

@@ -1,4 +1,4 @@
-"""Pythia trained with RL to summarise Reddit posts (arXiv 2410.18252): `NAME_SIZE` or, asynchronously, `NAME_SIZE_async`.
+"""Pythia trained with RL to summarise Reddit posts (arXiv 2410.18252): `NAME_SIZE`, or `NAME_SIZE_async`.
 
     python -m experiments.train --config=configs/rlhf/tldr.py:online_dpo_410m --workdir=runs/tldr_410m/online_dpo \\
         --config.data.path=tldr --config.weights=runs/tldr_410m/sft --config.reward.model=runs/tldr_410m/reward \\
@@ -39,7 +39,8 @@ def get_config(name: str = 'online_dpo_410m'):
     config.accumulate = (ACCUMULATE_ASYNC if asynchronous else ACCUMULATE)[size]
     if kind == 'rloo':  # counts completions
         config.batch_size //= 2
-        config.accumulate = {21: 14}.get(config.accumulate, config.accumulate)  # 252 prompts = 3 x 14 x 6
+        if name == 'rloo_410m_async':
+            config.accumulate = 7  # 8 do not divide the 84 prompts of a device
     config.num_steps = EPISODES // BATCH
     config.log_every, config.checkpoint_every = 10, config.num_steps // 4
     config.eval_every, config.eval_prompts = config.num_steps // 4, 512

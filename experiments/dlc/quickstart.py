@@ -162,7 +162,7 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
                          'Every number on this page was measured in this run. ± is the standard deviation over '
                          f'{len(config.sample_seeds)} sample sets.')
     page.heading('Methods')
-    page.table(report.with_spread(metrics['methods'], HEADINGS))
+    page.table(report.rows_with_spread(metrics['methods'], HEADINGS))
     page.text(f'Fréchet distance, precision, recall, density and coverage against {len(heldout)} held-out images, '
               f'in the last hidden layer of a separate pixel classifier ({metrics["judge_accuracy"]:.1%} correct on '
               'held-out images) that none of the generators or the encoder was trained in. '
@@ -182,16 +182,16 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
                             ('embedding', 'averaged continuous embeddings')):
         rows = np.concatenate([images[composed['sources'][:count]], composed[method][:count]], axis=1)
         page.images(rows.reshape(-1, *rows.shape[2:]), rows.shape[1], f'two sources, then {caption}', scale=4)
-    page.table(report.with_spread(metrics['composition'], HEADINGS))
+    page.table(report.rows_with_spread(metrics['composition'], HEADINGS))
     page.text('Share of composed images whose most likely class, to the separate classifier, is that of the first '
               'source, of the second, of either; both: its two most likely classes are the two sources.')
 
     page.heading('Codes and representation')
-    page.table(report.with_spread(metrics['codes'], HEADINGS))
+    page.table(report.rows_with_spread(metrics['codes'], HEADINGS))
     page.text(f'{config.encoder.model.num_codes} positions of {config.encoder.model.vocab_size} values. '
               'Perplexity: mean and least over positions; dead entries: share of values never used; '
               'nearest train code: median number of positions that differ from the closest training code.')
-    page.table(report.with_spread(metrics['representation'], HEADINGS))
+    page.table(report.rows_with_spread(metrics['representation'], HEADINGS))
     page.text('Accuracy on held-out images of a 20-nearest-neighbour classifier and of a linear probe.')
 
     page.heading('Training')

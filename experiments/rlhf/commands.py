@@ -151,7 +151,8 @@ def data_of(args: argparse.Namespace, config: ml_collections.ConfigDict | None) 
     if args.task and args.task != own['task']:
         own |= dict(task=args.task, path='', options={}, heldout='validation')
     if not own['task']:
-        raise ValueError(f'--policy={args.policy} has no config that says what to measure it on; give --task and --path')
+        raise ValueError(f'--policy={args.policy} has no config that says what to measure it on; give --task and '
+                         '--path')
     return own | ({'path': args.path} if args.path else {}) | {'num_rows': 0}
 
 
@@ -189,7 +190,7 @@ def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | Non
     def find(name):
         model = lambda path: rewards.RewardModel(
             path, policy.mesh, num_ids=policy.tokenizer.vocab_size, batch_size=args.batch_size,
-            model=dict(dtype=args.dtype) if args.dtype else None,
+            dtype=args.dtype or '',
             before_eos=args.gold_before_eos and name == 'gold')
         return rewards.find(f'--{name}', names[name], task, data['task'], model, gold=name == 'gold')
     return {name: find(name) for name in names if names[name]}

@@ -76,8 +76,8 @@ class Policy:
     def __init__(self, module: Any, params: Any, tokenizer: Any, *, bos: bool = False, mesh: Mesh | None = None,
                  config: ml_collections.ConfigDict | None = None):
         if tokenizer.vocab_size > module.vocab_size:
-            raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the model {module.vocab_size}; they do not '
-                             'belong together')
+            raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the model {module.vocab_size}; they do '
+                             'not belong together')
         self.tokenizer, self.config, self.mesh = tokenizer, config, mesh or mesh_lib.make_mesh({'data': -1})
         self.encode = texts.encoder(ml_collections.ConfigDict(dict(bos=bos, tokenizer='the tokenizer')), tokenizer)
         self.module = module.clone(stacked=False)
@@ -196,10 +196,10 @@ class Policy:
                        batch_size: int = 64, progress: Progress | None = None) -> np.ndarray:
         """float32 [N, length] of the last `length` tokens of rows [N, T], whatever is padding among them."""
         if tokens.max() >= self.module.vocab_size or tokens.shape[1] > self.module.max_length:
-            raise ValueError(f'rows of {tokens.shape[1]} tokens with ids up to {tokens.max()} do not fit this model: it '
-                             f'has {self.module.max_length} positions and {self.module.vocab_size} ids')
-        return self._in_batches(lambda t, m: _score(self.module, self.params, t, m, length, temperature), (tokens, mask),
-                                batch_size, progress)
+            raise ValueError(f'rows of {tokens.shape[1]} tokens with ids up to {tokens.max()} do not fit this model: '
+                             f'it has {self.module.max_length} positions and {self.module.vocab_size} ids')
+        return self._in_batches(lambda t, m: _score(self.module, self.params, t, m, length, temperature),
+                                (tokens, mask), batch_size, progress)
 
     def _in_batches(self, fn: Callable[..., Any], arrays: Sequence[np.ndarray], batch_size: int,
                     progress: Progress | None) -> Any:

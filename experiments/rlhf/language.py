@@ -1,5 +1,4 @@
 """Language models of the experiments: module, tokenizer and starting weights from a config."""
-import functools
 import json
 import os
 import re
@@ -274,10 +273,10 @@ def _restore(path: Any, own: Config, module: Any, part: str | None) -> Params:
     checkpointer.close()
     if params is None:
         raise ValueError(f'{path}: no checkpoint there yet; let experiments.train reach its first one')
-    return params
+    return jax.device_get(params)  # tied to no device, so that a program over any mesh takes them
 
 
-@functools.partial(jax.jit, static_argnums=())
+@jax.jit
 def _merge(params: Params) -> Params:
     return lora.merge(params)
 

@@ -1,6 +1,6 @@
-"""Relabels preference pairs with a gold reward model: `python -m experiments.rlhf.relabel --pairs=FILE --gold=RM --out=FILE`.
+"""Relabels preference pairs with a gold reward model.
 
-    python -m experiments.rlhf.relabel --pairs=preferences.jsonl --gold=RM_RUN --tokenizer=pythia/ --out=relabelled.jsonl
+    python -m experiments.rlhf.relabel --pairs=pairs.jsonl --gold=RM_RUN --tokenizer=pythia/ --out=relabelled.jsonl
 
 A row holds `prompt`, `chosen` and `rejected`, texts with or without their <|endoftext|>. Where the gold model prefers
 the rejected one the two change places; ties stay. Prints in how many pairs it agrees with the labels it found. The
@@ -32,8 +32,8 @@ def score(gold: RewardModel, tokenizer: Any, rows: Sequence[Mapping[str, Any]], 
     ids = [texts.joined(encode, tokenizer.eos, row['prompt'], row[field].removesuffix(tldr.END))[0] for row in rows]
     longest, limit = max(map(len, ids)), max_length or gold.max_length
     if longest > limit:
-        raise ValueError(f'--pairs: row {[len(i) for i in ids].index(longest)}: prompt and {field} have {longest} tokens, '
-                         f'more than {limit}')
+        raise ValueError(f'--pairs: row {[len(i) for i in ids].index(longest)}: prompt and {field} have {longest} '
+                         f'tokens, more than {limit}')
     tokens, mask = generate_lib.pad_prompts(ids, buckets=(longest,), pad_token=tokenizer.pad, left=False)
     return gold(Completions([row[field] for row in rows], rows, tokens, mask, np.ones(len(rows), bool)))
 

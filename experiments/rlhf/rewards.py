@@ -1,6 +1,7 @@
 """Rewards of completions as `config.reward` names them: a task's rule, a reward model, or a function of the user's."""
 import dataclasses
 import importlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,8 +56,8 @@ class Scorer:
         self._replacement = number('reward.replacement', r.replacement)
 
         def model(path):
-            return RewardModel(path, mesh, model=config.model, num_ids=language.tokenizer(config).vocab_size,
-                               batch_size=r.batch_size)
+            return shared(path, mesh, dtype=config.model.dtype, num_ids=language.tokenizer(config).vocab_size,
+                          batch_size=r.batch_size)
 
         name = config.data.task
         self._reward = find('reward.kind', kind_of(r), task, name, model)
@@ -135,13 +136,26 @@ def find(field: str, name: str, task: Task, task_name: str, model: Callable[[str
     return lambda c: function(c.texts, c.rows)
 
 
+def shared(path: str, mesh: Mesh, **settings: Any) -> 'RewardModel':
+    """`RewardModel(...)`, or the same one that is still held elsewhere in this process: a run that generates and
+    evaluates on the same devices needs its weights but once."""
+    key = (str(path), mesh, *sorted(settings.items()))
+    found = _MODELS.get(key)
+    if found is None:
+        found = _MODELS[key] = RewardModel(path, mesh, **settings)
+    return found
+
+
+_MODELS: 'weakref.WeakValueDictionary[Any, RewardModel]' = weakref.WeakValueDictionary()
+
+
 class RewardModel:
     """A reward model read at the last token of each row.
 
     Args:
         path: a work directory or a Hugging Face folder.
         mesh: of the devices it runs on.
-        model: a `model` config in whose `dtype` it computes; None: its own.
+        dtype: to compute in; '': as its own config says.
         num_ids: of the tokenizer that makes the rows.
         batch_size: rows it reads at once.
         before_eos: of a row that ends, read at the token before EOS, as the published gold scores were.
@@ -150,9 +164,9 @@ class RewardModel:
         FileNotFoundError, ValueError: nothing there, no reward model, or one of another tokenizer.
     """
 
-    def __init__(self, path: str, mesh: Mesh, *, model: Mapping[str, Any] | None = None, num_ids: int = 0,
-                 batch_size: int = 64, before_eos: bool = False):
-        module, params = language.load_reward_model(path, model)
+    def __init__(self, path: str, mesh: Mesh, *, dtype: str = '', num_ids: int = 0, batch_size: int = 64,
+                 before_eos: bool = False):
+        module, params = language.load_reward_model(path, dict(dtype=dtype) if dtype else None)
         size = module.backbone.vocab_size
         if num_ids > size:
             raise ValueError(f'{path}: the reward model has {size} tokens, the tokenizer {num_ids}; they do not belong '

@@ -53,8 +53,14 @@ def format_value(value: object, digits: int = 3) -> str:
         f'{value:,.0f}' if isinstance(value, float) else str(value))
 
 
-def with_spread(rows: Mapping[str, Mapping[str, Any]], headings: Mapping[str, str] = {}) -> list[dict[str, Any]]:
-    """Table rows in which `x` and `x_std` have become one column "x ± std", both to the second digit of the spread.
+def with_spread(value: float, spread: float) -> str:
+    """"value ± spread", both to the second digit of the spread."""
+    decimals = max(0, 1 - math.floor(math.log10(spread))) if spread > 0 else 3
+    return f'{value:.{decimals}f} ± {spread:.{decimals}f}'
+
+
+def rows_with_spread(rows: Mapping[str, Mapping[str, Any]], headings: Mapping[str, str] = {}) -> list[dict[str, Any]]:
+    """Table rows in which `x` and `x_std` have become one column "x ± std".
 
     `headings`: of columns, where they differ from the name by more than underscores.
     """
@@ -62,14 +68,10 @@ def with_spread(rows: Mapping[str, Mapping[str, Any]], headings: Mapping[str, st
     for name, row in rows.items():
         line = {'': name}
         for key, value in row.items():
-            if key.endswith('_std'):
-                continue
-            spread = row.get(f'{key}_std')
-            text = format_value(value)
-            if value is not None and spread:
-                decimals = max(0, 1 - math.floor(math.log10(spread)))
-                text = f'{value:.{decimals}f} ± {spread:.{decimals}f}'
-            line[headings.get(key, key.replace('_', ' '))] = text
+            if not key.endswith('_std'):
+                spread = row.get(f'{key}_std')
+                text = with_spread(value, spread) if value is not None and spread else format_value(value)
+                line[headings.get(key, key.replace('_', ' '))] = text
         out.append(line)
     return out
 
@@ -114,19 +116,21 @@ class Report:
         self._figure(buffer, caption, f'class=grid width={grid.shape[1] * scale}')
 
     def lines(self, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, *, x: str = 'step',
-              y: str = '', log_y: bool = False) -> None:
-        """A line chart of {label: (xs, ys)}."""
+              y: str = '', log_y: bool = False, styles: Mapping[str, str] | None = None) -> None:
+        """A line chart of {label: (xs, ys)}. `styles`: label -> matplotlib's format ('o--', '^', ...); lines if not."""
         from matplotlib.figure import Figure  # deferred: most commands draw nothing
         figure = Figure(figsize=(5.2, 3.1), dpi=110)
         axes = figure.subplots()
         for label, (xs, ys) in curves.items():
-            axes.plot(xs, ys, label=label, linewidth=1.4)
+            axes.plot(xs, ys, (styles or {}).get(label, '-'), label=label, linewidth=1.4, markersize=4)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(alpha=0.3)
         if log_y:
             axes.set_yscale('log')
-        if len(curves) > 1:
+        if len(curves) > 5:  # beneath the chart: inside it they would hide the lines
+            axes.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(0, -0.17))
+        elif len(curves) > 1:
             axes.legend(fontsize=8, frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format='PNG', bbox_inches='tight')

@@ -45,9 +45,9 @@ def claim(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> pat
         ValueError: it holds the stages of another config, or is not on this machine.
     """
     if storage.is_remote(workdir):
-        raise ValueError(f'--workdir={workdir}: the quickstart works in a local folder; copy it afterwards')
+        raise ValueError(f'--workdir={workdir}: needs a local folder; copy it afterwards')
     workdir = pathlib.Path(workdir)
     if (workdir / 'config.json').exists() and launch.read_config(workdir).to_dict() != config.to_dict():
-        raise ValueError(f'{workdir} holds a quickstart with another config; choose another --workdir or delete it')
+        raise ValueError(f'{workdir} holds a run with another config; choose another --workdir or delete it')
     launch.save_config(config, workdir)
     return workdir

@@ -9,7 +9,7 @@ Agents are linear, as in the authors' Elastic Reset code: `{'speaker': ..., 'lis
 A whole run is one program (`train`), which `jax.vmap` runs over seeds.
 """
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,16 +81,20 @@ def init(key: Array, game: Game, hidden: int = 200, scale: float = 0.1) -> Param
 
 
 def speak(speaker: Params, game: Game, objects: Array) -> tuple[Array, Array]:
-    """Logits of the symbol at each position and the value: int [N, p] -> [N, p, p t], [N]. Linear: no non-linearity."""
-    h = game.encode(objects) @ speaker['hidden']['kernel'] + speaker['hidden']['bias']
-    logits = h @ speaker['symbols']['kernel'] + speaker['symbols']['bias']
-    value = (h @ speaker['value']['kernel'] + speaker['value']['bias'])[..., 0]
+    """Logits of the symbol at each position and the value: int [N, p] -> [N, p, p t], [N].
+
+    Two layers without a non-linearity between them, multiplied with each other first: that is less work for as few as
+    25 objects.
+    """
+    x, hidden = game.encode(objects), speaker['hidden']
+    through = lambda last: x @ (hidden['kernel'] @ last['kernel']) + (hidden['bias'] @ last['kernel'] + last['bias'])
+    logits, value = through(speaker['symbols']), through(speaker['value'])[..., 0]
     return logits.reshape(*objects.shape[:-1], game.properties, game.num_symbols), value
 
 
 def listen(listener: Params, symbols: Array) -> Array:
     """Logits of each property's type from the symbol at its position, one-hot [..., p, p t] -> [..., p, t]."""
-    return symbols @ listener['hidden']['kernel'] @ listener['types']['kernel']
+    return symbols @ (listener['hidden']['kernel'] @ listener['types']['kernel'])
 
 
 # ---- Losses --------------------------------------------------------------------------------------------------------
@@ -105,7 +109,8 @@ def supervised_losses(params: Params, game: Game, objects: Array) -> tuple[Array
 
 def self_play_loss(params: Params, game: Game, objects: Array, key: Array, *, method: str = 'a2c',
                    baseline: Array | float = 0.0, value_coefficient: float = 0.5, entropy_coefficient: float = 0.001,
-                   reference: Params | None = None, kl_coefficient: float = 0.0) -> tuple[Array, dict[str, Array]]:
+                   reference: Params | None = None,
+                   kl_coefficient: Array | float = 0.0) -> tuple[Array, dict[str, Array]]:
     """Loss of both agents on a round of the game; the reward is `sum_i log p_listener(property i)`.
 
         a2c        -(R - V) sum_i log pi(m_i) + value_coefficient (R - V)^2 - entropy_coefficient H
@@ -201,45 +206,96 @@ def pretrain(key: Array, params: Params, game: Game, objects: Array, *, speaker_
 class Training:
     """Attributes: as in `self_play_loss`; `log_every` steps apart, `num_steps` in all; AdamW with `weight_decay`.
 
-    Published: a2c and gumbel with learning rate 1e-4, batch 50, 50000 steps; reinforce with 1e-3, 64, 25000.
+    `listener_pace`: how large the listener's updates are beside the speaker's, which AdamW takes at `learning_rate`.
+
+    Published: a2c and gumbel with learning rate 1e-4, batch 50, 50000 steps; reinforce with 1e-3, 64, 25000. Both
+    agents at the same pace.
     """
     method: str = 'a2c'
     num_steps: int = 50_000
     batch_size: int = 50
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
-    kl_coefficient: float = 0.0
+    kl_coefficient: float | Array = 0.0
     log_every: int = 100
+    listener_pace: float = 1.0
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f'method={self.method!r} is not one of {METHODS}')
         if self.log_every < 1 or self.num_steps % self.log_every:
             raise ValueError(f'log_every={self.log_every} must divide num_steps={self.num_steps}')
+        if not 0 <= self.listener_pace <= 1:
+            raise ValueError(f'listener_pace={self.listener_pace} must be in [0, 1]')
+
+
+def check_schedule(training: Training, elastic_config: er.ElasticReset) -> None:
+    """Raises a ValueError unless every reset is at a log point, so that both its sides are logged."""
+    k = np.arange(training.num_steps)
+    due = elastic_config.due('step', k)
+    late = np.flatnonzero((due.reset | due.reset_ema) & ((k + 1) % training.log_every != 0))
+    if len(late):
+        raise ValueError(f'log_every={training.log_every} must divide elastic.period={elastic_config.period}: the '
+                         f'reset after step {late[0] + 1} is not at a log point')
+
+
+class Carry(NamedTuple):
+    """A run between two steps: agents, optimizer, average, running mean of the rewards, number of steps done."""
+    params: Params
+    opt_state: Any
+    elastic: er.Elastic
+    mean_reward: Array
+    step: Array
 
 
 def train(key: Array, params: Params, game: Game, self_play: Array, held_out: Array, training: Training,
           elastic_config: er.ElasticReset) -> tuple[Params, dict[str, Array]]:
-    """Self-play under any of the compared methods (`elastic_reset.method`), as one program.
+    """Self-play under any of the compared methods (`elastic_reset.method`), as one program: `begin`, then `advance` by
+    all steps."""
+    carry = begin(params, training, elastic_config)
+    carry, history = advance(carry, key, params['speaker'], game, self_play, held_out, training, elastic_config,
+                             training.num_steps)
+    return carry.params, history
+
+
+def begin(params: Params, training: Training, elastic_config: er.ElasticReset) -> Carry:
+    """The state before the first step.
+
+    Raises:
+        ValueError: a reset is not at a log point (`check_schedule`).
+    """
+    check_schedule(training, elastic_config)
+    return Carry(params, _optimizer(training).init(params), er.init(_of_speaker(elastic_config), params),
+                 jnp.float32(0), jnp.int32(0))
+
+
+def advance(carry: Carry, key: Array, start: Params, game: Game, self_play: Array, held_out: Array, training: Training,
+            elastic_config: er.ElasticReset, num_steps: int,
+            decay: Array | float | None = None) -> tuple[Carry, dict[str, Array]]:
+    """`num_steps` (a multiple of `log_every`) more steps of a run. All calls of a run take the same arguments.
 
     The policy that is averaged and reset is the speaker with its value head, unless `elastic_config.policy` says
-    otherwise; the listener stays. Order in a step: update, tick, reset the policy, reset the average, log.
+    otherwise; the listener stays. Order in a step: update, tick; then, every `log_every` steps, log, reset the policy,
+    reset the average, log.
 
     Args:
-        params: pretrained agents.
+        start: the pretrained speaker.
         self_play, held_out: int [N, p] objects.
+        decay: in place of that in `elastic_config`; may be traced, as may `training.kl_coefficient`, so that runs
+            which differ in these alone share a program.
 
     Returns:
-        The agents at the end, and float32 [num_steps / log_every] of each metric: those of `evaluate` on self-play
-        objects and, with the prefix `held_out_`, on the others; `reward` of the last step; `kl` to the initial speaker
-        on held-out objects; `kept` of the last step, before any reset.
+        The state, and float32 [num_steps / log_every] of each metric: `communication`, `language` and `understanding`
+        (see `evaluate`) on self-play objects and, with the prefix `held_out_`, on the others; `kl` to the initial
+        speaker on held-out objects; the same before the reset that may have been due, prefix `before_reset_`; `reward`
+        of the last step; `kept` before the reset.
     """
-    if elastic_config.policy == '.*':
-        elastic_config = dataclasses.replace(elastic_config, policy='speaker/.*')
-    tx = optax.adamw(training.learning_rate, weight_decay=training.weight_decay)
+    elastic_config = _of_speaker(elastic_config)
+    decay = elastic_config.decay if decay is None else decay
+    tx = _optimizer(training)
 
-    def step(carry, k):
-        params, opt_state, elastic, mean = carry
+    def step(carry, _):
+        params, opt_state, elastic, mean, k = carry
         rows, sample = jax.random.split(jax.random.fold_in(key, k))
         objects = self_play[jax.random.randint(rows, (training.batch_size,), 0, len(self_play))]
         reference = er.reference(elastic_config, elastic, params)['speaker']
@@ -247,27 +303,41 @@ def train(key: Array, params: Params, game: Game, self_play: Array, held_out: Ar
                                         reference=reference, kl_coefficient=training.kl_coefficient)
         grads, metrics = jax.grad(loss, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
+        updates |= {'listener': jax.tree.map(lambda u: training.listener_pace * u, updates['listener'])}
         params = optax.apply_updates(params, updates)
-        due = elastic_config.due('step', k)
-        ticks, resets = due._replace(reset=False, reset_ema=False), due._replace(tick=False)
-        elastic, params, opt_state = er.apply(elastic_config, elastic, params, opt_state, ticks)
-        kept = er.kept(elastic, params)
-        elastic, params, opt_state = er.apply(elastic_config, elastic, params, opt_state, resets)
+        elastic = jax.lax.cond(elastic_config.due('step', k).tick, lambda e: er.tick(e, params, decay), lambda e: e,
+                               elastic)
         mean = mean + (metrics['reward'] - mean) / (k + 1.0)
-        return (params, opt_state, elastic, mean), {'reward': metrics['reward'], 'kept': kept}
+        return Carry(params, opt_state, elastic, mean, k + 1), metrics['reward']
 
-    start = params
+    def block(carry, _):
+        carry, reward = jax.lax.scan(step, carry, length=training.log_every)
+        kept = er.kept(carry.elastic, carry.params)
+        resets = elastic_config.due('step', carry.step - 1)._replace(tick=False)
+        elastic, params, opt_state = er.apply(elastic_config, carry.elastic, carry.params, carry.opt_state, resets)
+        sides = jax.tree.map(lambda *x: jnp.stack(x), carry.params, params)  # one program for both compiles faster
+        both = jax.vmap(lambda p: measure(p, start, game, self_play, held_out))(sides)
+        history = {'reward': reward[-1], 'kept': kept} | {name: x[1] for name, x in both.items()}
+        return (carry._replace(params=params, opt_state=opt_state, elastic=elastic),
+                history | {f'before_reset_{name}': x[0] for name, x in both.items()})
 
-    def block(carry, first):
-        carry, metrics = jax.lax.scan(step, carry, first + jnp.arange(training.log_every))
-        params = carry[0]
-        out = jax.tree.map(lambda x: x[-1], metrics) | evaluate(params, game, self_play)
-        out |= {f'held_out_{name}': x for name, x in evaluate(params, game, held_out).items()}
-        return carry, out | {'kl': speaker_kl(params['speaker'], start['speaker'], game, held_out)}
+    return jax.lax.scan(block, carry, length=num_steps // training.log_every)
 
-    carry = (params, tx.init(params), er.init(elastic_config, params), jnp.float32(0))
-    carry, history = jax.lax.scan(block, carry, jnp.arange(0, training.num_steps, training.log_every))
-    return carry[0], history
+
+def measure(params: Params, start: Params, game: Game, self_play: Array, held_out: Array) -> dict[str, Array]:
+    """`evaluate` on self-play objects and, with the prefix `held_out_`, on the others, and there also `kl` to the
+    speaker `start`."""
+    return evaluate(params, game, self_play) | {
+        f'held_out_{name}': x for name, x in evaluate(params, game, held_out).items()} | {
+            'kl': speaker_kl(params['speaker'], start, game, held_out)}
+
+
+def _optimizer(training: Training) -> optax.GradientTransformation:
+    return optax.adamw(training.learning_rate, weight_decay=training.weight_decay)
+
+
+def _of_speaker(config: er.ElasticReset) -> er.ElasticReset:
+    return dataclasses.replace(config, policy='speaker/.*') if config.policy == '.*' else config
 
 
 def _pick(logits: Array, index: Array) -> Array:

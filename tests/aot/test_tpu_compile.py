@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs.dlc import base, code_model_imagenet, generator_imagenet
+from configs.rlhf import tldr
 from experiments import compile as aot
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
@@ -48,6 +49,27 @@ def test_step_and_sampler_fit_and_the_state_is_split(topology, chips):
     blocks = sum(x.size for x in jax.tree.leaves(state.params['blocks']) if x.ndim > 3 or x.shape[-1] == 4096)
     assert 4 * 2 * blocks * tokens < step['flops'] < 1.5 * 4 * 2 * blocks * tokens
     assert sampler['flops'] > 4096 * 2 * 0.9 * blocks * tokens  # every step of the loop counts
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_a_policy_trains_and_samples_in_its_share_of_the_slice():
+    """Online DPO at the width and vocabulary of Pythia-410m: scores of the vocabulary stay where they are made."""
+    config = tldr.get_config('online_dpo_410m')
+    config.model.update(dict(depth=1))
+    config.batch_size, config.accumulate = 64, 2
+    config.sampling.update(dict(max_prompt=64, max_new_tokens=8))
+    config.rollout.update(dict(max_staleness=1, devices=8))
+    target = aot.tpu_slice('v5e-16')
+    reports = dict(aot.compile_config(config, target, fast=True))
+    assert {name: report['mesh'] for name, report in reports.items()} == {
+        'step': dict(data=1, fsdp=8, tensor=1), 'sampler': dict(data=8, fsdp=1, tensor=1)}
+    assert all(report['fits'] for report in reports.values())
+    table = 50304 * 1024  # entries of the embedding, gathered in float32 at the most; its gradient is summed
+    assert max(entry['largest_bytes'] for entry in reports['step']['collectives'].values()) <= 4 * table
+    assert not reports['sampler']['collectives'] or max(
+        entry['largest_bytes'] for entry in reports['sampler']['collectives'].values()) < 2 ** 20
+    assert reports['sampler']['arguments'] < 2.2 * (2 * table + 14 * 1024 ** 2)  # in bfloat16, and nothing else
 
 
 @needs_libtpu

@@ -199,9 +199,9 @@ BAD = {
     'workdir cannot be made': ('train', '--config={at}/tiny.py:code --workdir={at}/file/run',
                                '--workdir: .*file/run cannot be written'),
     'quickstart of another config': ('quickstart', '--config=configs/dlc/quickstart.py:tiny --workdir={at}/quickstart',
-                                     'holds a quickstart with another config'),
+                                     'holds a run with another config'),
     'quickstart at a URL': ('quickstart', '--workdir=gs://bucket/run',
-                            'gs://bucket/run: the quickstart works in a local'),
+                            'gs://bucket/run: needs a local folder'),
     'quickstart size': ('quickstart', '--config=configs/dlc/quickstart.py:huge --workdir={at}/new', "size 'huge'"),
     # ---- Sampling ----------------------------------------------------------------------------------------------------
     'generator absent': ('sample', SAMPLE.replace('{at}/code ', '{at}/nowhere '),

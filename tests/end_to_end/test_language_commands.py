@@ -124,7 +124,7 @@ def test_mistakes_are_one_line(runs, monkeypatch, capsys, main, args, message):
 def test_help_says_how(monkeypatch, capsys):
     for main, text in ((evaluate_command.main, '--gold_before_eos'), (sample_command.main, '--num_samples')):
         with pytest.raises(SystemExit):
-            command(main, monkeypatch, '--policy', '--help')
+            command(main, monkeypatch, '--policy=RUN', '--help')
         assert text in capsys.readouterr().out
 
 

@@ -95,6 +95,8 @@ def test_wins_are_strict_and_over_every_sample(policy):
     assert (found['win_rate'], found['win_ties'], found['win_margin']) == (0, 0.5, -2.5)
     assert (found['gold'], found['reference_gold'], found['mine'], found['reward']) == (3, 5.5, 2, 0.5)
     assert found['pass_at_1'] == 0.5 and found['distinct_1'] == 0.5
+    more = evaluation.of_wins(policy, prompts, rows, np.array([3.0, 4.0, 3.0, 9.0]), gold)  # two samples of each
+    assert (more['win_rate'], more['win_ties'], more['win_margin']) == (0.5, 0.25, -0.75)
     given = policy.given(prompts, ['aaaa', 'b'])
     assert given.mask.sum(-1).tolist() == [[5], [2]] and given.tokens[1, 0, 1] == policy.tokenizer.eos
     completions = evaluation.completions_of(dataclasses.replace(
@@ -117,13 +119,17 @@ def test_gold_is_read_at_eos_or_one_before(tmp_path):
     module = RewardModel(GPT2(vocab_size=259, width=16, depth=1, num_heads=2, max_length=16))
     params = random_params(module)
     files.save(tmp_path, convert.to_torch('gpt2', module, params), convert.config_of('gpt2', module))
-    tokens, mask = np.arange(12).reshape(3, 4).astype(np.int32), np.array([[0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]], bool)
+    tokens = np.arange(12).reshape(3, 4).astype(np.int32)
+    mask = np.array([[0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]], bool)
     batch = rewards.Completions([''] * 3, [{}] * 3, tokens, mask, np.array([True, True, False]))
     values = np.asarray(module.apply({'params': params}, jnp.asarray(tokens), mask=jnp.asarray(mask)))
     at = rewards.RewardModel(str(tmp_path), ONE, batch_size=2)(batch)
     before = rewards.RewardModel(str(tmp_path), ONE, batch_size=2, before_eos=True)(batch)
     np.testing.assert_allclose(at, values[[0, 1, 2], [3, 2, 3]], atol=1e-5)
     np.testing.assert_allclose(before, values[[0, 1, 2], [2, 1, 3]], atol=1e-5)  # the third never ended
+    held = rewards.shared(str(tmp_path), ONE, batch_size=2)
+    assert rewards.shared(str(tmp_path), ONE, batch_size=2) is held
+    assert rewards.shared(str(tmp_path), ONE, batch_size=2, before_eos=True) is not held
     with pytest.raises(ValueError, match='the reward model has 259 tokens, the tokenizer 300'):
         rewards.RewardModel(str(tmp_path), ONE, num_ids=300)
     with pytest.raises(ValueError, match='holds a reward model, not a policy'):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from experiments.runtime import partition
+from experiments.rlhf import policy
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import partition
 from experiments.train import build
 from rlhf_jax import elastic_reset
-from experiments.rlhf import policy
+from rlhf_jax.models import lora
 
 FILES = {'tldr': 'NAMES', 'gsm8k': 'RUNS', 'no_robots': 'NAMES', 'imdb': 'ARMS', 'stackexchange': 'ARMS',
          'arithmetic': 'NAMES'}
@@ -26,10 +27,6 @@ def get(file, name):
     return importlib.import_module(f'configs.rlhf.{file}').get_config(name)
 
 
-def count(tree):
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
-
-
 def mesh_of(config, devices):
     """The learner's, out of so many devices that are not there."""
     shape = mesh_lib.mesh_shape(config.mesh, devices - config.rollout.devices)
@@ -39,17 +36,25 @@ def mesh_of(config, devices):
 @pytest.mark.parametrize('file, name', CASES)
 def test_it_builds_on_the_hardware_that_it_names(file, name):
     config = get(file, name)
-    mesh = mesh_of(config, DEVICES.get(file, 4))
-    experiment = build(config, mesh)
-    if config.model.size not in PARAMETERS:
-        return
-    params = jax.eval_shape(experiment.init, jax.random.key(0)).params
-    base = jax.tree_util.tree_leaves_with_path(params['policy'])
-    assert sum(int(np.prod(x.shape)) for path, x in base if 'lora' not in str(path)) == PARAMETERS[config.model.size]
-    for leaf in jax.tree.leaves(partition.param_shardings(params, experiment.rules, mesh)):
-        assert leaf.mesh.shape == mesh.shape
+    experiment = build(config, mesh_of(config, DEVICES.get(file, 4)))
     assert experiment.batch['mask'].shape == (config.batch_size, config.algorithm.num_samples,
                                               config.sampling.max_new_tokens)
+
+
+@pytest.mark.parametrize('file, name', [('tldr', 'online_dpo_410m'), ('tldr', 'ppo_1b'), ('tldr', 'rloo_2.8b'),
+                                        ('gsm8k', 'rloo'), ('no_robots', 'online_dpo'), ('imdb', 'elastic_reset'),
+                                        ('stackexchange', 'elastic_reset')])
+def test_it_has_the_parameters_of_the_released_model_and_divides_them(file, name):
+    config = get(file, name)
+    mesh = mesh_of(config, DEVICES.get(file, 4))
+    experiment = build(config, mesh)
+    params = jax.eval_shape(experiment.init, jax.random.key(0)).params
+    size = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+    plain = lora.without(params['policy']) if config.lora.rank else params['policy']
+    assert size(plain) == PARAMETERS[config.model.size]
+    shardings = partition.param_shardings(params, experiment.rules, mesh)
+    held = partition.bytes_per_device(params, shardings)
+    assert held < 1.05 * 4 * size(params) / mesh.shape['fsdp']
 
 
 @pytest.mark.parametrize('file', FILES)
@@ -88,7 +93,8 @@ def test_gsm8k_and_no_robots_numbers():
     assert chat.reward.missing_eos == '-10' and chat.num_steps == 390
 
 
-@pytest.mark.parametrize('file, task, resets', [('imdb', 'imdb', [0, 17, 34]), ('stackexchange', 'stackllama', [260, 520])])
+@pytest.mark.parametrize('file, task, resets', [('imdb', 'imdb', [0, 17, 34]),
+                                                ('stackexchange', 'stackllama', [260, 520])])
 def test_elastic_reset_has_the_released_schedule(file, task, resets):
     config = get(file, 'elastic_reset')
     found, released = policy.elastic_config(config), elastic_reset.released(task)

@@ -1,0 +1,68 @@
+"""The compared methods on the Lewis game: `python -m experiments.rlhf.lewis --config=configs/rlhf/lewis.py:SIZE`.
+
+quickstart  a speaker that is rewarded by a listener which knows the language badly and hardly learns: the task is
+            learnt and the language drifts. About a minute on one CPU core.
+a2c, reinforce, gumbel  the settings of the authors' scripts for the game and for Elastic Reset; the coefficients of the
+            KL and the other methods' settings are ours. Minutes a run on one CPU core.
+tiny        to see that everything runs; its numbers mean nothing.
+"""
+import ml_collections
+
+SIZES = ('quickstart', 'a2c', 'reinforce', 'gumbel', 'tiny')
+
+
+def get_config(size: str = 'quickstart') -> ml_collections.ConfigDict:
+    if size not in SIZES:
+        raise ValueError(f'lewis: size {size!r} is not one of {SIZES}')
+    config = _quickstart()
+    if size == 'tiny':
+        config.game.update(properties=2, types=3, supervised=0.3, self_play=0.3, held_out=0)
+        config.hidden = 6
+        config.pretrain.update(speaker_steps=20, listener_steps=5, learning_rate=0.02)
+        config.training.update(num_steps=40, batch_size=8, learning_rate=0.02, log_every=10)
+        config.elastic.update(period=20, tick_every=5)
+        config.alphas, config.seeds = (0.0, 0.5, 1.0), (0, 1)
+    elif size != 'quickstart':
+        config.game.held_out = 0
+        config.pretrain.update(speaker_steps=100, listener_steps=50)
+        config.training.update(method=size, num_steps=50_000, batch_size=50, learning_rate=1e-4, log_every=500,
+                               listener_pace=1.0)
+        config.elastic.update(period=2000, tick_every=100, tick_offset=0)
+        if size == 'reinforce':
+            config.training.update(num_steps=25_000, batch_size=64, learning_rate=1e-3)
+            config.elastic.period = 5000
+        for method in config.methods.values():
+            if method.decays:
+                method.decays = (0.995,)
+    return config.lock()
+
+
+def _quickstart() -> ml_collections.ConfigDict:
+    run = lambda kl_coefficients=(0.0,), decays=(): dict(kl_coefficients=kl_coefficients, decays=decays)
+    return ml_collections.ConfigDict(dict(
+        game=dict(
+            properties=5, types=5,
+            supervised=0.0064, self_play=0.0097,  # shares of all objects to learn the language from, and to play with
+            held_out=500,  # objects of the others to measure on; 0: all
+        ),
+        hidden=200,  # width of the agents
+        pretrain=dict(speaker_steps=400, listener_steps=8, batch_size=5, learning_rate=1e-3),
+        training=dict(
+            method='a2c',  # a2c | reinforce | gumbel
+            num_steps=1000, batch_size=50,
+            learning_rate=2e-3, weight_decay=0.01,
+            listener_pace=0.003,  # size of the listener's updates beside the speaker's
+            log_every=50,  # steps
+        ),
+        elastic=dict(period=200, tick_every=10, tick_offset=1),  # steps; see rlhf_jax/elastic_reset.py
+        methods=dict(  # one run a coefficient of the KL and a decay; without decays, the method has none
+            fixed_reference=run((0.0, 0.01, 0.03, 0.1, 0.3, 1.0)),  # 0: the plain run, which is interpolated
+            ema_anchor=run((0.1,), (0.95,)),
+            reference_reset=run((0.1,)),
+            reset_to_init=run(),
+            reset_to_ema=run(decays=(0.95,)),
+            elastic_reset=run(decays=(0.995, 0.98, 0.95)),
+        ),
+        alphas=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),  # of the interpolation; with 0 and 1
+        seeds=(0, 1, 2, 3, 4),  # each its own split of the objects, pretraining and self-play
+    ))
