@@ -9,24 +9,17 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch wants room on the same GPU
 
 import jax
-import numpy as np
 
 from benchmarks import loader
-
-
-class Disagreement(Exception):
-    """The two sides of a row do not compute the same; their times would mean nothing."""
+from benchmarks.measure import Disagreement, Times, in_turns, matmul_peak, ratio, sides, spread, versions
 
 
 @dataclasses.dataclass
@@ -94,88 +87,29 @@ SIZES = {
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    return wall_and_cpu(work)[0]
+def measure(row: Row, repeats: int, progress: Callable[[str], None]) -> Times:
+    """Seconds of each call of both sides, see `in_turns`."""
+    return in_turns({'ours': row.ours, **row.rivals}, repeats, progress)
 
 
-def wall_and_cpu(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock, and of this process's threads together, which move less where others load the machine."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def spread(values: Sequence[float]) -> str:
-    """Median, least and greatest, in ms."""
-    ms = [1e3 * v for v in values]
-    return f'{statistics.median(ms):.4g} ({min(ms):.4g}..{max(ms):.4g})'
-
-
-def measure(row: Row, repeats: int, progress: Callable[[str], None]) -> dict[str, list[float]]:
-    """{side: seconds of each call, the first (which compiles) left out}; sides take turns.
-
-    `first/side` holds that first call, `cpu/side` the processor time of the others.
-    """
-    works = {'ours': row.ours, **row.rivals}
-    times = {}
-    for name, work in works.items():
-        progress(f'first call of {name}')
-        times[f'first/{name}'] = [seconds(work)]
-        work()  # a second call may still compile: torch.compile specialises, allocators grow
-    for turn in range(repeats):
-        progress(f'turn {turn + 1} of {repeats}')
-        for name, work in works.items():
-            wall, cpu = wall_and_cpu(work)
-            times.setdefault(name, []).append(wall)
-            times.setdefault(f'cpu/{name}', []).append(cpu)
-    return times
-
-
-def verdict(name: str, times: dict[str, list[float]]) -> dict[str, Any]:
+def verdict(name: str, times: Times) -> dict[str, Any]:
     """Ratio of medians against the fastest rival, and whether the target is reached."""
-    rivals = {side: statistics.median(times[side]) for side in sides(times)[1:]}
-    best = min(rivals, key=rivals.get)
-    ratio = rivals[best] / statistics.median(times['ours'])
-    turns = sorted(theirs / ours for theirs, ours in zip(times[best], times['ours']))
-    out = {'ratio': ratio, 'ratio_turns': (turns[0], turns[-1]), 'best_rival': best, 'target': TARGETS[name],
-           'reached': ratio >= TARGETS[name]}
+    out = ratio(times, sides(times)[1:])
+    out |= {'target': TARGETS[name], 'reached': out['ratio'] >= TARGETS[name]}
     if 'cpu/ours' in times:
         cpu = [statistics.median(times[f'cpu/{side}']) for side in sides(times)]
         out['cpu_ratio'] = min(cpu[1:]) / cpu[0]
     return out
 
 
-def sides(times: dict[str, list[float]]) -> list[str]:
-    """Names of what was timed, ours first."""
-    return [side for side in times if '/' not in side]
-
-
-def matmul_peak(side: int, dtype: str) -> float:
-    """FLOP/s of the fastest of ten products of two square matrices."""
-    a, b = (jax.random.normal(jax.random.key(i), (side, side)).astype(dtype) for i in range(2))
-    product = jax.jit(lambda a, b: a @ b)
-    run = lambda: jax.block_until_ready(product(a, b))
-    run()
-    return 2 * side ** 3 / min(seconds(run) for _ in range(10))
-
-
 # ---- The table -------------------------------------------------------------------------------------------------------
-
-
-def versions(device: str) -> dict[str, str]:
-    import torch
-    git = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
-    theirs = torch.cuda.get_device_name() if device == 'gpu' and torch.cuda.is_available() else platform.machine()
-    return {'jax': jax.__version__, 'torch': torch.__version__, 'device': f'{jax.devices()[0].device_kind} ({theirs})',
-            'cores': str(os.cpu_count()), 'python': platform.python_version(),
-            'git': git.stdout.strip() or 'unknown', 'XLA_FLAGS': os.environ.get('XLA_FLAGS', '')}
 
 
 def reached(result: dict[str, Any]) -> str:
     return f'target {result["target"]:g}   {"reached" if result["reached"] else "NOT reached"}'
 
 
-def line(name: str, times: dict[str, list[float]], result: dict[str, Any]) -> str:
+def line(name: str, times: Times, result: dict[str, Any]) -> str:
     low, high = result['ratio_turns']
     parts = [f'{name:17s} ours {spread(times["ours"])}',
              'torch ' + '   '.join(f'{side} {spread(times[side])}' for side in sides(times)[1:]),
@@ -188,14 +122,14 @@ def line(name: str, times: dict[str, list[float]], result: dict[str, Any]) -> st
     return '   '.join(parts)
 
 
-def first_step(times: dict[str, list[float]]) -> dict[str, Any]:
+def first_step(times: Times) -> dict[str, Any]:
     """Seconds that each side took to compile and take its first step."""
     cold = {side: times[f'first/{side}'][0] for side in sides(times)}
     return {'seconds': cold, 'target': FIRST_STEP_SECONDS, 'reached': cold['ours'] <= FIRST_STEP_SECONDS}
 
 
 def run_row(name: str, sizes: Sizes, *, bf16: bool, compiled: bool, repeats: int, peak: float,
-            progress: Callable[[str], None]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+            progress: Callable[[str], None]) -> tuple[Times, dict[str, Any]]:
     """Times and verdict of one row.
 
     Raises:

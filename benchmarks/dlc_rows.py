@@ -10,9 +10,10 @@ import ml_collections
 import numpy as np
 import torch
 
-from benchmarks import torch_encoder
+from benchmarks import measure, torch_encoder
 from benchmarks import torch_reference as reference
-from benchmarks.dlc import Disagreement, Row, Sizes
+from benchmarks.dlc import Row, Sizes
+from benchmarks.measure import random_params
 from configs.dlc import base
 from dlc_jax import convert
 from dlc_jax.ssl import masking
@@ -65,19 +66,7 @@ class Side:
         Raises:
             Disagreement: the two differ by more.
         """
-        ours, theirs = np.asarray(ours, np.float32), theirs.detach().float().cpu().numpy()
-        error = np.abs(ours - theirs).max() / (np.abs(theirs).max() + 1e-12)
-        if not error <= (5e-2 if self.bf16 else 1e-4):
-            raise Disagreement(f'{what}: ours and PyTorch differ by {error:.2g} of the largest entry; different maths '
-                               'is not timed')
-
-
-def random_params(shapes: Any, std: float = 0.03) -> Any:
-    """Normal(0, std), norms' scales about 1: with the initial weights the output of every model is zero."""
-    rng = np.random.default_rng(0)
-    one = lambda path, s: jnp.asarray(rng.standard_normal(s.shape, np.float32) * std
-                                      + float(str(path[-1].key) in ('scale', 'gain', 'gamma')), s.dtype)
-    return jax.tree_util.tree_map_with_path(one, shapes)
+        measure.agree(what, ours, theirs.detach().float().cpu().numpy(), 5e-2 if self.bf16 else 1e-4)
 
 
 def transformer_flops(depth: int, tokens: int, width: int) -> float:

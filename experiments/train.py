@@ -100,6 +100,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
                 state = jax.device_put(experiment.warm_start(state), shardings)
 
         # ---- Train ---------------------------------------------------------------------------------------------------
+        if experiment.hooks:
+            hooks = (*experiment.hooks(workdir), *hooks)
         step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
                        out_shardings=(shardings, mesh_lib.replicated(mesh)))
         if online:

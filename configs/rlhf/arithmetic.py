@@ -1,4 +1,4 @@
-"""A byte-level model that does sums in words, trained with RL on two CPU cores: ALGORITHM or ALGORITHM_async, and the
+"""A byte-level model that does small sums, trained with RL on two CPU cores: ALGORITHM or ALGORITHM_async, and the
 Elastic Reset family on PPO.
 
     python -m experiments.train --config=configs/rlhf/arithmetic.py:online_dpo --workdir=runs/arithmetic/online_dpo
@@ -20,19 +20,19 @@ def get_config(name: str = 'online_dpo'):
         raise ValueError(f'arithmetic: {name!r} is not one of {NAMES}')
     algorithm = 'ppo' if name in FAMILY else name.removesuffix('_async')
     config = base.policy()
-    config.num_steps, config.batch_size = 200, 32
+    config.num_steps, config.batch_size = 100, 64
     config.log_every, config.checkpoint_every, config.eval_every = 10, 0, 50
     config.model.update(sft_arithmetic.MODEL)
     config.weights = 'runs/arithmetic/sft'
     config.data.update(dict(task='arithmetic', num_rows=sft_arithmetic.ROWS))
     config.data.options = sft_arithmetic.PROBLEMS
     config.algorithm.update(dict(name=algorithm, num_samples=1 if algorithm == 'ppo' else 4))
-    config.sampling.update(dict(max_new_tokens=24, temperature=1.0, max_prompt=80))
-    config.reward.gold = 'task'
+    config.sampling.update(dict(max_new_tokens=40, temperature=1.0, max_prompt=14))
+    config.reward.update(dict(gold='task', missing_eos='0'))
     if name.endswith('_async'):
         config.rollout.max_staleness = 1
     if name in FAMILY:
         config.elastic.update(dict(method=name, period=40, decay=0.98))
-    config.optimizer.learning_rate.update(dict(peak=1e-4, decay='linear'))
+    config.optimizer.learning_rate.update(dict(peak=3e-4, decay='linear'))
     config.optimizer.clip_norm = 1.0
     return config

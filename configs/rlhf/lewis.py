@@ -3,7 +3,7 @@
 quickstart  a speaker that is rewarded by a listener which knows the language badly and hardly learns: the task is
             learnt and the language drifts. About a minute on one CPU core.
 a2c, reinforce, gumbel  the settings of the authors' scripts for the game and for Elastic Reset; the coefficients of the
-            KL and the other methods' settings are ours. About two minutes a run on one CPU core.
+            KL and the other methods' settings are ours. Minutes a run on one CPU core.
 tiny        to see that everything runs; its numbers mean nothing.
 """
 import ml_collections

@@ -15,7 +15,7 @@ def get_config():
     config.weights = 'runs/arithmetic/sft'
     config.data.update(dict(task='arithmetic', num_rows=sft_arithmetic.ROWS))
     config.data.options = sft_arithmetic.PROBLEMS
-    config.max_length = 104
+    config.max_length = 96
     config.optimizer.learning_rate.update(dict(peak=1e-3, final=1e-5, warmup_steps=20, decay='cosine'))
     config.optimizer.update(dict(b2=0.99, clip_norm=1.0))
     return config

@@ -1,5 +1,4 @@
 """Language models of the experiments: module, tokenizer and starting weights from a config."""
-import functools
 import json
 import os
 import re
@@ -104,15 +103,6 @@ def divide(params: Params, also: Sequence[str] = ()) -> tuple[Params, Params]:
                 frozen[name] = leaf
         return frozen, trained
     return visit(params, '')
-
-
-def frozen_groups(config: Config, *also: str) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Optimizer groups: all parameters, or with an adapter only A and B (and paths that a regex of `also` matches)."""
-    groups = tuple(config.optimizer.groups)
-    if not config.lora.rank:
-        return groups
-    trained = (r'.*/lora_(a|b)', *also)
-    return tuple((pattern, {}) for pattern in trained) + ((r'.*', dict(learning_rate=0.0, weight_decay=0.0)),)
 
 
 # ---- Tokenizers ------------------------------------------------------------------------------------------------------
@@ -283,10 +273,10 @@ def _restore(path: Any, own: Config, module: Any, part: str | None) -> Params:
     checkpointer.close()
     if params is None:
         raise ValueError(f'{path}: no checkpoint there yet; let experiments.train reach its first one')
-    return params
+    return jax.device_get(params)  # tied to no device, so that a program over any mesh takes them
 
 
-@functools.partial(jax.jit, static_argnums=())
+@jax.jit
 def _merge(params: Params) -> Params:
     return lora.merge(params)
 

@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from experiments.runtime import launch, report
+from experiments.runtime import launch, report, storage
 from experiments.runtime.stages import claim, once
 from rlhf_jax import elastic_reset as er
 from rlhf_jax.tasks import lewis
@@ -121,7 +121,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not {0.0, 1.0} <= {*config.alphas}:
         raise ValueError(f'config.alphas={tuple(config.alphas)} must have 0.0 and 1.0, the ends of the interpolation')
     if len(config.seeds) < 2 or len({*config.seeds}) < len(config.seeds):
-        raise ValueError(f'config.seeds={tuple(config.seeds)}: give two or more, each once; there is no spread otherwise')
+        raise ValueError(f'config.seeds={tuple(config.seeds)}: two or more, each once, for a spread')
 
 
 def _split(config: ml_collections.ConfigDict, seed: int) -> tuple[np.ndarray, ...]:
@@ -177,36 +177,37 @@ def compare(config: ml_collections.ConfigDict, workdir: str | pathlib.Path,
     return Comparison(histories, interpolated, start, summarize(config, histories, interpolated, start))
 
 
-class _Setting:
-    """What all runs share, and the programs they have been compiled to.
+@functools.cache
+def _program(training: lewis.Training, game: lewis.Game, settings: er.ElasticReset, num_steps: int) -> Callable:
+    """`lewis.advance` by `num_steps`, compiled, over seeds; KL coefficient and decay are arguments."""
+    def advance(carry, key, start, objects, kl_coefficient, decay):
+        whole = dataclasses.replace(training, kl_coefficient=kl_coefficient)
+        return lewis.advance(carry, key, start, game, *objects, whole, settings, num_steps, decay)
+    return jax.jit(jax.vmap(advance, (0, 0, 0, 0, None, None)))
 
-    Attributes of the constructor: arrays have a leading axis of seeds; `objects`: to play with, held out.
-    """
+
+@functools.cache
+def _begin(training: lewis.Training) -> Callable:
+    return jax.jit(jax.vmap(lambda params: lewis.begin(params, training, er.ElasticReset())))
+
+
+class _Setting:
+    """What all runs share. `objects`: to play with, held out; arrays have a leading axis of seeds."""
 
     def __init__(self, config, game, keys, params, objects):
         self._training, self._config = lewis.Training(**config.training), config
         self._game, self._keys, self._params, self._objects = game, keys, params, objects
-        blocks = self._training.num_steps // self._training.log_every
-        self._chunk = self._training.log_every * max(
-            n for n in range(1, blocks + 1)
-            if blocks % n == 0 and (n == 1 or n * self._training.log_every <= CHUNK))
-        self._program = functools.cache(self._compile)
-        self._begin = jax.jit(jax.vmap(lambda p: lewis.begin(p, self._training, er.ElasticReset())))
-
-    def _compile(self, method: str) -> Callable:
-        settings = elastic(self._config, method)
-
-        def advance(carry, key, start, objects, kl_coefficient, decay):
-            training = dataclasses.replace(self._training, kl_coefficient=kl_coefficient)
-            return lewis.advance(carry, key, start, self._game, *objects, training, settings, self._chunk, decay)
-        return jax.jit(jax.vmap(advance, (0, 0, 0, 0, None, None)), donate_argnums=0)
+        every, blocks = self._training.log_every, self._training.num_steps // self._training.log_every
+        self._chunk = every * max(n for n in range(1, blocks + 1)
+                                  if blocks % n == 0 and (n == 1 or n * every <= CHUNK))
 
     def make(self, run: Run, update: Callable[[int], Any]) -> dict[str, np.ndarray]:
         """The whole run; `update` hears of every chunk of steps."""
-        carry, history = self._begin(self._params), []
+        carry, history = _begin(self._training)(self._params), []
+        program = _program(self._training, self._game, elastic(self._config, run.method), self._chunk)
         for _ in range(self._training.num_steps // self._chunk):
-            carry, part = self._program(run.method)(
-                carry, self._keys, self._params['speaker'], self._objects, run.kl_coefficient, run.decay)
+            carry, part = program(carry, self._keys, self._params['speaker'], self._objects, run.kl_coefficient,
+                                  run.decay)
             history.append(jax.device_get(part))
             if not all(np.isfinite(x).all() for x in history[-1].values()):
                 raise FloatingPointError(f'{run.label(self._training.method)}: not finite within the first '
@@ -283,17 +284,17 @@ def fronts(histories: dict[Run, History], interpolation: dict[str, np.ndarray], 
            drift: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What costs nothing but a coefficient: name -> drift and task, [seeds, points] each.
 
-    `kl_front`: the ends of the runs with each KL coefficient, and the pretrained agents; `interpolation`: every alpha;
-    `early_stopping`: every log point of the plain run, and the pretrained agents.
+    `kl_front`: the ends of the runs with each KL coefficient, in their order, then the pretrained agents;
+    `interpolation`: every alpha; `early_stopping`: the pretrained agents, then every log point of the plain run.
     """
     measure = lambda arrays: (DRIFTS[drift](arrays, ''), arrays[TASK])
     first = tuple(x[:, None] for x in measure(start))
     penalised = [run for run in histories if run.method == 'fixed_reference']
     plain = next(run for run in penalised if run.plain)
     ends = {name: np.stack([histories[run][name][:, -1] for run in penalised], 1) for name in start}
-    joined = lambda arrays: tuple(np.concatenate(pair, 1) for pair in zip(first, measure(arrays)))
-    return {'kl_front': joined(ends), 'interpolation': measure(interpolation),
-            'early_stopping': joined(histories[plain])}
+    joined = lambda *parts: tuple(np.concatenate(pair, 1) for pair in zip(*parts))
+    return {'kl_front': joined(measure(ends), first), 'interpolation': measure(interpolation),
+            'early_stopping': joined(first, measure(histories[plain]))}
 
 
 def front_height(drift: np.ndarray, task: np.ndarray, at: float) -> float:
@@ -327,9 +328,7 @@ def write_section(page: report.Report, config: ml_collections.ConfigDict, compar
     for drift, x_label in (('kl', 'KL to the initial policy'), ('language', '1 - language accuracy')):
         curves, styles = {}, {}
         for name, (xs, ys) in fronts(histories, comparison.interpolation, comparison.start, drift).items():
-            xs, ys = xs.mean(0), ys.mean(0)
-            order = np.argsort(xs) if name == 'kl_front' else slice(None)
-            curves[FRONTS[name]] = xs[order], ys[order]
+            curves[FRONTS[name]] = xs.mean(0), ys.mean(0)
             styles[FRONTS[name]] = {'kl_front': 'o--', 'interpolation': 's--', 'early_stopping': ':'}[name]
         for run in chosen:
             history, label = histories[run], run.label(algorithm)
@@ -349,7 +348,9 @@ def write_section(page: report.Report, config: ml_collections.ConfigDict, compar
         f'{front}_at_{drift}': f'over {name}, at its {what}' for drift, what in (('kl', 'KL'), ('language', 'language'))
         for front, name in FRONTS.items()}, seeds))
     page.text(f'Gain in communication over the front of another method at the same drift, paired by seed; in brackets, '
-              f'at how many of the {seeds} seeds it is above. Without a gain over interpolation there is none.')
+              f'at how many of the {seeds} seeds it is above. Without a gain over interpolation there is none. Near '
+              'a KL of 0 the penalties and early stopping have only the pretrained agents to offer, whose listener has '
+              'not learned from the game yet.')
     steps = np.arange(1, config.training.num_steps // config.training.log_every + 1) * config.training.log_every
     plain = next(run for run in histories if run.plain)
     for name, caption in ((TASK, 'communication'), ('held_out_language', 'language'), ('kl', 'KL')):
@@ -363,12 +364,12 @@ def write_section(page: report.Report, config: ml_collections.ConfigDict, compar
 
 
 def _shown(histories: Mapping[Run, History]) -> list[Run]:
-    """One run of each method but the fronts', with a curve of its own: those with the middle decay, coefficient."""
+    """The runs with a curve of their own: the last of each method but the penalties'."""
     out = []
     for method in er.METHODS:
         found = [run for run in histories if run.method == method]
         if found and method != 'fixed_reference':
-            out.append(found[len(found) // 2])
+            out.append(found[-1])
     return out
 
 
@@ -399,7 +400,8 @@ def main() -> None:
     write_section(page, config, comparison)
     page.save(workdir / 'report.html')
     for name, row in comparison.metrics['methods'].items():
-        print(f'{name:52s} communication {row[TASK]:.3f}   language {row["held_out_language"]:.3f}   KL {row["kl"]:6.2f}')
+        print(f'{name:52s} communication {row[TASK]:.3f}   language {row["held_out_language"]:.3f}   '
+              f'KL {row["kl"]:6.2f}')
     print(f'report -> {workdir / "report.html"}')
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.rlhf import algorithms, evaluation, language, rollouts
+from experiments.rlhf import algorithms, evaluation, language, rollouts, supervised
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, optim
 from experiments.runtime.experiment import Experiment
@@ -137,15 +137,17 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
                 metrics | (seen if elastic else {}))
 
     def warm_start(state):
+        placed = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
         params = dict(state.params)
         if config.weights:
-            loaded = language.load_decoder(config.weights, config)
-            params['policy'] = language.with_adapter(config, loaded, jax.random.fold_in(jax.random.key(config.seed), 1))
+            loaded = language.load_decoder(config.weights, config, placed(lora.without(params['policy'])))
+            params['policy'] = supervised.filled(params['policy'], loaded)
         if algorithm.critic and a.critic == 'separate':
             if a.critic_weights:
-                params['value'] = language.load_reward_model(a.critic_weights, config.model)[1]
+                critic = language.load_reward_model(a.critic_weights, config.model)[1]
+                params['value'] = jax.device_put(critic, placed(params['value']))
             elif config.weights:
-                params['value'] = params['value'] | {'backbone': without_head(loaded)}
+                params['value'] = supervised.filled(params['value'], {'backbone': loaded})
         return jax.jit(assemble)(params, state.rng)
 
     def divergence(state, batch):
@@ -261,10 +263,6 @@ def divide(config: ml_collections.ConfigDict, params: Params) -> tuple[Params, P
 
 def join(frozen: Params, trained: Params) -> Params:
     return lora.join(frozen, trained) if frozen else trained
-
-
-def without_head(params: Params) -> Params:
-    return {name: sub for name, sub in params.items() if name != 'lm_head'}
 
 
 def in_parts(fn: Callable[[Rows], Array], rows: Rows, parts: int, shards: int) -> Array:

@@ -128,7 +128,9 @@ class Report:
         axes.grid(alpha=0.3)
         if log_y:
             axes.set_yscale('log')
-        if len(curves) > 1:
+        if len(curves) > 5:  # beneath the chart: inside it they would hide the lines
+            axes.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(0, -0.17))
+        elif len(curves) > 1:
             axes.legend(fontsize=8, frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format='PNG', bbox_inches='tight')

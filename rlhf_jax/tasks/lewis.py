@@ -109,7 +109,8 @@ def supervised_losses(params: Params, game: Game, objects: Array) -> tuple[Array
 
 def self_play_loss(params: Params, game: Game, objects: Array, key: Array, *, method: str = 'a2c',
                    baseline: Array | float = 0.0, value_coefficient: float = 0.5, entropy_coefficient: float = 0.001,
-                   reference: Params | None = None, kl_coefficient: Array | float = 0.0) -> tuple[Array, dict[str, Array]]:
+                   reference: Params | None = None,
+                   kl_coefficient: Array | float = 0.0) -> tuple[Array, dict[str, Array]]:
     """Loss of both agents on a round of the game; the reward is `sum_i log p_listener(property i)`.
 
         a2c        -(R - V) sum_i log pi(m_i) + value_coefficient (R - V)^2 - entropy_coefficient H
@@ -230,15 +231,16 @@ class Training:
 
 def check_schedule(training: Training, elastic_config: er.ElasticReset) -> None:
     """Raises a ValueError unless every reset is at a log point, so that both its sides are logged."""
-    late = [k + 1 for k in range(training.num_steps)
-            if any(elastic_config.due('step', k)[1:]) and (k + 1) % training.log_every]
-    if late:
-        raise ValueError(f'log_every={training.log_every} must divide elastic.period={elastic_config.period}: the reset '
-                         f'after step {late[0]} is not at a log point')
+    k = np.arange(training.num_steps)
+    due = elastic_config.due('step', k)
+    late = np.flatnonzero((due.reset | due.reset_ema) & ((k + 1) % training.log_every != 0))
+    if len(late):
+        raise ValueError(f'log_every={training.log_every} must divide elastic.period={elastic_config.period}: the '
+                         f'reset after step {late[0] + 1} is not at a log point')
 
 
 class Carry(NamedTuple):
-    """A run between two steps: agents, optimizer, average, running mean of the rewards, and the number of steps done."""
+    """A run between two steps: agents, optimizer, average, running mean of the rewards, number of steps done."""
     params: Params
     opt_state: Any
     elastic: er.Elastic

@@ -107,7 +107,8 @@ GOLDEN = {
 def test_golden_metrics_of_three_steps(kind):
     _, found = unsharded(kind)
     for name, values in GOLDEN[kind].items():
-        np.testing.assert_allclose([row[name] for row in found], values, rtol=2e-5, atol=1e-5, err_msg=f'{kind}: {name}')
+        np.testing.assert_allclose([row[name] for row in found], values, rtol=2e-5, atol=1e-5,
+                                   err_msg=f'{kind}: {name}')
 
 
 @pytest.mark.parametrize('kind,sizes', [
@@ -163,6 +164,14 @@ def test_microbatches_weigh_their_tokens():
     (_, (whole, *_)), (_, (parts,)) = unsharded('sft'), run(config_of('sft', accumulate=2), one_device(), 1)
     for name in whole:
         assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
+
+
+def test_bfloat16_and_recomputation_change_no_more_than_rounding():
+    state, (found,) = run(config_of('sft', model=dict(dtype='bfloat16', remat='full')), one_device(), 1)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+    whole = unsharded('sft')[1][0]
+    assert found['loss'] == pytest.approx(whole['loss'], rel=1e-3) and found['loss'] != whole['loss']
+    assert found['grad_norm'] == pytest.approx(whole['grad_norm'], rel=2e-2)
 
 
 # ---- Adapters --------------------------------------------------------------------------------------------------------

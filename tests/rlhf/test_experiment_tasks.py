@@ -1,5 +1,6 @@
 """Every task behind the one interface, on files of a few rows."""
 import json
+import sys
 
 import ml_collections
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from experiments.rlhf import gold, tasks
 from rlhf_jax import tokenizers
-from rlhf_jax.tasks import arithmetic
+from rlhf_jax.tasks import arithmetic, gsm8k
 
 POST = dict(subreddit='x', title='T', post='first\nsecond', summary='short')
 CHAT = [{'role': 'user', 'content': 'Hi?'}, {'role': 'assistant', 'content': 'Hello.'}]
@@ -192,6 +193,33 @@ def test_splits_of_files(tmp_path):
         of('train[a:]')
     d.num_rows = 3
     assert of('train') == [0, 1, 2] and of('train[4:]') == [4, 5, 6]
+
+
+def test_tfds_without_tensorflow(tmp_path, monkeypatch):
+    tfds = pytest.importorskip('tensorflow_datasets')
+    folder = tmp_path / 'sums' / '1.0.0'
+    folder.mkdir(parents=True)
+    identity = tfds.core.dataset_info.DatasetIdentity(name='sums', version=tfds.core.Version('1.0.0'),
+                                                      data_dir=str(folder), module_name='sums')
+    features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in gsm8k.FIELDS})
+    writer = tfds.core.SequentialWriter(tfds.core.DatasetInfo(builder=identity, features=features),
+                                        max_examples_per_shard=3, file_format='array_record')
+    writer.initialize_splits(['train'])
+    writer.add_examples({'train': [dict(question=f'{i}+1?', answer=f'é #### {i + 1}') for i in range(5)]})
+    writer.close_all()
+    monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
+    d = data('gsm8k', 'tfds:sums')
+    prompts = tasks.get(d).prompts(d, 'train[1:]')
+    assert [p.row['label'] for p in prompts] == ['2', '3', '4', '5'] and prompts[0].row['answer'] == 'é #### 2'
+    with pytest.raises(ValueError, match=r"data.path=tfds:sums: no split 'test'; it has \('train',\)"):
+        tasks.get(d).prompts(d, 'test')
+    other = data('pairs', 'tfds:sums', options=dict(prompt='text'))
+    with pytest.raises(ValueError, match="row 0: field 'text' is missing"):
+        tasks.get(other).prompts(other, 'train')
+    nothing = data('gsm8k', 'tfds:imdb_reviews')
+    with pytest.raises(FileNotFoundError, match="data.path='imdb_reviews': not prepared .* tfds build imdb_reviews"):
+        tasks.get(nothing).prompts(nothing, 'train')
+    assert 'tensorflow' not in sys.modules
 
 
 def test_real_gsm8k(shared_data):

@@ -35,6 +35,7 @@ def compared(tmp_path_factory):
     return workdir, {tuple(run): history for run, history in comparison.histories.items()}, comparison
 
 
+@pytest.mark.slow
 def test_stopped_by_signals_within_runs_the_numbers_are_the_same(compared, tmp_path, monkeypatch):
     make = lewis._Setting.make
     for finished in (1, 3):  # by the command that is stopped; it begins with the first that was not
@@ -155,7 +156,7 @@ def test_another_config_in_the_same_workdir_is_refused(compared):
     ('methods.ema_anchor.kl_coefficients', (-0.1,), 'ema_anchor.kl_coefficients: -0.1 must be at least 0'),
     ('methods.ema_anchor.kl_coefficients', (), 'ema_anchor.kl_coefficients is empty'),
     ('alphas', (0.5, 1.0), r'config.alphas=\(0.5, 1.0\) must have 0.0 and 1.0'),
-    ('seeds', (3,), r'config.seeds=\(3,\): give two or more'),
+    ('seeds', (3,), r'config.seeds=\(3,\): two or more, each once'),
     ('training.method', 'ppo', "method='ppo' is not one of"),
     ('training.listener_pace', 2.0, r'listener_pace=2.0 must be in \[0, 1\]'),
     ('game.supervised', 0.01, 'supervised: no object of 9 is left'),
@@ -173,7 +174,7 @@ def test_bad_settings_are_one_line_before_anything_is_written(field, value, mess
     ('--config=configs/rlhf/lewis.py:huge', "error: lewis: size 'huge' is not one of"),
     ('--config.methods.elastic_rest.decays=(0.5,)', 'did you mean config.methods.elastic_reset?'),
     ('--workdri=x', 'did you mean --workdir?'),
-    ('--workdir=gs://bucket/run', 'works in a local folder'),
+    ('--workdir=gs://bucket/run', 'needs a local folder'),
 ])
 def test_command_refuses(argument, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['lewis', argument])

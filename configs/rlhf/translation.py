@@ -1,0 +1,148 @@
+"""The translation game: two agents pretrained on pairs, then played on French and German alone.
+
+    # from nothing, on sentences of a small grammar
+    python -m experiments.train --config=configs/rlhf/translation.py:tiny_speaker --workdir=runs/tiny/speaker
+    python -m experiments.train --config=configs/rlhf/translation.py:tiny_listener --workdir=runs/tiny/listener
+    python -m experiments.train --config=configs/rlhf/translation.py:tiny_game --workdir=runs/tiny/game \\
+        --config.speaker=runs/tiny/speaker --config.listener=runs/tiny/listener
+
+    # Multi30k on a CPU: DATA holds train.fr.gz, train.en.gz, train.de.gz, val.fr.gz, ... as its task1/raw does
+    python -m experiments.train --config=configs/rlhf/translation.py:small_speaker --workdir=runs/small/speaker \\
+        --config.data.path=DATA
+    python -m experiments.train --config=configs/rlhf/translation.py:small_listener --workdir=runs/small/listener \\
+        --config.data.path=DATA
+    python -m experiments.train --config=configs/rlhf/translation.py:small_game --workdir=runs/small/elastic \\
+        --config.data.path=DATA --config.speaker=runs/small/speaker --config.listener=runs/small/listener \\
+        --config.elastic.method=elastic_reset
+    python -m experiments.rlhf.evaluate_translation --game=runs/small/elastic
+
+`speaker`, `listener`, `game` and `game_gumbel` have the published sizes and rates (of arXiv 2003.12694's code, which
+Elastic Reset's game descends from; its own period, decay and number of steps were not published). The speaker and the
+listener learn on IWSLT and the game on Multi30k, with one vocabulary: give all three runs the same
+`--config.vocabulary.paths="('MULTI30K', 'IWSLT_FR_EN', 'IWSLT_EN_DE')"`.
+
+Unlike the published code: losses do not depend on padding; the clipping of the pretraining, which came before its
+gradients and did nothing, is left out; subwords are learnt on training text alone; German words come from every path;
+learning rates do decay; a message is not cut to the length of the reference unless `message.reference_length` says so.
+"""
+import ml_collections
+
+from configs.parts import adamw, runner, schedule
+
+ConfigDict = ml_collections.ConfigDict
+PAIRS = {'speaker': ('fr', 'en'), 'listener': ('en', 'de')}
+
+
+def _shared() -> dict:
+    return dict(
+        model=dict(width=256, dropout=0.0),  # of embeddings, states and attention; on embeddings of teacher-forced text
+        vocabulary=dict(
+            kind='subwords',  # subwords | words
+            size=16_000,  # rows of every embedding, special tokens included; those without a token stay unused
+            subwords=25_000,  # of all languages together
+            min_count=1,  # occurrences below which a token is unknown
+            paths=(),  # folders whose training text it is made of; (): data.path
+        ),
+        data=dict(
+            path='',  # folder of {split}.{language}, also .gz and .xz; '': a small grammar's sentences
+            train='train', valid='val',  # splits
+            tokenize=True,  # set signs apart from words; False: the text is tokenized already
+            lengths=(12, 16, 24, 50),  # tokens a row, BOS and EOS included; a sentence is padded to the next, or cut
+        ),
+        message=dict(max_length=50, min_length=3,  # tokens before the end of sentence
+                     reference_length=False),  # cut to the length of the reference English, which nobody can know
+        evaluation=dict(every=500, sentences=0, rows=128),  # steps, 0: never; of data.valid, 0: all; at once
+    )
+
+
+def agent(name: str) -> ConfigDict:
+    """'speaker' or 'listener', pretrained."""
+    config = ConfigDict(dict(experiment='translation_agent', **runner(), languages=PAIRS[name], **_shared(),
+                             optimizer=adamw(schedule(3e-4, final=1e-5, decay='linear', decay_steps=500_000),
+                                             schedule(0.0), b1=0.9, b2=0.98, eps=1e-9)))
+    config.batch_size, config.num_steps = 40, 1_000_000  # 2000 tokens
+    config.model.dropout = {'speaker': 0.2, 'listener': 0.3}[name]
+    config.log_every, config.checkpoint_every = 100, 5000
+    return config
+
+
+def game(algorithm: str = 'a2c') -> ConfigDict:
+    """Fine-tuning of both."""
+    config = ConfigDict(dict(
+        experiment='translation_game', **runner(), **_shared(),
+        speaker='', listener='',  # work directories of pretrained agents; '': from scratch
+        algorithm=algorithm,  # a2c | gumbel
+        freeze_speaker=False,  # "fix sender": only the listener learns
+        loss=dict(
+            policy=1.0, baseline=10.0, entropy=0.001,  # weights of the speaker's terms; a2c
+            listener=1.0,  # weight of the German cross entropy
+            temperature=0.5,  # of the relaxed tokens; gumbel
+        ),
+        kl=dict(coefficient=0.0),  # price of a nat that a message is less likely under the reference; 0: off
+        elastic=dict(
+            method='',  # '' | fixed_reference | ema_anchor | reference_reset | reset_to_init | reset_to_ema |
+                        # elastic_reset
+            period=2000,  # steps between resets
+            decay=0.995, tick_every=100,  # of the average, at each tick; steps between ticks
+            reset_optimizer=False, reset_critic=False,
+        ),
+        pairs=dict(
+            every=0,  # steps between supervised steps on pretraining pairs ("S2P"); 0: none
+            coefficient=1.0,
+            speaker='', listener='',  # folders of pairs; '' only where data.path is too
+        ),
+        optimizer=adamw(schedule(1e-5), schedule(0.0), b1=0.9, b2=0.98, eps=1e-9, clip_norm=0.1),
+    ))
+    config.batch_size, config.num_steps = 20, 100_000  # 1000 tokens
+    config.log_every, config.checkpoint_every = 100, 5000
+    if algorithm == 'gumbel':
+        config.message.max_length = 40
+    return config
+
+
+def _small(config: ConfigDict) -> ConfigDict:
+    """Multi30k for all three, in minutes on a CPU."""
+    config.vocabulary.update(dict(kind='words', size=3000))
+    config.model.update(dict(width=128, dropout=0.0))
+    config.data.lengths, config.message.max_length = (12, 16, 20, 32), 24
+    config.evaluation.update(dict(every=500, sentences=256))
+    config.log_every, config.checkpoint_every = 50, 500
+    if config.experiment == 'translation_agent':
+        config.model.dropout = 0.1
+        config.batch_size, config.num_steps = 32, 3000
+        config.optimizer.learning_rate.update(dict(peak=2e-3, final=1e-4, decay_steps=0))
+    else:
+        config.batch_size, config.num_steps = 20, 2000
+        config.optimizer.learning_rate.peak = 1e-4
+        config.elastic.update(dict(period=500, decay=0.99, tick_every=5))
+    return config
+
+
+def _tiny(config: ConfigDict) -> ConfigDict:
+    """A small grammar's sentences, in a minute or two; for tests, fewer steps of it."""
+    config.vocabulary.update(dict(kind='words', size=80))
+    config.model.update(dict(width=64, dropout=0.0))
+    config.data.lengths, config.message.max_length = (14, 20), 18
+    config.evaluation.update(dict(every=200, sentences=64, rows=64))
+    config.log_every, config.checkpoint_every, config.batch_size = 20, 200, 32
+    if config.experiment == 'translation_agent':
+        config.num_steps = 2000
+        config.optimizer.learning_rate.update(dict(peak=5e-3, final=1e-3, decay_steps=0))
+    else:
+        config.num_steps = 400
+        config.optimizer.learning_rate.peak = 3e-4
+        config.elastic.update(dict(period=100, decay=0.99, tick_every=1))
+    return config
+
+
+CONFIGS = {'speaker': lambda: agent('speaker'), 'listener': lambda: agent('listener'), 'game': game,
+           'game_gumbel': lambda: game('gumbel')}
+
+
+def get_config(name: str = 'tiny_speaker') -> ConfigDict:
+    """`name`: one of `CONFIGS`, alone (as published) or after 'small_' or 'tiny_'."""
+    for prefix, smaller in (('small_', _small), ('tiny_', _tiny), ('', lambda config: config)):
+        rest = name.removeprefix(prefix)
+        if name.startswith(prefix) and rest in CONFIGS:
+            return smaller(CONFIGS[rest]()).lock()
+    raise ValueError(f'{name!r} is not one of {tuple(CONFIGS)}, nor one of them after small_ or tiny_')

@@ -1,0 +1,57 @@
+"""Every config of fine-tuning, reward models and DPO builds its experiment by shape and is laid out by its rules."""
+import importlib
+import pathlib
+import re
+
+import jax
+import pytest
+
+from experiments import train
+from experiments.rlhf import tasks
+from experiments.runtime import launch, partition
+from experiments.runtime import mesh as mesh_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ARGUMENTS = {name: ('410m', '1b', '2.8b') for name in ('sft_tldr', 'reward_tldr', 'dpo_tldr')}
+FILES = sorted(p.stem for p in (ROOT / 'configs' / 'rlhf').glob('*.py')
+               if p.stem.startswith(('sft_', 'reward_', 'dpo_')))
+# (updates, batch, learning rate) as published (arXiv 2410.18252 and its code; 2312.07551 and its code).
+PUBLISHED = {
+    ('sft_tldr', '410m'): (116_722 // 16, 16, 1e-5), ('sft_tldr', '1b'): (116_722 // 32, 32, 1e-5),
+    ('reward_tldr', '410m'): (92_858 // 64, 64, 1e-5), ('reward_tldr', '2.8b'): (92_858 // 16, 16, 1e-5),
+    ('sft_no_robots', ''): (2 * 9500 // 128, 128, 5e-6), ('sft_stackexchange', ''): (5000, 8, 1e-5),
+    ('reward_stackexchange', ''): (100_000 // 4, 4, 2e-5),
+}
+
+
+def load(name, argument):
+    overrides = ['--config.num_steps=10'] if name == 'reward_no_robots' else []
+    return launch.load_config(f'configs/rlhf/{name}.py' + (f':{argument}' if argument else ''), overrides)
+
+
+@pytest.mark.parametrize('name, argument', [(f, a) for f in FILES for a in ARGUMENTS.get(f, ('',))])
+def test_config_builds_and_shards(name, argument):
+    config = load(name, argument)
+    config.accumulate = 1  # how a batch is cut does not show in shapes
+    mesh = mesh_lib.make_mesh(dict(fsdp=4), jax.devices()[:4])
+    experiment = train.build(config, mesh)
+    state = jax.eval_shape(experiment.init, jax.random.key(0))
+    partition.state_shardings(state, experiment.rules, mesh)
+    jax.eval_shape(experiment.step, state, dict(experiment.batch))
+    task = tasks.get(config.data)
+    tasks.require(task, 'demonstrations' if config.experiment == 'sft' else 'preferences', config.data)
+    if (name, argument) in PUBLISHED:
+        assert (config.num_steps, config.batch_size, config.optimizer.learning_rate.peak) == PUBLISHED[name, argument]
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_docstring_command_names_its_own_file(name):
+    text = importlib.import_module(f'configs.rlhf.{name}').__doc__
+    assert re.findall(r'--config=(configs/[\w/]+)\.py', text) == [f'configs/rlhf/{name}']
+
+
+def test_what_is_not_published_has_to_be_given():
+    with pytest.raises(ValueError, match='num_steps=0 must be at least 1'):
+        train.build(launch.load_config('configs/rlhf/reward_no_robots.py'), mesh_lib.make_mesh({}, jax.devices()[:1]))
+    with pytest.raises(ValueError, match="sft_tldr: '7b' is not one of"):
+        launch.load_config('configs/rlhf/sft_tldr.py:7b')
