@@ -151,10 +151,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         return jax.jit(assemble)(params, state.rng)
 
     def divergence(state, batch):
-        """KL of each prompt's completions from the reference, in nats a response, and theirs a token."""
+        """KL of each prompt's completions from the reference, in nats a response."""
         score = scorers(state)
-        kl = masked.zeroed(score.policy(batch) - score.reference(batch), batch['mask']).sum(-1)
-        return {'kl': kl.mean(-1), 'kl_per_token': (kl / jnp.maximum(batch['mask'].sum(-1), 1)).mean(-1)}
+        return {'kl': masked.zeroed(score.policy(batch) - score.reference(batch), batch['mask']).sum(-1).mean(-1)}
 
     def hooks(writer):
         return (evaluation.HeldOutPrompts(config, mesh, divergence, writer),) if config.eval_every else ()
