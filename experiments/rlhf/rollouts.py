@@ -315,6 +315,15 @@ def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | 
     else:
         generate = weights = processes.Remote(storage.resolve(workdir) / 'rollouts' / 'batches', weights,
                                               max_staleness=r.max_staleness)
-    stream = RolloutStream(generate, weights, max_staleness=r.max_staleness, threaded=r.threaded, newest=r.newest,
+    # Two threads that each start programs over several devices, the same ones, can leave those waiting for each other.
+    shared = r.transport == 'devices' and not r.devices and mesh.devices.size > 1
+    if shared and r.chunk:
+        raise ValueError(f'rollout.chunk={r.chunk} takes up weights while others are trained, which needs devices of its '
+                         'own; set rollout.devices')
+    if shared and r.max_staleness:
+        log.warning('rollout.max_staleness=%d with rollout.devices=0: batches come from earlier weights, but are made '
+                    'and trained on in turn; set devices apart to do both at once', r.max_staleness)
+    threaded = r.threaded and not shared
+    stream = RolloutStream(generate, weights, max_staleness=r.max_staleness, threaded=threaded, newest=r.newest,
                            num_batches=config.num_steps, timeout=r.timeout or None)
     return Rollouts(stream, decoding.convert, config.algorithm.num_samples, config.num_steps)
