@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments.runtime import launch
 from rlhf_jax import advantages as advantages_lib
 from rlhf_jax import kl as kl_lib
 from rlhf_jax import losses, masked
@@ -229,8 +230,7 @@ def get(settings: Any) -> Algorithm:
     Raises:
         ValueError: an unknown one, or settings that mean nothing to it.
     """
-    if settings.name not in ALGORITHMS:
-        raise ValueError(f'algorithm.name={settings.name!r} is not one of {tuple(ALGORITHMS)}')
+    launch.check_choice('algorithm.name', settings.name, ALGORITHMS)
     algorithm = ALGORITHMS[settings.name]
     if settings.num_samples < algorithm.least_samples:
         raise ValueError(f'algorithm.num_samples={settings.num_samples}: {settings.name} needs at least '
@@ -241,13 +241,20 @@ def get(settings: Any) -> Algorithm:
     for name, choices in (('ties', ('drop', 'order', 'same')), ('loss_type', ('sigmoid', 'ipo')),
                           ('kl_estimator', kl_lib.ESTIMATORS), ('kl_unit', ('token', 'sequence')),
                           ('critic', ('separate', 'shared')), ('mean_over', ('sequence', 'token'))):
-        if settings[name] not in choices:
-            raise ValueError(f'algorithm.{name}={settings[name]!r} is not one of {choices}')
+        launch.check_choice(f'algorithm.{name}', settings[name], choices)
     for name, least in (('num_minibatches', 1), ('num_epochs', 1), ('kl_coefficient', 0), ('kl_target', 0),
-                        ('value_coefficient', 0), ('ref_beta', 0), ('correction_cap', 1e-9)):
+                        ('value_coefficient', 0), ('value_clip', 0), ('clip_high', 0), ('ref_beta', 0),
+                        ('correction_cap', 1e-9)):
         if settings[name] < least:
             raise ValueError(f'algorithm.{name}={settings[name]} must be at least {least}')
     for name in ('beta', 'clip'):
         if not settings[name] > 0:
             raise ValueError(f'algorithm.{name}={settings[name]} must be positive')
+    for name in ('clip', 'gamma', 'lam'):
+        if not 0 <= settings[name] <= 1:
+            raise ValueError(f'algorithm.{name}={settings[name]} must be at most 1 and not negative')
+    if settings.critic_weights and not (algorithm.critic and settings.critic == 'separate'):
+        raise ValueError(f'algorithm.critic_weights={settings.critic_weights}: ' + (
+            f"algorithm.critic={settings.critic!r} has no network of its own" if algorithm.critic else
+            f'{settings.name} has no critic') + '; leave it empty')
     return algorithm

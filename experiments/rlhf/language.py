@@ -36,8 +36,7 @@ def kind_of(model: Mapping[str, Any]) -> tuple[Any, Any]:
     Raises:
         ValueError: another kind.
     """
-    if model['kind'] not in KINDS:
-        raise ValueError(f'model.kind={model["kind"]!r} is not one of {tuple(KINDS)}')
+    launch.check_choice('model.kind', model['kind'], KINDS)
     return KINDS[model['kind']]
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from experiments.rlhf import algorithms, evaluation, language, rollouts, supervised
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, optim
+from experiments.runtime import launch, modules, optim
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from rlhf_jax import elastic_reset as er
@@ -99,7 +99,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         state, trained, opt_state = er.apply(elastic, state, trained, opt_state,
                                              due._replace(reset=False, reset_ema=False))
         if name == elastic.reset_on:
-            seen = {'kept': er.kept(state, trained), 'reset': jnp.maximum(seen['reset'], jnp.float32(due.reset))}
+            done = seen['reset']  # of several in one iteration the first is told
+            seen = {'kept': jnp.where(done > 0, seen['kept'], er.kept(state, trained)),
+                    'reset': jnp.maximum(done, jnp.float32(due.reset))}
         state, trained, opt_state = er.apply(elastic, state, trained, opt_state, due._replace(tick=False))
         return trained, opt_state, extra | {'elastic': state}, seen
 
@@ -173,6 +175,8 @@ def check(config: ml_collections.ConfigDict, shards: int) -> None:
     if config.batch_size % parts:
         raise ValueError(f'batch_size={config.batch_size} prompts is not divisible by {shards} batch shards x accumulate='
                          f'{config.accumulate} x algorithm.num_minibatches={a.num_minibatches}; use a multiple of {parts}')
+    if s.max_new_tokens < 1:
+        raise ValueError(f'sampling.max_new_tokens={s.max_new_tokens} must be at least 1')
     if s.temperature <= 0:
         raise ValueError(f'sampling.temperature={s.temperature} must be positive: the learner needs the probabilities '
                          'that tokens were drawn with')
@@ -181,9 +185,8 @@ def check(config: ml_collections.ConfigDict, shards: int) -> None:
                          f'context of the model, {module.max_length}; lower one of them')
     if any(not 0 < bucket <= s.max_prompt for bucket in s.buckets):
         raise ValueError(f'sampling.buckets={tuple(s.buckets)} must be lengths up to sampling.max_prompt={s.max_prompt}')
-    if config.lr_per not in ('step', 'batch'):
-        raise ValueError(f"lr_per={config.lr_per!r} is not one of ('step', 'batch')")
-    modules.dtype(config.reference)
+    launch.check_choice('lr_per', config.lr_per, ('step', 'batch'))
+    modules.dtype(config.reference, 'reference')
     rollouts.check(config)
     evaluation.check(config)
     elastic_config(config)
@@ -198,6 +201,7 @@ def elastic_config(config: ml_collections.ConfigDict) -> er.ElasticReset | None:
     e, a = config.elastic, config.algorithm
     if not e.method:
         return None
+    launch.check_choice('elastic.method', e.method, er.METHODS)
     fields = {name: value for name, value in e.items() if name not in ('method', 'period', 'ema_period')}
     if e.ema_period:
         fields['ema_period'] = e.ema_period

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from experiments.rlhf import language
 from experiments.rlhf.tasks import Task
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import partition, storage
+from experiments.runtime import launch, partition, storage
 from rlhf_jax.models import heads
 from rlhf_jax.rollout.rewards import score
 
@@ -85,8 +85,7 @@ def kind_of(r: Mapping[str, Any]) -> str:
     """What `reward.gold` would be to say the same as `reward.kind` with its field."""
     if r['kind'] == 'task':
         return 'task'
-    if r['kind'] not in ('model', 'function'):
-        raise ValueError(f"reward.kind={r['kind']!r} is not one of ('task', 'model', 'function')")
+    launch.check_choice('reward.kind', r['kind'], ('task', 'model', 'function'))
     if not r[r['kind']]:
         raise ValueError(f"reward.{r['kind']} is empty, but reward.kind={r['kind']!r} needs it")
     return r[r['kind']]

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from experiments.rlhf import language, rewards, tasks
 from experiments.rlhf import texts as text_arrays
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import partition, storage
+from experiments.runtime import launch, partition, storage
 from experiments.runtime.stream import EpochOrder
 from rlhf_jax import generate as generate_lib
 from rlhf_jax import refill, responses
@@ -39,8 +39,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     r = config.rollout
     if r.max_staleness < 0:
         raise ValueError(f'rollout.max_staleness={r.max_staleness} must be at least 0')
-    if r.transport not in TRANSPORTS:
-        raise ValueError(f'rollout.transport={r.transport!r} is not one of {TRANSPORTS}')
+    launch.check_choice('rollout.transport', r.transport, TRANSPORTS)
     if r.devices and r.transport != 'devices':
         raise ValueError(f'rollout.devices={r.devices}: with rollout.transport={r.transport!r} generators have devices '
                          'of their own process; set it to 0')
@@ -178,18 +177,19 @@ class Generator:
 
     def rows(self, index: int) -> list[Mapping[str, Any]]:
         """Of the data set, one for each of the B prompts of batch `index`."""
-        return [self._rows[i] for i in self._ids(index)]
+        return [self._rows[i] for i in self._order(self._draws(index))]
 
-    def _ids(self, index: int) -> np.ndarray:
-        return self._order(index * self._config.batch_size + np.arange(self._config.batch_size))
+    def _draws(self, index: int) -> np.ndarray:
+        return index * self._config.batch_size + np.arange(self._config.batch_size)
 
     def __call__(self, params: Any, *, index: int, version: int) -> Mapping[str, np.ndarray]:
         """A batch of B prompts and K completions of each, K-major: see `rlhf_jax.rollout.batch`."""
-        num_samples, ids = self._config.algorithm.num_samples, self._ids(index)
+        num_samples, draws = self._config.algorithm.num_samples, self._draws(index)
+        ids = self._order(draws)
         tokens, mask = generate_lib.pad_prompts([self._prompts[i] for i in ids], buckets=self._buckets,
                                                 pad_token=self.tokenizer.pad)
-        key = jax.random.fold_in(jax.random.key(self._config.seed), index)
-        keys = responses.sample_keys(key, ids, num_samples, version)
+        # By the draw, not the prompt: one that comes twice (a small set, the seam of two epochs) is answered anew.
+        keys = responses.sample_keys(jax.random.key(self._config.seed), draws, num_samples, version)
         drawn, versions = self._draw(params, version, tokens, mask, keys)
         return finish(self.tokenizer, self._scorer, np.tile(tokens, (num_samples, 1)), np.tile(mask, (num_samples, 1)),
                       drawn, [self._rows[i] for _ in range(num_samples) for i in ids]) | versions
@@ -249,7 +249,10 @@ def texts_of(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> tuple[list
     lengths = mask.sum(1)
     last = tokens[np.arange(len(lengths)), np.maximum(lengths - 1, 0)]
     ended = (lengths > 0) & (last == tokenizer.eos)
-    return [tokenizer.decode(row[:length - end]) for row, length, end in zip(tokens, lengths, ended)], ended
+    # A vocabulary is often padded to a round size: ids that no text has can be drawn, and say nothing.
+    known = [[i for i in row[:length - end] if i < tokenizer.vocab_size]
+             for row, length, end in zip(tokens, lengths, ended)]
+    return [tokenizer.decode(ids) for ids in known], ended
 
 
 def finish(tokenizer: Any, scorer: Any, tokens: np.ndarray, mask: np.ndarray, drawn: Any,

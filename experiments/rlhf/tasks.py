@@ -10,7 +10,6 @@ TensorFlow), or are made up on the spot (arithmetic). Nothing is downloaded. A s
 No text ends in an end-of-text token: whoever tokenises it appends the id.
 """
 import dataclasses
-import difflib
 import functools
 import logging
 import os
@@ -71,10 +70,7 @@ def get(data: Data, tokenize: Tokenize | None = None) -> Task:
     Raises:
         ValueError: an unknown task or option, with the nearest right name, or a path that is missing.
     """
-    if data['task'] not in TASKS:
-        near = difflib.get_close_matches(data['task'], TASKS, 1)
-        raise ValueError(f'data.task={data["task"]!r} is not one of {tuple(TASKS)}'
-                         + (f'; did you mean {near[0]!r}?' if near else ''))
+    launch.check_choice('data.task', data['task'], TASKS)
     make, options = TASKS[data['task']]
     launch.check_fields('data.options', data['options'], tuple(options))
     if not data['path'] and data['task'] != 'arithmetic':

@@ -134,6 +134,14 @@ def _run_config_file(path: str) -> ml_collections.ConfigDict:
     return config
 
 
+def check_choice(name: str, given: str, choices: Iterable[str]) -> None:
+    """Raises a ValueError with the nearest choice where the field `name` holds none of `choices`."""
+    choices = tuple(choices)
+    if given not in choices:
+        near = difflib.get_close_matches(str(given), choices, 1)
+        raise ValueError(f'{name}={given!r} is not one of {choices}' + (f'; did you mean {near[0]!r}?' if near else ''))
+
+
 def check_fields(name: str, given: Iterable[str], allowed: Sequence[str]) -> None:
     """Raises a ValueError with the nearest allowed name for the first key of `given` that is not allowed."""
     for key in given:

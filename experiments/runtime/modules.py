@@ -37,10 +37,10 @@ def build(cls: type[nn.Module], sizes: Mapping[str, Mapping[str, Any]], config: 
     return build_dataclass(cls, 'model', fields)
 
 
-def dtype(config: Mapping[str, Any]) -> Any:
-    """The compute dtype that `config['dtype']` names."""
+def dtype(config: Mapping[str, Any], name: str = 'model') -> Any:
+    """The dtype that `config['dtype']` names; `name`: of that part of the config."""
     if config['dtype'] not in _DTYPES:
-        raise ValueError(f'model.dtype={config["dtype"]!r} is not one of {tuple(_DTYPES)}')
+        raise ValueError(f'{name}.dtype={config["dtype"]!r} is not one of {tuple(_DTYPES)}')
     return _DTYPES[config['dtype']]
 
 
