@@ -235,7 +235,7 @@ def make_init(config: ml_collections.ConfigDict, algorithm: algorithms.Algorithm
 
 
 def make_forward(config: ml_collections.ConfigDict, algorithm: algorithms.Algorithm) -> Callable:
-    """(params, rows) -> log-probabilities of the responses [b, C, L] at the sampling temperature, and values or None."""
+    """(params, rows) -> log-probabilities of responses [b, C, L] at the sampling temperature, and values or None."""
     module, temperature = language.decoder(config.model), config.sampling.temperature
     critic = language.reward_model(config.model) if algorithm.critic else None
     shared = algorithm.critic and config.algorithm.critic == 'shared'
