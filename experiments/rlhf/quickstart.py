@@ -174,11 +174,11 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
               'share its cores: where the learner keeps all of them busy, generating at the same time gains nothing.')
 
     page.heading('A reward that is learned')
-    page.lines({'learned reward': curve(workdir / 'proxy', 'reward'), 'gold reward': curve(workdir / 'proxy', 'gold')},
-               'what is trained on, and what is wanted')
-    page.lines({'learned reward': (curve(workdir / 'proxy', 'kl')[1], curve(workdir / 'proxy', 'reward')[1]),
-                'gold reward': (curve(workdir / 'proxy', 'kl')[1], curve(workdir / 'proxy', 'gold')[1])},
-               'both against drift', x='KL')
+    kl = curve(workdir / 'proxy', 'kl')[1]
+    for name, label in (('reward', 'learned reward: what is trained on'), ('gold', 'gold reward: what is wanted')):
+        steps, values = curve(workdir / 'proxy', name)
+        page.lines({label: (steps, values)}, label)
+        page.lines({label: (kl, values)}, f'{label}, against drift', x='KL')
     page.text(f'The reward model orders {metrics["reward_model_accuracy"]:.1%} of held-out pairs as the gold reward '
               'does.')
 
