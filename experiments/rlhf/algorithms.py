@@ -4,7 +4,7 @@ A batch and its rows have prompts on their leading axis and completions on the s
 the rows always holds whole groups. `prepare` sees the whole batch once, before its first update: whatever a loss needs
 from other completions (baselines, pairs, whitening) is a column of the rows then, and the loss of any part of them is
 just a mean over that part. `weights` says how much each prompt counts in that mean, so that microbatches of unequal
-content add up to the loss of all.
+content add up to the loss of all (but for PPO's critic with `after_eos`, which counts a position more in some rows).
 """
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -184,33 +184,35 @@ class Generator:
 
     def __call__(self, params: Any, *, index: int, version: int) -> Mapping[str, np.ndarray]:
         """A batch of B prompts and K completions of each, K-major: see `rlhf_jax.rollout.batch`."""
-        num_samples, draws = self._config.algorithm.num_samples, self._draws(index)
-        ids = self._order(draws)
-        tokens, mask = generate_lib.pad_prompts([self._prompts[i] for i in ids], buckets=self._buckets,
-                                                pad_token=self.tokenizer.pad)
-        # By the draw, not the prompt: one that comes twice (a small set, the seam of two epochs) is answered anew.
-        keys = responses.sample_keys(jax.random.key(self._config.seed), draws, num_samples, version)
-        drawn, versions = self._draw(params, version, tokens, mask, keys)
-        return finish(self.tokenizer, self._scorer, np.tile(tokens, (num_samples, 1)), np.tile(mask, (num_samples, 1)),
-                      drawn, [self._rows[i] for _ in range(num_samples) for i in ids]) | versions
+        # All of it, keys and reward models too: without a thread of its own this runs under the learner's mesh.
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+            num_samples, draws = self._config.algorithm.num_samples, self._draws(index)
+            ids = self._order(draws)
+            tokens, mask = generate_lib.pad_prompts([self._prompts[i] for i in ids], buckets=self._buckets,
+                                                    pad_token=self.tokenizer.pad)
+            # By the draw, not the prompt: one that comes twice (a small set, the seam of two epochs) is answered anew.
+            keys = responses.sample_keys(jax.random.key(self._config.seed), draws, num_samples, version)
+            drawn, versions = self._draw(params, version, tokens, mask, keys)
+            rows = [self._rows[i] for _ in range(num_samples) for i in ids]
+            return finish(self.tokenizer, self._scorer, np.tile(tokens, (num_samples, 1)),
+                          np.tile(mask, (num_samples, 1)), drawn, rows) | versions
 
     def _draw(self, params, version, tokens, mask, keys):
         r, num_samples = self._config.rollout, self._config.algorithm.num_samples
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            if not (r.chunk or r.slots):
-                place = functools.partial(jax.device_put, device=mesh_lib.batch_sharding(self._mesh))
-                drawn = generate_lib.generate(self._module, params, place(tokens), place(mask), keys, self._sampling,
-                                              num_samples=num_samples)
-                return jax.device_get(drawn), {}
-            held = [params, version]
+        if not (r.chunk or r.slots):
+            place = functools.partial(jax.device_put, device=mesh_lib.batch_sharding(self._mesh))
+            drawn = generate_lib.generate(self._module, params, place(tokens), place(mask), keys, self._sampling,
+                                          num_samples=num_samples)
+            return jax.device_get(drawn), {}
+        held = [params, version]
 
-            def newest():
-                found = self._weights.newest() if r.chunk else None
-                if found is not None and found > held[1]:
-                    held[:] = self._weights.fetch(found), found
-                return tuple(held)
-            drawn = refill.generate_refilled(self._module, newest, tokens, mask, keys, self._sampling,
-                                             slots=r.slots or len(keys), chunk=r.chunk or 16, num_samples=num_samples)
+        def newest():
+            found = self._weights.newest() if r.chunk else None
+            if found is not None and found > held[1]:
+                held[:] = self._weights.fetch(found), found
+            return tuple(held)
+        drawn = refill.generate_refilled(self._module, newest, tokens, mask, keys, self._sampling,
+                                         slots=r.slots or len(keys), chunk=r.chunk or 16, num_samples=num_samples)
         drawn = jax.device_get(drawn)
         # Past the end of a response no version is meant; the newest there is keeps minima over tokens right.
         return drawn, {'policy_version': np.where(drawn.mask, drawn.versions, held[1]).astype(np.int32)}

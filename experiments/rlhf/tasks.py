@@ -154,7 +154,10 @@ def _rows(path: str, split: str, fields: Sequence[str], bad: list[str] | None) -
                          f"{split}.jsonl, or cut the file, as in 'train[90%:]'")
     if not found.exists():
         raise FileNotFoundError(f'data.path={path}: no such file or folder')
-    yield from rows.read(found, fields, split=split or None, bad=bad)
+    try:
+        yield from rows.read(found, fields, split=split or None, bad=bad)
+    except rows.BadRow as error:
+        raise ValueError(f'{error}; data.skip_bad_rows=True leaves such rows out') from None
 
 
 def _tfds_rows(path: str, split: str, fields: Sequence[str], bad: list[str] | None) -> Iterator[Row]:

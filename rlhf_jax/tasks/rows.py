@@ -42,7 +42,7 @@ def read(path: str | os.PathLike, fields: Sequence[str] = (), *, split: str | No
             if message is None:
                 yield row
             elif bad is None:
-                raise ValueError(f'{file}: row {number}: {message}')
+                raise BadRow(f'{file}: row {number}: {message}')
             else:
                 bad.append(f'{file}: row {number}: {message}')
 
@@ -73,6 +73,10 @@ def _fault(row: Any, fields: Sequence[str]) -> str | None:
         if row.get(field) is None:
             return f'missing field {field!r}; it has {sorted(k for k, v in row.items() if v is not None)}'
     return None
+
+
+class BadRow(ValueError):
+    """One row of a file that is fine otherwise."""
 
 
 class _Malformed:

@@ -17,12 +17,12 @@ def config_of(**fields):
     """Eight bare sums a batch, two completions of eight bytes each; `a__b=x` sets `config.a.b`."""
     config = base.policy().copy_and_resolve_references().unlock()
     config.model.update(dict(size='70m', width=32, depth=2, num_heads=2, vocab_size=264, max_length=32))
-    config.num_steps, config.batch_size, config.log_every, config.checkpoint_every = 6, B, 1, 3
+    config.num_steps, config.batch_size, config.log_every, config.checkpoint_every = 8, B, 1, 3
     config.data.num_rows = 20
     config.data.options = dict(num_steps=1, words=False, max_number=30)
     config.sampling.update(dict(max_new_tokens=L, max_prompt=P, temperature=0.7))
     config.reward.update(dict(kind='function', function='policy_rewards:ascii_share'))
-    config.optimizer.learning_rate.update(dict(peak=1e-2, decay='constant'))
+    config.optimizer.learning_rate.update(dict(peak=3e-2, decay='constant'))
     for name, value in fields.items():
         *path, last = name.split('__')
         node = config
@@ -44,7 +44,8 @@ def shared_steps():
 
     def build_once(config, mesh):
         same = config.copy_and_resolve_references()
-        same.rollout, same.reward, same.data, same.checkpoint_every = {}, {}, {}, 0
+        same.rollout, same.reward, same.data, same.checkpoint_every, same.weights = {}, {}, {}, 0, ''
+        same.algorithm.critic_weights = ''
         key, built = (same.to_json(), mesh), build(config.copy_and_resolve_references(), mesh)
         first = steps.setdefault(key, built)
         return dataclasses.replace(built, init=first.init, step=first.step, loss=first.loss)

@@ -295,7 +295,7 @@ def learning_rates(num_minibatches, lr_per, monkeypatch):
     config = config_of(lr_per=lr_per, algorithm__num_minibatches=num_minibatches, batch_size=512 * num_minibatches,
                        num_steps=256 // num_minibatches, optimizer__learning_rate__decay='linear')
     policy.build(config, devices(1))
-    return np.asarray(jax.vmap(seen[0])(jnp.arange(256))) / 1e-2
+    return np.asarray(jax.vmap(seen[0])(jnp.arange(256))) / 3e-2
 
 
 @pytest.mark.parametrize('num_minibatches,mean', [(1, .4980), (2, .4961), (4, .4922), (8, .4844), (16, .4688),
@@ -409,7 +409,7 @@ def trained(tmp_path_factory):
     return run
 
 
-STEPS = [1, 2, 3, 4, 6]
+STEPS = [1, 2, 3, 4, 5, 6, 8]
 SERIAL = dict(rollout__threaded=False)
 STALE = dict(count=2, rollout__max_staleness=1, rollout__devices=2)
 
@@ -429,7 +429,7 @@ def test_synchronous_training_is_the_plain_loop(trained):
     assert_equal(threaded, state)
     assert_equal(serial, state)
     assert [row['step'] for row in rows] == STEPS  # the last two are reported together
-    assert [row['rollout_staleness'] for row in rows] == [0] * 5 == [row['token_staleness'] for row in rows]
+    assert [row['rollout_staleness'] for row in rows] == [0] * 7 == [row['token_staleness'] for row in rows]
     assert rows[0]['kl'] == pytest.approx(0, abs=1e-5) and all(row['logprob_gap_max'] < 1e-5 for row in rows)
     assert rows[-1]['reward'] > rows[0]['reward'] + 0.1
 
@@ -440,8 +440,8 @@ def test_stale_training_equals_its_serial_emulation(trained):
     assert_equal(threaded, serial)
     assert_differs(threaded.params, trained()[0].params)
     for found in (rows, serial_rows):
-        assert [row['rollout_staleness'] for row in found] == [0, 1, 1, 1, 1]
-        assert [row['token_staleness'] for row in found] == [0, 1, 1, 1, 1]
+        assert [row['rollout_staleness'] for row in found] == [0, 1, 1, 1, 1, 1, 1]
+        assert [row['token_staleness'] for row in found] == [0, 1, 1, 1, 1, 1, 1]
         assert found[0]['logprob_gap_max'] < 1e-5 < 1e-3 < min(row['logprob_gap_max'] for row in found[1:])
     assert rows[-1]['reward'] > rows[0]['reward'] + 0.1
 
@@ -457,7 +457,7 @@ def test_killed_and_resumed_is_bit_identical(mode, trained, tmp_path):
     assert_equal(jax.device_get(resumed), trained(**STALE)[0])
     rows = read_metrics(tmp_path / 'metrics.jsonl')
     assert [row['step'] for row in rows] == STEPS
-    assert [row['rollout_staleness'] for row in rows] == [0, 1, 1, 1, 1]
+    assert [row['rollout_staleness'] for row in rows] == [0, 1, 1, 1, 1, 1, 1]
     assert rows[3]['rollout_generate_seconds'] == 0  # it was not generated again
 
 
@@ -487,7 +487,6 @@ def test_resets_are_trained_on_and_published(tmp_path, monkeypatch):
         assert_equal(published[version], jax.device_get(convert_weights(states[version].params['policy'])))
     assert_equal(states[2].extra['elastic'].ema, states[2].extra['elastic'].init)
     assert rows[2]['logprob_gap_max'] < 1e-5  # batch 2 was sampled by the reset policy
-    assert rows[2]['kl'] < rows[1]['kl']
 
 
 def test_devices_apart():
@@ -536,7 +535,7 @@ def test_a_generator_process_makes_the_batches_of_one_process(transport, trained
     expected, _ = trained(rollout__max_staleness=1)
     assert_equal(jax.device_get(state), expected)
     rows = read_metrics(workdir / 'metrics.jsonl')
-    assert [row['rollout_staleness'] for row in rows] == [0, 1, 1, 1, 1]
+    assert [row['rollout_staleness'] for row in rows] == [0, 1, 1, 1, 1, 1, 1]
     assert all(row['rollout_generate_seconds'] > 0 for row in rows)
 
 
@@ -637,6 +636,15 @@ def test_warm_start(name, weights):
     assert_equal(state.params['policy'], params)
     assert_equal(state.extra['elastic'].init['policy'], params)
     assert_equal(state.params['value']['backbone'], {k: v for k, v in params.items() if k != 'lm_head'})
+
+
+def test_policy_and_critic_may_start_from_the_same_weights(weights, tmp_path):
+    """Though the step takes the buffers of both for its own."""
+    config = config_of(algorithm__name='ppo', weights=str(weights[0] / 'hf'))
+    with pytest.raises(Kill):
+        train.train(config, tmp_path, mesh=devices(1), hooks=[kill_at(2)])
+    rows = read_metrics(tmp_path / 'metrics.jsonl')
+    assert rows[0]['kl'] == pytest.approx(0, abs=1e-5) and rows[0]['value'] == 0  # its head is new
 
 
 def test_a_critic_may_start_from_a_reward_model(weights):

@@ -189,20 +189,17 @@ def test_ppo(correction, after_eos, case):
             errors.append(max((new - to) ** 2, (old + np.clip(new - old, -.2, .2) - to) ** 2))
     got, _, _ = loss_of(settings('ppo', gamma=gamma, lam=lam, kl_coefficient=.3, kl_estimator='k3', correction=correction,
                                  correction_cap=1.1, after_eos=after_eos, value_coefficient=.4), case)
-    assert got == pytest.approx(np.mean(losses) + .4 * .5 * np.mean(errors), rel=2e-4)
+    assert got == pytest.approx(np.mean(losses) + .4 * .5 * np.mean(errors), rel=1e-4)
 
 
 # ---- Parts of a batch, and stale samples -------------------------------------------------------------------------------
 
-ALL = {name: dict(name=name) for name in algorithms.ALGORITHMS} | {
-    'grpo by token': dict(name='grpo', mean_over='token'), 'ppo after the end': dict(name='ppo', after_eos=True)}
+ALL = {name: dict(name=name) for name in algorithms.ALGORITHMS} | {'grpo by token': dict(name='grpo', mean_over='token')}
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_parts_weigh_what_they_count(name, case):
     """The mean of microbatches, by their weights, is the loss of all: tokens, prompts, or pairs that are not tied."""
-    if name == 'ppo after the end':
-        pytest.xfail('the critic counts one position more than the policy where a response ends')
     config = settings(**ALL[name])
     whole, part, _ = loss_of(config, case)
     for split in ([(0, 1), (2, 3)], [(0, 2), (1, 3)], [(1,), (0, 2, 3)]):
