@@ -1,7 +1,8 @@
 """A generator process of an asynchronous run: makes the batches that a learner elsewhere trains on.
 
-    python -m experiments.train    --config=FILE --workdir=DIR --config.rollout.transport=files --config.rollout.max_staleness=1
-    python -m experiments.generate --workdir=DIR                       # on other devices, or another machine that sees DIR
+    python -m experiments.train    --config=FILE --workdir=DIR --config.rollout.max_staleness=1 \\
+        --config.rollout.transport=files
+    python -m experiments.generate --workdir=DIR        # on other devices, or another machine that sees DIR
 
 Start it before or after the learner. It takes the run's own config, waits for weights in DIR/rollouts, and leaves when
 the learner is done. Killed, it is simply started again; several share the work (`--generator=1`, ... of

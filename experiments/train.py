@@ -100,8 +100,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
                 state = jax.device_put(experiment.warm_start(state), shardings)
 
         # ---- Train ---------------------------------------------------------------------------------------------------
-        if experiment.hooks:
-            hooks = (*experiment.hooks(workdir), *hooks)
         step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
                        out_shardings=(shardings, mesh_lib.replicated(mesh)))
         if online:
@@ -109,8 +107,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
             batches.publish(start, state)
         writer = MetricsWriter(workdir, from_step=start) if jax.process_index() == 0 else None
         try:
-            own = experiment.hooks(writer)
-            state = loop.run(state, step, batches, (*own, *hooks), config.num_steps,
+            # Weights are published as the hooks given here left them, and before anything is measured.
+            state = loop.run(state, step, batches, (*hooks, *experiment.hooks(writer)), config.num_steps,
                              save=loop.Save(checkpointer, batches, config.checkpoint_every),
                              log_hook=loop.Log(writer, config.log_every), name=name or config.experiment,
                              stop_every=1 if jax.process_count() == 1 else config.log_every)

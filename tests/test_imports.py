@@ -60,6 +60,7 @@ def test_runtime_knows_neither_images_nor_language(path):
 def test_importing_the_library_brings_neither_tensorflow_nor_torch():
     code = ('import sys, dlc_jax, rlhf_jax.refill, rlhf_jax.tokenizers, rlhf_jax.convert.peft, rlhf_jax.models.seq2seq;'
             'import experiments.train, experiments.dlc.encoder, experiments.dlc.generator, experiments.dlc.code_model;'
+            'import experiments.rlhf.policy, experiments.rlhf.sft, experiments.rlhf.translation_game, experiments.generate;'
             'heavy = {"tensorflow", "torch", "sklearn.neural_network", "transformers", "tokenizers"};'
             'sys.exit(bool(heavy & set(sys.modules)))')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0

@@ -81,7 +81,7 @@ def policy() -> ConfigDict:
             num_epochs=1,  # T passes over a batch
             beta=0.1, loss_type='sigmoid', ties='drop',  # of Online DPO; drop | order | same
             kl_coefficient=0.05, kl_estimator='k1',  # price of KL in the reward; k1 | k2 | k3
-            kl_target=0.0, kl_rate=0.1, kl_unit='token',  # adaptive coefficient towards a KL a token | sequence; 0: fixed
+            kl_target=0.0, kl_rate=0.1, kl_unit='token',  # coefficient that seeks a KL a token | sequence; 0: fixed
             clip=0.2, clip_high=0.0,  # of ratios; 0: as clip
             gamma=1.0, lam=0.95,  # of PPO's advantages
             value_coefficient=0.1, value_clip=0.2, whiten=True,
@@ -123,7 +123,7 @@ def policy() -> ConfigDict:
             timeout=0.0,  # seconds the learner waits for a batch; 0: for ever
         ),
         elastic=dict(
-            method='',  # '' | fixed_reference | ema_anchor | reference_reset | reset_to_init | reset_to_ema | elastic_reset
+            method='',  # '' | elastic_reset, or one of the others in rlhf_jax.elastic_reset.METHODS
             period=0, decay=0.995,  # between resets, counted in reset_on; of the average, a tick
             tick_on='step', tick_every=1, tick_offset=1,  # iteration | epoch | step
             reset_on='iteration', reset_offset=1, reset_skip_first=False,

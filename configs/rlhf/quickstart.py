@@ -12,7 +12,7 @@ def get_config(size: str = 'full'):
     policy = arithmetic.get_config('online_dpo')
     policy.num_steps, policy.batch_size, policy.log_every, policy.eval_every = 60, 64, 2, 0
     proxy = policy.copy_and_resolve_references()
-    proxy.num_steps, proxy.log_every = 120, 4
+    proxy.num_steps, proxy.log_every, proxy.optimizer.learning_rate.peak = 100, 4, 1e-4
     proxy.reward.update(dict(kind='model', missing_eos=''))
     config = base.ConfigDict(dict(
         sft=sft_arithmetic.get_config(),

@@ -220,7 +220,7 @@ class HeldOutPrompts:
                 texts += rollouts.texts_of(self._generate.tokenizer, *(
                     x[:keep].reshape(-1, length) for x in (by_prompt['tokens'][..., -length:], by_prompt['mask'])))[0]
         out = {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}
-        out['reward'] = out.pop('rewards')
+        out |= {'reward': out.pop('rewards'), 'kl_per_token': out['kl'] / out['length']}
         if self._task.metrics is not None:
             out |= self._task.metrics(texts, rows)
         return {f'eval_{name}': value for name, value in out.items()}

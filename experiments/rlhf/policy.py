@@ -39,7 +39,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     init_params = make_init(config, algorithm)
     groups = ml_collections.ConfigDict(dict(config.optimizer))
     trained_shapes = divide(config, jax.eval_shape(init_params, jax.random.key(0)))[1]
-    if config.lr_per == 'batch':  # the published runs: once a rollout batch, ahead of it, so that the last one trains at 0
+    if config.lr_per == 'batch':  # the published runs: once a rollout batch, ahead of it, so the last one trains at 0
         tx = optim.adamw(groups, trained_shapes, config.num_steps, clock=lambda n: n // updates + 1)
     else:
         tx = optim.adamw(groups, trained_shapes, config.num_steps * updates)
@@ -153,10 +153,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         return jax.jit(assemble)(params, state.rng)
 
     def divergence(state, batch):
-        """KL of each prompt's completions from the reference, in nats a response, and theirs a token."""
+        """KL of each prompt's completions from the reference, in nats a response."""
         score = scorers(state)
-        kl = masked.zeroed(score.policy(batch) - score.reference(batch), batch['mask']).sum(-1)
-        return {'kl': kl.mean(-1), 'kl_per_token': (kl / jnp.maximum(batch['mask'].sum(-1), 1)).mean(-1)}
+        return {'kl': masked.zeroed(score.policy(batch) - score.reference(batch), batch['mask']).sum(-1).mean(-1)}
 
     def hooks(writer):
         return (evaluation.HeldOutPrompts(config, mesh, divergence, writer),) if config.eval_every else ()
@@ -167,25 +166,27 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
                       open_rollouts=lambda workdir: rollouts.open_rollouts(config, mesh, workdir), hooks=hooks)
 
 
-# ---- Parts -------------------------------------------------------------------------------------------------------------
+# ---- Parts -----------------------------------------------------------------------------------------------------------
 
 def check(config: ml_collections.ConfigDict, shards: int) -> None:
     """Raises a ValueError for settings that cannot work together."""
     a, s, module = config.algorithm, config.sampling, language.decoder(config.model)
     parts = shards * config.accumulate * a.num_minibatches
     if config.batch_size % parts:
-        raise ValueError(f'batch_size={config.batch_size} prompts is not divisible by {shards} batch shards x accumulate='
-                         f'{config.accumulate} x algorithm.num_minibatches={a.num_minibatches}; use a multiple of {parts}')
+        raise ValueError(f'batch_size={config.batch_size} prompts is not divisible by {shards} batch shards x '
+                         f'accumulate={config.accumulate} x algorithm.num_minibatches={a.num_minibatches}; use a '
+                         f'multiple of {parts}')
     if s.max_new_tokens < 1:
         raise ValueError(f'sampling.max_new_tokens={s.max_new_tokens} must be at least 1')
     if s.temperature <= 0:
         raise ValueError(f'sampling.temperature={s.temperature} must be positive: the learner needs the probabilities '
                          'that tokens were drawn with')
     if s.max_prompt < 1 or s.max_prompt + s.max_new_tokens > module.max_length:
-        raise ValueError(f'sampling.max_prompt={s.max_prompt} and sampling.max_new_tokens={s.max_new_tokens} exceed the '
-                         f'context of the model, {module.max_length}; lower one of them')
+        raise ValueError(f'sampling.max_prompt={s.max_prompt} and sampling.max_new_tokens={s.max_new_tokens} exceed '
+                         f'the context of the model, {module.max_length}; lower one of them')
     if any(not 0 < bucket <= s.max_prompt for bucket in s.buckets):
-        raise ValueError(f'sampling.buckets={tuple(s.buckets)} must be lengths up to sampling.max_prompt={s.max_prompt}')
+        raise ValueError(f'sampling.buckets={tuple(s.buckets)} must be lengths up to sampling.max_prompt='
+                         f'{s.max_prompt}')
     launch.check_choice('lr_per', config.lr_per, ('step', 'batch'))
     modules.dtype(config.reference, 'reference')
     rollouts.check(config)
@@ -234,7 +235,7 @@ def make_init(config: ml_collections.ConfigDict, algorithm: algorithms.Algorithm
 
 
 def make_forward(config: ml_collections.ConfigDict, algorithm: algorithms.Algorithm) -> Callable:
-    """(params, rows) -> log-probabilities of the responses [b, C, L], at the sampling temperature, and values or None."""
+    """(params, rows) -> log-probabilities of responses [b, C, L] at the sampling temperature, and values or None."""
     module, temperature = language.decoder(config.model), config.sampling.temperature
     critic = language.reward_model(config.model) if algorithm.critic else None
     shared = algorithm.critic and config.algorithm.critic == 'shared'

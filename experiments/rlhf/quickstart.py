@@ -5,7 +5,9 @@ synchronously and asynchronously from the same seeds and the same number of samp
 preferences that a known gold reward labelled, and a policy on that; and compares Elastic Reset with what it has to beat
 on the Lewis game. Interrupt it anywhere and run it again: it continues and ends with the same numbers.
 """
+import contextlib
 import json
+import os
 import pathlib
 import statistics
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ import numpy as np
 from configs.rlhf.quickstart import MODES
 from experiments.rlhf import evaluation, lewis, tasks
 from experiments.rlhf.inference import Policy
+from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import report, stages
 from experiments.runtime.metrics import curve, read_metrics
 from experiments.train import train
@@ -29,42 +32,52 @@ SECONDS = {'seconds_per_step': 'a step', 'rollout_generate_seconds': 'generating
            'rollout_load_seconds': 'loading weights', 'rollout_publish_seconds': 'publishing weights'}
 
 
-def prepare() -> None:
-    """On a CPU, a device to generate and one to learn: two programs at a time, on the same cores."""
-    if jax.config.jax_platforms == 'cpu' and jax.config.jax_num_cpu_devices < 2:
-        jax.config.update('jax_num_cpu_devices', 2)
+def devices() -> tuple[jax.Device, int]:
+    """The device that learns, and how many others generate: 1 where there is another.
+
+    A CPU is made into two if jax has not looked at it yet: two programs at a time, on the same cores.
+    """
+    if jax.config.jax_num_cpu_devices < 2 and 'xla_force_host_platform_device_count' not in os.environ.get(
+            'XLA_FLAGS', ''):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update('jax_num_cpu_devices', 2)
+    return jax.devices()[0], int(len(jax.devices()) > 1)
 
 
-def policies(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+def policies(config: ml_collections.ConfigDict, generators: int) -> dict[str, ml_collections.ConfigDict]:
     """Name of the work directory -> config of the runs that learn from the reward that can be checked."""
     found = {}
     for mode, staleness in MODES.items():
         for seed in config.seeds:
             one = config.policy.copy_and_resolve_references().unlock()
             one.seed, one.rollout.max_staleness = seed, staleness
-            one.rollout.devices = int(len(jax.devices()) > 1)  # the same split in both modes
+            one.rollout.devices = generators  # the same split in both modes
             found[f'{mode}_{seed}'] = one
     return found
 
 
 def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says."""
-    prepare()
+    learner, generators = devices()
+    mesh = mesh_lib.make_mesh({}, [learner])
     workdir = stages.claim(config, workdir)
     clock = stages.Clock(workdir / 'seconds.json')
     config = config.copy_and_resolve_references().unlock()
 
     # ---- 1, 2: what RL starts from, and a reward model ---------------------------------------------------------------
-    clock.stage('fine-tuning', lambda: train(config.sft, workdir / 'sft', name='1/6 fine-tuning'))
+    clock.stage('fine-tuning', lambda: train(config.sft, workdir / 'sft', mesh=mesh, name='1/6 fine-tuning'))
     config.reward_model.weights = str(workdir / 'sft')
-    clock.stage('reward model', lambda: train(config.reward_model, workdir / 'reward_model', name='2/6 reward model'))
+    clock.stage('reward model', lambda: train(config.reward_model, workdir / 'reward_model', mesh=mesh,
+                                              name='2/6 reward model'))
 
     # ---- 3, 4: policies ----------------------------------------------------------------------------------------------
-    for name, policy in policies(config).items():
+    for name, policy in policies(config, generators).items():
         policy.weights = str(workdir / 'sft')
-        clock.stage(name.rsplit('_', 1)[0], lambda: train(policy, workdir / name, name=f'3/6 {name}'))
+        clock.stage(name.rsplit('_', 1)[0], lambda: train(policy, workdir / name, mesh=mesh, name=f'3/6 {name}'))
     config.proxy.weights, config.proxy.reward.model = str(workdir / 'sft'), str(workdir / 'reward_model')
-    clock.stage('reward model as reward', lambda: train(config.proxy, workdir / 'proxy', name='4/6 learned reward'))
+    config.proxy.rollout.devices = generators
+    clock.stage('reward model as reward', lambda: train(config.proxy, workdir / 'proxy', mesh=mesh,
+                                                        name='4/6 learned reward'))
 
     # ---- 5, 6: games, numbers, page ----------------------------------------------------------------------------------
     comparison = clock.stage('Lewis game', lambda: lewis.compare(config.lewis, workdir / 'lewis'))
@@ -74,7 +87,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -
     return metrics
 
 
-# ---- Numbers -----------------------------------------------------------------------------------------------------------
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 def measure(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Everything of the policies in `metrics.json`: on held-out problems, at the temperature they were trained at."""
@@ -129,7 +142,7 @@ def over_optimisation(workdir: pathlib.Path) -> dict[str, float]:
                                          for name, values in (('gold', gold), ('reward', reward))}
 
 
-# ---- Page --------------------------------------------------------------------------------------------------------------
+# ---- Page ------------------------------------------------------------------------------------------------------------
 
 def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metrics: dict[str, Any],
                  comparison: lewis.Comparison, seconds: Mapping[str, float]) -> None:
@@ -155,17 +168,19 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
                'reward against drift', x='KL')
 
     page.heading('Who waits for whom')
-    page.table([{'': mode} | {label: median(run, name) for name, label in SECONDS.items()} for mode, run in runs.items()])
+    page.table([{'': mode} | {label: median(run, name) for name, label in SECONDS.items()}
+                for mode, run in runs.items()])
     page.text('Medians over the steps of one run, in seconds. Learner and generator have a device each, but on a CPU '
               'share its cores: where the learner keeps all of them busy, generating at the same time gains nothing.')
 
     page.heading('A reward that is learned')
-    page.lines({'learned reward': curve(workdir / 'proxy', 'reward'), 'gold reward': curve(workdir / 'proxy', 'gold')},
-               'what is trained on, and what is wanted')
-    page.lines({'learned reward': (curve(workdir / 'proxy', 'kl')[1], curve(workdir / 'proxy', 'reward')[1]),
-                'gold reward': (curve(workdir / 'proxy', 'kl')[1], curve(workdir / 'proxy', 'gold')[1])},
-               'both against drift', x='KL')
-    page.text(f'The reward model orders {metrics["reward_model_accuracy"]:.1%} of held-out pairs as the gold reward does.')
+    kl = curve(workdir / 'proxy', 'kl')[1]
+    for name, label in (('reward', 'learned reward: what is trained on'), ('gold', 'gold reward: what is wanted')):
+        steps, values = curve(workdir / 'proxy', name)
+        page.lines({label: (steps, values)}, label)
+        page.lines({label: (kl, values)}, f'{label}, against drift', x='KL')
+    page.text(f'The reward model orders {metrics["reward_model_accuracy"]:.1%} of held-out pairs as the gold reward '
+              'does.')
 
     page.heading('Elastic Reset on the Lewis game')
     lewis.write_section(page, config.lewis, comparison)

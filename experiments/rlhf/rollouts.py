@@ -90,7 +90,7 @@ def sampling_of(config: ml_collections.ConfigDict, eos: int, pad: int) -> genera
                                  top_p=s.top_p, min_new_tokens=s.min_new_tokens, stop_tokens=(eos,), pad_token=pad)
 
 
-# ---- Weights for decoding ----------------------------------------------------------------------------------------------
+# ---- Weights for decoding --------------------------------------------------------------------------------------------
 
 class Decoding:
     """A policy's weights as the sampler wants them: adapter merged, matrices in compute dtype, a tree a block.
@@ -143,7 +143,7 @@ def open_weights(config: ml_collections.ConfigDict, shardings: Any, shapes: Any,
                             timeout=timeout)
 
 
-# ---- The generator -----------------------------------------------------------------------------------------------------
+# ---- The generator ---------------------------------------------------------------------------------------------------
 
 class Generator:
     """`Generate` of a `RolloutStream`: batch `index` of the run, under weights that `Decoding` converted.
@@ -267,7 +267,7 @@ def finish(tokenizer: Any, scorer: Any, tokens: np.ndarray, mask: np.ndarray, dr
             **scored}
 
 
-# ---- The stream --------------------------------------------------------------------------------------------------------
+# ---- The stream ------------------------------------------------------------------------------------------------------
 
 class Rollouts:
     """A `RolloutStream` as the runner's loop knows streams: prompt-major batches, and told every new state."""
@@ -311,7 +311,8 @@ def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | 
     """The stream of a learner on `mesh`; files between processes lie in `workdir/rollouts`."""
     r = config.rollout
     if r.transport != 'devices' and storage.is_remote(workdir):
-        raise ValueError(f'--workdir={workdir}: rollout.transport={r.transport!r} needs a folder that all processes see')
+        raise ValueError(f'--workdir={workdir}: rollout.transport={r.transport!r} needs a folder that all processes '
+                         'see')
     generating = generator_mesh(config, mesh)
     decoding = Decoding(config, generating)
     weights = open_weights(config, decoding.shardings, decoding.shapes, storage.resolve(workdir) / 'rollouts')
@@ -320,6 +321,15 @@ def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | 
     else:
         generate = weights = processes.Remote(storage.resolve(workdir) / 'rollouts' / 'batches', weights,
                                               max_staleness=r.max_staleness)
-    stream = RolloutStream(generate, weights, max_staleness=r.max_staleness, threaded=r.threaded, newest=r.newest,
+    # Two threads that each start programs over several devices, the same ones, can leave those waiting for each other.
+    shared = r.transport == 'devices' and not r.devices and mesh.devices.size > 1
+    if shared and r.chunk:
+        raise ValueError(f'rollout.chunk={r.chunk} takes up weights while others are trained, which needs devices of '
+                         'its own; set rollout.devices')
+    if shared and r.max_staleness:
+        log.warning('rollout.max_staleness=%d with rollout.devices=0: batches come from earlier weights, but are made '
+                    'and trained on in turn; set devices apart to do both at once', r.max_staleness)
+    threaded = r.threaded and not shared
+    stream = RolloutStream(generate, weights, max_staleness=r.max_staleness, threaded=threaded, newest=r.newest,
                            num_batches=config.num_steps, timeout=r.timeout or None)
     return Rollouts(stream, decoding.convert, config.algorithm.num_samples, config.num_steps)

@@ -114,8 +114,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         return (state.replace(step=state.step + 1, params=params, opt_state=opt_state),
                 metrics | {'loss': value, 'grad_norm': norm})
 
-    def hooks(workdir):
-        return evaluation.hooks(config, workdir, lambda: evaluation.AgentEvaluation(config, model))
+    def hooks(writer):
+        return evaluation.hooks(config, writer, lambda: evaluation.AgentEvaluation(config, model))
 
     return Experiment(init, loss, step, seq2seq.PARTITION_RULES, batch_spec(config, languages, unit),
                       lambda: open_batches(config, languages, unit),

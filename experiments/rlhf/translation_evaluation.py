@@ -13,7 +13,6 @@ import ml_collections
 import numpy as np
 
 from experiments.rlhf import translation_data as data_lib
-from experiments.runtime.metrics import MetricsWriter
 from rlhf_jax import masked, responses
 from rlhf_jax.models.seq2seq import Seq2Seq
 from rlhf_jax.tasks import bleu, translation
@@ -113,21 +112,18 @@ class GameEvaluation(_Evaluation):
 
 @dataclasses.dataclass
 class Hook:
-    """Every `every` steps: `measure(parameters)` to `directory/metrics.jsonl`."""
-    directory: Any
+    """Every `every` steps: `measure(parameters)` as a row of metrics."""
+    writer: Any
     every: int
     measure: Callable[[Any], dict[str, float]]
 
     def __call__(self, step, state, metrics):
         if step % self.every == 0:
             values = self.measure(state.params)
-            if jax.process_index() == 0:
-                # Opened each time: it drops what a run that was killed after its last checkpoint wrote at this step.
-                writer = MetricsWriter(self.directory, from_step=step - 1, tensorboard=False)
-                writer.write(step, values)
-                writer.close()
+            if self.writer:
+                self.writer.write(step, values)
 
 
-def hooks(config: ml_collections.ConfigDict, workdir: Any, open_evaluation: Callable[[], _Evaluation]) -> list[Hook]:
+def hooks(config: ml_collections.ConfigDict, writer: Any, open_evaluation: Callable[[], _Evaluation]) -> list[Hook]:
     """The evaluation of a run as its hook, or none where `evaluation.every` is 0."""
-    return [Hook(workdir / 'evaluation', config.evaluation.every, open_evaluation())] if config.evaluation.every else []
+    return [Hook(writer, config.evaluation.every, open_evaluation())] if config.evaluation.every else []

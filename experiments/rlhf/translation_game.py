@@ -174,8 +174,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
                 params[name] = agents.load(config[name], name, config)
         return state.replace(params=params, extra=extra(params, agents.checksums(config, translation.FIELDS)))
 
-    def hooks(workdir):
-        return evaluation.hooks(config, workdir, lambda: evaluation.GameEvaluation(config, model))
+    def hooks(writer):
+        return evaluation.hooks(config, writer, lambda: evaluation.GameEvaluation(config, model))
 
     spec = agents.batch_spec(config, languages, unit)
     if pairs:

@@ -34,7 +34,6 @@ class Experiment:
             (`publish(version, state)`, before the first batch and after each step), and gives `metrics` of the last
             batch.
         warm_start: applied to a fresh state, never to a resumed one (released weights).
-        hooks: work directory -> what runs after every step besides saving and logging (evaluation).
         sampler: (params, key) -> samples (of an encoder: codes of random images) as one program, for compile checks.
         sampler_program: devices -> (jitted sampler, its abstract arguments, their mesh), for the same where sampling
             has a layout of its own.
@@ -48,7 +47,6 @@ class Experiment:
     open_batches: Callable[[], Iterator[dict[str, np.ndarray]]] | None
     open_rollouts: Callable[[Any], Any] | None = None
     warm_start: Callable[[TrainState], TrainState] | None = None
-    hooks: Callable[[Any], Sequence[Callable]] | None = None
     sampler: Callable[[Any, jax.Array], Any] | None = None
     sampler_program: Callable[[Sequence[jax.Device]], tuple[Any, tuple, Mesh]] | None = None
     hooks: Callable[[MetricsWriter | None], Sequence[loop.Hook]] = lambda writer: ()

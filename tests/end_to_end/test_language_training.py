@@ -107,7 +107,8 @@ GOLDEN = {
 def test_golden_metrics_of_three_steps(kind):
     _, found = unsharded(kind)
     for name, values in GOLDEN[kind].items():
-        np.testing.assert_allclose([row[name] for row in found], values, rtol=2e-5, atol=1e-5, err_msg=f'{kind}: {name}')
+        np.testing.assert_allclose([row[name] for row in found], values, rtol=2e-5, atol=1e-5,
+                                   err_msg=f'{kind}: {name}')
 
 
 @pytest.mark.parametrize('kind,sizes', [

@@ -221,9 +221,9 @@ def test_losses_do_not_depend_on_padding(pretrained):
 
 def test_training_lowers_the_loss_and_evaluation_says_so(pretrained):
     for name in ('speaker', 'listener'):
-        losses = [row['loss'] for row in read_metrics(f'{pretrained[name]}/metrics.jsonl')]
+        losses = [row['loss'] for row in read_metrics(f'{pretrained[name]}/metrics.jsonl') if 'loss' in row]
         assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.6
-    scores = read_metrics(f'{pretrained["speaker"]}/evaluation/metrics.jsonl')
+    scores = [row for row in read_metrics(f'{pretrained["speaker"]}/metrics.jsonl') if 'bleu_en' in row]
     assert [row['step'] for row in scores] == [30, 60] and set(scores[0]) == {'step', 'bleu_en', 'nll_en'}
     assert scores[1]['nll_en'] < scores[0]['nll_en']
 
@@ -385,7 +385,7 @@ def evaluate(monkeypatch, tmp_path, *flags):
 
 
 def test_scores_of_a_game_and_of_its_start(pretrained, game, monkeypatch, tmp_path):
-    rows = read_metrics(game / 'evaluation' / 'metrics.jsonl')
+    rows = [row for row in read_metrics(game / 'metrics.jsonl') if 'bleu_en' in row]
     assert [row['step'] for row in rows] == [4, 8] and set(rows[0]) == {'step', 'bleu_en', 'bleu_de', 'nll_en'}
     whole = evaluate(monkeypatch, tmp_path, f'--game={game}')
     ends = evaluate(monkeypatch, tmp_path, f'--game={game}', '--interpolate=0,1')
