@@ -233,13 +233,13 @@ def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str
         own = launch.read_config(path)
         if own.experiment not in kinds:
             raise ValueError(f'weights={path}: holds a run of experiment={own.experiment!r}; expected one of {kinds}')
-        _check_same(path, decoder(own.model), module)
+        check_same(path, decoder(own.model), module)
         params = merged(_restore(path, own, decoder(own.model), 'policy' if own.experiment == 'policy' else None))
         return params if shardings is None else jax.device_put(params, shardings)
     kind = saved.get('model_type')
     if kind != config.model.kind:
         raise ValueError(f'model.kind={config.model.kind!r}, but weights={path} are of a {kind!r}')
-    _check_same(path, convert.module_of(kind, saved), module)
+    check_same(path, convert.module_of(kind, saved), module)
     placed = None if shardings is None else lambda shapes: shardings
     found, params = convert.from_torch(kind, files.open_safetensors(folder), config=saved, shardings=placed)
     return params['backbone'] if hasattr(found, 'backbone') else params
@@ -250,13 +250,14 @@ def _meant(module: Any, name: str) -> Any:
     return _IMPLIED[name](module) if name in _IMPLIED and not value else value
 
 
-def _check_same(path: Any, theirs: Any, ours: Any) -> None:
+def check_same(path: Any, theirs: Any, ours: Any, field: str = 'weights') -> None:
+    """Raises a ValueError unless both decoders are the same but for how they compute; `field`: which names `path`."""
     for name in type(ours).__dataclass_fields__:
         if name in _MANNER:
             continue
         a, b = (_meant(module, name) for module in (ours, theirs))
         if a != b and not (isinstance(a, float) and isinstance(b, (int, float)) and np.isclose(a, b, rtol=1e-6)):
-            raise ValueError(f'model.{name}={a!r}, but weights={path} have {b!r}')
+            raise ValueError(f'model.{name}={a!r}, but {field}={path} have {b!r}')
 
 
 def _restore(path: Any, own: Config, module: Any, part: str | None) -> Params:

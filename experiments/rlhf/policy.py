@@ -146,7 +146,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
             params['policy'] = supervised.filled(params['policy'], loaded)
         if algorithm.critic and a.critic == 'separate':
             if a.critic_weights:
-                critic = language.load_reward_model(a.critic_weights, config.model)[1]
+                module, critic = language.load_reward_model(a.critic_weights, config.model)
+                language.check_same(a.critic_weights, module.backbone, language.decoder(config.model),
+                                    'algorithm.critic_weights')
                 params['value'] = jax.device_put(critic, placed(params['value']))
             elif config.weights:
                 params['value'] = supervised.filled(params['value'], {'backbone': loaded})
