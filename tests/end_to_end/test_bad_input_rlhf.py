@@ -87,12 +87,15 @@ BAD = {
     'reward kind': ('reward.kind=modle', "reward.kind='modle' is not one of .*did you mean 'model'"),
     'transport': ('rollout.transport=file', "rollout.transport='file' is not one of .*did you mean 'files'"),
     'learning rate of what': ('lr_per=epoch', r"lr_per='epoch' is not one of \('step', 'batch'\)"),
-    'correction of pairs': ('algorithm.correction=truncate', r"algorithm.correction='truncate': online_dpo has \('none',\)"),
+    'correction of pairs': ('algorithm.correction=truncate',
+                            r"algorithm.correction='truncate': online_dpo has \('none',\)"),
     'loss type': ('algorithm.loss_type=hinge', r"algorithm.loss_type='hinge' is not one of \('sigmoid', 'ipo'\)"),
     'reference dtype': ('reference.dtype=float8', "dtype='float8'"),
     # ---- Numbers -----------------------------------------------------------------------------------------------------
-    'one sample of a pair': ('algorithm.num_samples=1', 'algorithm.num_samples=1: online_dpo needs at least 2 completions'),
-    'one sample of rloo': ('algorithm.name=rloo --config.algorithm.num_samples=1', 'num_samples=1: rloo needs at least 2'),
+    'one sample of a pair': ('algorithm.num_samples=1',
+                             'algorithm.num_samples=1: online_dpo needs at least 2 completions'),
+    'one sample of rloo': ('algorithm.name=rloo --config.algorithm.num_samples=1',
+                           'num_samples=1: rloo needs at least 2'),
     'batch and minibatches': ('algorithm.num_minibatches=3', 'batch_size=8 prompts is not divisible by 8 batch '
                               'shards x accumulate=1 x algorithm.num_minibatches=3; use a multiple of 24'),
     'batch and mesh': ('batch_size=12', 'batch_size=12 is not divisible by 8 batch shards'),
@@ -121,7 +124,8 @@ BAD = {
     # ---- Texts -------------------------------------------------------------------------------------------------------
     'prompt and context': ('sampling.max_prompt=25', 'sampling.max_prompt=25 and sampling.max_new_tokens=8 exceed the '
                            'context of the model, 32; lower one'),
-    'no prompt short enough': ('sampling.max_prompt=4', 'sampling.max_prompt=4: none of 20 prompts is that short; raise it'),
+    'no prompt short enough': ('sampling.max_prompt=4',
+                               'sampling.max_prompt=4: none of 20 prompts is that short; raise it'),
     'vocabulary': ('model.vocab_size=200', 'tokenizer=bytes has 259 ids, the model model.vocab_size=200'),
     'tokenizer without end': ('tokenizer={at}/endless', 'endless: it names no eos token.*add eos_token'),
     'tokenizer absent': ('tokenizer={at}/nowhere', 'nowhere'),
@@ -131,7 +135,8 @@ BAD = {
     # ---- Rewards -----------------------------------------------------------------------------------------------------
     'model not given': ('reward.kind=model', "reward.model is empty, but reward.kind='model' needs it"),
     'model absent': ('reward.kind=model --config.reward.model={at}/nowhere', 'nowhere is neither a folder'),
-    'no reward model': ('reward.kind=model --config.reward.model={at}/hf', 'hf: holds a language model without a score'),
+    'no reward model': ('reward.kind=model --config.reward.model={at}/hf',
+                        'hf: holds a language model without a score'),
     'module absent': ('reward.function=nowhere:f', 'cannot import nowhere:f .*No module'),
     'function absent': ('reward.function=policy_rewards:nope', "cannot import policy_rewards:nope .*nope"),
     'no rule': ('reward.kind=task', "the task 'imdb' has no rule to reward by"),
@@ -168,7 +173,7 @@ def test_generator_processes_that_cannot_work(arguments, message, call, nothing_
 
 
 def test_processes_meet_in_a_folder():
-    with pytest.raises(ValueError, match="gs://bucket/run: rollout.transport='files' needs a folder that all processes"):
+    with pytest.raises(ValueError, match="gs://bucket/run: rollout.transport='files' needs a folder that all"):
         rollouts.open_rollouts(config_of(rollout__transport='files'), devices(1), 'gs://bucket/run')
 
 
@@ -181,7 +186,7 @@ def test_bad_rows_may_be_left_out(places, caplog):
     assert 'left out 1 rows of 6' in caplog.text and 'answer' in caplog.text
 
 
-# ---- What a reward function does ---------------------------------------------------------------------------------------
+# ---- What a reward function does -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def steps():

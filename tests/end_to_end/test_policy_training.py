@@ -36,13 +36,14 @@ def built_once():
         yield
 
 
-# ---- One step, on a batch that is made up ------------------------------------------------------------------------------
+# ---- One step, on a batch that is made up ----------------------------------------------------------------------------
 
 def stirred(tree, scale=0.05):
     """Every weight moved a little: heads start at zero, and the policy where its reference is."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree)
     noise = lambda path, x: np.random.default_rng(zlib.crc32(partition.path_name(path).encode())).normal(size=x.shape)
-    return jax.tree_util.tree_unflatten(structure, [np.asarray(x + scale * noise(path, x), x.dtype) for path, x in flat])
+    moved = [np.asarray(x + scale * noise(path, x), x.dtype) for path, x in flat]
+    return jax.tree_util.tree_unflatten(structure, moved)
 
 
 def rollout(config, seed=0):
@@ -202,8 +203,9 @@ def test_a_step_is_the_plain_gradient():
     config = config_of()
     batch, (before, step) = rollout(config), start(config)
     after, metrics = step(before, batch)
-    loss, grads = jax.jit(jax.value_and_grad(lambda p: plain_dpo(config, p, before.extra['reference']['policy'], batch)))(
-        before.params['policy'])
+    reference = before.extra['reference']['policy']
+    plain = jax.jit(jax.value_and_grad(lambda params: plain_dpo(config, params, reference, batch)))
+    loss, grads = plain(before.params['policy'])
     assert metrics['loss'] == pytest.approx(float(loss), rel=1e-5)
     assert metrics['grad_norm'] == pytest.approx(float(optim.norm(grads)), rel=1e-5)
     assert metrics['pairs'] == 6 and metrics['tied'] == 0.25
@@ -287,10 +289,10 @@ def test_bfloat16_compute_keeps_float32_masters():
     assert {x.dtype for x in jax.tree.leaves(reference)} == {jnp.bfloat16}
 
 
-# ---- Learning rate -----------------------------------------------------------------------------------------------------
+# ---- Learning rate ---------------------------------------------------------------------------------------------------
 
 def learning_rates(num_minibatches, lr_per, monkeypatch):
-    """lr / lr0 of every update of a run of 131072 prompts in minibatches of 512, as the optimizer reads its schedule."""
+    """lr / lr0 of each update of a run of 131072 prompts in minibatches of 512, as the optimizer reads its schedule."""
     seen = []
     spied = lambda groups, learning_rate, weight_decay: seen.append(learning_rate) or optax.identity()
     monkeypatch.setattr(optim, 'scale_by_groups', spied)
@@ -303,7 +305,7 @@ def learning_rates(num_minibatches, lr_per, monkeypatch):
 @pytest.mark.parametrize('num_minibatches,mean', [(1, .4980), (2, .4961), (4, .4922), (8, .4844), (16, .4688),
                                                   (32, .4375), (64, .3750)])
 def test_published_learning_rates(num_minibatches, mean, monkeypatch):
-    """Moved once a rollout batch, ahead of it, the rate falls with the number of minibatches, and the last are at 0."""
+    """Moved once a rollout batch, ahead of it, the rate falls with the number of minibatches; the last are at 0."""
     rates = learning_rates(num_minibatches, 'batch', monkeypatch)
     assert abs(rates.mean() - mean) < 5.1e-5  # the table has four decimals
     assert (rates == 0).mean() == num_minibatches / 256
@@ -311,7 +313,7 @@ def test_published_learning_rates(num_minibatches, mean, monkeypatch):
     assert by_step.mean() == pytest.approx(0.5 + 1 / 512, abs=1e-5) and by_step.min() > 0 and by_step[0] == 1
 
 
-# ---- Elastic Reset in the step -----------------------------------------------------------------------------------------
+# ---- Elastic Reset in the step ---------------------------------------------------------------------------------------
 
 def elastic(algorithm, **fields):
     return config_of(**dict(algorithm__name=algorithm, algorithm__num_minibatches=2, elastic__method='elastic_reset',
@@ -371,10 +373,11 @@ def test_only_adapters_are_averaged_and_reset():
     before, plain, reset, _ = reset_or_not(elastic('best_of_n', lora__rank=2))
     owned = set(partition.flatten(before.extra['elastic'].init['policy']))
     flat = lambda state: partition.flatten(state.params['policy'])
+    average = partition.flatten(plain.extra['elastic'].ema['policy'])
     assert owned and owned == {name for name in flat(before) if name.endswith(('lora_a', 'lora_b'))}
     for name, x in flat(before).items():
         if name in owned:
-            np.testing.assert_array_equal(flat(reset)[name], partition.flatten(plain.extra['elastic'].ema['policy'])[name])
+            np.testing.assert_array_equal(flat(reset)[name], average[name])
             assert (flat(plain)[name] != x).any(), name
         else:
             np.testing.assert_array_equal(flat(plain)[name], x, err_msg=name)
@@ -383,7 +386,7 @@ def test_only_adapters_are_averaged_and_reset():
         'lora_scale' in name and 'lora_scale' not in ''.join(owned) for name in partition.flatten(adam(before).mu))
 
 
-# ---- Whole runs --------------------------------------------------------------------------------------------------------
+# ---- Whole runs ------------------------------------------------------------------------------------------------------
 
 class Kill(Exception):
     pass
@@ -501,7 +504,7 @@ def test_devices_apart():
     assert list(shared.devices.flat) == jax.devices()[:3]
 
 
-# ---- Processes ---------------------------------------------------------------------------------------------------------
+# ---- Processes -------------------------------------------------------------------------------------------------------
 
 def generator_process(workdir):
     env = os.environ | {'PYTHONPATH': f'{TESTS.parents[1]}{os.pathsep}{TESTS}', 'JAX_PLATFORMS': 'cpu',
@@ -540,7 +543,7 @@ def test_a_generator_process_makes_the_batches_of_one_process(transport, trained
     assert all(row['rollout_generate_seconds'] > 0 for row in rows)
 
 
-# ---- Other ways to sample ----------------------------------------------------------------------------------------------
+# ---- Other ways to sample --------------------------------------------------------------------------------------------
 
 class Rising:
     """A transport to which somebody publishes between any two looks; all versions are `params`."""
@@ -599,7 +602,7 @@ def test_a_prompt_that_comes_twice_in_a_batch_is_answered_anew():
     assert len({row.tobytes() for row in batch['tokens'][:, P:]}) == 16
 
 
-# ---- Starting weights --------------------------------------------------------------------------------------------------
+# ---- Starting weights ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
@@ -610,7 +613,8 @@ def weights(tmp_path_factory):
     files.save(root / 'hf', convert.to_torch('gpt_neox', module, params), convert.config_of('gpt_neox', module))
     scored = language.reward_model(config.model)
     value = stirred(jax.jit(scored.init)(jax.random.key(6), jnp.zeros((1, 2), jnp.int32))['params'])
-    files.save(root / 'reward_model', convert.to_torch('gpt_neox', scored, value), convert.config_of('gpt_neox', scored))
+    files.save(root / 'reward_model', convert.to_torch('gpt_neox', scored, value),
+               convert.config_of('gpt_neox', scored))
     sft = base.sft().copy_and_resolve_references().unlock()
     sft.model = config.model
     (root / 'sft').mkdir()

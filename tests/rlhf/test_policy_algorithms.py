@@ -19,7 +19,7 @@ def settings(name, **fields):
 
 @pytest.fixture(scope='module')
 def case():
-    """A batch, and what its tokens are worth to the reference, to the learner before the batch, in it, and the critic."""
+    """A batch, and what its tokens are worth to the reference, the learner before the batch and in it, the critic."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, L + 1, (B, K))
     mask = np.arange(L) < lengths[..., None]
@@ -74,7 +74,7 @@ def clipped(advantage, ratio, low=.2, high=.2):
     return max(-advantage * ratio, -advantage * min(max(ratio, 1 - low), 1 + high))
 
 
-# ---- By hand -----------------------------------------------------------------------------------------------------------
+# ---- By hand ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('loss_type,ties', itertools.product(['sigmoid', 'ipo'], ['drop', 'order', 'same']))
 def test_online_dpo(loss_type, ties, case):
@@ -187,14 +187,16 @@ def test_ppo(correction, after_eos, case):
         if t < min(len(tokens(case, b, k)) + after_eos, L):
             old, new, to = worth['values'][b, k, t], worth['new_values'][b, k, t], returns[b, k, t]
             errors.append(max((new - to) ** 2, (old + np.clip(new - old, -.2, .2) - to) ** 2))
-    got, _, _ = loss_of(settings('ppo', gamma=gamma, lam=lam, kl_coefficient=.3, kl_estimator='k3', correction=correction,
-                                 correction_cap=1.1, after_eos=after_eos, value_coefficient=.4), case)
+    got, _, _ = loss_of(settings('ppo', gamma=gamma, lam=lam, kl_coefficient=.3, kl_estimator='k3',
+                                 correction=correction, correction_cap=1.1, after_eos=after_eos,
+                                 value_coefficient=.4), case)
     assert got == pytest.approx(np.mean(losses) + .4 * .5 * np.mean(errors), rel=1e-4)
 
 
-# ---- Parts of a batch, and stale samples -------------------------------------------------------------------------------
+# ---- Parts of a batch, and stale samples -----------------------------------------------------------------------------
 
-ALL = {name: dict(name=name) for name in algorithms.ALGORITHMS} | {'grpo by token': dict(name='grpo', mean_over='token')}
+ALL = {name: dict(name=name) for name in algorithms.ALGORITHMS}
+ALL['grpo by token'] = dict(name='grpo', mean_over='token')
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -224,7 +226,7 @@ def test_corrections_change_stale_samples_and_no_fresh_ones(name, correction, ca
     (dict(name='ppo', critic='both'), "algorithm.critic='both' is not one of"),
     (dict(name='ppo', clip=1.5), 'algorithm.clip=1.5 must be at most 1'),
     (dict(name='ppo', lam=-.1), 'algorithm.lam=-0.1'),
-    (dict(name='ppo', critic='shared', critic_weights='x'), "critic_weights=x: algorithm.critic='shared' has no network"),
+    (dict(name='ppo', critic='shared', critic_weights='x'), "critic_weights=x: algorithm.critic='shared' has no"),
     (dict(name='grpo', critic_weights='x'), 'critic_weights=x: grpo has no critic; leave it empty'),
     (dict(name='grpo', num_epochs=0), 'algorithm.num_epochs=0 must be at least 1'),
 ])
