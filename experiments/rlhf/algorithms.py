@@ -84,7 +84,7 @@ def drift(settings: Any, batch: Rows, ref: Array) -> tuple[Array, Metrics]:
     return kl, {'kl': total.mean(), 'kl_per_token': total.sum() / jnp.maximum(batch['mask'].sum(), 1)}
 
 
-# ---- Online DPO, Best-of-N ---------------------------------------------------------------------------------------------
+# ---- Online DPO, Best-of-N -------------------------------------------------------------------------------------------
 
 def _prepare_dpo(settings, batch, scorers, _):
     num_samples = settings.num_samples
@@ -116,7 +116,7 @@ def _best_of_n(settings, logprobs, _, rows):
     return loss, {'nll': loss, 'best_logprob': -loss}
 
 
-# ---- RLOO, GRPO --------------------------------------------------------------------------------------------------------
+# ---- RLOO, GRPO ------------------------------------------------------------------------------------------------------
 
 def _penalized(settings, batch, scorers, coefficient):
     """Rewards [K B] less the price of their KL, the reference's log-probabilities and metrics."""
@@ -177,7 +177,7 @@ def _count_grpo(settings, rows):
     return count_tokens(settings, rows) if settings.mean_over == 'token' else count_prompts(settings, rows)
 
 
-# ---- PPO ---------------------------------------------------------------------------------------------------------------
+# ---- PPO -------------------------------------------------------------------------------------------------------------
 
 def _prepare_ppo(settings, batch, scorers, coefficient):
     kl, metrics = drift(settings, batch, scorers.reference(batch))
