@@ -60,7 +60,7 @@ SIZES = {
                    rows=4, gemm=64, read_mib=1)),
     'real': Sizes(
         policy='70m', decode=dict(batch=8, prompt=64, new=128, read_mib=512),
-        dpo=dict(rows=4, length=128, response=64), stream=dict(sleep=0.02, steps=15, publish_mib=64),
+        dpo=dict(rows=4, length=128, response=64), stream=dict(sleep=0.1, steps=10, publish_mib=64),
         small=dict(shape=dict(vocab_size=2048, width=128, depth=4, num_heads=4), prompts=8, prompt=16, new=48,
                    steps=20)),
 }
