@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf import rollouts, tasks
+from experiments.rlhf import texts as text_arrays
 from experiments.rlhf.inference import Policy, Progress, Responses
 from experiments.rlhf.rewards import Completions, Reward
 from experiments.runtime import mesh as mesh_lib
@@ -217,7 +218,7 @@ class HeldOutPrompts:
                 parts.append({name: x[:keep] for name, x in found.items()})
                 rows += [row for row in self._generate.rows(index)[:keep] for _ in range(num_samples)]
                 length = by_prompt['mask'].shape[-1]
-                texts += rollouts.texts_of(self._generate.tokenizer, *(
+                texts += text_arrays.decoded(self._generate.tokenizer, *(
                     x[:keep].reshape(-1, length) for x in (by_prompt['tokens'][..., -length:], by_prompt['mask'])))[0]
         out = {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}
         out |= {'reward': out.pop('rewards'), 'kl_per_token': out['kl'] / out['length']}

@@ -140,11 +140,10 @@ class Policy:
             return jax.tree.map(by_prompt, drawn)
 
         drawn = self._in_batches(run, (np.arange(len(tokens)), tokens, mask), batch_size, progress)
-        last = np.take_along_axis(drawn.tokens, np.maximum(drawn.mask.sum(-1, keepdims=True) - 1, 0), -1)[..., 0]
-        ended = np.isin(last, sampling.stop_tokens) & drawn.mask.any(-1)
-        decoded = [[self.tokenizer.decode(ids[:keep.sum() - end]) for ids, keep, end in zip(*row)]
-                   for row in zip(drawn.tokens, drawn.mask, ended)]
-        return Responses(decoded, tokens, mask, drawn.tokens, drawn.mask, ended, drawn.logprobs)
+        shape = drawn.mask.shape[:2]
+        said, ended = texts.decoded(self.tokenizer, *(x.reshape(-1, x.shape[-1]) for x in (drawn.tokens, drawn.mask)))
+        decoded = [said[i:i + num_samples] for i in range(0, len(said), num_samples)]
+        return Responses(decoded, tokens, mask, drawn.tokens, drawn.mask, ended.reshape(shape), drawn.logprobs)
 
     def given(self, prompts: Sequence[str], answers: Sequence[str]) -> Responses:
         """Texts as if they were responses, one a prompt, each with an EOS.

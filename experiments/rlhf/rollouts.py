@@ -246,23 +246,12 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: A
     return tokens, rows
 
 
-def texts_of(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Texts of responses [N, L] without their EOS, and whether they have one, bool [N]."""
-    lengths = mask.sum(1)
-    last = tokens[np.arange(len(lengths)), np.maximum(lengths - 1, 0)]
-    ended = (lengths > 0) & (last == tokenizer.eos)
-    # A vocabulary is often padded to a round size: ids that no text has can be drawn, and say nothing.
-    known = [[i for i in row[:length - end] if i < tokenizer.vocab_size]
-             for row, length, end in zip(tokens, lengths, ended)]
-    return [tokenizer.decode(ids) for ids in known], ended
-
-
 def finish(tokenizer: Any, scorer: Any, tokens: np.ndarray, mask: np.ndarray, drawn: Any,
            rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """Samples (of prompts [N, P] as they stand) with their rewards."""
-    texts, ended = texts_of(tokenizer, drawn.tokens, drawn.mask)
+    said, ended = text_arrays.decoded(tokenizer, drawn.tokens, drawn.mask)
     whole = np.concatenate([tokens, drawn.tokens], 1)
-    scored = scorer(rewards.Completions(texts, rows, whole, np.concatenate([mask, drawn.mask], 1), ended))
+    scored = scorer(rewards.Completions(said, rows, whole, np.concatenate([mask, drawn.mask], 1), ended))
     return {'tokens': whole, 'prompt_mask': mask, 'mask': drawn.mask, 'logprobs': drawn.logprobs, 'ended': ended,
             **scored}
 

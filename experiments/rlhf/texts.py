@@ -165,3 +165,14 @@ def in_order(arrays: Arrays, rows: int) -> list[tuple[Arrays, int]]:
     num = len(next(iter(arrays.values())))
     taken = [np.minimum(np.arange(start, start + rows), num - 1) for start in range(0, num, rows)]
     return [({name: array[i] for name, array in arrays.items()}, min(rows, num - int(i[0]))) for i in taken]
+
+
+def decoded(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Texts of responses [N, L] without their EOS, and whether they have one, bool [N]."""
+    lengths = mask.sum(1)
+    last = tokens[np.arange(len(lengths)), np.maximum(lengths - 1, 0)]
+    ended = (lengths > 0) & (last == tokenizer.eos)
+    # A vocabulary is often padded to a round size: ids that no text has can be drawn, and say nothing.
+    known = [[i for i in row[:length - end] if i < tokenizer.vocab_size]
+             for row, length, end in zip(tokens, lengths, ended)]
+    return [tokenizer.decode(ids) for ids in known], ended
