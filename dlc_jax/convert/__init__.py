@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ('dinov2', 'sem', 'dino_head', 'dit', 'sedd', 'sd_vae', 'inception')  # each is a file beside this one
+KINDS = ('dinov2', 'sem', 'dino_head', 'dit', 'sedd', 'sd_vae', 'inception', 'llada')  # each is a file beside this one
 
 
 def from_torch(kind: str, state_dict: Mapping[str, Any], **fields: Any) -> tuple[Any, dict[str, Any]]:
