@@ -91,7 +91,7 @@ SIGMA = np.float32([1e-3, 0.7, 6.9])
     dict(), dict(shared=False), dict(positions=False), dict(positions=False, process='uniform')],
     ids=['codes', 'a table a position', 'text', 'uniform'])
 def test_sedd(fields):
-    original = randomise(Twin(**fields))
+    original = randomise(Twin(**fields), faint=('embed',))
     process = fields.get('process', 'absorbing')
     net, params = convert.from_torch('sedd', state_dict(original), num_heads=HEADS, length=LENGTH, process=process)
     tokens = np.random.default_rng(0).integers(0, net.num_states, (3, LENGTH))
