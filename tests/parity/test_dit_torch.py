@@ -7,7 +7,7 @@ from dlc_jax import convert
 from torch_twins import assert_outputs_and_gradients_equal, load, randomise, state_dict, torch
 
 F = torch.nn.functional
-SIDE, CHANNELS, PATCH, WIDTH, DEPTH, HEADS = 6, 3, 2, 16, 2, 2
+SIDE, CHANNELS, PATCH, WIDTH, DEPTH, HEADS = 6, 4, 2, 16, 2, 2  # a patch has as many numbers as the width
 CODES, VOCAB, CLASSES, DIM = 3, 5, 4, 6
 
 
@@ -114,18 +114,30 @@ CONDITIONS = {
 }
 
 
+def faint_image(original):
+    """[C, H, W] whose patches cancel their positions but for 0.03: only so does the norms' epsilon show."""
+    conv, grid = original.x_embedder.proj, SIDE // PATCH
+    wanted = 0.03 * torch.from_numpy(RNG.normal(size=(grid ** 2, WIDTH))) - original.pos_embed[0] - conv.bias
+    patches = torch.linalg.solve(conv.weight.flatten(1).double(), wanted.double().T).float()
+    return F.fold(patches, SIDE, PATCH, stride=PATCH)
+
+
 @pytest.mark.parametrize('condition', CONDITIONS)
 def test_dit(condition):
     learn_sigma, cond = condition != 'class', CONDITIONS[condition]
     original = randomise(Twin(condition, learn_sigma))
     net, params = convert.from_torch('dit', state_dict(original), num_heads=HEADS)
+    with torch.no_grad():
+        x = torch.from_numpy(X.transpose(0, 3, 1, 2).copy())
+        x[2] = faint_image(original)
     assert net.condition == condition.removeprefix('soft ') and net.learn_sigma == learn_sigma
-    tensors = [None if x is None else torch.from_numpy(x) for x in (X.transpose(0, 3, 1, 2).copy(), T, cond, DROP)]
+    tensors = [x, *(None if a is None else torch.from_numpy(a) for a in (T, cond, DROP))]
     theirs = original(*tensors)
+    x = x.permute(0, 2, 3, 1).numpy()
     drop = None if cond is None else DROP
     cond = None if cond is None else jax.numpy.asarray(cond)
     assert_outputs_and_gradients_equal(
-        lambda p: (net.apply({'params': p}, X, T, cond, drop=drop),), params,
+        lambda p: (net.apply({'params': p}, x, T, cond, drop=drop),), params,
         lambda p: convert.to_torch('dit', net, p), original, (theirs,))
     back = load(Twin(condition, learn_sigma), convert.to_torch('dit', net, params))
     torch.testing.assert_close(back(*tensors), theirs, rtol=1e-6, atol=1e-6)  # the positions are made anew
