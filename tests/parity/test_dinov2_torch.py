@@ -11,10 +11,11 @@ import pytest
 from dlc_jax import convert
 from dlc_jax.convert import dinov2
 from dlc_jax.convert.files import load_state_dict, save_state_dict
-from torch_twins import assert_equal, assert_outputs_and_gradients_equal, load, randomise, state_dict, torch
+from torch_twins import FAINT, assert_equal, assert_outputs_and_gradients_equal, load, randomise, state_dict, torch
 
 F = torch.nn.functional
 WIDTH, DEPTH, HEADS, PATCH, GRID = 16, 2, 2, 4, 5
+STREAM = ('token', 'pos', 'patch_embed', 'gamma', 'lambda1')  # what writes to the residual stream
 MASKS = np.random.default_rng(1).random((2, 15)) < 0.3
 
 
@@ -119,9 +120,9 @@ class ViT(torch.nn.Module):
         return x
 
     def forward(self, x, masks=None):
-        """Normalised and bare tokens."""
+        """Normalised and bare tokens, these at unit size."""
         x = self.tokens(x, masks)
-        return self.norm(x), x
+        return self.norm(x), x / FAINT
 
 
 CODES, VOCAB, REGISTERS = 3, 5, 2
@@ -154,12 +155,12 @@ class SEM(ViT):
 
 def outputs_of(module, params, x, masks=None):
     out = module.apply({'params': params}, x, masks)
-    return jax.numpy.concatenate([out.cls[:, None], out.registers, out.patches], 1), out.prenorm
+    return jax.numpy.concatenate([out.cls[:, None], out.registers, out.patches], 1), out.prenorm / FAINT
 
 
 @pytest.mark.parametrize('registers, ffn', [(2, Mlp), (0, Mlp), (2, SwiGLU)], ids=['registers', 'none', 'swiglu'])
 def test_vision_transformer(registers, ffn):
-    original = randomise(ViT(registers, ffn))
+    original = randomise(ViT(registers, ffn), faint=STREAM)
     module, params = convert.from_torch('dinov2', state_dict(original), num_heads=HEADS)
     x = images(12, 20)  # 3 x 5 patches, of the 5 x 5 stored
     assert_outputs_and_gradients_equal(
@@ -172,7 +173,7 @@ def test_vision_transformer(registers, ffn):
 
 @pytest.mark.parametrize('form', ['plain', 'shared', 'pos_shared'])
 def test_sem_encoder(form):
-    original = randomise(SEM(form))
+    original = randomise(SEM(form), faint=STREAM)
     module, params = convert.from_torch('sem', state_dict(original), num_codes=CODES, num_heads=HEADS, temperature=0.7)
     x = images(12, 20)
 
@@ -204,7 +205,7 @@ def test_transformers(case, tmp_path):
     transformers = pytest.importorskip('transformers')
     family, fields, size = HF_CASES[case]
     cls = getattr(transformers, f'{family}Model')
-    original = randomise(cls(getattr(transformers, f'{family}Config')(**HF_SIZE, **fields)))
+    original = randomise(cls(getattr(transformers, f'{family}Config')(**HF_SIZE, **fields)), faint=STREAM)
 
     def file_names(tensors):
         """What it calls them in files, where versions 4 and 5 agree."""
@@ -219,7 +220,7 @@ def test_transformers(case, tmp_path):
 
     def run(model):
         out = model(nchw(x), bool_masked_pos=torch.from_numpy(masks), output_hidden_states=True)
-        return out.last_hidden_state, out.hidden_states[-1]
+        return out.last_hidden_state, out.hidden_states[-1] / FAINT
 
     assert_outputs_and_gradients_equal(lambda p: outputs_of(module, p, x, masks), params, export, original,
                                        run(original), invariant=('key.bias',), file_names=file_names)
