@@ -76,4 +76,4 @@ def assert_outputs_and_gradients_equal(apply, params, to_torch, model, theirs, *
             assert max(largest, np.abs(got[name]).max()) < 1e-4, name
             continue
         assert largest > 1e-2, f'{name}: no gradient to compare'
-        np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-3 * largest, err_msg=name)
+        np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-4 * largest, err_msg=name)
