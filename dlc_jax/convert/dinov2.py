@@ -1,5 +1,5 @@
 """DINOv2 weights: the names of facebookresearch/dinov2 in and out, those of Hugging Face's Dinov2Model and
-Dinov2WithRegistersModel, as on disk, in."""
+Dinov2WithRegistersModel, as on disk, in and (with `hf`) out."""
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -149,6 +149,8 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int | None = None,
     return module, rules_lib.to_flax(state_dict, tuple(map(_hf_rule, rules)) if hf else rules, expected)
 
 
-def to_torch(module: VisionTransformer, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """State dict of `params` under the names of facebookresearch/dinov2."""
-    return rules_lib.to_torch(params, vit_rules(module.patch_size))
+def to_torch(module: VisionTransformer, params: Mapping[str, Any], *, hf: bool = False) -> dict[str, np.ndarray]:
+    """State dict of `params` under the names of facebookresearch/dinov2, with `hf` under those of Hugging Face's
+    files."""
+    rules = vit_rules(module.patch_size)
+    return rules_lib.to_torch(params, tuple(map(_hf_rule, rules)) if hf else rules)
