@@ -6,6 +6,7 @@ os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)  # see runtime/launch.py: not 
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 
+import gc
 import pathlib
 
 import jax
@@ -15,6 +16,14 @@ import pytest
 jax.config.update('jax_num_cpu_devices', 8)
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def programs_go_with_their_module():
+    """Every compiled program holds memory maps, of which a process may have 65530; past them the compiler crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope='session')
