@@ -3,6 +3,9 @@ import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)  # see runtime/launch.py: not for several CPU devices
+# XLA runs the devices' collectives on one pool of as many threads as devices, where their turns can lock each other out
+# until its time-out of 40 s aborts the process; with more threads they do not.
+os.environ.setdefault('PJRT_NPROC', '32')
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 
