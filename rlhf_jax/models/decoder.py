@@ -229,6 +229,89 @@ def outputs(x: Array, head: Callable[[Array], Array], *, at: Array | slice | Non
     return out if cache is None else (out, cache)
 
 
+class Decoder(nn.Module, kw_only=True):
+    """What GPT-2, GPT-NeoX and LLaMA are: a subclass gives its blocks, its norm and where positions go in.
+
+    Attributes:
+        vocab_size: V.
+        width, depth, num_heads: see `SIZES` beside the subclass.
+        max_length: longest context: positions that have an embedding, or nothing but a limit.
+        tied: the output head is the embedding table.
+        activation: key of `layers.ACTIVATIONS`.
+        eps: of the norms.
+        stacked: blocks stacked on a leading axis and scanned, or one parameter tree each (`split_blocks`).
+        remat, unroll: of stacked blocks, see `layers.scan_blocks`.
+        attention_impl: see `attend`.
+        dtype: compute; norms' statistics, rotary angles, softmax and logits are float32.
+    """
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    max_length: int = 2048
+    tied: bool = False
+    activation: str = 'gelu'
+    eps: float = 1e-5
+    init_std: float = 0.02
+    stacked: bool = True
+    remat: str = 'none'
+    unroll: bool = False
+    attention_impl: str = 'xla'
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    norm = layers.LayerNorm
+
+    def block(self) -> Callable[..., nn.Module]:
+        """Class of the blocks with its fields given, see `run_blocks`."""
+        raise NotImplementedError
+
+    def place(self, x: Array, positions: Array, context: Context) -> tuple[Array, Context]:
+        """Embedded tokens [B, T, D] and the blocks' context, one of them with the positions int32 [B, T] in it."""
+        raise NotImplementedError
+
+    def check(self, cache: Cache | None) -> None:
+        """Raises ValueError where fields do not go together."""
+        if self.width % self.num_heads:
+            raise ValueError(f'{type(self).__name__}: width {self.width} is not divisible by num_heads '
+                             f'{self.num_heads}')
+
+    @nn.compact
+    def __call__(self, tokens: Array, *, mask: Array | None = None, positions: Array | None = None,
+                 cache: Cache | None = None, cache_length: int = 0, at: Array | slice | None = None,
+                 output: str = 'logits') -> Any:
+        """Scores of the next token, or, where the model is not causal, of each token itself.
+
+        Args:
+            tokens: int32 [B, T].
+            mask: bool or int [B, T], see `positions_of`.
+            positions: int32 [B, T], where they are not those that the mask gives.
+            cache: tokens before these, to be extended (split blocks only).
+            cache_length: start a cache of so many slots.
+            at: int32 [B], only this token of each row; or a slice, only these tokens of all rows.
+            output: 'logits'; 'hidden': the normed output of the last block, D wide, in `dtype`; 'both': the pair.
+
+        Returns:
+            float32 [B, T, V], or [B, V] with an array `at`; with a cache, the pair of it and the cache.
+
+        Raises:
+            ValueError: shapes that do not agree, or more tokens than `max_length`.
+        """
+        longest = max(tokens.shape[-1], cache_length, 0 if cache is None else cache.length)
+        if longest > self.max_length:
+            raise ValueError(f'{type(self).__name__}: {longest} tokens, but max_length is {self.max_length}')
+        self.check(cache)
+        table = self.param('embed', nn.initializers.normal(self.init_std), (self.vocab_size, self.width),
+                           self.param_dtype)
+        positions, context = prepare(tokens, mask, positions, cache)
+        x, context = self.place(layers.embed(table, tokens, dtype=self.dtype), positions, context)
+        x, cache = run_blocks(self.block(), self.depth, x, context, cache=cache, mask=mask, cache_length=cache_length,
+                              stacked=self.stacked, remat=self.remat, unroll=self.unroll)
+        x = self.norm(self.eps, self.dtype, self.param_dtype, name='norm')(x)
+        head = Head(self.vocab_size, self.init_std, self.dtype, self.param_dtype, name='lm_head')
+        return outputs(x, lambda x: head(x, table if self.tied else None), at=at, output=output, cache=cache)
+
+
 def split_blocks(module: Any, params: Mapping[str, Any], dtype: Any = None) -> tuple[Any, dict[str, Any]]:
     """The same model with a parameter tree a block, 'block_0', 'block_1', ..., instead of the stacked 'blocks'.
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.models import decoder, layers
@@ -88,68 +87,29 @@ class Attention(nn.Module):
         return dense(width, inputs=2, name='o')(out), kv
 
 
-class GPTNeoX(nn.Module):
+class GPTNeoX(decoder.Decoder, kw_only=True):
     """GPT-NeoX.
 
     Attributes:
-        vocab_size, width, depth, num_heads: see `SIZES`.
         hidden: of the MLP; 0: four times the width.
-        max_length: context of pretraining; nothing but a limit.
         rotary_fraction: share of a head's width that is rotated.
         rope_base, rope_scaling: see `layers.rope_frequencies`.
         parallel: attention and MLP read the same input.
-        tied: the output head is the embedding table.
-        activation: key of `layers.ACTIVATIONS`.
-        eps: of the norms.
-        stacked: blocks stacked on a leading axis and scanned, or one parameter tree each (`decoder.split_blocks`).
-        remat, unroll: of stacked blocks, see `layers.scan_blocks`.
-        attention_impl: see `decoder.attend`.
-        dtype: compute; norms' statistics, rotary angles, softmax and logits are float32.
+        attention_bias: query, key, value and output projection have one.
     """
-    vocab_size: int
-    width: int
-    depth: int
-    num_heads: int
     hidden: int = 0
-    max_length: int = 2048
     rotary_fraction: float = 0.25
     rope_base: float = 10000.0
     rope_scaling: layers.RopeScaling | None = None
     parallel: bool = True
     attention_bias: bool = True
-    tied: bool = False
-    activation: str = 'gelu'
-    eps: float = 1e-5
-    init_std: float = 0.02
-    stacked: bool = True
-    remat: str = 'none'
-    unroll: bool = False
-    attention_impl: str = 'xla'
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, tokens: Array, *, mask: Array | None = None, positions: Array | None = None,
-                 cache: decoder.Cache | None = None, cache_length: int = 0, at: Array | slice | None = None,
-                 output: str = 'logits') -> Any:
-        """Scores of the next token; arguments, result and errors as of `gpt2.GPT2`."""
-        longest = max(tokens.shape[-1], cache_length, 0 if cache is None else cache.length)
-        if longest > self.max_length:
-            raise ValueError(f'GPTNeoX: {longest} tokens, but max_length is {self.max_length}')
-        if self.width % self.num_heads:
-            raise ValueError(f'GPTNeoX: width {self.width} is not divisible by num_heads {self.num_heads}')
-        init = nn.initializers.normal(self.init_std)
-        table = self.param('embed', init, (self.vocab_size, self.width), self.param_dtype)
-        positions, context = decoder.prepare(tokens, mask, positions, cache)
-        rotary_dim = int(self.width // self.num_heads * self.rotary_fraction)
-        frequencies = layers.rope_frequencies(rotary_dim, self.rope_base, self.rope_scaling)
-        context = context.replace(rotary=layers.rotary(positions, frequencies))
-        x = layers.embed(table, tokens, dtype=self.dtype)
-        block = functools.partial(
+    def block(self) -> Any:
+        return functools.partial(
             Block, self.num_heads, self.hidden or 4 * self.width, self.activation, self.parallel,
             self.attention_bias, self.eps, self.attention_impl, self.init_std, self.dtype, self.param_dtype)
-        x, cache = decoder.run_blocks(block, self.depth, x, context, cache=cache, mask=mask, cache_length=cache_length,
-                                      stacked=self.stacked, remat=self.remat, unroll=self.unroll)
-        x = layers.LayerNorm(self.eps, self.dtype, self.param_dtype, name='norm')(x)
-        head = decoder.Head(self.vocab_size, self.init_std, self.dtype, self.param_dtype, name='lm_head')
-        return decoder.outputs(x, lambda x: head(x, table if self.tied else None), at=at, output=output, cache=cache)
+
+    def place(self, x: Array, positions: Array, context: decoder.Context) -> tuple[Array, decoder.Context]:
+        rotary_dim = int(self.width // self.num_heads * self.rotary_fraction)
+        frequencies = layers.rope_frequencies(rotary_dim, self.rope_base, self.rope_scaling)
+        return x, context.replace(rotary=layers.rotary(positions, frequencies))

@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.models import decoder, layers
@@ -127,75 +126,46 @@ class GatedMlp(nn.Module):
         return dense(x.shape[-1], name='down')(h)
 
 
-class Llama(nn.Module):
+class Llama(decoder.Decoder, kw_only=True):
     """LLaMA.
 
     Attributes:
-        vocab_size, width, depth, num_heads, hidden: see `SIZES`.
+        hidden: of the MLP.
         num_kv_heads: heads of key and value; 0: as many as queries.
         head_dim: 0: width / num_heads.
-        max_length: longest context; nothing but a limit.
         rope_base, rope_scaling: see `layers.rope_frequencies`.
         causal: a token does not see later ones.
-        tied: the output head is the embedding table.
-        activation: key of `layers.ACTIVATIONS`.
-        eps: of the norms.
-        stacked: blocks stacked on a leading axis and scanned, or one parameter tree each (`decoder.split_blocks`).
-        remat, unroll: of stacked blocks, see `layers.scan_blocks`.
-        attention_impl: see `decoder.attend`.
-        dtype: compute; norms' statistics, rotary angles, softmax and logits are float32.
+        attention_bias, mlp_bias: the projections of either have one.
     """
-    vocab_size: int
-    width: int
-    depth: int
-    num_heads: int
     hidden: int
     num_kv_heads: int = 0
     head_dim: int = 0
-    max_length: int = 2048
     rope_base: float = 10000.0
     rope_scaling: layers.RopeScaling | None = None
     causal: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
-    tied: bool = False
     activation: str = 'silu'
     eps: float = 1e-6
-    init_std: float = 0.02
-    stacked: bool = True
-    remat: str = 'none'
-    unroll: bool = False
-    attention_impl: str = 'xla'
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, tokens: Array, *, mask: Array | None = None, positions: Array | None = None,
-                 cache: decoder.Cache | None = None, cache_length: int = 0, at: Array | slice | None = None,
-                 output: str = 'logits') -> Any:
-        """Scores of the next token (`causal=False`: of each token itself); arguments and errors as of `gpt2.GPT2`."""
-        longest = max(tokens.shape[-1], cache_length, 0 if cache is None else cache.length)
-        if longest > self.max_length:
-            raise ValueError(f'Llama: {longest} tokens, but max_length is {self.max_length}')
+    norm = layers.RMSNorm
+
+    def check(self, cache: decoder.Cache | None) -> None:
         kv_heads = self.num_kv_heads or self.num_heads
         if self.num_heads % kv_heads:
             raise ValueError(f'Llama: num_heads {self.num_heads} is not a multiple of num_kv_heads {kv_heads}')
-        if not self.head_dim and self.width % self.num_heads:
-            raise ValueError(f'Llama: width {self.width} is not divisible by num_heads {self.num_heads}')
+        if not self.head_dim:
+            super().check(cache)
         if cache is not None and not self.causal:
             raise ValueError('Llama: a model that is not causal has no use for a cache')
-        head_dim = self.head_dim or self.width // self.num_heads
-        init = nn.initializers.normal(self.init_std)
-        table = self.param('embed', init, (self.vocab_size, self.width), self.param_dtype)
-        positions, context = decoder.prepare(tokens, mask, positions, cache)
-        frequencies = layers.rope_frequencies(head_dim, self.rope_base, self.rope_scaling)
-        context = context.replace(rotary=layers.rotary(positions, frequencies))
-        x = layers.embed(table, tokens, dtype=self.dtype)
-        block = functools.partial(
-            Block, self.num_heads, kv_heads, head_dim, self.hidden, self.activation, self.causal, self.attention_bias,
-            self.mlp_bias, self.eps, self.attention_impl, self.init_std, self.dtype, self.param_dtype)
-        x, cache = decoder.run_blocks(block, self.depth, x, context, cache=cache, mask=mask, cache_length=cache_length,
-                                      stacked=self.stacked, remat=self.remat, unroll=self.unroll)
-        x = layers.RMSNorm(self.eps, self.dtype, self.param_dtype, name='norm')(x)
-        head = decoder.Head(self.vocab_size, self.init_std, self.dtype, self.param_dtype, name='lm_head')
-        return decoder.outputs(x, lambda x: head(x, table if self.tied else None), at=at, output=output, cache=cache)
+
+    def block(self) -> Any:
+        return functools.partial(
+            Block, self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim or self.width // self.num_heads,
+            self.hidden, self.activation, self.causal, self.attention_bias, self.mlp_bias, self.eps,
+            self.attention_impl, self.init_std, self.dtype, self.param_dtype)
+
+    def place(self, x: Array, positions: Array, context: decoder.Context) -> tuple[Array, decoder.Context]:
+        frequencies = layers.rope_frequencies(self.head_dim or self.width // self.num_heads, self.rope_base,
+                                              self.rope_scaling)
+        return x, context.replace(rotary=layers.rotary(positions, frequencies))
