@@ -181,8 +181,8 @@ def twin():
 
 def test_outputs_gradients_and_weights_both_ways(twin):
     module, params = inception.from_torch(twin.state_dict(), image_size=SIZE)
-    # One side grows, the other shrinks. Of 200 seeds the one whose activations stay furthest from where ReLU and max pool
-    # have a kink: across one, rounding would change gradients by per cents.
+    # One side grows, the other shrinks. Of 200 seeds the one whose activations stay furthest from where ReLU and max
+    # pool have a kink: across one, rounding would change gradients by per cents.
     images = np.random.default_rng(209).integers(0, 256, (1, 60, 130, 3), np.uint8)
     as_torch = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 

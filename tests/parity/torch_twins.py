@@ -44,7 +44,8 @@ def assert_equal(ours, theirs):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=f'output {i}')
 
 
-def assert_outputs_and_gradients_equal(apply, params, to_torch, model, theirs, *, unused=(), invariant=(), file_names=dict):
+def assert_outputs_and_gradients_equal(apply, params, to_torch, model, theirs, *, unused=(), invariant=(),
+                                       file_names=dict):
     """The outputs of both, and the gradients of one weighted sum of them.
 
     Args:
