@@ -37,7 +37,7 @@ setup(
         'tqdm>=4.66',
     ],
     extras_require={
-        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'sacrebleu>=2.4'],
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'sacrebleu>=2.4'],
         # Oracles of tests/parity and reference of benchmarks/.
         'parity': ['torch>=2.4', 'transformers>=4.56', 'diffusers>=0.35', 'peft>=0.17'],
         'tpu': ["jax[tpu]>=0.10.2,<0.11; python_version<'3.12'", "jax[tpu]>=0.11.1,<0.13; python_version>='3.12'"],

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import measure, torch_encoder
 from benchmarks import torch_reference as reference
-from benchmarks.dlc import Row, Sizes
-from benchmarks.measure import random_params
+from benchmarks.dlc_sizes import Sizes
+from benchmarks.measure import Row, random_params
 from configs.dlc import base
 from dlc_jax import convert
 from dlc_jax.ssl import masking

@@ -37,6 +37,22 @@ def random_params(shapes: Any, std: float = 0.03) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
+@dataclasses.dataclass
+class Row:
+    """One comparison.
+
+    Attributes:
+        ours: one blocking call.
+        rivals: the same work in PyTorch, by name.
+        check: raises `Disagreement` unless both sides compute the same.
+        flops: of the matrix products in a call.
+    """
+    ours: Callable[[], Any]
+    rivals: dict[str, Callable[[], Any]]
+    check: Callable[[], None]
+    flops: float
+
+
 def seconds(work: Work) -> float:
     return wall_and_cpu(work)[0]
 

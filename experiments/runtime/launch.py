@@ -249,6 +249,9 @@ def main(command: Callable[[], None], *, stopped: str = 'run the same command to
 
 def initialize(args: argparse.Namespace) -> None:
     """Joins the job's processes and sets up the compilation cache. Before anything touches a device."""
+    if jax.config.jax_num_cpu_devices > 1:
+        # With XLA's default of one thread a device, the devices' collectives can lock each other out (jax 0.10.2).
+        os.environ.setdefault('PJRT_NPROC', str(4 * jax.config.jax_num_cpu_devices))
     if args.distributed:
         jax.distributed.initialize()
     if not args.compilation_cache:
