@@ -38,7 +38,8 @@ setup(
     ],
     extras_require={
         'test': ['pytest>=8', 'pytest-xdist>=3.6', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'sacrebleu>=2.4'],
-        'parity': ['torch>=2.4', 'transformers>=4.56'],  # oracles of tests/parity and reference of benchmarks/
+        # Oracles of tests/parity and reference of benchmarks/.
+        'parity': ['torch>=2.4', 'transformers>=4.56', 'diffusers>=0.35', 'peft>=0.17'],
         'tpu': ["jax[tpu]>=0.10.2,<0.11; python_version<'3.12'", "jax[tpu]>=0.11.1,<0.13; python_version>='3.12'"],
         'cuda': ["jax[cuda13]>=0.10.2,<0.11; python_version<'3.12'",
                  "jax[cuda13]>=0.11.1,<0.13; python_version>='3.12'"],

@@ -81,7 +81,7 @@ def to_torch(kind: str, module: Any, params: Mapping[str, Any]) -> tuple[dict[st
     return state_dict, {
         'peft_type': 'LORA', 'task_type': 'SEQ_CLS' if reward else 'CAUSAL_LM', 'r': rank, 'lora_alpha': scale * rank,
         'lora_dropout': 0.0, 'bias': 'none', 'fan_in_fan_out': kind == 'gpt2',
-        'target_modules': sorted({_stem(rule).rpartition('.')[2] for rule in found}),
+        'target_modules': sorted({_target(rule, found, file.RULES) for rule in found}),
         'modules_to_save': ['score'] if reward else None}
 
 
@@ -90,6 +90,18 @@ def _rules(rule: Rule, layer: str, params: Mapping[str, Any]) -> tuple[Rule, Rul
     inputs = len(_at(params, layer)['lora_a'].shape) - 1 - _lead(layer)
     return (Rule(f'{_stem(rule)}.lora_A.weight', f'{layer}/lora_a', linear(inputs)),
             Rule(f'{_stem(rule)}.lora_B.weight', f'{layer}/lora_b', linear()))
+
+
+def _target(rule: Rule, found: list[Rule], table: rules.Rules) -> str:
+    """The shortest end of the layer's name that no layer without an adapter shares.
+
+    PEFT adapts every layer that ends so, and GPT-2 has a `c_proj` in its attention and another in its MLP.
+    """
+    others = ['.' + _stem(other) for other in table
+              if isinstance(other, Rule) and other.flax.endswith('/kernel') and other not in found]
+    parts = _stem(rule).split('.')
+    ends = ('.'.join(parts[-n:]) for n in range(1, len(parts) + 1))
+    return next(end for end in ends if not any(other.endswith('.' + end) for other in others))
 
 
 def _lead(layer: str) -> int:

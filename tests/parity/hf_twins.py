@@ -24,6 +24,12 @@ CONFIGS = {
 KINDS = {name: {'gpt2': 'gpt2', 'pythia': 'gpt_neox', 'neox-serial': 'gpt_neox'}.get(name, 'llama') for name in CONFIGS}
 
 
+# What writes to the residual stream: 0.02 of the rest, so that its variance is near the norms' epsilon, without which
+# another epsilon would pass for the right one. A head tied to such an embedding needs large features.
+STREAM = ('wte.', 'wpe.', 'c_proj.', 'embed_in.', 'dense.', 'dense_4h_to_h.', 'embed_tokens.', 'o_proj.', 'down_proj.')
+LAST_NORM = ('ln_f.weight', 'final_layer_norm.weight', 'model.norm.weight')
+
+
 def twin(name, cls='ForCausalLM', *, seed=0, **fields):
     """A model of `transformers` whose tensors are all Normal, scales of norms about 1."""
     config = CONFIGS[name]()
@@ -37,6 +43,10 @@ def twin(name, cls='ForCausalLM', *, seed=0, **fields):
         for key, parameter in model.named_parameters():
             norm = key.endswith('weight') and parameter.ndim == 1
             parameter.normal_(float(norm), 0.2, generator=generator)
+            if any(part in key for part in STREAM):
+                parameter *= 0.02
+            if key.endswith(LAST_NORM) and hasattr(model, 'lm_head') and config.tie_word_embeddings:
+                parameter *= 50
     return model
 
 
@@ -45,6 +55,11 @@ def file_name(model, name):
     return name.replace('lm_head', 'embed_out') if model.config.model_type == 'gpt_neox' else name
 
 
+def file_names(model, tensors):
+    """{name in memory: tensor} -> {name in released files: tensor}."""
+    return {file_name(model, name): tensor for name, tensor in tensors.items()}
+
+
 def state_dict(model):
     """Its tensors as numpy arrays, under the names of released files."""
-    return {file_name(model, name): tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+    return file_names(model, {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()})

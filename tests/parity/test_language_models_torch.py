@@ -1,14 +1,20 @@
-"""GPT-2, GPT-NeoX and LLaMA against `transformers`: same weights, same tokens, float32."""
+"""GPT-2, GPT-NeoX and LLaMA against `transformers`: same weights, same tokens, float32.
+
+Language models, reward models and policies with a value head: outputs, gradients, and the weights both ways.
+"""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hf_twins import CONFIGS, KINDS, file_name, state_dict, torch, transformers, twin
+from hf_twins import CONFIGS, KINDS, file_names, state_dict, torch, transformers, twin
 from rlhf_jax import convert
 from rlhf_jax.convert import files
 from rlhf_jax.convert.rules import flatten
 from rlhf_jax.models import heads
+from torch_twins import assert_gradients_equal, assert_outputs_and_gradients_equal
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
 TOKENS = np.random.default_rng(0).integers(0, 67, (3, 9))
@@ -76,20 +82,12 @@ def test_gradients_of_the_likelihood(pair):
         return -jnp.where(RIGHT[:, 1:], picked, 0).sum()
 
     got = convert.to_torch(kind, module, jax.jit(jax.grad(loss))(params))
-    model = twin_copy(original)
     labels = torch.tensor(np.where(RIGHT, TOKENS, -100))
-    model.zero_grad()
-    logits = model(torch.tensor(TOKENS), attention_mask=torch.tensor(RIGHT).long()).logits[:, :-1]
+    original.zero_grad()
+    logits = original(torch.tensor(TOKENS), attention_mask=torch.tensor(RIGHT).long()).logits[:, :-1]
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction='sum').backward()
-    for name, parameter in model.named_parameters():
-        want = parameter.grad.numpy()
-        np.testing.assert_allclose(got[file_name(model, name)], want, rtol=1e-3, atol=1e-3, err_msg=name)
-
-
-def twin_copy(model):
-    copy = type(model)(model.config).eval()
-    copy.load_state_dict(model.state_dict())
-    return copy
+    wanted = {name: parameter.grad.numpy() for name, parameter in original.named_parameters()}
+    assert_gradients_equal(got, file_names(original, wanted))
 
 
 @pytest.mark.parametrize('fault, message', [
@@ -148,31 +146,54 @@ def test_reward_model(name):
     weights = state_dict(original)
     module, params = convert.from_torch(KINDS[name], weights, config=original.config.to_dict())
     tokens = np.where(RIGHT, TOKENS % 66, 66)  # the original finds the last token by its id
-    got = heads.at_last_token(jax.jit(module.apply)({'params': params}, tokens, mask=RIGHT), RIGHT)
-    with torch.no_grad():
-        want = original(torch.tensor(tokens), attention_mask=torch.tensor(RIGHT).long()).logits[:, 0].numpy()
-    np.testing.assert_allclose(got, want, **TOLERANCE)
+    run = lambda model: model(torch.tensor(tokens), attention_mask=torch.tensor(RIGHT).long()).logits[:, 0]
+    assert_outputs_and_gradients_equal(
+        lambda p: (heads.at_last_token(module.apply({'params': p}, tokens, mask=RIGHT), RIGHT),), params,
+        functools.partial(convert.to_torch, KINDS[name], module), original, (run(original),),
+        file_names=functools.partial(file_names, original))
     back = convert.to_torch(KINDS[name], module, params)
     assert set(back) == set(weights)
     assert all(np.array_equal(back[key], weights[key]) for key in weights)
     rebuilt = transformers.AutoConfig.for_model(**convert.config_of(KINDS[name], module))
     assert rebuilt.num_labels == 1 and rebuilt.architectures == [type(original).__name__]
+    loaded = twin(name, 'ForSequenceClassification', seed=1, num_labels=1, pad_token_id=66)
+    loaded.load_state_dict({key: torch.tensor(x) for key, x in back.items()})
+    torch.testing.assert_close(run(loaded), run(original), rtol=0, atol=0)
 
 
-def test_value_head_of_trl():
-    original = twin('llama')
-    rng = np.random.default_rng(1)
-    weights = {f'pretrained_model.{name}': x for name, x in state_dict(original).items()}
-    weights |= {'v_head.summary.weight': rng.normal(size=(1, 32)).astype(np.float32),
-                'v_head.summary.bias': np.float32([0.3])}
-    module, params = convert.from_torch('llama', weights, config=original.config.to_dict())
-    logits, values = jax.jit(module.apply)({'params': params}, TOKENS)
-    with torch.no_grad():
-        out = original(torch.tensor(TOKENS), output_hidden_states=True)
-    np.testing.assert_allclose(logits, out.logits.numpy(), **TOLERANCE)
-    want = out.hidden_states[-1].numpy() @ weights['v_head.summary.weight'][0] + 0.3
-    np.testing.assert_allclose(values, want, **TOLERANCE)
-    back = convert.to_torch('llama', module, params)
+class WithValueHead(torch.nn.Module):
+    """TRL's `AutoModelForCausalLMWithValueHead`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.pretrained_model, self.v_head = model, torch.nn.Module()
+        self.v_head.summary = torch.nn.Linear(32, 1)
+        torch.nn.init.normal_(self.v_head.summary.weight, std=0.2, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.constant_(self.v_head.summary.bias, 0.3)
+
+    def forward(self, tokens, mask):
+        """Logits and values where `mask` is true."""
+        out = self.pretrained_model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long(),
+                                    output_hidden_states=True)
+        return out.logits[mask], self.v_head.summary(out.hidden_states[-1])[mask][:, 0]
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'pythia', 'llama'])
+def test_policy_with_the_value_head_of_trl(name):
+    original = WithValueHead(twin(name))
+    body = original.pretrained_model
+    in_files = functools.partial(file_names, body)
+    weights = in_files({key: x.detach().numpy().copy() for key, x in original.state_dict().items()})
+    module, params = convert.from_torch(KINDS[name], weights, config=body.config.to_dict())
+
+    def apply(params):
+        logits, values = module.apply({'params': params}, TOKENS, mask=RIGHT)
+        return logits[RIGHT], values[RIGHT]
+
+    assert_outputs_and_gradients_equal(
+        apply, params, functools.partial(convert.to_torch, KINDS[name], module), original, original(TOKENS, RIGHT),
+        file_names=in_files)
+    back = convert.to_torch(KINDS[name], module, params)
     assert set(back) == set(weights)
     assert all(np.array_equal(back[key], weights[key]) for key in weights)
 
@@ -181,11 +202,11 @@ def test_reward_model_of_the_tldr_reproduction():
     original = twin('pythia')
     body = {name: x for name, x in state_dict(original).items() if not name.startswith('embed_out')}
     weights = {'lm_backbone.' + name.removeprefix('gpt_neox.'): x for name, x in body.items()}
-    weights |= {'scalar_head.weight': np.ones((1, 32), np.float32), 'scalar_head.bias': np.zeros(1, np.float32)}
+    weights |= {'scalar_head.weight': np.ones((1, 32), np.float32), 'scalar_head.bias': np.float32([0.3])}
     module, params = convert.from_torch('gpt_neox', weights, config=original.config.to_dict())
     assert module.use_bias and 'lm_head' not in params['backbone']
     with torch.no_grad():
-        want = original.gpt_neox(torch.tensor(TOKENS)).last_hidden_state.sum(-1).numpy()
+        want = original.gpt_neox(torch.tensor(TOKENS)).last_hidden_state.sum(-1).numpy() + 0.3
     np.testing.assert_allclose(jax.jit(module.apply)({'params': params}, TOKENS), want, rtol=1e-4, atol=1e-3)
 
 

@@ -1,65 +1,138 @@
-"""Adapters under PEFT's names, against the `transformers` model with `W + alpha / r B A` in place of W."""
+"""Adapters against PEFT: the same A and B on the same model. Outputs, gradients, merged weights, its files and ours."""
+import json
+
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from hf_twins import KINDS, state_dict, torch, twin
 from rlhf_jax import convert
-from rlhf_jax.convert import peft
+from rlhf_jax.convert import files, peft
 from rlhf_jax.convert.rules import flatten
+from rlhf_jax.models import lora
+from torch_twins import assert_gradients_equal, assert_outputs_and_gradients_equal
 
+original_peft = pytest.importorskip('peft')
+
+RANK, SCALE = 3, 4.0
 TOKENS = np.random.default_rng(0).integers(0, 66, (2, 6))
-TARGETS = {'gpt2': 'c_attn', 'pythia': 'query_key_value', 'llama3': 'q_proj v_proj o_proj'}
-CONFIG = dict(r=3, lora_alpha=12, bias='none', target_modules=None)
+TARGETS = {'gpt2': ['attn.c_proj', 'c_attn'], 'pythia': ['dense', 'dense_4h_to_h', 'query_key_value'],
+           'llama3': ['o_proj', 'q_proj', 'up_proj', 'v_proj']}
 
 
-def adapter_of(model, targets):
-    """Random A and B for the matching weights, and the model with them added."""
-    rng = np.random.default_rng(1)
-    adapter = {}
+def adapted(name, targets, cls='ForCausalLM', *, task='CAUSAL_LM', **fields):
+    """PEFT's model with random A and B (and score head), and module and parameters without them."""
+    base = twin(name, cls, **fields)
+    module, params = convert.from_torch(KINDS[name], state_dict(base), config=base.config.to_dict())
+    model = original_peft.get_peft_model(base, original_peft.LoraConfig(
+        r=RANK, lora_alpha=int(SCALE * RANK), target_modules=targets, task_type=task, fan_in_fan_out=name == 'gpt2'))
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.removesuffix('.weight').rpartition('.')[2] in targets.split() and name.endswith('.weight'):
-                conv1d = name.endswith('c_attn.weight')  # stored (in, out)
-                outputs, inputs = weight.shape[::-1] if conv1d else weight.shape
-                a, b = (rng.normal(0, 0.2, shape).astype(np.float32) for shape in ((3, inputs), (outputs, 3)))
-                stem = 'base_model.model.' + name.removesuffix('.weight')
-                adapter |= {f'{stem}.lora_A.weight': a, f'{stem}.lora_B.weight': b}
-                update = torch.tensor(4.0 * b @ a)
-                weight += update.T if conv1d else update
-    return adapter
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.2, generator=generator)
+    return model.eval(), module, params
+
+
+def read(folder):
+    """Tensors and settings of an adapter's folder."""
+    return files.open_safetensors(folder), json.loads((folder / 'adapter_config.json').read_text())
+
+
+def write(folder, tensors, config):
+    folder.mkdir()
+    save_file(tensors, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
+    (folder / 'adapter_config.json').write_text(json.dumps(config))
+
+
+def in_files(tensors):
+    """{name in PEFT's memory: x} -> {name in its files: x}."""
+    return {name.replace('.default.', '.'): x for name, x in tensors.items()}
+
+
+def logits_of(model):
+    return model(torch.tensor(TOKENS)).logits
+
+
+def adapter_names(model):
+    return {name for name in model.state_dict() if 'lora_' in name}
 
 
 @pytest.mark.parametrize('name', TARGETS)
-def test_adapter(name):
-    original = twin(name)
-    module, base = convert.from_torch(KINDS[name], state_dict(original), config=original.config.to_dict())
-    adapter = adapter_of(original, TARGETS[name])
-    params = peft.from_torch(KINDS[name], adapter, module, base, config=CONFIG)
-    with torch.no_grad():
-        want = original(torch.tensor(TOKENS)).logits.numpy()
-    np.testing.assert_allclose(jax.jit(module.apply)({'params': params}, TOKENS), want, rtol=1e-4, atol=2e-4)
-    back, config = peft.to_torch(KINDS[name], module, params)
-    assert set(back) == set(adapter) and all(np.array_equal(back[key], adapter[key]) for key in adapter)
-    assert config['target_modules'] == sorted(TARGETS[name].split())
-    assert (config['r'], config['lora_alpha'], config['fan_in_fan_out']) == (3, 12, name == 'gpt2')
-    named = {key.replace('.weight', '.default.weight'): x for key, x in adapter.items()}  # as in memory
-    again = peft.from_torch(KINDS[name], named, module, base, config=CONFIG)
+def test_language_model(name, tmp_path):
+    model, module, plain = adapted(name, TARGETS[name])
+    kind, theirs = KINDS[name], logits_of(model)
+    model.save_pretrained(tmp_path / 'theirs')
+    tensors, config = read(tmp_path / 'theirs')
+    params = peft.from_torch(kind, tensors, module, plain, config=config)
+    assert 'lora_a' not in str(jax.tree.structure(plain))  # the base was left alone
+    frozen, adapter = lora.split(params)
+    export = lambda adapter: peft.to_torch(kind, module, lora.join(frozen, adapter))
+    assert_outputs_and_gradients_equal(
+        lambda a: (module.apply({'params': lora.join(frozen, a)}, TOKENS),), adapter, lambda a: export(a)[0], model,
+        (theirs,), file_names=in_files)
+
+    back, settings = export(adapter)
+    assert set(back) == set(tensors) and all(np.array_equal(back[key], tensors[key]) for key in tensors)
+    for field in ('r', 'lora_alpha', 'fan_in_fan_out', 'bias', 'task_type', 'peft_type'):
+        assert settings[field] == config[field], field
+    write(tmp_path / 'ours', back, settings)
+    loaded = original_peft.PeftModel.from_pretrained(twin(name), tmp_path / 'ours').eval()
+    assert adapter_names(loaded) == adapter_names(model)  # no layer adapted that we did not name
+    torch.testing.assert_close(logits_of(loaded), theirs, rtol=0, atol=1e-6)
+
+    in_memory = {key.replace('.weight', '.default.weight'): x for key, x in tensors.items()}
+    again = peft.from_torch(kind, in_memory, module, plain, config=config)
     assert all(np.array_equal(x, flatten(params)[path]) for path, x in flatten(again).items())
-    assert 'lora_a' not in str(jax.tree.structure(base))  # the base was left alone
+
+    merged, want = convert.to_torch(kind, module, lora.merge(params)), state_dict(model.merge_and_unload())
+    assert set(merged) == set(want)
+    for key in want:
+        np.testing.assert_allclose(merged[key], want[key], rtol=1e-6, atol=1e-6, err_msg=key)
 
 
-def test_reward_model_with_its_head():
-    original = twin('llama', 'ForSequenceClassification', num_labels=1, pad_token_id=66)
-    module, base = convert.from_torch('llama', state_dict(original), config=original.config.to_dict())
-    adapter = adapter_of(original, 'q_proj v_proj')
-    score = np.random.default_rng(2).normal(size=(1, 32)).astype(np.float32)
-    adapter |= {'base_model.model.score.weight': score}
-    params = peft.from_torch('llama', adapter, module, base, config=CONFIG)
-    np.testing.assert_array_equal(params['score_head']['kernel'], score.T)
-    back, config = peft.to_torch('llama', module, params)
-    assert set(back) == set(adapter) and all(np.array_equal(back[key], adapter[key]) for key in adapter)
-    assert config['task_type'] == 'SEQ_CLS' and config['modules_to_save'] == ['score']
+def test_gradients_are_those_of_the_merged_weights_times_the_other_factor():
+    """W' = W + s B A, so dB = s dW' A^T and dA = s B^T dW'."""
+    kind = 'gpt2'
+    model, module, plain = adapted(kind, TARGETS[kind])
+    tensors = {key: x.detach().numpy() for key, x in model.state_dict().items() if 'lora_' in key}
+    params = peft.from_torch(kind, tensors, module, plain, config=model.peft_config['default'].to_dict())
+    frozen, adapter = lora.split(params)
+
+    def loss(params):
+        logp = jax.nn.log_softmax(module.apply({'params': params}, TOKENS))
+        return -jax.numpy.take_along_axis(logp, TOKENS[:, ::-1, None], -1).sum()
+
+    of_merged = convert.to_torch(kind, module, jax.jit(jax.grad(loss))(lora.merge(params)))
+    got = jax.jit(jax.grad(lambda a: loss(lora.join(frozen, a))))(adapter)
+    got, wanted = peft.to_torch(kind, module, lora.join(frozen, got))[0], {}
+    for a_name in (key for key in in_files(tensors) if '.lora_A.' in key):
+        b_name = a_name.replace('.lora_A.', '.lora_B.')
+        a, b = (in_files(tensors)[key] for key in (a_name, b_name))
+        dw = of_merged[a_name.removeprefix('base_model.model.').replace('.lora_A.', '.')].T  # stored (in, out)
+        wanted |= {a_name: SCALE * b.T @ dw, b_name: SCALE * dw @ a.T}
+    assert set(wanted) == set(got)
+    assert_gradients_equal(got, wanted)
+
+
+def test_reward_model_with_its_head(tmp_path):
+    reward = dict(cls='ForSequenceClassification', num_labels=1, pad_token_id=66)
+    model, module, plain = adapted('llama', ['q_proj', 'v_proj'], task='SEQ_CLS', **reward)
+    model.save_pretrained(tmp_path / 'theirs')
+    tensors, config = read(tmp_path / 'theirs')
+    assert 'base_model.model.score.weight' in tensors
+    params = peft.from_torch('llama', tensors, module, plain, config=config)
+    np.testing.assert_array_equal(params['score_head']['kernel'], tensors['base_model.model.score.weight'].T)
+    rewards = jax.jit(module.apply)({'params': params}, TOKENS)[:, -1]
+    theirs = logits_of(model)
+    np.testing.assert_allclose(rewards, theirs[:, 0].detach().numpy(), rtol=1e-4, atol=1e-4)
+    back, settings = peft.to_torch('llama', module, params)
+    assert set(back) == set(tensors) and all(np.array_equal(back[key], tensors[key]) for key in tensors)
+    assert settings['task_type'] == 'SEQ_CLS' and settings['modules_to_save'] == ['score']
+    write(tmp_path / 'ours', back, settings)
+    loaded = original_peft.PeftModel.from_pretrained(twin('llama', **reward), tmp_path / 'ours').eval()
+    torch.testing.assert_close(logits_of(loaded), theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize('fault, config, message', [
@@ -70,9 +143,8 @@ def test_reward_model_with_its_head():
     (lambda a: a.clear(), {}, 'no adapter'),
 ])
 def test_what_does_not_fit_is_named(fault, config, message):
-    original = twin('llama')
-    module, base = convert.from_torch('llama', state_dict(original), config=original.config.to_dict())
-    adapter = adapter_of(original, 'q_proj v_proj')
+    model, module, plain = adapted('llama', ['q_proj', 'v_proj'])
+    adapter = in_files({key: x.numpy() for key, x in model.state_dict().items() if 'lora_' in key})
     fault(adapter)
     with pytest.raises(ValueError, match=message):
-        peft.from_torch('llama', adapter, module, base, config=CONFIG | config)
+        peft.from_torch('llama', adapter, module, plain, config=model.peft_config['default'].to_dict() | config)

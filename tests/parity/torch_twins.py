@@ -1,4 +1,4 @@
-"""What the PyTorch twins of the image half share: random tensors, and outputs and gradients side by side."""
+"""What the PyTorch twins share: random tensors, and outputs and gradients side by side."""
 import jax
 import numpy as np
 import pytest
@@ -44,7 +44,8 @@ def assert_equal(ours, theirs):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=f'output {i}')
 
 
-def assert_outputs_and_gradients_equal(apply, params, to_torch, model, theirs, *, unused=(), invariant=(), file_names=dict):
+def assert_outputs_and_gradients_equal(apply, params, to_torch, model, theirs, *, unused=(), invariant=(),
+                                       file_names=dict):
     """The outputs of both, and the gradients of one weighted sum of them.
 
     Args:
@@ -69,7 +70,11 @@ def assert_outputs_and_gradients_equal(apply, params, to_torch, model, theirs, *
     loss = sum((torch.from_numpy(w) * x).sum() for w, x in zip(weights, theirs))
     wanted = torch.autograd.grad(loss, list(named.values()))
     wanted = file_names({name: x.numpy() for name, x in zip(named, wanted)})
-    got = to_torch(gradients)
+    assert_gradients_equal(to_torch(gradients), wanted, invariant=invariant)
+
+
+def assert_gradients_equal(got, wanted, *, invariant=()):
+    """{name: array} both; `invariant` as above. `got` may hold more."""
     for name, want in wanted.items():
         largest = np.abs(want).max()
         if name.endswith(tuple(invariant)):
