@@ -2,7 +2,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.convert.rules import FLAT, Fixed, Rule, Tied, conv1d, linear
+from rlhf_jax.convert.rules import Fixed, Rule, Tied, conv1d, dense, linear, norm
 from rlhf_jax.models.gpt2 import GPT2 as MODULE
 
 PREFIX = 'transformer.'
@@ -10,20 +10,13 @@ PREFIX = 'transformer.'
 RULES = (
     Rule('wte.weight', 'embed'),
     Rule('wpe.weight', 'pos_embed'),
-    Rule('h.{i}.ln_1.weight', 'blocks/attn_norm/scale'),
-    Rule('h.{i}.ln_1.bias', 'blocks/attn_norm/bias'),
-    Rule('h.{i}.attn.c_attn.weight', 'blocks/attn/qkv/kernel', conv1d()),
-    Rule('h.{i}.attn.c_attn.bias', 'blocks/attn/qkv/bias', FLAT),
-    Rule('h.{i}.attn.c_proj.weight', 'blocks/attn/o/kernel', conv1d(2)),
-    Rule('h.{i}.attn.c_proj.bias', 'blocks/attn/o/bias'),
-    Rule('h.{i}.ln_2.weight', 'blocks/mlp_norm/scale'),
-    Rule('h.{i}.ln_2.bias', 'blocks/mlp_norm/bias'),
-    Rule('h.{i}.mlp.c_fc.weight', 'blocks/mlp/up/kernel', conv1d()),
-    Rule('h.{i}.mlp.c_fc.bias', 'blocks/mlp/up/bias'),
-    Rule('h.{i}.mlp.c_proj.weight', 'blocks/mlp/down/kernel', conv1d()),
-    Rule('h.{i}.mlp.c_proj.bias', 'blocks/mlp/down/bias'),
-    Rule('ln_f.weight', 'norm/scale'),
-    Rule('ln_f.bias', 'norm/bias'),
+    *norm('h.{i}.ln_1', 'blocks/attn_norm'),
+    *dense('h.{i}.attn.c_attn', 'blocks/attn/qkv', conv1d()),
+    *dense('h.{i}.attn.c_proj', 'blocks/attn/o', conv1d(2)),
+    *norm('h.{i}.ln_2', 'blocks/mlp_norm'),
+    *dense('h.{i}.mlp.c_fc', 'blocks/mlp/up', conv1d()),
+    *dense('h.{i}.mlp.c_proj', 'blocks/mlp/down', conv1d()),
+    *norm('ln_f', 'norm'),
     Fixed('h.{i}.attn.bias'),  # the causal mask of old checkpoints
     Fixed('h.{i}.attn.masked_bias'),
 )

@@ -3,27 +3,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.convert.rope import rope_fields, rope_settings
-from rlhf_jax.convert.rules import FLAT, Fixed, Rule, Tied, linear
+from rlhf_jax.convert.rules import Fixed, Rule, Tied, dense, linear, norm
 from rlhf_jax.models.gpt_neox import GPTNeoX as MODULE
 
 PREFIX = 'gpt_neox.'
 
 RULES = (
     Rule('embed_in.weight', 'embed'),
-    Rule('layers.{i}.input_layernorm.weight', 'blocks/attn_norm/scale'),
-    Rule('layers.{i}.input_layernorm.bias', 'blocks/attn_norm/bias'),
-    Rule('layers.{i}.attention.query_key_value.weight', 'blocks/attn/qkv/kernel', linear()),
-    Rule('layers.{i}.attention.query_key_value.bias', 'blocks/attn/qkv/bias', FLAT),
-    Rule('layers.{i}.attention.dense.weight', 'blocks/attn/o/kernel', linear(2)),
-    Rule('layers.{i}.attention.dense.bias', 'blocks/attn/o/bias'),
-    Rule('layers.{i}.post_attention_layernorm.weight', 'blocks/mlp_norm/scale'),
-    Rule('layers.{i}.post_attention_layernorm.bias', 'blocks/mlp_norm/bias'),
-    Rule('layers.{i}.mlp.dense_h_to_4h.weight', 'blocks/mlp/up/kernel', linear()),
-    Rule('layers.{i}.mlp.dense_h_to_4h.bias', 'blocks/mlp/up/bias'),
-    Rule('layers.{i}.mlp.dense_4h_to_h.weight', 'blocks/mlp/down/kernel', linear()),
-    Rule('layers.{i}.mlp.dense_4h_to_h.bias', 'blocks/mlp/down/bias'),
-    Rule('final_layer_norm.weight', 'norm/scale'),
-    Rule('final_layer_norm.bias', 'norm/bias'),
+    *norm('layers.{i}.input_layernorm', 'blocks/attn_norm'),
+    *dense('layers.{i}.attention.query_key_value', 'blocks/attn/qkv', linear()),
+    *dense('layers.{i}.attention.dense', 'blocks/attn/o', linear(2)),
+    *norm('layers.{i}.post_attention_layernorm', 'blocks/mlp_norm'),
+    *dense('layers.{i}.mlp.dense_h_to_4h', 'blocks/mlp/up', linear()),
+    *dense('layers.{i}.mlp.dense_4h_to_h', 'blocks/mlp/down', linear()),
+    *norm('final_layer_norm', 'norm'),
     Fixed('layers.{i}.attention.bias'),  # the causal mask and the angles of old checkpoints
     Fixed('layers.{i}.attention.masked_bias'),
     Fixed('layers.{i}.attention.rotary_emb.inv_freq'),

@@ -3,7 +3,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.convert.rope import rope_fields, rope_settings
-from rlhf_jax.convert.rules import FLAT, Fixed, Rule, Tied, linear
+from rlhf_jax.convert.rules import Fixed, Rule, Tied, dense, linear
 from rlhf_jax.models.llama import Llama as MODULE
 
 PREFIX = 'model.'
@@ -11,13 +11,11 @@ PREFIX = 'model.'
 RULES = (
     Rule('embed_tokens.weight', 'embed'),
     Rule('layers.{i}.input_layernorm.weight', 'blocks/attn_norm/scale'),
-    *(Rule(f'layers.{{i}}.self_attn.{x}_proj.weight', f'blocks/attn/{x}/kernel', linear()) for x in 'qkv'),
-    *(Rule(f'layers.{{i}}.self_attn.{x}_proj.bias', f'blocks/attn/{x}/bias', FLAT) for x in 'qkv'),
-    Rule('layers.{i}.self_attn.o_proj.weight', 'blocks/attn/o/kernel', linear(2)),
-    Rule('layers.{i}.self_attn.o_proj.bias', 'blocks/attn/o/bias'),
+    *(rule for x in 'qkv' for rule in dense(f'layers.{{i}}.self_attn.{x}_proj', f'blocks/attn/{x}', linear())),
+    *dense('layers.{i}.self_attn.o_proj', 'blocks/attn/o', linear(2)),
     Rule('layers.{i}.post_attention_layernorm.weight', 'blocks/mlp_norm/scale'),
-    *(Rule(f'layers.{{i}}.mlp.{x}_proj.weight', f'blocks/mlp/{x}/kernel', linear()) for x in ('gate', 'up', 'down')),
-    *(Rule(f'layers.{{i}}.mlp.{x}_proj.bias', f'blocks/mlp/{x}/bias') for x in ('gate', 'up', 'down')),
+    *(rule for x in ('gate', 'up', 'down')
+      for rule in dense(f'layers.{{i}}.mlp.{x}_proj', f'blocks/mlp/{x}', linear())),
     Rule('norm.weight', 'norm/scale'),
     Fixed('layers.{i}.self_attn.rotary_emb.inv_freq'),  # the angles of old checkpoints
     Fixed('rotary_emb.inv_freq'),

@@ -55,6 +55,10 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def tensors_of(path):
+    return dict(load_state_dict(path))
+
+
 def fields(module):
     """All of a module but how it drops things in training."""
     names = [name for name in module.__dataclass_fields__ if 'drop' not in name and name != 'parent']
@@ -133,7 +137,7 @@ def test_work_directory_and_back(run, weights, bare, tmp_path, kind):
 
     status, said, error = run(command, f'--reverse --kind={kind} --src={tmp_path}/run --dst={tmp_path}/out')
     assert (status, error) == (0, ''), error
-    assert_same(load_state_dict(tmp_path / 'out'), load_state_dict(weights[0] / kind))
+    assert_same(tensors_of(tmp_path / 'out'), tensors_of(weights[0] / kind))
     # What was written says all that the tensors do not.
     again = released.load(LOADERS[kind], tmp_path / 'out')
     assert_same(again.params, params)
@@ -144,7 +148,7 @@ def test_networks_used_as_they_are_released(run, weights, tmp_path):
     for kind in ('sd_vae', 'dinov2'):
         status, said, error = run(command, f'--kind={kind} --src={weights[0]}/{kind} --dst={tmp_path}/{kind}')
         assert (status, error) == (0, ''), error
-        assert_same(load_state_dict(tmp_path / kind), load_state_dict(weights[0] / kind / 'model.safetensors'))
+        assert_same(tensors_of(tmp_path / kind), tensors_of(weights[0] / kind / 'model.safetensors'))
     assert (tmp_path / 'sd_vae' / FILES['sd_vae']).exists()
     noted = json.loads((tmp_path / 'sd_vae' / 'config.json').read_text())
     assert noted['_class_name'] == 'AutoencoderKL' and noted['block_out_channels'] == [32, 32]
@@ -156,7 +160,7 @@ def test_backbone_of_an_encoder_is_a_dinov2(run, weights, tmp_path):
     status, _, error = run(command, f'--reverse --kind=dinov2 --src={tmp_path}/run --dst={tmp_path}/backbone')
     assert status == 0, error
     whole = load_state_dict(weights[0] / 'sem' / 'model.safetensors')
-    assert_same(load_state_dict(tmp_path / 'backbone'), {n: x for n, x in whole.items() if not n.startswith('sem_')})
+    assert_same(tensors_of(tmp_path / 'backbone'), {n: x for n, x in whole.items() if not n.startswith('sem_')})
     _, params = convert.from_torch('dinov2', load_state_dict(tmp_path / 'backbone'), num_heads=4)
     assert_same(params, {n: x for n, x in weights[1]['sem'].items() if not n.startswith('sem_')})
 

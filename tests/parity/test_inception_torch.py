@@ -3,7 +3,7 @@ import jax
 import numpy as np
 import pytest
 
-from dlc_jax.convert import inception
+from dlc_jax import convert
 
 torch = pytest.importorskip('torch')
 F = torch.nn.functional
@@ -188,7 +188,7 @@ def images():
 
 @pytest.fixture(scope='module')
 def converted(twin):
-    module, params = inception.from_torch(twin.state_dict(), image_size=SIZE)
+    module, params = convert.from_torch('inception', twin.state_dict(), image_size=SIZE)
     return module, params, jax.jit(lambda p, x: module.apply({'params': p}, x))
 
 
@@ -208,7 +208,7 @@ def test_equals_the_twin(twin, converted, images):
 
 def test_round_trip_is_exact_and_flax_weights_run_in_the_twin(twin, converted, images):
     module, params, apply = converted
-    back = inception.to_torch(module, params)
+    back = convert.to_torch('inception', module, params)
     state = {name: x for name, x in twin.state_dict().items() if not name.endswith('num_batches_tracked')}
     assert sorted(back) == sorted(state)
     for name, tensor in state.items():
@@ -217,7 +217,7 @@ def test_round_trip_is_exact_and_flax_weights_run_in_the_twin(twin, converted, i
     rng = np.random.default_rng(1)
     changed = jax.tree.map(lambda x: (x * rng.uniform(0.9, 1.1, x.shape)).astype(np.float32), params)
     other = Twin().eval()
-    other.load_state_dict({name: torch.from_numpy(x) for name, x in inception.to_torch(module, changed).items()})
+    other.load_state_dict({name: torch.from_numpy(x) for name, x in convert.to_torch('inception', module, changed).items()})
     assert_equal(apply(changed, images), other, images)
 
 
@@ -231,4 +231,4 @@ def test_wrong_state_dicts_are_named(twin, name, change):
     state = dict(twin.state_dict())
     change(state, name)
     with pytest.raises(ValueError, match=name):
-        inception.from_torch(state)
+        convert.from_torch('inception', state)

@@ -181,7 +181,7 @@ def test_a_setting_of_another_architecture_is_named(pair):
 
 def test_names_and_shapes_of_the_released_model():
     module = Llama(**SIZES['LLaDA-8B'])
-    shapes = llada.tensor_shapes(module)
+    shapes = convert.tensor_shapes('llada', module)
     assert sum(math.prod(shape) for shape in shapes.values()) == 8_015_581_184
     wide, block = (4096, 4096), 'model.transformer.blocks.{}.{}.weight'
     want = {'model.transformer.wte.weight': (126464, 4096), 'model.transformer.ff_out.weight': (126464, 4096),

@@ -22,31 +22,31 @@ def check(state_dict):
 
 def test_one_file(tmp_path):
     save_file(TENSORS, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
-    check(files.open_safetensors(tmp_path / 'model.safetensors'))
-    check(files.open_safetensors(tmp_path))
-    assert isinstance(files.open_safetensors(tmp_path)['a'], np.memmap)  # mapped, not read
+    check(files.load_state_dict(tmp_path / 'model.safetensors'))
+    check(files.load_state_dict(tmp_path))
+    assert isinstance(files.load_state_dict(tmp_path)['a'], np.memmap)  # mapped, not read
     with pytest.raises(KeyError):
-        files.open_safetensors(tmp_path)['d']
+        files.load_state_dict(tmp_path)['d']
 
 
 def test_shards(tmp_path):
     names = {'a': '1.safetensors', 'b.c': '2.safetensors', 'ids': '1.safetensors', 'empty': '2.safetensors'}
     for shard in set(names.values()):
         save_file({name: TENSORS[name] for name in names if names[name] == shard}, tmp_path / shard)
-    with pytest.raises(ValueError, match='2 .safetensors files and no'):
-        files.open_safetensors(tmp_path)
+    with pytest.raises(ValueError, match=r'holds 2 files \*.safetensors'):
+        files.load_state_dict(tmp_path)
     index = tmp_path / 'model.safetensors.index.json'
     index.write_text(json.dumps({'weight_map': names}))
-    check(files.open_safetensors(tmp_path))
+    check(files.load_state_dict(tmp_path))
     index.write_text(json.dumps({'weight_map': names | {'d': '1.safetensors'}}))
     with pytest.raises(ValueError, match='tensor d is missing'):
-        files.open_safetensors(tmp_path)
+        files.load_state_dict(tmp_path)
     index.write_text(json.dumps({'weight_map': {'a': '../1.safetensors'}}))
     with pytest.raises(ValueError, match='not a plain file name'):
-        files.open_safetensors(tmp_path)
+        files.load_state_dict(tmp_path)
     index.write_text('{}')
     with pytest.raises(ValueError, match='not an index'):
-        files.open_safetensors(tmp_path)
+        files.load_state_dict(tmp_path)
 
 
 @pytest.mark.parametrize('damage', [
@@ -61,14 +61,14 @@ def test_damaged_files_are_named(tmp_path, damage):
     assert damage(data) != data
     path.write_bytes(damage(data))
     with pytest.raises(OSError, match='model.safetensors: (truncated|not a safetensors)'):
-        files.open_safetensors(path)
+        files.load_state_dict(path)
 
 
 def test_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
-        files.open_safetensors(tmp_path / 'x.safetensors')
-    with pytest.raises(FileNotFoundError, match='no .safetensors file'):
-        files.open_safetensors(tmp_path)
+        files.load_state_dict(tmp_path / 'x.safetensors')
+    with pytest.raises(FileNotFoundError, match='no .safetensors, .bin, .pth or .pt file'):
+        files.load_state_dict(tmp_path)
     (tmp_path / 'config.json').write_text('{')
     with pytest.raises(ValueError, match='not JSON'):
         files.read_config(tmp_path)
@@ -76,5 +76,5 @@ def test_what_is_not_there(tmp_path):
 
 def test_saved_files_open_again(tmp_path):
     files.save(tmp_path / 'new', TENSORS, {'model_type': 'llama'})
-    check(files.open_safetensors(tmp_path / 'new'))
+    check(files.load_state_dict(tmp_path / 'new'))
     assert files.read_config(tmp_path / 'new') == {'model_type': 'llama'}
