@@ -118,6 +118,25 @@ def rules_of(module: VisionTransformer, *, hf: bool = False) -> tuple[Rule, ...]
     return tuple(map(_hf_rule, rules)) if hf else rules
 
 
+def config_of(module: VisionTransformer) -> dict[str, Any]:
+    """The `config.json` with which transformers builds the same model.
+
+    Raises:
+        ValueError: a model that it does not have.
+    """
+    if not module.layer_scale:
+        raise ValueError('convert: transformers has no DINOv2 without LayerScale')
+    family = 'Dinov2WithRegisters' if module.num_registers else 'Dinov2'
+    registers = {'num_register_tokens': module.num_registers} if module.num_registers else {}
+    kind = 'dinov2_with_registers' if module.num_registers else 'dinov2'
+    return {
+        'model_type': kind, 'architectures': [f'{family}Model'],
+        'hidden_size': module.width, 'num_hidden_layers': module.depth, 'num_attention_heads': module.num_heads,
+        'mlp_ratio': int(module.mlp_ratio), 'hidden_act': 'gelu', 'layer_norm_eps': 1e-6, 'qkv_bias': True,
+        'image_size': module.pos_grid * module.patch_size, 'patch_size': module.patch_size, 'num_channels': 3,
+        'use_swiglu_ffn': module.ffn == 'swiglu', 'torch_dtype': 'float32', **registers}
+
+
 def from_torch(state_dict: Mapping[str, Any], *, num_heads: int | None = None, shardings: Any = None,
                **fields: Any) -> tuple[VisionTransformer, dict[str, Any]]:
     """`VisionTransformer` and its parameters.

@@ -57,7 +57,7 @@ def from_torch(state_dict: Mapping[str, Any], *, config: Mapping[str, Any], shar
     """
     state_dict = rules.Renamed(state_dict, lambda name: _TOP + rules.without_prefixes(name, PREFIXES))
     rows, _ = rules.shape_of(state_dict, f'{_TOP}wte.weight', 2)
-    module = Llama(**_fields_of(config) | {'vocab_size': rows} | fields)
+    module = Llama(**fields_of(config) | {'vocab_size': rows} | fields)
     return module, rules.to_flax(state_dict, _RULES, shapes_of(module), shardings=shardings)
 
 
@@ -91,10 +91,18 @@ def config_of(module: Llama) -> dict[str, Any]:
         'rms_norm_eps': module.eps, 'init_std': module.init_std, 'weight_tying': module.tied}
 
 
-def _fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the module that a `config.json` gives, all but the size of the vocabulary.
+
+    Raises:
+        ValueError: a key that is missing, or a setting that the module does not have.
+    """
     for name, value in _ARCHITECTURE.items():
         if config.get(name, value) != value:
             raise ValueError(f'convert: config has {name}={config[name]!r}; only {value!r} was released')
+    for name in ('d_model', 'n_heads', 'n_layers', 'max_sequence_length', 'rope_theta'):
+        if name not in config:
+            raise ValueError(f'convert: config has no {name}')
     width, heads = config['d_model'], config['n_heads']
     kv_heads = config.get('n_kv_heads') or (1 if config.get('multi_query_attention') else heads)
     return dict(width=width, depth=config['n_layers'], num_heads=heads,

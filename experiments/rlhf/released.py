@@ -37,20 +37,20 @@ def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter
         raise ValueError(f'--kind={kind}: --src={src} holds a {config.model.kind}')
     if adapter and not config.lora.rank:
         raise ValueError(f'--adapter: --src={src} was trained without one (lora.rank=0)')
-    target = pathlib.Path(storage.resolve(dst))
     params = jax.tree.map(np.asarray, params if adapter else language.merged(params))
-    if adapter:
-        tensors, saved = peft.to_torch(kind, module, params)
-        saved['base_model_name_or_path'] = config.weights
-        files.save_state_dict(target / 'adapter_model.safetensors', tensors)
-        (target / 'adapter_config.json').write_text(json.dumps(saved, indent=1) + '\n')
-        params = lora.split(params)[1]
-    else:
-        tokenizer = language.open_tokenizer(config.tokenizer)
-        ids = {f'{name}_token_id': getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')}
-        files.save(target, convert.tensors(kind, module, params, dtype=modules.dtype(dict(dtype=dtype))),
-                   convert.config_of(kind, module) | ids | {'dtype': dtype})
-    copied = copy_tokenizer(config.tokenizer, target)
+    with storage.local_folder(dst, last='adapter_config.json' if adapter else 'config.json') as folder:
+        if adapter:
+            tensors, saved = peft.to_torch(kind, module, params)
+            saved['base_model_name_or_path'] = config.weights
+            files.save_state_dict(folder / 'adapter_model.safetensors', tensors)
+            (folder / 'adapter_config.json').write_text(json.dumps(saved, indent=1) + '\n')
+            params = lora.split(params)[1]
+        else:
+            tokenizer = language.open_tokenizer(config.tokenizer)
+            ids = {f'{name}_token_id': getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')}
+            files.save(folder, convert.tensors(kind, module, params, dtype=modules.dtype(dict(dtype=dtype))),
+                       convert.config_of(kind, module) | ids | {'torch_dtype': dtype})
+        copied = copy_tokenizer(config.tokenizer, folder)
     count, dtype = sum(np.size(x) for x in jax.tree.leaves(params)), 'float32' if adapter else dtype
     return (f'{kind}{" adapter" if adapter else ""} of a {config.experiment} run: {count:,} parameters, '
             f'{np.dtype(dtype).itemsize * count / 1e9:.3g} GB in {dtype} -> {dst}'

@@ -70,6 +70,9 @@ class StateDict(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._tensors[name].read()
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would map the file
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -96,6 +99,9 @@ def load_state_dict(path: str | pathlib.Path, *, key: str | None = None) -> Stat
     """
     path = pathlib.Path(path)
     return StateDict(path, _tensors(_only_file(path) if path.is_dir() else path, key))
+
+
+open_safetensors = load_state_dict  # its name before it read other formats too
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:

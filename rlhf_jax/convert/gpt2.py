@@ -2,7 +2,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_jax.convert import settings
 from rlhf_jax.convert.rules import Fixed, Rule, Tied, conv1d, dense, linear, norm
+from rlhf_jax.convert.settings import Setting
 from rlhf_jax.models.gpt2 import GPT2 as MODULE
 
 PREFIX = 'transformer.'
@@ -23,8 +25,11 @@ RULES = (
 RENAMED: dict[str, str] = {}
 ANY_HEAD = (Tied('lm_head.weight', 'wte.weight'),)
 
-_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu',
-                'silu': 'silu'}
+_SETTINGS = (
+    Setting('vocab_size', 'vocab_size'), Setting('width', 'n_embd'), Setting('depth', 'n_layer'),
+    Setting('num_heads', 'n_head'), Setting('max_length', 'n_positions', 1024),
+    Setting('tied', 'tie_word_embeddings', True), Setting('activation', 'activation_function', 'gelu_new'),
+    Setting('eps', 'layer_norm_epsilon', 1e-5), Setting('init_std', 'initializer_range', 0.02))
 
 
 def head_rules(module: MODULE) -> tuple[Rule | Tied, ...]:
@@ -42,22 +47,11 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
                        ('add_cross_attention', False)):
         if config.get(name, only) != only:
             raise ValueError(f'convert: config has {name}={config[name]!r}, but only {only!r} is supported')
-    activation = config.get('activation_function', 'gelu_new')
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f'convert: config has activation_function={activation!r}, not one of {sorted(_ACTIVATIONS)}')
-    return dict(
-        vocab_size=config['vocab_size'], width=config['n_embd'], depth=config['n_layer'], num_heads=config['n_head'],
-        hidden=config.get('n_inner') or 4 * config['n_embd'], max_length=config.get('n_positions', 1024),
-        tied=config.get('tie_word_embeddings', True), activation=_ACTIVATIONS[activation],
-        eps=config.get('layer_norm_epsilon', 1e-5), init_std=config.get('initializer_range', 0.02))
+    fields = settings.fields_of(config, _SETTINGS)
+    return fields | {'hidden': config.get('n_inner') or 4 * fields['width']}
 
 
 def config_of(module: MODULE) -> dict[str, Any]:
     """`config.json` of the module."""
-    activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-    return {
-        'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'vocab_size': module.vocab_size,
-        'n_embd': module.width, 'n_layer': module.depth, 'n_head': module.num_heads,
-        'n_inner': module.hidden or 4 * module.width, 'n_positions': module.max_length, 'n_ctx': module.max_length,
-        'tie_word_embeddings': module.tied, 'activation_function': activations[module.activation],
-        'layer_norm_epsilon': module.eps, 'initializer_range': module.init_std}
+    return {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], **settings.config_of(module, _SETTINGS),
+            'n_inner': module.hidden or 4 * module.width, 'n_ctx': module.max_length}

@@ -299,6 +299,9 @@ class Tensors(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         return np.asarray(self._makers[name]()).astype(self._dtype, copy=False)
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the tensor
+        return name in self._makers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
 

@@ -51,6 +51,9 @@ class Renamed(Mapping):
     def __getitem__(self, name: str) -> Any:
         return self._state_dict[self._original[name]]
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._original
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._original)
 

@@ -217,7 +217,8 @@ def test_round_trip_is_exact_and_flax_weights_run_in_the_twin(twin, converted, i
     rng = np.random.default_rng(1)
     changed = jax.tree.map(lambda x: (x * rng.uniform(0.9, 1.1, x.shape)).astype(np.float32), params)
     other = Twin().eval()
-    other.load_state_dict({name: torch.from_numpy(x) for name, x in convert.to_torch('inception', module, changed).items()})
+    tensors = convert.to_torch('inception', module, changed)
+    other.load_state_dict({name: torch.from_numpy(x) for name, x in tensors.items()})
     assert_equal(apply(changed, images), other, images)
 
 

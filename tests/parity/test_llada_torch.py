@@ -192,4 +192,4 @@ def test_names_and_shapes_of_the_released_model():
         want |= {block.format(i, name): (12288, 4096) for name in ('ff_proj', 'up_proj')}
         want |= {block.format(i, 'ff_out'): (4096, 12288)}
     assert shapes == want
-    assert Llama(**llada._fields_of(RELEASED), vocab_size=126464) == module
+    assert Llama(**llada.fields_of(RELEASED), vocab_size=126464) == module
