@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from rlhf_jax import convert
 from rlhf_jax.convert import files
+from tiny_models import MODELS as TINY
 
 TENSORS = {'a': np.arange(6, dtype=np.float32).reshape(2, 3), 'b.c': np.asarray([1.5, -2.0], jnp.bfloat16),
            'ids': np.array([[7]]), 'empty': np.zeros((0, 4), np.float16)}
@@ -78,3 +80,39 @@ def test_saved_files_open_again(tmp_path):
     files.save(tmp_path / 'new', TENSORS, {'model_type': 'llama'})
     check(files.load_state_dict(tmp_path / 'new'))
     assert files.read_config(tmp_path / 'new') == {'model_type': 'llama'}
+
+
+def test_views_in_files_of_torch(tmp_path):
+    torch = pytest.importorskip('torch')
+    x = torch.arange(24.0).reshape(4, 6)
+    tensors = {'whole': x, 'transposed': x.t(), 'part': x[1:, ::2], 'row': x[2:3], 'scalar': x[3, 5], 'none': x[4:],
+               'half': x.bfloat16(), 'many': torch.nn.Parameter(x.reshape(2, 3, 4).permute(2, 0, 1))}
+    torch.save({'model': tensors, 'step': 3}, tmp_path / 'x.pt')
+    state_dict = files.load_state_dict(tmp_path / 'x.pt')
+    assert set(state_dict) == set(tensors)
+    for name, tensor in tensors.items():
+        got = state_dict[name]
+        assert not got.flags.writeable or not got.size
+        np.testing.assert_array_equal(got.astype(np.float32), tensor.detach().float().numpy(), err_msg=name)
+    assert state_dict['half'].dtype == jnp.bfloat16
+    data = (tmp_path / 'x.pt').read_bytes()
+    (tmp_path / 'x.pt').write_bytes(data[:len(data) // 2])
+    with pytest.raises(OSError, match='x.pt: truncated'):
+        files.load_state_dict(tmp_path / 'x.pt')
+
+
+@pytest.mark.parametrize('kind', convert.KINDS)
+def test_settings_of_a_config(kind):
+    module = convert.module_of(kind, convert.config_of(kind, TINY[kind]))
+    assert convert.config_of(kind, module) == convert.config_of(kind, TINY[kind])
+    config = convert.config_of(kind, TINY[kind])
+    # What transformers leaves out, or writes as null, is its default.
+    eps = next(key for key in config if 'norm' in key and 'eps' in key)
+    assert convert.module_of(kind, config | {eps: None}) == convert.module_of(
+        kind, {key: x for key, x in config.items() if key != eps})
+    assert convert.module_of(kind, config | {eps: None}).eps in (1e-5, 1e-6)
+    with pytest.raises(ValueError, match='config has no vocab_size'):
+        convert.module_of(kind, {key: x for key, x in config.items() if key != 'vocab_size'})
+    name = 'activation_function' if kind == 'gpt2' else 'hidden_act'
+    with pytest.raises(ValueError, match=f"config has {name}='swish', not one of"):
+        convert.module_of(kind, config | {name: 'swish'})
