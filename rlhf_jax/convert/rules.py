@@ -19,7 +19,8 @@ read is then unknown to the model, hence an error.
 
 Large models do not fit into memory twice. `state_dict` may be any mapping, one that reads a tensor from disk when it
 is asked for included (`files.load_state_dict`); each tensor is cast and dropped before the next is read, and with
-`shardings` a parameter goes straight into the shards of its devices. `Tensors` is the way back, as lazy.
+`shardings` each parameter goes into the shards of its devices before the next is begun, so that the host holds one
+parameter and one tensor at most. `Tensors` is the way back, as lazy.
 """
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,8 +148,8 @@ def to_flax(state_dict: Mapping[str, Any], rules: Rules, expected: Mapping[str, 
 
     Args:
         state_dict: {name: numpy array or PyTorch tensor}, or a mapping that reads them when asked.
-        shardings: `expected` -> nested dict like it of `jax.sharding.Sharding`: the parameters are jax arrays, written
-            shard by shard. None: numpy arrays.
+        shardings: `expected` -> nested dict like it of `jax.sharding.Sharding`: the parameters are jax arrays, laid
+            out so one by one. None: numpy arrays.
 
     Raises:
         ValueError: a missing, unknown, wrongly shaped or non-finite tensor, or a parameter without a rule.
@@ -221,28 +222,10 @@ def _read(state_dict: Mapping[str, Any], rule: Rule, leaf: Any, sharding: Any) -
         parts = [_read_tensor(state_dict, name.format(i=i), wanted, leaf.dtype) for name in rule.names]
         return rule.codec.to_flax(parts[0] if len(parts) == 1 else np.concatenate(parts), one)
 
-    if sharding is None:
-        out = np.empty(leaf.shape, leaf.dtype)
-        for i in range(leaf.shape[0] if rule.stacked else 1):
-            out[i if rule.stacked else ...] = block(i)
-        return out
-    # Slices are copied: on a CPU an array may else go on using the memory, here the file, that it was made from.
-    if not rule.stacked:
-        tensor = block(0)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.array(tensor[index]))
-    # One block is on the host at a time, and every device's part of it is cut out of that one reading.
-    indices = sharding.addressable_devices_indices_map(leaf.shape)
-    parts: dict[Any, list[jax.Array]] = {device: [] for device in indices}
-
-    def place(i, tensor):
-        for device, index in indices.items():
-            if i in range(*index[0].indices(leaf.shape[0])):
-                parts[device].append(jax.device_put(np.array(tensor[index[1:]]), device))
-
-    for i in range(leaf.shape[0]):
-        place(i, block(i))
-    arrays = [jax.numpy.stack(parts.pop(device)) for device in indices]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+    out = np.empty(leaf.shape, leaf.dtype)
+    for i in range(leaf.shape[0] if rule.stacked else 1):
+        out[i if rule.stacked else ...] = block(i)
+    return out if sharding is None else jax.make_array_from_callback(leaf.shape, sharding, lambda index: out[index])
 
 
 def _read_tensor(state_dict: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -312,7 +295,11 @@ class Tensors(Mapping):
 def _part(rule: Rule, value: Any, place: int) -> np.ndarray:
     """The tensor at `place` among those of `rule`."""
     i, part = divmod(place, len(rule.names))
-    tensor = rule.codec.to_torch(np.asarray(value[i] if rule.stacked else value))
+    if rule.stacked:
+        value = value[i]
+    elif isinstance(value, jax.Array):
+        value = jax.numpy.array(value)  # a copy, for an array holds on to what it has once brought to the host
+    tensor = rule.codec.to_torch(np.asarray(value))
     return tensor if len(rule.names) == 1 else np.split(tensor, len(rule.names))[part]
 
 
