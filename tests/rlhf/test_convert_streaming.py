@@ -153,6 +153,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
      r'model.norm.weight has shape \(3,\), expected \(32,\) \(in {folder}/model-0000\d-of-0000\d.safetensors\)'),
     (lambda t: t.update({'model.norm.weight': np.full(32, np.nan, np.float32)}),
      r'model.norm.weight holds values that are not finite \(in {folder}/model-0000\d-of-0000\d.safetensors\)'),
+    (lambda t: t.update({'model.norm.weight': np.full(32, 1e300)}),  # float32 cannot hold it
+     r'model.norm.weight holds values that are not finite \(in {folder}/model-0000\d-of-0000\d.safetensors\)'),
     (lambda t: t.update({'module.model.norm.weight': np.ones(32, np.float32)}),
      r'are both norm.weight of the model \(in {folder}/model-0000\d-of-0000\d.safetensors\)'),
 ])
