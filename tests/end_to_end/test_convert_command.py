@@ -213,6 +213,8 @@ def test_llada_is_checked_and_written_again(run, llada_folder, tmp_path):
     assert (tmp_path / 'new' / 'tokenizer.json').exists()
     status, _, error = run(command, f'--kind=llada --src={folder} --dst={tmp_path}/wide --dtype=float32')
     assert status == 0, error
+    assert {x.dtype for x in tensors_of(tmp_path / 'new').values()} == {np.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in tensors_of(tmp_path / 'wide').values()} == {np.dtype(np.float32)}
     assert_same(tensors_of(tmp_path / 'wide'), {n: x.astype(np.float32) for n, x in tensors_of(folder).items()})
 
 
@@ -231,6 +233,7 @@ def test_a_run_of_text_to_code_becomes_llada(run, llada_folder, tmp_path):
                               '--dtype=bfloat16')
     assert (status, error) == (0, ''), error
     assert_same(tensors_of(tmp_path / 'out'), tensors_of(folder))
+    assert {x.dtype for x in tensors_of(tmp_path / 'out').values()} == {np.dtype(jnp.bfloat16)}
     noted = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert (noted['vocab_size'], noted['mask_token_id']) == (71, 50) and (tmp_path / 'out' / 'tokenizer.json').exists()
     status, _, error = run(command, f'--kind=llada --src={tmp_path}/out --dst={tmp_path}/again')
