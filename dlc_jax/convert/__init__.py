@@ -46,8 +46,8 @@ def from_torch(kind: str, state_dict: Mapping[str, Any], *,
 
 
 def to_torch(kind: str, module: Any, params: Mapping[str, Any], **options: Any) -> dict[str, np.ndarray]:
-    """The state dict, under its original names, of `module` with `params`: float32 numpy arrays, views of numpy
-    parameters where possible.
+    """The state dict, under its original names, of `module` with `params`: float32 numpy arrays; what is laid out alike
+    is a view of a numpy parameter, the rest a copy.
 
     Args:
         **options: of `rules_of` of that kind: hf=True of a dinov2.

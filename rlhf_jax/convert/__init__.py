@@ -75,8 +75,8 @@ def module_of(kind: str, config: Mapping[str, Any], **fields: Any) -> Any:
 
 
 def to_torch(kind: str, module: Any, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The state dict of `module` with `params` under the names of `transformers` (or TRL): float32 numpy arrays, views
-    of numpy parameters where possible."""
+    """The state dict of `module` with `params` under the names of `transformers` (or TRL): float32 numpy arrays; what is
+    laid out alike is a view of a numpy parameter, the rest a copy."""
     return dict(tensors(kind, module, params))
 
 

@@ -40,7 +40,7 @@ class Tensor(NamedTuple):
     strides: tuple[int, ...] | None = None
 
     def read(self) -> np.ndarray:
-        """A read-only view of the file."""
+        """A read-only view of the file; a copy in C order of what does not lie so."""
         if not math.prod(self.shape):
             return np.zeros(self.shape, self.dtype)
         strides = self.strides or ()
@@ -48,12 +48,12 @@ class Tensor(NamedTuple):
         data = np.memmap(self.path, np.uint8, 'r', self.start, (count * self.dtype.itemsize,)).view(self.dtype)
         if not strides:
             return data.reshape(self.shape)
-        return np.lib.stride_tricks.as_strided(data, self.shape, [s * self.dtype.itemsize for s in strides],
-                                               writeable=False)
+        return np.array(np.lib.stride_tricks.as_strided(data, self.shape, [s * self.dtype.itemsize for s in strides]),
+                        order='C')
 
 
 class StateDict(Mapping):
-    """{name: array}, each a read-only view of a file on disk, mapped when it is asked for and forgotten again."""
+    """{name: array}, each a view of a file on disk, mapped when it is asked for and forgotten again."""
 
     def __init__(self, path: pathlib.Path, tensors: Mapping[str, Tensor]):
         self._path, self._tensors = path, tensors

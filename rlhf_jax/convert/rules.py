@@ -280,7 +280,8 @@ class Tensors(Mapping):
         self._makers[name], self.specs[name] = make, jax.ShapeDtypeStruct(shape, self._dtype)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._makers[name]()).astype(self._dtype, copy=False)
+        # In C order: writers of files take an array's memory as it lies.
+        return np.ascontiguousarray(np.asarray(self._makers[name]()).astype(self._dtype, copy=False))
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would make the tensor
         return name in self._makers
@@ -304,7 +305,7 @@ def _part(rule: Rule, value: Any, place: int) -> np.ndarray:
 
 
 def to_torch(params: Mapping[str, Any], rules: Rules) -> dict[str, np.ndarray]:
-    """All of `Tensors`, float32; views of numpy parameters where possible.
+    """All of `Tensors`, float32; what is laid out alike is a view of a numpy parameter, the rest a copy.
 
     Raises:
         ValueError: a parameter without a rule.

@@ -92,7 +92,7 @@ def test_views_in_files_of_torch(tmp_path):
     assert set(state_dict) == set(tensors)
     for name, tensor in tensors.items():
         got = state_dict[name]
-        assert not got.flags.writeable or not got.size
+        assert got.flags.c_contiguous
         np.testing.assert_array_equal(got.astype(np.float32), tensor.detach().float().numpy(), err_msg=name)
     assert state_dict['half'].dtype == jnp.bfloat16
     data = (tmp_path / 'x.pt').read_bytes()
