@@ -6,13 +6,16 @@
     python -m experiments.convert --kind=sedd --src=DLC_SEDD_L512/   --dst=runs/released/code_model
     # the averaged weights of a run -> safetensors and config.json under the originals' names
     python -m experiments.convert --reverse --kind=dit --src=runs/generator --dst=exported/
+    # LLaDA and the text-to-code model made of it: a checked folder of its shards; --reverse from a run
+    python -m experiments.convert --kind=llada --src=DLC_LLADA_L512/ --dst=checked/
     # a policy, fine-tuned or reward model (LoRA merged; --adapter: as PEFT has it) -> a folder for transformers
     python -m experiments.convert --reverse --kind=gpt_neox --src=runs/tldr_410m/online_dpo --dst=exported/
 
 --src is safetensors or a torch.save file (no code in it is run), one file or shards with their index. sd_vae, inception
 and dinov2 become one checked safetensors file in the originals' newest names, for --vae, --inception and
---config.pretrained. --config says how the model is to be sampled and was trained; by default, as published. Language
-models need no conversion to be trained from: --config.weights takes their folder.
+--config.pretrained (--hf: as transformers has a dinov2), llada a checked folder. --config says how the model is to be
+sampled and was trained; by default, as published. Language models need no conversion to be trained from:
+--config.weights takes their folder. Tensors are read and written one by one.
 """
 import argparse
 import sys
@@ -22,10 +25,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments.dlc import released
+from dlc_jax import convert
+from dlc_jax.convert import dinov2, files
+from experiments.dlc import llada, released
 from experiments.rlhf import released as language
 from experiments.runtime import launch, storage
 from rlhf_jax.convert import KINDS as LANGUAGE
+
+FOLDERS = (*LANGUAGE, 'llada')  # kinds that are used from a folder as it was released, config.json included
 
 # Which kinds take a flag that the tensors do not tell.
 TAKES = {'num_heads': ('sem', 'dinov2', 'dit', 'sedd'), 'num_codes': ('sem',), 'vocab_size': ('sem',),
@@ -34,11 +41,14 @@ TAKES = {'num_heads': ('sem', 'dinov2', 'dit', 'sedd'), 'num_codes': ('sem',), '
 
 def parser() -> argparse.ArgumentParser:
     p = launch.parser(__doc__, config='settings of the work directory (default: configs/dlc/released.py:KIND)')
-    p.add_argument('--kind', required=True, choices=(*released.KINDS, *LANGUAGE))
+    p.add_argument('--kind', required=True, choices=(*released.KINDS, *FOLDERS))
     p.add_argument('--src', required=True, metavar='DIR|FILE', help='released weights; --reverse: a work directory')
     p.add_argument('--dst', required=True, metavar='DIR', help='written there; must be empty or new')
     p.add_argument('--reverse', action='store_true', help='from a work directory to released names')
     p.add_argument('--adapter', action='store_true', help='of a language model, the LoRA adapter alone')
+    p.add_argument('--dtype', choices=('float32', 'bfloat16'), help='of the tensors written, of a language model or '
+                   'llada (default: as they are)')
+    p.add_argument('--hf', action='store_true', help='of a dinov2 written: names and config of transformers')
     p.add_argument('--key', help='entry of a file that holds several state dicts, such as teacher')
     p.add_argument('--num_heads', type=int, help='default: as published for that width')
     p.add_argument('--num_codes', type=int, help='L of a sem (default 512)')
@@ -61,13 +71,18 @@ def check_flags(args: argparse.Namespace, overrides: bool) -> None:
                          '--reverse writes one')
     if args.adapter and args.kind not in LANGUAGE:
         raise ValueError(f'--adapter: a {args.kind} has none; leave it out')
-    if overrides and (args.reverse or not released.KINDS[args.kind].experiment):
+    if args.dtype and args.kind not in FOLDERS:
+        raise ValueError(f'--dtype: a {args.kind} is written in float32; leave it out')
+    if args.hf and args.kind != 'dinov2':
+        raise ValueError('--hf: only a dinov2 has other names in transformers; leave it out')
+    to_run = args.kind in released.KINDS and released.KINDS[args.kind].experiment
+    if overrides and (args.reverse or not to_run):
         raise ValueError('--config: only a work directory has one; leave it out')
     if args.key and args.reverse:
         raise ValueError('--key: a work directory has no state dicts; leave it out')
     if not storage.resolve(args.src).exists():
         raise FileNotFoundError(f'--src={args.src}: nothing there')
-    if not args.reverse and released.KINDS[args.kind].experiment and not released.is_released(args.src):
+    if not args.reverse and to_run and not released.is_released(args.src):
         raise ValueError(f'--src={args.src}: no released weights there (.safetensors, .pth, .bin); from a work '
                          'directory to weights it is --reverse')
     dst = storage.resolve(args.dst)
@@ -103,7 +118,10 @@ def main() -> None:
     check_flags(args, any(a.startswith('--config') for a in argv))
     launch.initialize(args)
     if args.kind in LANGUAGE:
-        print(language.export(args.kind, args.src, args.dst, adapter=args.adapter))
+        print(language.export(args.kind, args.src, args.dst, adapter=args.adapter, dtype=args.dtype or 'float32'))
+        return
+    if args.kind == 'llada':
+        print(llada.write(args.src, args.dst, reverse=args.reverse, dtype=args.dtype, key=args.key))
         return
     to_run = '' if args.reverse else released.KINDS[args.kind].experiment  # what the work directory will be of
     if to_run and config.get('experiment') != to_run:
@@ -123,6 +141,9 @@ def main() -> None:
         with config.unlocked():
             config.weights_only = True
         released.write_run(args.kind, config, params, args.dst)
+    elif args.hf:
+        with storage.local_folder(args.dst, last='config.json') as folder:
+            files.save(folder, convert.tensors('dinov2', module, params, hf=True), dinov2.config_of(module))
     else:
         released.write_released(args.kind, module, params, args.dst, noise=noise)
     print(summary(args.kind, module, params, args.dst))

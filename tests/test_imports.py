@@ -10,13 +10,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAVY = {'tensorflow', 'torch', 'wandb', 'transformers', 'diffusers'}
 LIBRARY = {'jax', 'flax', 'optax', 'numpy'}
 EXTRA = {'dlc_jax/ssl/augment.py': {'PIL'}, 'dlc_jax/ssl/pixels.py': {'PIL'},
-         'dlc_jax/convert/files.py': {'safetensors'}, 'rlhf_jax/convert/files.py': {'safetensors'},
          'rlhf_jax/rollout/publish.py': {'safetensors'}, 'rlhf_jax/tokenizers.py': {'tokenizers'},
          'rlhf_jax/tasks/rows.py': {'pyarrow'}, 'rlhf_jax/tasks/bleu.py': {'sacrebleu'}}
-# LLaDA is LLaMA without the causal mask. That is the one thing the two libraries share, and its weights are as large as
-# those of a language model, hence read by the rules made for these: block by block and straight into shards.
+# The two libraries share LLaDA, which is LLaMA without the causal mask, and the machinery that converts weights.
 BETWEEN_LIBRARIES = {'dlc_jax/text_to_code.py': ('rlhf_jax.models.llama',),
-                     'dlc_jax/convert/llada.py': ('rlhf_jax.models.llama', 'rlhf_jax.convert')}
+                     'dlc_jax/convert/llada.py': ('rlhf_jax.models.llama',),
+                     'dlc_jax/convert/rules.py': ('rlhf_jax.convert.',), 'dlc_jax/convert/files.py': ('rlhf_jax.convert.',)}
 
 
 def files(*folders):

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from dlc_jax.convert import rules as rules_lib
-from dlc_jax.convert.rules import FLAT, Rule, linear, patch_conv
+from dlc_jax.convert.rules import Renamed, Rule, dense, linear, norm, patch_conv
 from dlc_jax.models.vit import VisionTransformer, swiglu_hidden
 
 PREFIXES = ('_orig_mod.', 'module.', 'backbone.')
@@ -25,28 +24,16 @@ def vit_rules(patch_size: int) -> tuple[Rule, ...]:
         Rule('pos_embed', 'pos_embed'),
         Rule('register_tokens', 'register_tokens'),
         Rule('mask_token', 'mask_token'),
-        Rule('patch_embed.proj.weight', 'patch_embed/kernel', patch_conv(patch_size)),
-        Rule('patch_embed.proj.bias', 'patch_embed/bias'),
-        Rule(block + 'norm1.weight', 'blocks/norm1/scale'),
-        Rule(block + 'norm1.bias', 'blocks/norm1/bias'),
-        Rule(block + 'attn.qkv.weight', 'blocks/attn/qkv/kernel', linear()),
-        Rule(block + 'attn.qkv.bias', 'blocks/attn/qkv/bias', FLAT),
-        Rule(block + 'attn.proj.weight', 'blocks/attn/proj/kernel', linear(2)),
-        Rule(block + 'attn.proj.bias', 'blocks/attn/proj/bias'),
+        *dense('patch_embed.proj', 'patch_embed', patch_conv(patch_size)),
+        *norm(block + 'norm1', 'blocks/norm1'),
+        *dense(block + 'attn.qkv', 'blocks/attn/qkv', linear()),
+        *dense(block + 'attn.proj', 'blocks/attn/proj', linear(2)),
         Rule(block + 'ls1.gamma', 'blocks/ls1/gamma'),
-        Rule(block + 'norm2.weight', 'blocks/norm2/scale'),
-        Rule(block + 'norm2.bias', 'blocks/norm2/bias'),
-        Rule(block + 'mlp.fc1.weight', 'blocks/mlp/fc1/kernel', linear()),
-        Rule(block + 'mlp.fc1.bias', 'blocks/mlp/fc1/bias'),
-        Rule(block + 'mlp.fc2.weight', 'blocks/mlp/fc2/kernel', linear()),
-        Rule(block + 'mlp.fc2.bias', 'blocks/mlp/fc2/bias'),
-        Rule(block + 'mlp.w12.weight', 'blocks/mlp/w12/kernel', linear()),
-        Rule(block + 'mlp.w12.bias', 'blocks/mlp/w12/bias', FLAT),
-        Rule(block + 'mlp.w3.weight', 'blocks/mlp/w3/kernel', linear()),
-        Rule(block + 'mlp.w3.bias', 'blocks/mlp/w3/bias'),
+        *norm(block + 'norm2', 'blocks/norm2'),
+        *(rule for name in ('fc1', 'fc2', 'w12', 'w3')  # MLP or fused SwiGLU
+          for rule in dense(f'{block}mlp.{name}', f'blocks/mlp/{name}', linear())),
         Rule(block + 'ls2.gamma', 'blocks/ls2/gamma'),
-        Rule('norm.weight', 'norm/scale'),
-        Rule('norm.bias', 'norm/bias'),
+        *norm('norm', 'norm'),
     )
 
 
@@ -77,11 +64,11 @@ def _hf_rule(rule: Rule) -> Rule:
     return rule._replace(torch=name)
 
 
-def clean_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def clean_names(state_dict: Mapping[str, Any]) -> Renamed:
     """`state_dict` without the prefixes that wrappers add, and with blocks counted through where training kept them in
     chunks (`blocks.1.7.` -> `blocks.7.`)."""
-    stripped = rules_lib.strip_prefixes(state_dict, PREFIXES)
-    return {re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.', name): tensor for name, tensor in stripped.items()}
+    return Renamed(state_dict, lambda name: re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.',
+                                                   rules_lib.without_prefixes(name, PREFIXES)))
 
 
 def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, hf: bool = False) -> dict[str, Any]:
@@ -120,12 +107,37 @@ def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, h
     return fields
 
 
-def dummy_images(module: VisionTransformer, channels: int) -> jnp.ndarray:
-    """The smallest input from which `module`'s parameter shapes can be traced."""
-    return jnp.zeros((1, module.patch_size, module.patch_size, channels))
+def shapes_of(module: VisionTransformer, channels: int = 3) -> dict[str, Any]:
+    """Of the parameters, by tracing the smallest image."""
+    return rules_lib.param_shapes(module, jnp.zeros((1, module.patch_size, module.patch_size, channels)))
 
 
-def from_torch(state_dict: Mapping[str, Any], *, num_heads: int | None = None,
+def rules_of(module: VisionTransformer, *, hf: bool = False) -> tuple[Rule, ...]:
+    """Both directions, under the names of facebookresearch/dinov2, with `hf` under those of Hugging Face's files."""
+    rules = vit_rules(module.patch_size)
+    return tuple(map(_hf_rule, rules)) if hf else rules
+
+
+def config_of(module: VisionTransformer) -> dict[str, Any]:
+    """The `config.json` with which transformers builds the same model.
+
+    Raises:
+        ValueError: a model that it does not have.
+    """
+    if not module.layer_scale:
+        raise ValueError('convert: transformers has no DINOv2 without LayerScale')
+    family = 'Dinov2WithRegisters' if module.num_registers else 'Dinov2'
+    registers = {'num_register_tokens': module.num_registers} if module.num_registers else {}
+    kind = 'dinov2_with_registers' if module.num_registers else 'dinov2'
+    return {
+        'model_type': kind, 'architectures': [f'{family}Model'],
+        'hidden_size': module.width, 'num_hidden_layers': module.depth, 'num_attention_heads': module.num_heads,
+        'mlp_ratio': int(module.mlp_ratio), 'hidden_act': 'gelu', 'layer_norm_eps': 1e-6, 'qkv_bias': True,
+        'image_size': module.pos_grid * module.patch_size, 'patch_size': module.patch_size, 'num_channels': 3,
+        'use_swiglu_ffn': module.ffn == 'swiglu', 'torch_dtype': 'float32', **registers}
+
+
+def from_torch(state_dict: Mapping[str, Any], *, num_heads: int | None = None, shardings: Any = None,
                **fields: Any) -> tuple[VisionTransformer, dict[str, Any]]:
     """`VisionTransformer` and its parameters.
 
@@ -143,14 +155,6 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int | None = None,
     if hf:
         state_dict = rules_lib.strip_prefixes(state_dict, _HF_PREFIXES)
     module = VisionTransformer(**vit_fields(state_dict, num_heads, hf=hf) | fields)
-    rules = vit_rules(module.patch_size)
-    channels = state_dict['embeddings.patch_embeddings.projection.weight' if hf else 'patch_embed.proj.weight'].shape[1]
-    expected = rules_lib.param_shapes(module, dummy_images(module, channels))
-    return module, rules_lib.to_flax(state_dict, tuple(map(_hf_rule, rules)) if hf else rules, expected)
-
-
-def to_torch(module: VisionTransformer, params: Mapping[str, Any], *, hf: bool = False) -> dict[str, np.ndarray]:
-    """State dict of `params` under the names of facebookresearch/dinov2, with `hf` under those of Hugging Face's
-    files."""
-    rules = vit_rules(module.patch_size)
-    return rules_lib.to_torch(params, tuple(map(_hf_rule, rules)) if hf else rules)
+    rules = rules_of(module, hf=hf)
+    channels = rules_lib.shape_of(state_dict, next(r for r in rules if r.flax == 'patch_embed/kernel').torch, 4)[1]
+    return module, rules_lib.to_flax(state_dict, rules, shapes_of(module, channels), shardings=shardings)

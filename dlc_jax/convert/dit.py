@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax.convert.rules import (FLAT, Codec, Fixed, Rule, linear, num_blocks, param_shapes, patch_conv, shape_of,
-                                   strip_prefixes)
-from dlc_jax.convert.rules import to_flax, to_torch as _to_torch
+from dlc_jax.convert.rules import (Codec, Fixed, Rule, dense, linear, num_blocks, param_shapes, patch_conv, shape_of,
+                                   strip_prefixes, to_flax)
 from dlc_jax.models.dit import DiT, sincos_position_embedding
 
 PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')
@@ -16,13 +15,12 @@ PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')
 _ROW = Codec(lambda t, shape: t.reshape(shape), lambda p: p.reshape(1, -1))
 
 
-def _rules(patch_size: int, position: np.ndarray) -> tuple[Rule | Fixed, ...]:
-    """`position`: the fixed position embedding, which the originals store as a frozen parameter [1, N, D]."""
-    dense = lambda torch, flax, codec: (
-        Rule(f'{torch}.weight', f'{flax}/kernel', codec), Rule(f'{torch}.bias', f'{flax}/bias', FLAT))
+def rules_of(module: DiT) -> tuple[Rule | Fixed, ...]:
+    """Both directions. The originals store the fixed position embedding as a frozen parameter [1, N, D]."""
+    position = sincos_position_embedding(module.input_size // module.patch_size, module.width)[None]
     return (
         Fixed('pos_embed', position, exact=True),
-        *dense('x_embedder.proj', 'patch_embed', patch_conv(patch_size)),
+        *dense('x_embedder.proj', 'patch_embed', patch_conv(module.patch_size)),
         *dense('t_embedder.mlp.0', 'time_embed/fc1', linear()),
         *dense('t_embedder.mlp.2', 'time_embed/fc2', linear()),
         Rule('sem_embedder.embedding_table', 'cond_embed/codes'),
@@ -39,10 +37,6 @@ def _rules(patch_size: int, position: np.ndarray) -> tuple[Rule | Fixed, ...]:
     )
 
 
-def _position(grid: int, width: int) -> np.ndarray:
-    return sincos_position_embedding(grid, width)[None]
-
-
 def _condition(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of the condition, from the embedder's tensors."""
     if 'sem_embedder.embedding_table' in state_dict:
@@ -55,7 +49,8 @@ def _condition(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return dict(condition='none')
 
 
-def from_torch(state_dict: Mapping[str, Any], *, num_heads: int, **fields: Any) -> tuple[DiT, dict[str, Any]]:
+def from_torch(state_dict: Mapping[str, Any], *, num_heads: int, shardings: Any = None,
+               **fields: Any) -> tuple[DiT, dict[str, Any]]:
     """A `DiT` and its parameters, for any size, patch and condition.
 
     Args:
@@ -80,16 +75,11 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int, **fields: Any) 
         input_size=grid * patch, channels=channels, patch_size=patch, width=width,
         depth=num_blocks(state_dict, 'blocks.{i}.attn.qkv.weight'), num_heads=num_heads, mlp_ratio=hidden / width,
         learn_sigma=features == 2 * channels * patch ** 2) | _condition(state_dict) | fields)
-    return module, to_flax(state_dict, _rules(patch, _position(grid, width)), _shapes(module))
+    return module, to_flax(state_dict, rules_of(module), shapes_of(module), shardings=shardings)
 
 
-def to_torch(module: DiT, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Inverse of `from_torch`, under the original names and with the fixed position embedding."""
-    position = _position(module.input_size // module.patch_size, module.width)
-    return _to_torch(params, _rules(module.patch_size, position))
-
-
-def _shapes(module: DiT) -> dict[str, Any]:
+def shapes_of(module: DiT) -> dict[str, Any]:
+    """Of the parameters."""
     side = module.input_size
     cond = {'code': np.zeros((1, module.num_codes), np.int32), 'class': np.zeros(1, np.int32),
             'embedding': np.zeros((1, module.embedding_dim), np.float32), 'none': None}[module.condition]

@@ -3,7 +3,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from dlc_jax.convert import rules
 from dlc_jax.convert.rules import CONV, SAME, Fixed, Rule, linear
@@ -18,7 +17,8 @@ _ENDS = {
 }
 
 
-def from_torch(state_dict: Mapping[str, Any], **fields: Any) -> tuple[InceptionV3, dict[str, Any]]:
+def from_torch(state_dict: Mapping[str, Any], *, shardings: Any = None,
+               **fields: Any) -> tuple[InceptionV3, dict[str, Any]]:
     """The network and its parameters, batch-norm statistics included.
 
     Args:
@@ -29,18 +29,18 @@ def from_torch(state_dict: Mapping[str, Any], **fields: Any) -> tuple[InceptionV
         ValueError: a tensor is missing, unknown, wrongly shaped or not finite.
     """
     module = InceptionV3(num_classes=rules.shape_of(state_dict, 'fc.weight', 2)[0], **fields)
-    expected = rules.param_shapes(module, jnp.zeros((1, module.image_size, module.image_size, 3)))
-    return module, rules.to_flax(state_dict, _rules(expected), expected)
+    return module, rules.to_flax(state_dict, rules_of(module), shapes_of(module), shardings=shardings)
 
 
-def to_torch(module: InceptionV3, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Inverse of `from_torch`."""
-    return rules.to_torch(params, _rules(params))
+def shapes_of(module: InceptionV3) -> dict[str, Any]:
+    """Of the parameters."""
+    return rules.param_shapes(module, jnp.zeros((1, module.image_size, module.image_size, 3)))
 
 
-def _rules(tree: Mapping[str, Any]) -> list[Rule | Fixed]:
+def rules_of(module: InceptionV3) -> list[Rule | Fixed]:
+    """Both directions."""
     out: list[Rule | Fixed] = []
-    for path in rules.flatten(tree):
+    for path in rules.flatten(shapes_of(module)):
         end = next(end for end in _ENDS if path.endswith(end))
         before = path.removesuffix(end).replace('/', '.')
         out.append(Rule(before + _ENDS[end][0], path, _ENDS[end][1]))

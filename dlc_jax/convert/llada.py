@@ -1,35 +1,35 @@
 """LLaDA (arXiv 2502.09992; GSAI-ML/LLaDA-8B-Base and -Instruct, and the text-to-code model made of it) <-> `Llama`.
 
-    module, params = from_torch('llada', open_safetensors(folder), config=json.load(open('config.json')))
+    module, params = from_torch('llada', load_state_dict(folder), config=read_config(folder))
     logits = module.apply({'params': params}, tokens)                                   # [B, T, vocab_size]
 
 The network is LLaMA without the causal mask, under the names of OLMo's code. The originals never look at an attention
-mask: padding is attended there, so rows agree with them only without padding, or called without `mask`. As 16 GB of
-weights do not fit into memory twice, tensors are read one by one, as those of the other language models.
+mask: padding is attended there, so rows agree with them only without padding, or called without `mask`.
 """
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax.convert import rules
-from rlhf_jax.convert.rules import Fixed, Rule, linear
+from dlc_jax.convert import rules
+from dlc_jax.convert.rules import Fixed, Rule, linear
 from rlhf_jax.models.llama import Llama
 
 PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')
 
+_TOP, _BLOCK = 'model.transformer.', 'model.transformer.blocks.{i}.'
 _RULES = (
-    Rule('wte.weight', 'embed'),
-    Rule('blocks.{i}.attn_norm.weight', 'blocks/attn_norm/scale'),
-    *(Rule(f'blocks.{{i}}.{x}_proj.weight', f'blocks/attn/{x}/kernel', linear()) for x in 'qkv'),
-    Rule('blocks.{i}.attn_out.weight', 'blocks/attn/o/kernel', linear(2)),
-    Rule('blocks.{i}.ff_norm.weight', 'blocks/mlp_norm/scale'),
-    Rule('blocks.{i}.ff_proj.weight', 'blocks/mlp/gate/kernel', linear()),
-    Rule('blocks.{i}.up_proj.weight', 'blocks/mlp/up/kernel', linear()),
-    Rule('blocks.{i}.ff_out.weight', 'blocks/mlp/down/kernel', linear()),
-    Rule('ln_f.weight', 'norm/scale'),
-    Rule('ff_out.weight', 'lm_head/kernel', linear()),  # absent, as the parameter, where the weights are tied
-    Fixed('blocks.{i}.rotary_emb.inv_freq'),
+    Rule(_TOP + 'wte.weight', 'embed'),
+    Rule(_BLOCK + 'attn_norm.weight', 'blocks/attn_norm/scale'),
+    *(Rule(f'{_BLOCK}{x}_proj.weight', f'blocks/attn/{x}/kernel', linear()) for x in 'qkv'),
+    Rule(_BLOCK + 'attn_out.weight', 'blocks/attn/o/kernel', linear(2)),
+    Rule(_BLOCK + 'ff_norm.weight', 'blocks/mlp_norm/scale'),
+    Rule(_BLOCK + 'ff_proj.weight', 'blocks/mlp/gate/kernel', linear()),
+    Rule(_BLOCK + 'up_proj.weight', 'blocks/mlp/up/kernel', linear()),
+    Rule(_BLOCK + 'ff_out.weight', 'blocks/mlp/down/kernel', linear()),
+    Rule(_TOP + 'ln_f.weight', 'norm/scale'),
+    Rule(_TOP + 'ff_out.weight', 'lm_head/kernel', linear()),  # absent, as the parameter, where the weights are tied
+    Fixed(_BLOCK + 'rotary_emb.inv_freq'),
 )
 
 # What the config may say, beside the sizes: the one architecture that was released. What is absent has its value there.
@@ -55,24 +55,20 @@ def from_torch(state_dict: Mapping[str, Any], *, config: Mapping[str, Any], shar
     Raises:
         ValueError: a setting that the module does not have, or a tensor that does not fit.
     """
-    state_dict = rules.Renamed(state_dict, _short_name)
-    if 'wte.weight' not in state_dict:
-        raise ValueError('convert: missing tensor model.transformer.wte.weight; is this a state dict of LLaDA?')
-    rows = state_dict['wte.weight'].shape[0]
-    module = Llama(**_fields_of(config) | {'vocab_size': rows} | fields)
-    shapes = rules.param_shapes(module, np.zeros((1, 1), np.int32))
-    return module, rules.to_flax(state_dict, _RULES, shapes, shardings=None if shardings is None else shardings(shapes))
+    state_dict = rules.Renamed(state_dict, lambda name: _TOP + rules.without_prefixes(name, PREFIXES))
+    rows, _ = rules.shape_of(state_dict, f'{_TOP}wte.weight', 2)
+    module = Llama(**fields_of(config) | {'vocab_size': rows} | fields)
+    return module, rules.to_flax(state_dict, _RULES, shapes_of(module), shardings=shardings)
 
 
-def to_torch(module: Llama, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The original's state dict, float32 numpy arrays."""
-    return {f'model.transformer.{name}': tensor for name, tensor in rules.to_torch(params, _RULES).items()}
+def shapes_of(module: Llama) -> dict[str, Any]:
+    """Of the parameters."""
+    return rules.param_shapes(module, np.zeros((1, 1), np.int32))
 
 
-def tensor_shapes(module: Llama) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the state dict of `module`; nothing is computed."""
-    shapes = rules.tensor_shapes(rules.param_shapes(module, np.zeros((1, 1), np.int32)), _RULES)
-    return {f'model.transformer.{name}': shape for name, shape in shapes.items()}
+def rules_of(module: Llama) -> rules.Rules:
+    """Both directions; the same for every size."""
+    return _RULES
 
 
 def config_of(module: Llama) -> dict[str, Any]:
@@ -95,10 +91,18 @@ def config_of(module: Llama) -> dict[str, Any]:
         'rms_norm_eps': module.eps, 'init_std': module.init_std, 'weight_tying': module.tied}
 
 
-def _fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the module that a `config.json` gives, all but the size of the vocabulary.
+
+    Raises:
+        ValueError: a key that is missing, or a setting that the module does not have.
+    """
     for name, value in _ARCHITECTURE.items():
         if config.get(name, value) != value:
             raise ValueError(f'convert: config has {name}={config[name]!r}; only {value!r} was released')
+    for name in ('d_model', 'n_heads', 'n_layers', 'max_sequence_length', 'rope_theta'):
+        if name not in config:
+            raise ValueError(f'convert: config has no {name}')
     width, heads = config['d_model'], config['n_heads']
     kv_heads = config.get('n_kv_heads') or (1 if config.get('multi_query_attention') else heads)
     return dict(width=width, depth=config['n_layers'], num_heads=heads,
@@ -107,9 +111,3 @@ def _fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
                 max_length=config['max_sequence_length'], rope_base=config['rope_theta'], causal=False,
                 tied=config.get('weight_tying', False), eps=config.get('rms_norm_eps', 1e-5),
                 init_std=config.get('init_std', 0.02))
-
-
-def _short_name(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name

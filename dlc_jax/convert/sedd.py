@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from dlc_jax.convert import rules
-from dlc_jax.convert.rules import FLAT, Fixed, Rule, linear
+from dlc_jax.convert.rules import Fixed, Rule, dense, linear
 from dlc_jax.models.sedd import SEDD
 
 PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')
@@ -14,30 +14,23 @@ _RULES = (
     Rule('pos_embed', 'pos_embed'),
     Rule('vocab_embed.embedding', 'embed'),
     Rule('vocab_embed.embedding', 'embed_by_position'),
-    Rule('sigma_map.mlp.0.weight', 'sigma_embed/fc1/kernel', linear()),
-    Rule('sigma_map.mlp.0.bias', 'sigma_embed/fc1/bias'),
-    Rule('sigma_map.mlp.2.weight', 'sigma_embed/fc2/kernel', linear()),
-    Rule('sigma_map.mlp.2.bias', 'sigma_embed/fc2/bias'),
+    *dense('sigma_map.mlp.0', 'sigma_embed/fc1', linear()),
+    *dense('sigma_map.mlp.2', 'sigma_embed/fc2', linear()),
     Rule('blocks.{i}.norm1.weight', 'blocks/norm1/scale'),
     Rule('blocks.{i}.attn_qkv.weight', 'blocks/attn/qkv/kernel', linear()),
     Rule('blocks.{i}.attn_out.weight', 'blocks/attn/proj/kernel', linear(2)),
     Rule('blocks.{i}.norm2.weight', 'blocks/norm2/scale'),
-    Rule('blocks.{i}.mlp.0.weight', 'blocks/mlp/fc1/kernel', linear()),
-    Rule('blocks.{i}.mlp.0.bias', 'blocks/mlp/fc1/bias'),
-    Rule('blocks.{i}.mlp.2.weight', 'blocks/mlp/fc2/kernel', linear()),
-    Rule('blocks.{i}.mlp.2.bias', 'blocks/mlp/fc2/bias'),
-    Rule('blocks.{i}.adaLN_modulation.weight', 'blocks/adaln/kernel', linear()),
-    Rule('blocks.{i}.adaLN_modulation.bias', 'blocks/adaln/bias', FLAT),
+    *dense('blocks.{i}.mlp.0', 'blocks/mlp/fc1', linear()),
+    *dense('blocks.{i}.mlp.2', 'blocks/mlp/fc2', linear()),
+    *dense('blocks.{i}.adaLN_modulation', 'blocks/adaln', linear()),
     Rule('output_layer.norm_final.weight', 'final/norm/scale'),
-    Rule('output_layer.linear.weight', 'final/linear/kernel', linear()),
-    Rule('output_layer.linear.bias', 'final/linear/bias'),
-    Rule('output_layer.adaLN_modulation.weight', 'final/adaln/kernel', linear()),
-    Rule('output_layer.adaLN_modulation.bias', 'final/adaln/bias', FLAT),
+    *dense('output_layer.linear', 'final/linear', linear()),
+    *dense('output_layer.adaLN_modulation', 'final/adaln', linear()),
 )
 
 
 def from_torch(state_dict: Mapping[str, Any], *, num_heads: int = 0, length: int = 1024, process: str = 'absorbing',
-               **fields: Any) -> tuple[SEDD, dict[str, Any]]:
+               shardings: Any = None, **fields: Any) -> tuple[SEDD, dict[str, Any]]:
     """The module and its parameters; vocabulary, width, depth and the rest are read from the tensors.
 
     Args:
@@ -65,15 +58,16 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int = 0, length: int
         process=process, learned_positions=learned,
         **{'scale_by_sigma': process == 'absorbing',
            'shared_embedding': len(getattr(state_dict.get('vocab_embed.embedding'), 'shape', (0, 0))) == 2} | fields)
-    shapes = rules.param_shapes(module, np.zeros((1, module.length), np.int32), np.ones(1, np.float32))
-    return module, rules.to_flax(state_dict, (*_RULES, _frequencies(width // num_heads)), shapes)
+    return module, rules.to_flax(state_dict, rules_of(module), shapes_of(module), shardings=shardings)
 
 
-def to_torch(module: SEDD, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The original's state dict, its rotary buffer included."""
-    return rules.to_torch(params, (*_RULES, _frequencies(module.width // module.num_heads)))
+def shapes_of(module: SEDD) -> dict[str, Any]:
+    """Of the parameters."""
+    return rules.param_shapes(module, np.zeros((1, module.length), np.int32), np.ones(1, np.float32))
 
 
-def _frequencies(head_dim: int) -> Fixed:
+def rules_of(module: SEDD) -> tuple[Rule | Fixed, ...]:
+    """Both directions, the original's rotary buffer included."""
+    head_dim = module.width // module.num_heads
     frequencies = 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
-    return Fixed('rotary_emb.inv_freq', frequencies.astype(np.float32), exact=True)
+    return (*_RULES, Fixed('rotary_emb.inv_freq', frequencies.astype(np.float32), exact=True))

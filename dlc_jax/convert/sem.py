@@ -12,18 +12,18 @@ import numpy as np
 
 from dlc_jax.convert import dinov2
 from dlc_jax.convert import rules as rules_lib
-from dlc_jax.convert.rules import FLAT, Fixed, Rule, linear
+from dlc_jax.convert.rules import FLAT, Fixed, Renamed, Rule, linear, norm
 from dlc_jax.models.sem import SEMEncoder
 
 _HEADS = ('dino_head.', 'ibot_head.')
 
 
-def _rules(module: SEMEncoder) -> tuple[Rule | Fixed, ...]:
+def rules_of(module: SEMEncoder) -> tuple[Rule | Fixed, ...]:
+    """Both directions, `sem_cls_norm` included."""
     return dinov2.vit_rules(module.patch_size) + (
         Rule('sem_bias', 'sem_bias'),
         Rule('sem_embed.weight', 'sem_embed/kernel', linear()),
-        Rule('sem_norm.weight', 'sem_norm/scale', FLAT),
-        Rule('sem_norm.bias', 'sem_norm/bias', FLAT),
+        *norm('sem_norm', 'sem_norm', FLAT),
         Rule('sem_out.weight', 'sem_out/kernel', linear(2)) if module.form == 'plain' else
         Rule('sem_out.weight', 'sem_out_shared/kernel', linear()),
         Fixed('sem_cls_norm.weight', np.ones(module.width, np.float32)),
@@ -32,7 +32,8 @@ def _rules(module: SEMEncoder) -> tuple[Rule | Fixed, ...]:
 
 
 def from_torch(state_dict: Mapping[str, Any], *, num_codes: int | None = None, vocab_size: int | None = None,
-               num_heads: int | None = None, **fields: Any) -> tuple[SEMEncoder, dict[str, Any]]:
+               num_heads: int | None = None, shardings: Any = None,
+               **fields: Any) -> tuple[SEMEncoder, dict[str, Any]]:
     """`SEMEncoder` and its parameters.
 
     Args:
@@ -44,7 +45,7 @@ def from_torch(state_dict: Mapping[str, Any], *, num_codes: int | None = None, v
     Raises:
         ValueError: a tensor that is missing, unknown, wrongly shaped or not finite, or L and V that do not fit.
     """
-    state_dict = {name: x for name, x in dinov2.clean_names(state_dict).items() if not name.startswith(_HEADS)}
+    state_dict = Renamed(dinov2.clean_names(state_dict), lambda name: None if name.startswith(_HEADS) else name)
     logits = rules_lib.shape_of(state_dict, 'sem_embed.weight', 2)[0]
     columns = rules_lib.shape_of(state_dict, 'sem_out.weight', 2)[1]
     form = 'plain' if columns == logits else 'pos_shared' if 'sem_bias' in state_dict else 'shared'
@@ -59,11 +60,8 @@ def from_torch(state_dict: Mapping[str, Any], *, num_codes: int | None = None, v
                          'sem_embed.weight')
     module = SEMEncoder(**dinov2.vit_fields(state_dict, num_heads) | dict(
         num_codes=num_codes, vocab_size=vocab_size, form=form, pos_antialias=True) | fields)
-    channels = state_dict['patch_embed.proj.weight'].shape[1]
-    expected = rules_lib.param_shapes(module, dinov2.dummy_images(module, channels))
-    return module, rules_lib.to_flax(state_dict, _rules(module), expected)
+    channels = rules_lib.shape_of(state_dict, 'patch_embed.proj.weight', 4)[1]
+    return module, rules_lib.to_flax(state_dict, rules_of(module), shapes_of(module, channels), shardings=shardings)
 
 
-def to_torch(module: SEMEncoder, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """State dict of `params` under the original's names, `sem_cls_norm` included."""
-    return rules_lib.to_torch(params, _rules(module))
+shapes_of = dinov2.shapes_of

@@ -209,25 +209,25 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
 
 def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
-    """Student and teacher backbones from released DINOv2 weights; the SEM and DINO heads keep their random start."""
-    tensors = load_state_dict(storage.local_copy(config.pretrained))
-    _, released = convert.from_torch('dinov2', tensors, num_heads=make_model(config).num_heads)
-    flat = partition.flatten(released)
-    used = set()
+    """Student and teacher backbones from released DINOv2 weights, each tensor straight into the shards of `state`; the
+    SEM and DINO heads keep their random start."""
+    fresh = partition.flatten(state.params['encoder'])
 
-    def one(path, leaf):
+    def sharding(path, leaf):
         name = partition.path_name(path)
-        if name not in flat:
-            return leaf
-        if flat[name].shape != leaf.shape:
-            raise ValueError(f'pretrained={config.pretrained}: {name} is {flat[name].shape} there but {leaf.shape} in '
+        if name not in fresh:
+            raise ValueError(f'pretrained={config.pretrained}: {name} has no place in this config')
+        if fresh[name].shape != leaf.shape:
+            raise ValueError(f'pretrained={config.pretrained}: {name} is {leaf.shape} there but {fresh[name].shape} in '
                              'this config')
-        used.add(name)
-        return jnp.asarray(flat[name], leaf.dtype)
+        return fresh[name].sharding
 
-    encoder = jax.tree_util.tree_map_with_path(one, state.params['encoder'])
-    if set(flat) - used:
-        raise ValueError(f'pretrained={config.pretrained}: {sorted(set(flat) - used)[0]} has no place in this config')
+    _, released = convert.from_torch(
+        'dinov2', load_state_dict(storage.local_copy(config.pretrained)), num_heads=make_model(config).num_heads,
+        shardings=lambda shapes: jax.tree_util.tree_map_with_path(sharding, shapes))
+    flat = partition.flatten(released)
+    encoder = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: flat.get(partition.path_name(path), leaf).astype(leaf.dtype), state.params['encoder'])
     params = state.params | {'encoder': encoder}
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
 

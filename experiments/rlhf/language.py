@@ -192,7 +192,7 @@ def load_policy(path: str | os.PathLike, dtype: str = '') -> tuple[Any, Params, 
     folder = storage.resolve(path)
     saved = files.read_config(folder)
     fields = {'dtype': modules.dtype(dict(dtype=dtype or 'float32'))}
-    module, params = convert.from_torch(saved.get('model_type'), files.open_safetensors(folder), config=saved, **fields)
+    module, params = _open_folder(folder, saved, **fields)
     if isinstance(module, heads.RewardModel):
         raise ValueError(f'{path}: holds a reward model, not a policy')
     return getattr(module, 'backbone', module), params.get('backbone', params), None
@@ -218,10 +218,24 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
             raise ValueError(f'{path}: holds a run of experiment={own.experiment!r}, not of a reward_model')
         return reward_model(own.model), merged(_restore(path, own, reward_model(own.model), None))
     fields = {'dtype': modules.dtype(model)} if model else {}
-    module, params = convert.from_torch(saved.get('model_type'), files.open_safetensors(folder), config=saved, **fields)
+    module, params = _open_folder(folder, saved, **fields)
     if not isinstance(module, heads.RewardModel):
         raise ValueError(f'{path}: holds a language model without a score head, not a reward model')
     return module, params
+
+
+def _module_of(folder: Any, saved: Mapping[str, Any], **fields: Any) -> Any:
+    """The module of the config.json `saved` in `folder`, which an error names."""
+    try:
+        return convert.module_of(saved.get('model_type'), saved, **fields)
+    except ValueError as error:
+        raise ValueError(f'{folder}/config.json: {str(error).removeprefix("convert: ")}') from None
+
+
+def _open_folder(folder: Any, saved: Mapping[str, Any], **fields: Any) -> tuple[Any, Params]:
+    """Module and parameters of a Hugging Face folder, read tensor by tensor."""
+    _module_of(folder, saved)
+    return convert.from_torch(saved['model_type'], files.load_state_dict(folder), config=saved, **fields)
 
 
 def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str, ...], shardings: Any) -> Params:
@@ -239,9 +253,9 @@ def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str
     kind = saved.get('model_type')
     if kind != config.model.kind:
         raise ValueError(f'model.kind={config.model.kind!r}, but weights={path} are of a {kind!r}')
-    check_same(path, convert.module_of(kind, saved), module)
+    check_same(path, _module_of(folder, saved), module)
     placed = None if shardings is None else lambda shapes: shardings
-    found, params = convert.from_torch(kind, files.open_safetensors(folder), config=saved, shardings=placed)
+    found, params = _open_folder(folder, saved, shardings=placed)
     return params['backbone'] if hasattr(found, 'backbone') else params
 
 

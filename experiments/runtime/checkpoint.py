@@ -132,8 +132,7 @@ class Checkpointer:
         """
         if not self.steps():
             return None
-        step, parts = self.steps()[-1], name.split('/')
-        saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta['shapes']
+        step, parts, saved = self.steps()[-1], name.split('/'), self.shapes()
         inside = {path[len(name) + 1:]: shape for path, shape in saved.items() if path.startswith(f'{name}/')}
         self._check_shapes(step, inside, _shapes(like))
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
@@ -145,6 +144,13 @@ class Checkpointer:
         for part in parts:
             out = out[part]
         return out
+
+    def shapes(self) -> dict[str, list]:
+        """{path: [shape, name of the dtype]} of what the newest checkpoint holds; {} if there is none."""
+        if not self.steps():
+            return {}
+        meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(self.steps()[-1], args=meta).meta['shapes']
 
     def delete_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: the unreadable ones that `restore` passed over."""

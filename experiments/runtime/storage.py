@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import IO
 
@@ -134,6 +135,17 @@ def upload(folder: pathlib.Path, path: str | os.PathLike, *, last: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.iterdir(), key=lambda f: (f.name == last, f.name)):
         epath.Path(file).copy(target / file.name, overwrite=True)
+
+
+@contextlib.contextmanager
+def local_folder(path: str | os.PathLike, *, last: str) -> Iterator[pathlib.Path]:
+    """A local folder to write files into: `path` itself, or one that is uploaded there (see `upload`) at the end."""
+    if not is_remote(path):
+        yield pathlib.Path(resolve(path))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield pathlib.Path(folder)
+        upload(pathlib.Path(folder), path, last=last)
 
 
 def remove(path: pathlib.Path) -> None:

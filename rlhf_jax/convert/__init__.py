@@ -3,35 +3,40 @@
     module, params = from_torch('llama', state_dict, config=json.load(open('config.json')))
     state_dict, config = to_torch('llama', module, params), config_of('llama', module)
 
+Models larger than memory: `files.load_state_dict` maps tensors rather than reading them, `shardings` puts each into its
+shards as it is read, and `tensors` makes them one by one on the way out.
+
 `config` is the `config.json` beside the weights, as transformers 4 or 5 writes it. The tensors say what the model is: a
 `score` head (sequence classification: reward models, value functions) makes a `heads.RewardModel`, TRL's `v_head` a
 `heads.PolicyAndValue`, and else it is the language model itself. Adapters of PEFT are in `peft.py`.
 
-The mapping is total: a missing, unknown, wrongly shaped or non-finite tensor is an error that names it (`rules.py`).
+The mapping is total: a missing, unknown, wrongly shaped or non-finite tensor is an error that names it and its file
+(`rules.py`).
 """
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax.convert import rules
-from rlhf_jax.convert.rules import Rule, linear
+from rlhf_jax.convert.rules import Rule, dense, linear
+from rlhf_jax.convert.state_dict import Renamed, without_prefixes
 from rlhf_jax.models import heads
 
 KINDS = ('gpt2', 'gpt_neox', 'llama')  # each is a file beside this one
 
 # Of torch.compile, DistributedDataParallel, TRL's models with a value head, and those of arXiv 2403.17031.
 _WRAPPERS = ('_orig_mod.', 'module.', 'pretrained_model.', 'lm_backbone.')
-_SCORE = (Rule('score.weight', 'score_head/kernel', linear()), Rule('score.bias', 'score_head/bias'))
-_VALUE = (Rule('v_head.summary.weight', 'value_head/kernel', linear()),
-          Rule('v_head.summary.bias', 'value_head/bias'))
+_SCORE = dense('score', 'score_head', linear())
+_VALUE = dense('v_head.summary', 'value_head', linear())
 _RENAMED_HEAD = {'scalar_head.weight': 'score.weight', 'scalar_head.bias': 'score.bias'}
 
 
 def from_torch(kind: str, state_dict: Mapping[str, Any], *, config: Mapping[str, Any],
-               shardings: Any = None, **fields: Any) -> tuple[Any, dict[str, Any]]:
+               shardings: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+               **fields: Any) -> tuple[Any, dict[str, Any]]:
     """The module that `state_dict` belongs to and its parameters, in `param_dtype` (a field; float32 by default).
 
     Args:
@@ -46,7 +51,7 @@ def from_torch(kind: str, state_dict: Mapping[str, Any], *, config: Mapping[str,
         ValueError: unknown kind, a setting in `config` that the model does not have, or a tensor that does not fit.
     """
     file, backbone = _file(kind), module_of(kind, config, **fields)
-    state_dict = rules.Renamed(state_dict, lambda name: _short_name(name, file))
+    state_dict = Renamed(state_dict, lambda name: _short_name(name, file))
     if 'score.weight' in state_dict:
         module = heads.RewardModel(backbone, use_bias='score.bias' in state_dict)
         # A language model's own head, which some reward models carry along, is never read.
@@ -56,8 +61,7 @@ def from_torch(kind: str, state_dict: Mapping[str, Any], *, config: Mapping[str,
         module, table = heads.PolicyAndValue(backbone), (*_VALUE, *_nested(file.RULES + file.head_rules(backbone)))
     else:
         module, table = backbone, file.RULES + file.head_rules(backbone)
-    shapes = rules.param_shapes(module, np.zeros((1, 1), np.int32))
-    return module, rules.to_flax(state_dict, table, shapes, shardings=None if shardings is None else shardings(shapes))
+    return module, rules.to_flax(state_dict, table, _shapes_of(module), shardings=shardings)
 
 
 def module_of(kind: str, config: Mapping[str, Any], **fields: Any) -> Any:
@@ -71,18 +75,21 @@ def module_of(kind: str, config: Mapping[str, Any], **fields: Any) -> Any:
 
 
 def to_torch(kind: str, module: Any, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The state dict of `module` with `params`, float32 numpy arrays under the names of `transformers` (or TRL)."""
+    """The state dict of `module` with `params` under the names of `transformers` (or TRL): float32 numpy arrays; what is
+    laid out alike is a view of a numpy parameter, the rest a copy."""
+    return dict(tensors(kind, module, params))
+
+
+def tensors(kind: str, module: Any, params: Mapping[str, Any], *, dtype: Any = np.float32) -> Renamed:
+    """The same, each tensor made when it is asked for, in `dtype`."""
     file = _file(kind)
     table, outer = _tables(file, module)
-    return {_long_name(name, file, outer): tensor for name, tensor in rules.to_torch(params, table).items()}
+    return Renamed(rules.Tensors(params, table, dtype), lambda name: _long_name(name, file, outer))
 
 
 def tensor_shapes(kind: str, module: Any) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the state dict of `module`; nothing is computed."""
-    file = _file(kind)
-    table, outer = _tables(file, module)
-    shapes = rules.tensor_shapes(rules.param_shapes(module, np.zeros((1, 1), np.int32)), table)
-    return {_long_name(name, file, outer): shape for name, shape in shapes.items()}
+    return {name: tuple(spec.shape) for name, spec in tensors(kind, module, _shapes_of(module)).specs.items()}
 
 
 def config_of(kind: str, module: Any) -> dict[str, Any]:
@@ -101,9 +108,12 @@ def _file(kind: str) -> ModuleType:
     return importlib.import_module(f'{__name__}.{kind}')
 
 
+def _shapes_of(module: Any) -> dict[str, Any]:
+    return rules.param_shapes(module, np.zeros((1, 1), np.int32))
+
+
 def _short_name(name: str, file: ModuleType) -> str:
-    for prefix in (*_WRAPPERS, file.PREFIX):
-        name = name.removeprefix(prefix)
+    name = without_prefixes(name, (*_WRAPPERS, file.PREFIX))
     return (_RENAMED_HEAD | file.RENAMED).get(name, name)
 
 

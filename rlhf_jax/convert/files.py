@@ -1,115 +1,107 @@
-"""Weights in safetensors files, mapped rather than read: a model larger than memory converts tensor by tensor.
+"""State dicts on disk, mapped rather than read: a model larger than memory converts tensor by tensor.
 
-    state_dict = open_safetensors('Llama-3.1-8B')          # a folder with model.safetensors.index.json and its shards
+    state_dict = load_state_dict('Llama-3.1-8B')           # a folder with model.safetensors.index.json and its shards
     module, params = from_torch('llama', state_dict, config=read_config('Llama-3.1-8B'), shardings=...)
-    save('exported', to_torch('llama', module, params), config_of('llama', module))
+    save('exported', tensors('llama', module, params), config_of('llama', module))
 
-The format is a length, a JSON header of names, dtypes, shapes and offsets, and the bytes; nothing in it can run.
+Read are safetensors and PyTorch's zip format, one file or shards with an index; written is safetensors. The first is a
+length, a JSON header of names, dtypes, shapes and offsets, and the bytes. The second is a pickle (`torch_file.py`),
+which can run any code; here it is read without PyTorch by an unpickler that knows tensors and containers and refuses
+every other name it meets.
 """
 import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 _DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'I64': np.int64,
            'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
-_INDEX = 'model.safetensors.index.json'
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_INDEX_SUFFIX = '.index.json'
 _LONGEST_HEADER = 100_000_000  # bytes, as in the format's own reader
+_SHARD = 5_000_000_000  # bytes a shard at most, as `transformers` 4 writes them
 
 
-class Safetensors(Mapping):
-    """{name: array} of one file, each a read-only view of the file on disk.
+class Tensor(NamedTuple):
+    """Where a tensor lies on disk.
 
-    Raises:
-        FileNotFoundError: no such file.
-        OSError: truncated, or not a safetensors file.
+    Attributes:
+        start: first byte in the file `path`.
+        strides: in numbers; None: contiguous.
     """
+    path: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    strides: tuple[int, ...] | None = None
 
-    def __init__(self, path: str | pathlib.Path):
-        self._path = pathlib.Path(path)
-        size = self._path.stat().st_size
-        with open(self._path, 'rb') as file:
-            length = int.from_bytes(file.read(8), 'little')
-            if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-                raise OSError(f'{path}: truncated or not a safetensors file')
-            try:
-                header = json.loads(file.read(length))
-                header.pop('__metadata__', None)
-                self._entries = {name: (_DTYPES[entry['dtype']], tuple(entry['shape']), *entry['data_offsets'])
-                                 for name, entry in header.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise OSError(f'{path}: not a safetensors file ({error!r})') from None
-        self._start = 8 + length
-        for name, (dtype, shape, begin, end) in self._entries.items():
-            inside = 0 <= begin <= end <= size - self._start
-            if not inside or math.prod(shape) * np.dtype(dtype).itemsize != end - begin:
-                raise OSError(f'{path}: truncated or damaged, tensor {name} does not lie in it')
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        dtype, shape, begin, end = self._entries[name]
-        if begin == end:
-            return np.zeros(shape, dtype)
-        data = np.memmap(self._path, np.uint8, 'r', self._start + begin, (end - begin,))
-        return data.view(dtype).reshape(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    def read(self) -> np.ndarray:
+        """A read-only view of the file; a copy in C order of what does not lie so."""
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, self.dtype)
+        strides = self.strides or ()
+        count = 1 + sum((n - 1) * s for n, s in zip(self.shape, strides)) if strides else math.prod(self.shape)
+        data = np.memmap(self.path, np.uint8, 'r', self.start, (count * self.dtype.itemsize,)).view(self.dtype)
+        if not strides:
+            return data.reshape(self.shape)
+        return np.array(np.lib.stride_tricks.as_strided(data, self.shape, [s * self.dtype.itemsize for s in strides]),
+                        order='C')
 
 
-class _Shards(Mapping):
-    """{name: array} over several files."""
+class StateDict(Mapping):
+    """{name: array}, each a view of a file on disk, mapped when it is asked for and forgotten again."""
 
-    def __init__(self, where: Mapping[str, Safetensors]):
-        self._where = where
+    def __init__(self, path: pathlib.Path, tensors: Mapping[str, Tensor]):
+        self._path, self._tensors = path, tensors
+
+    @property
+    def specs(self) -> Mapping[str, Tensor]:
+        """{name: what has its shape and dtype}; nothing is read."""
+        return self._tensors
+
+    def where(self, name: str) -> str:
+        """' (in FILE)': the file that holds `name`, or would."""
+        return f' (in {self._tensors[name].path if name in self._tensors else self._path})'
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._where[name][name]
+        return self._tensors[name].read()
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would map the file
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._tensors)
 
 
-def open_safetensors(path: str | pathlib.Path) -> Mapping[str, np.ndarray]:
-    """The tensors of a `.safetensors` file, or of a folder with one or with shards and their index.
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+def load_state_dict(path: str | pathlib.Path, *, key: str | None = None) -> StateDict:
+    """The tensors of a file, or of a directory that holds one state dict; read when they are asked for.
+
+    Args:
+        path: `.safetensors`; `.pth`, `.pt`, `.bin` or `.pkl` as `torch.save` writes it; an index of shards
+            (`*.index.json`); or a directory with an index, or else with a single such file.
+        key: entry to take from a file that holds more than a state dict ('teacher'). None: the file is a state dict, or
+            holds exactly one.
 
     Raises:
         FileNotFoundError: nothing there.
         OSError: a truncated or damaged file.
-        ValueError: an index that does not fit its shards, or a folder with several files and no index.
+        ValueError: not a format named above, an index that does not fit its shards, or a file that asks for code to be
+            run.
     """
     path = pathlib.Path(path)
-    if not path.is_dir():
-        return Safetensors(path)
-    if not (path / _INDEX).exists():
-        found = sorted(path.glob('*.safetensors'))
-        if not found:
-            raise FileNotFoundError(f'{path}: no .safetensors file in it')
-        if len(found) > 1:
-            raise ValueError(f'{path}: {len(found)} .safetensors files and no {_INDEX}; name one of them')
-        return Safetensors(found[0])
-    try:
-        weight_map = dict(json.loads((path / _INDEX).read_text())['weight_map'])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path / _INDEX}: not an index of shards ({error!r})') from None
-    shards: dict[str, Safetensors] = {}
-    for name, shard in weight_map.items():
-        if pathlib.PurePath(shard).name != shard:
-            raise ValueError(f'{path / _INDEX}: shard {shard!r} is not a plain file name beside the index')
-        if shard not in shards:
-            shards[shard] = Safetensors(path / shard)
-        if name not in shards[shard]:
-            raise ValueError(f'{path / shard}: tensor {name} is missing though the index places it there')
-    return _Shards({name: shards[shard] for name, shard in weight_map.items()})
+    return StateDict(path, _tensors(_only_file(path) if path.is_dir() else path, key))
+
+
+open_safetensors = load_state_dict  # its name before it read other formats too
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
@@ -125,12 +117,139 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
         raise ValueError(f'{path}: not JSON ({error})') from None
 
 
-def save(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
-    """Writes `model.safetensors` and `config.json`, which `transformers` loads, into the folder `path`."""
-    from safetensors.numpy import save_file
+def _only_file(directory: pathlib.Path) -> pathlib.Path:
+    for pattern in ('*.safetensors' + _INDEX_SUFFIX, '*' + _INDEX_SUFFIX, '*.safetensors', '*.bin', '*.pth', '*.pt'):
+        found = sorted(directory.glob(pattern))
+        if len(found) > 1:
+            raise ValueError(f'{directory}: holds {len(found)} files {pattern}; name one of them')
+        if found:
+            return found[0]
+    raise FileNotFoundError(f'{directory}: no .safetensors, .bin, .pth or .pt file in it')
+
+
+def _tensors(path: pathlib.Path, key: str | None) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f'{path}: no such file')
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _of_shards(path)
+    if path.suffix == '.safetensors':
+        return _of_safetensors(path)
+    from rlhf_jax.convert import torch_file
+    return torch_file.tensors(path, key)
+
+
+def _of_shards(index: pathlib.Path) -> dict[str, Tensor]:
+    try:
+        weight_map = dict(json.loads(index.read_text())['weight_map'])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{index}: not an index of shards ({error!r})') from None
+    shards: dict[str, dict[str, Tensor]] = {}
+    for name, shard in weight_map.items():
+        if pathlib.PurePath(shard).name != shard:
+            raise ValueError(f'{index}: shard {shard!r} is not a plain file name beside the index')
+        if shard not in shards:
+            shards[shard] = _tensors(index.parent / shard, None)
+        if name not in shards[shard]:
+            raise ValueError(f'{index.parent / shard}: tensor {name} is missing though the index places it there')
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _of_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with open(path, 'rb') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+            raise OSError(f'{path}: truncated or not a safetensors file')
+        try:
+            header = json.loads(file.read(length))
+            header.pop('__metadata__', None)
+            entries = {name: (np.dtype(_DTYPES[entry['dtype']]), tuple(entry['shape']), *entry['data_offsets'])
+                       for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OSError(f'{path}: not a safetensors file ({error!r})') from None
+    start = 8 + length
+    for name, (dtype, shape, begin, end) in entries.items():
+        if not 0 <= begin <= end <= size - start or math.prod(shape) * dtype.itemsize != end - begin:
+            raise OSError(f'{path}: truncated or damaged, tensor {name} does not lie in it')
+    return {name: Tensor(path, dtype, shape, start + begin) for name, (dtype, shape, begin, _) in entries.items()}
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+def save_state_dict(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:
+    """Writes `state_dict` as one safetensors file, under a temporary name until it is complete. One tensor is in memory
+    at a time where `state_dict` makes or reads them when asked. Folders on the way are created.
+
+    Raises:
+        ValueError: another ending, or a dtype that the format does not have.
+        OSError: it cannot be written.
+    """
     path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    partial = path / 'model.safetensors.partial'
-    save_file({name: np.ascontiguousarray(x) for name, x in state_dict.items()}, partial, metadata={'format': 'pt'})
-    partial.replace(path / 'model.safetensors')
-    (path / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    if path.suffix != '.safetensors':
+        raise ValueError(f'{path}: weights are written as .safetensors; change the name')
+    specs = getattr(state_dict, 'specs', state_dict)
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    end = 0
+    # Wide numbers first, so that all are aligned.
+    for name in sorted(specs, key=lambda name: (-np.dtype(specs[name].dtype).itemsize, name)):
+        dtype = np.dtype(specs[name].dtype)
+        if dtype not in _NAMES:
+            raise ValueError(f'{path}: {name} is {dtype}, which safetensors do not hold')
+        begin, end = end, end + math.prod(specs[name].shape) * dtype.itemsize
+        header[name] = {'dtype': _NAMES[dtype], 'shape': list(specs[name].shape), 'data_offsets': [begin, end]}
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + '.partial')
+    with open(partial, 'wb') as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for name in list(header)[1:]:
+            file.write(np.ascontiguousarray(state_dict[name]).reshape(-1).view(np.uint8).data)
+    partial.replace(path)
+
+
+def save(folder: str | pathlib.Path, state_dict: Mapping[str, np.ndarray], config: Mapping[str, Any], *,
+         name: str = 'model', shard_bytes: int = _SHARD) -> None:
+    """Writes weights and `config.json`, which `transformers` (`diffusers`) loads, into `folder`: one file
+    `name`.safetensors, or shards of at most `shard_bytes` and their index; the config last.
+
+    Raises:
+        ValueError, OSError: as `save_state_dict`.
+    """
+    folder = pathlib.Path(folder)
+    specs = getattr(state_dict, 'specs', state_dict)
+    shards: list[list[str]] = [[]]
+    total = size = 0
+    for tensor, spec in specs.items():
+        count = math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+        if shards[-1] and size + count > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        total, size = total + count, size + count
+    if len(shards) == 1:
+        save_state_dict(folder / f'{name}.safetensors', state_dict)
+    else:
+        files = [f'{name}-{i + 1:05}-of-{len(shards):05}.safetensors' for i in range(len(shards))]
+        for file, part in zip(files, shards):
+            save_state_dict(folder / file, _Part(state_dict, {tensor: specs[tensor] for tensor in part}))
+        index = {'metadata': {'total_size': total},
+                 'weight_map': {tensor: file for file, part in zip(files, shards) for tensor in part}}
+        (folder / f'{name}.safetensors{_INDEX_SUFFIX}').write_text(json.dumps(index, indent=2) + '\n')
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+
+
+class _Part(Mapping):
+    """Some tensors of a state dict."""
+
+    def __init__(self, state_dict: Mapping[str, np.ndarray], specs: Mapping[str, Any]):
+        self._state_dict, self.specs = state_dict, specs
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._state_dict[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)

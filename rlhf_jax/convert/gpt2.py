@@ -2,7 +2,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.convert.rules import FLAT, Fixed, Rule, Tied, conv1d, linear
+from rlhf_jax.convert import settings
+from rlhf_jax.convert.rules import Fixed, Rule, Tied, conv1d, dense, linear, norm
+from rlhf_jax.convert.settings import Setting
 from rlhf_jax.models.gpt2 import GPT2 as MODULE
 
 PREFIX = 'transformer.'
@@ -10,28 +12,24 @@ PREFIX = 'transformer.'
 RULES = (
     Rule('wte.weight', 'embed'),
     Rule('wpe.weight', 'pos_embed'),
-    Rule('h.{i}.ln_1.weight', 'blocks/attn_norm/scale'),
-    Rule('h.{i}.ln_1.bias', 'blocks/attn_norm/bias'),
-    Rule('h.{i}.attn.c_attn.weight', 'blocks/attn/qkv/kernel', conv1d()),
-    Rule('h.{i}.attn.c_attn.bias', 'blocks/attn/qkv/bias', FLAT),
-    Rule('h.{i}.attn.c_proj.weight', 'blocks/attn/o/kernel', conv1d(2)),
-    Rule('h.{i}.attn.c_proj.bias', 'blocks/attn/o/bias'),
-    Rule('h.{i}.ln_2.weight', 'blocks/mlp_norm/scale'),
-    Rule('h.{i}.ln_2.bias', 'blocks/mlp_norm/bias'),
-    Rule('h.{i}.mlp.c_fc.weight', 'blocks/mlp/up/kernel', conv1d()),
-    Rule('h.{i}.mlp.c_fc.bias', 'blocks/mlp/up/bias'),
-    Rule('h.{i}.mlp.c_proj.weight', 'blocks/mlp/down/kernel', conv1d()),
-    Rule('h.{i}.mlp.c_proj.bias', 'blocks/mlp/down/bias'),
-    Rule('ln_f.weight', 'norm/scale'),
-    Rule('ln_f.bias', 'norm/bias'),
+    *norm('h.{i}.ln_1', 'blocks/attn_norm'),
+    *dense('h.{i}.attn.c_attn', 'blocks/attn/qkv', conv1d()),
+    *dense('h.{i}.attn.c_proj', 'blocks/attn/o', conv1d(2)),
+    *norm('h.{i}.ln_2', 'blocks/mlp_norm'),
+    *dense('h.{i}.mlp.c_fc', 'blocks/mlp/up', conv1d()),
+    *dense('h.{i}.mlp.c_proj', 'blocks/mlp/down', conv1d()),
+    *norm('ln_f', 'norm'),
     Fixed('h.{i}.attn.bias'),  # the causal mask of old checkpoints
     Fixed('h.{i}.attn.masked_bias'),
 )
 RENAMED: dict[str, str] = {}
 ANY_HEAD = (Tied('lm_head.weight', 'wte.weight'),)
 
-_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu',
-                'silu': 'silu'}
+_SETTINGS = (
+    Setting('vocab_size', 'vocab_size'), Setting('width', 'n_embd'), Setting('depth', 'n_layer'),
+    Setting('num_heads', 'n_head'), Setting('max_length', 'n_positions', 1024),
+    Setting('tied', 'tie_word_embeddings', True), Setting('activation', 'activation_function', 'gelu_new'),
+    Setting('eps', 'layer_norm_epsilon', 1e-5), Setting('init_std', 'initializer_range', 0.02))
 
 
 def head_rules(module: MODULE) -> tuple[Rule | Tied, ...]:
@@ -49,22 +47,11 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
                        ('add_cross_attention', False)):
         if config.get(name, only) != only:
             raise ValueError(f'convert: config has {name}={config[name]!r}, but only {only!r} is supported')
-    activation = config.get('activation_function', 'gelu_new')
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f'convert: config has activation_function={activation!r}, not one of {sorted(_ACTIVATIONS)}')
-    return dict(
-        vocab_size=config['vocab_size'], width=config['n_embd'], depth=config['n_layer'], num_heads=config['n_head'],
-        hidden=config.get('n_inner') or 4 * config['n_embd'], max_length=config.get('n_positions', 1024),
-        tied=config.get('tie_word_embeddings', True), activation=_ACTIVATIONS[activation],
-        eps=config.get('layer_norm_epsilon', 1e-5), init_std=config.get('initializer_range', 0.02))
+    fields = settings.fields_of(config, _SETTINGS)
+    return fields | {'hidden': config.get('n_inner') or 4 * fields['width']}
 
 
 def config_of(module: MODULE) -> dict[str, Any]:
     """`config.json` of the module."""
-    activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-    return {
-        'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'vocab_size': module.vocab_size,
-        'n_embd': module.width, 'n_layer': module.depth, 'n_head': module.num_heads,
-        'n_inner': module.hidden or 4 * module.width, 'n_positions': module.max_length, 'n_ctx': module.max_length,
-        'tie_word_embeddings': module.tied, 'activation_function': activations[module.activation],
-        'layer_norm_epsilon': module.eps, 'initializer_range': module.init_std}
+    return {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], **settings.config_of(module, _SETTINGS),
+            'n_inner': module.hidden or 4 * module.width, 'n_ctx': module.max_length}

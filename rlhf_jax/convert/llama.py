@@ -2,8 +2,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_jax.convert import settings
 from rlhf_jax.convert.rope import rope_fields, rope_settings
-from rlhf_jax.convert.rules import FLAT, Fixed, Rule, Tied, linear
+from rlhf_jax.convert.rules import Fixed, Rule, Tied, dense, linear
+from rlhf_jax.convert.settings import COMMON, Setting
 from rlhf_jax.models.llama import Llama as MODULE
 
 PREFIX = 'model.'
@@ -11,13 +13,11 @@ PREFIX = 'model.'
 RULES = (
     Rule('embed_tokens.weight', 'embed'),
     Rule('layers.{i}.input_layernorm.weight', 'blocks/attn_norm/scale'),
-    *(Rule(f'layers.{{i}}.self_attn.{x}_proj.weight', f'blocks/attn/{x}/kernel', linear()) for x in 'qkv'),
-    *(Rule(f'layers.{{i}}.self_attn.{x}_proj.bias', f'blocks/attn/{x}/bias', FLAT) for x in 'qkv'),
-    Rule('layers.{i}.self_attn.o_proj.weight', 'blocks/attn/o/kernel', linear(2)),
-    Rule('layers.{i}.self_attn.o_proj.bias', 'blocks/attn/o/bias'),
+    *(rule for x in 'qkv' for rule in dense(f'layers.{{i}}.self_attn.{x}_proj', f'blocks/attn/{x}', linear())),
+    *dense('layers.{i}.self_attn.o_proj', 'blocks/attn/o', linear(2)),
     Rule('layers.{i}.post_attention_layernorm.weight', 'blocks/mlp_norm/scale'),
-    *(Rule(f'layers.{{i}}.mlp.{x}_proj.weight', f'blocks/mlp/{x}/kernel', linear()) for x in ('gate', 'up', 'down')),
-    *(Rule(f'layers.{{i}}.mlp.{x}_proj.bias', f'blocks/mlp/{x}/bias') for x in ('gate', 'up', 'down')),
+    *(rule for x in ('gate', 'up', 'down')
+      for rule in dense(f'layers.{{i}}.mlp.{x}_proj', f'blocks/mlp/{x}', linear())),
     Rule('norm.weight', 'norm/scale'),
     Fixed('layers.{i}.self_attn.rotary_emb.inv_freq'),  # the angles of old checkpoints
     Fixed('rotary_emb.inv_freq'),
@@ -25,7 +25,10 @@ RULES = (
 RENAMED: dict[str, str] = {}
 ANY_HEAD = (Tied('lm_head.weight', 'embed_tokens.weight'),)
 
-_ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu'}
+_SETTINGS = (
+    *COMMON, Setting('num_kv_heads', 'num_key_value_heads', 0), Setting('head_dim', 'head_dim', 0),
+    Setting('attention_bias', 'attention_bias', False), Setting('mlp_bias', 'mlp_bias', False),
+    Setting('activation', 'hidden_act', 'silu'), Setting('eps', 'rms_norm_eps', 1e-6))
 
 
 def head_rules(module: MODULE) -> tuple[Rule | Tied, ...]:
@@ -39,18 +42,8 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting that the module does not have.
     """
-    activation = config.get('hidden_act', 'silu')
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f'convert: config has hidden_act={activation!r}, not one of {sorted(_ACTIVATIONS)}')
-    return dict(
-        vocab_size=config['vocab_size'], width=config['hidden_size'], depth=config['num_hidden_layers'],
-        num_heads=config['num_attention_heads'], hidden=config['intermediate_size'],
-        num_kv_heads=config.get('num_key_value_heads') or config['num_attention_heads'],
-        head_dim=config.get('head_dim') or 0, max_length=config.get('max_position_embeddings', 2048),
-        **rope_fields(config), attention_bias=config.get('attention_bias', False),
-        mlp_bias=config.get('mlp_bias', False), tied=config.get('tie_word_embeddings', False),
-        activation=_ACTIVATIONS[activation], eps=config.get('rms_norm_eps', 1e-6),
-        init_std=config.get('initializer_range', 0.02))
+    fields = settings.fields_of(config, _SETTINGS) | rope_fields(config)
+    return fields | {'num_kv_heads': fields['num_kv_heads'] or fields['num_heads']}
 
 
 def config_of(module: MODULE) -> dict[str, Any]:
@@ -61,12 +54,6 @@ def config_of(module: MODULE) -> dict[str, Any]:
     """
     if not module.causal:
         raise ValueError('convert: transformers has no LLaMA without the causal mask')
-    activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-    return {
-        'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'vocab_size': module.vocab_size,
-        'hidden_size': module.width, 'num_hidden_layers': module.depth, 'num_attention_heads': module.num_heads,
-        'num_key_value_heads': module.num_kv_heads or module.num_heads,
-        'head_dim': module.head_dim or module.width // module.num_heads, 'intermediate_size': module.hidden,
-        'max_position_embeddings': module.max_length, **rope_settings(module),
-        'attention_bias': module.attention_bias, 'mlp_bias': module.mlp_bias, 'tie_word_embeddings': module.tied,
-        'hidden_act': activations[module.activation], 'rms_norm_eps': module.eps, 'initializer_range': module.init_std}
+    return {'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], **settings.config_of(module, _SETTINGS),
+            'num_key_value_heads': module.num_kv_heads or module.num_heads,
+            'head_dim': module.head_dim or module.width // module.num_heads, **rope_settings(module)}

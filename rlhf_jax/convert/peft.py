@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf_jax.convert import KINDS, rules
 from rlhf_jax.convert.rules import Rule, linear
+from rlhf_jax.convert.state_dict import Renamed
 from rlhf_jax.models import heads, lora
 
 _OUTER = 'base_model.model.'
@@ -36,7 +37,7 @@ def from_torch(kind: str, state_dict: Mapping[str, Any], module: Any, params: Ma
     """
     _check_config(config)
     file, prefix = _file(kind), 'backbone/' if hasattr(module, 'backbone') else ''
-    state_dict = rules.Renamed(state_dict, lambda name: _short_name(name, file.PREFIX))
+    state_dict = Renamed(state_dict, lambda name: _short_name(name, file.PREFIX))
     found = [rule for rule in file.RULES
              if isinstance(rule, Rule) and f'{_stem(rule).format(i=0)}.lora_A.weight' in state_dict]
     layers = [prefix + rule.flax.removesuffix('/kernel') for rule in found]

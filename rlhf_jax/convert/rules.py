@@ -1,82 +1,101 @@
 """Total, two-way mapping between a PyTorch state dict and a flax parameter tree, one tensor at a time.
 
-A model's file lists `Rule`s: which tensor of the state dict makes which parameter, and the pair of functions between
+A model's file lists `Rule`s: which tensor(s) of the state dict make which parameter, and the pair of functions between
 them. `to_flax` and `to_torch` run that list in either direction. A missing, unknown, wrongly shaped or non-finite
-tensor is an error that names it, and so is a parameter that no rule makes.
+tensor is an error that names it and its file, and so is a parameter that no rule makes.
 
     RULES = (
-        Rule('layers.{i}.self_attn.q_proj.weight', 'blocks/attn/q/kernel', linear()),      # [D, H, hd]
-        Rule('layers.{i}.self_attn.o_proj.weight', 'blocks/attn/o/kernel', linear(2)),     # [H, hd, D]
-        Fixed('layers.{i}.self_attn.rotary_emb.inv_freq'),
+        *norm('blocks.{i}.norm1', 'blocks/norm1'),                                          # weight, bias
+        Rule('blocks.{i}.q_proj.weight', 'blocks/attn/q/kernel', linear()),                 # [D, H, hd]
+        *dense('blocks.{i}.attn.proj', 'blocks/attn/proj', linear(2)),                      # [H, hd, D], [D]
+        Fixed('rotary_emb.inv_freq'),
     )
+    params = to_flax(state_dict, RULES, param_shapes(module, tokens))
+    state_dict = to_torch(params, RULES)
 
-`{i}` counts the blocks: tensors i = 0, 1, ... become the leading axis of the parameter. Rules whose parameter the model
-does not have are skipped; what such a rule would have read is then unknown to the model, hence an error.
+`{i}` counts the blocks of a stack: tensors i = 0, 1, ... become the leading axis of the parameter. Rules whose
+parameter the model does not have are skipped, so one list serves every variant of a model; what such a rule would have
+read is then unknown to the model, hence an error.
 
-Language models do not fit into memory twice. `state_dict` may be any mapping, one that reads a tensor from disk when it
-is asked for included; each tensor is dropped before the next is read, and with `shardings` a parameter goes straight
-into the shards of its devices.
+Large models do not fit into memory twice. `state_dict` may be any mapping, one that reads a tensor from disk when it
+is asked for included (`files.load_state_dict`); each tensor is cast and dropped before the next is read, and with
+`shardings` each parameter goes into the shards of its devices before the next is begun, so that the host holds one
+parameter and one tensor at most. `Tensors` is the way back, as lazy.
 """
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from rlhf_jax.convert.state_dict import name_pattern, original, to_numpy, where
+
 Array = Any
 
 
+# ---- Rules -----------------------------------------------------------------------------------------------------------
+
 class Codec(NamedTuple):
-    """One tensor, both ways; views of it where possible.
+    """One tensor, both ways; views of it where possible. Array methods only: shapes are found by tracing `to_torch`.
 
     Attributes:
         to_flax: (tensor, shape of the parameter) -> parameter of that shape.
         to_torch: parameter -> tensor.
-        shape: shape of the parameter -> shape of the tensor.
     """
     to_flax: Callable[[Array, tuple[int, ...]], Array]
     to_torch: Callable[[Array], Array]
-    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
-SAME = Codec(lambda t, shape: t, lambda p: p, lambda shape: shape)
-# A vector there, several axes here: biases of attention.
-FLAT = Codec(lambda t, shape: t.reshape(shape), lambda p: p.reshape(-1), lambda shape: (math.prod(shape),))
+SAME = Codec(lambda t, shape: t, lambda p: p)
+# A vector there, any shape here: biases of attention and adaLN, norms over several axes.
+FLAT = Codec(lambda t, shape: t.reshape(shape), lambda p: p.reshape(-1))
 
 
 def linear(inputs: int = 1) -> Codec:
     """`nn.Linear` weight (out, in) <-> kernel whose first `inputs` axes are the input and the rest the output."""
-    def shape(p):
-        return math.prod(p[inputs:]), math.prod(p[:inputs])
-
-    return Codec(lambda t, p: t.transpose(1, 0).reshape(p), lambda p: p.reshape(shape(p.shape)[::-1]).transpose(1, 0),
-                 shape)
+    return Codec(lambda t, shape: t.transpose(1, 0).reshape(shape), lambda p: _matrix(p, inputs).transpose(1, 0))
 
 
 def conv1d(inputs: int = 1) -> Codec:
     """Weight (in, out) of GPT-2's `Conv1D` <-> kernel whose first `inputs` axes are the input."""
-    def shape(p):
-        return math.prod(p[:inputs]), math.prod(p[inputs:])
+    return Codec(lambda t, shape: t.reshape(shape), lambda p: _matrix(p, inputs))
 
-    return Codec(lambda t, p: t.reshape(p), lambda p: p.reshape(shape(p.shape)), shape)
+
+def _matrix(p: Array, inputs: int) -> Array:
+    return p.reshape(math.prod(p.shape[:inputs]), math.prod(p.shape[inputs:]))
 
 
 class Rule(NamedTuple):
-    """`flax` (path 'a/b/c') is made of `torch`."""
-    torch: str
+    """`flax` (path 'a/b/c') is made of `torch`: one name, or several to be joined along their first axis."""
+    torch: str | tuple[str, ...]
     flax: str
     codec: Codec = SAME
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.torch,) if isinstance(self.torch, str) else self.torch
+
+    @property
+    def stacked(self) -> bool:
+        return '{i}' in self.names[0]
+
 
 class Fixed(NamedTuple):
-    """A buffer that old checkpoints hold and the model computes itself: dropped on the way in, not written."""
+    """A tensor that the model has no parameter for: a buffer, or one that the original never uses.
+
+    Attributes:
+        torch: its name; `{i}` stands for any block index (then `value` must be None).
+        value: what `to_torch` writes; None writes nothing. On the way in the tensor may be absent.
+        exact: on the way in, it must equal `value` to 1e-4; otherwise whatever it holds is dropped.
+    """
     torch: str
+    value: np.ndarray | None = None
+    exact: bool = False
 
 
 class Tied(NamedTuple):
-    """A tensor that must equal the one called `same`; written as a copy of it."""
+    """A tensor that must equal the one called `same`, where it is there; written as a copy of it."""
     torch: str
     same: str
 
@@ -84,13 +103,17 @@ class Tied(NamedTuple):
 Rules = Sequence[Rule | Fixed | Tied]
 
 
-def to_numpy(tensor: Any) -> np.ndarray:
-    """numpy array of a numpy array, or of a PyTorch tensor whatever its device and dtype (bfloat16 -> float32)."""
-    if hasattr(tensor, 'detach'):
-        tensor = tensor.detach().cpu()
-        tensor = tensor.float() if 'bfloat16' in str(tensor.dtype) else tensor
-    return np.asarray(tensor)
+def dense(torch: str, flax: str, codec: Codec) -> tuple[Rule, Rule]:
+    """Weight and bias of a linear layer or a convolution."""
+    return Rule(f'{torch}.weight', f'{flax}/kernel', codec), Rule(f'{torch}.bias', f'{flax}/bias', FLAT)
 
+
+def norm(torch: str, flax: str, codec: Codec = SAME) -> tuple[Rule, Rule]:
+    """Weight and bias of a normalisation."""
+    return Rule(f'{torch}.weight', f'{flax}/scale', codec), Rule(f'{torch}.bias', f'{flax}/bias', codec)
+
+
+# ---- Parameter trees -------------------------------------------------------------------------------------------------
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     """Nested dict -> {'a/b/c': leaf}."""
@@ -117,154 +140,179 @@ def param_shapes(module: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return jax.eval_shape(lambda key: module.init(key, *args, **kwargs), jax.random.key(0))['params']
 
 
-class Renamed(Mapping):
-    """A state dict under other names; its tensors are still read one by one.
-
-    Args:
-        state_dict: the original.
-        rename: name -> new name.
-
-    Raises:
-        ValueError: two names become one.
-    """
-
-    def __init__(self, state_dict: Mapping[str, Any], rename: Callable[[str], str]):
-        self._state_dict = state_dict
-        self._original: dict[str, str] = {}
-        for name in state_dict:
-            if rename(name) in self._original:
-                raise ValueError(f'convert: {name} and {self._original[rename(name)]} are the same tensor of the model')
-            self._original[rename(name)] = name
-
-    def original(self, name: str) -> str:
-        """What `state_dict` calls it, or would; for messages."""
-        return self._original.get(name, name)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._state_dict[self._original[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._original)
-
-    def __len__(self) -> int:
-        return len(self._original)
-
+# ---- From a state dict -----------------------------------------------------------------------------------------------
 
 def to_flax(state_dict: Mapping[str, Any], rules: Rules, expected: Mapping[str, Any], *,
-            shardings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+            shardings: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None) -> dict[str, Any]:
     """Parameters of the shapes and dtypes of `expected` (see `param_shapes`) from `state_dict`.
 
     Args:
         state_dict: {name: numpy array or PyTorch tensor}, or a mapping that reads them when asked.
-        shardings: nested dict like `expected` of `jax.sharding.Sharding`: the parameters are jax arrays laid out so.
-            None: numpy arrays.
+        shardings: `expected` -> nested dict like it of `jax.sharding.Sharding`: the parameters are jax arrays, laid
+            out so one by one. None: numpy arrays.
 
     Raises:
         ValueError: a missing, unknown, wrongly shaped or non-finite tensor, or a parameter without a rule.
     """
-    original = getattr(state_dict, 'original', lambda name: name)
     wanted = flatten(expected)
-    layout = flatten(shardings) if shardings is not None else {}
+    makers: dict[str, Rule] = {}
     unread = set(state_dict)
-    flat: dict[str, Any] = {}
-    for rule in rules:
-        if isinstance(rule, Fixed):
-            unread = {name for name in unread if not _regex(rule.torch).fullmatch(name)}
-        elif isinstance(rule, Tied):
-            if rule.torch in unread:
-                unread.discard(rule.torch)
-                if not np.array_equal(to_numpy(state_dict[rule.torch]), to_numpy(state_dict[rule.same])):
-                    raise ValueError(f'convert: {original(rule.torch)} differs from {original(rule.same)}, which the '
-                                     'config says it is tied to')
-        elif rule.flax in wanted:
-            if rule.flax in flat:
+    for rule in rules:  # names first: what is missing or too much shows before gigabytes are read
+        if isinstance(rule, Rule) and rule.flax in wanted:
+            if rule.flax in makers:
                 raise ValueError(f'convert: two rules make parameter {rule.flax}')
-            leaf = wanted[rule.flax]
-            names = [rule.torch.format(i=i) for i in range(leaf.shape[0])] if '{i}' in rule.torch else [rule.torch]
-            flat[rule.flax] = _read(state_dict, rule, names, leaf, layout.get(rule.flax))
-            unread -= set(names)
-    if set(wanted) - set(flat):
-        raise ValueError(f'convert: no rule makes parameter {sorted(set(wanted) - set(flat))[0]}')
+            makers[rule.flax] = rule
+            for name in _names(rule, wanted[rule.flax].shape):
+                if name not in state_dict:
+                    raise ValueError(f'convert: missing tensor {name} {_tensor_shape(rule, wanted[rule.flax].shape)}, '
+                                     f'from which {rule.flax} is made{where(state_dict, name)}')
+                unread.discard(name)
+        elif isinstance(rule, Fixed):
+            regex = name_pattern(rule.torch)
+            unread = {name for name in unread if not regex.fullmatch(name)}
+        elif isinstance(rule, Tied):
+            unread.discard(rule.torch)
+    if set(wanted) - set(makers):
+        raise ValueError(f'convert: no rule makes parameter {sorted(set(wanted) - set(makers))[0]}')
     if unread:
-        raise ValueError(f'convert: unknown tensor {original(sorted(unread)[0])} (and {len(unread) - 1} more); it has '
-                         'no place in this model')
-    return unflatten(flat)
+        name = sorted(unread)[0]
+        raise ValueError(f'convert: unknown tensor {original(state_dict, name)} (and {len(unread) - 1} more); it has '
+                         f'no place in this model{where(state_dict, name)}')
+    for rule in rules:
+        if isinstance(rule, (Fixed, Tied)) and rule.torch in state_dict:
+            _check(state_dict, rule)
+    layout = flatten(shardings(expected)) if shardings is not None else {}
+    return unflatten({path: _read(state_dict, rule, wanted[path], layout.get(path)) for path, rule in makers.items()})
 
 
-def to_torch(params: Mapping[str, Any], rules: Rules) -> dict[str, np.ndarray]:
-    """The state dict, in the order of `rules` and block by block, that `to_flax` would turn into `params`; float32.
+def _names(rule: Rule, shape: tuple[int, ...]) -> Iterator[str]:
+    for i in range(shape[0] if rule.stacked else 1):
+        yield from (name.format(i=i) for name in rule.names)
+
+
+def _tensor_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of each tensor of `rule`, whose parameter has `shape`."""
+    one = jax.ShapeDtypeStruct(shape[1:] if rule.stacked else shape, np.float32)
+    rows, *rest = jax.eval_shape(rule.codec.to_torch, one).shape or (None,)
+    return () if rows is None else (rows // len(rule.names), *rest)
+
+
+def _check(state_dict: Mapping[str, Any], rule: Fixed | Tied) -> None:
+    name = rule.torch
+    if isinstance(rule, Tied):
+        if not np.array_equal(to_numpy(state_dict[name]), to_numpy(state_dict[rule.same])):
+            raise ValueError(f'convert: {original(state_dict, name)} differs from {original(state_dict, rule.same)}, '
+                             f'which the config says it is tied to{where(state_dict, name)}')
+    elif rule.value is not None:
+        tensor = to_numpy(state_dict[name])
+        if tensor.shape != rule.value.shape:
+            raise ValueError(f'convert: {original(state_dict, name)} has shape {tensor.shape}, expected '
+                             f'{rule.value.shape}{where(state_dict, name)}')
+        if rule.exact and not np.allclose(tensor, rule.value, atol=1e-4, rtol=1e-4):
+            raise ValueError(f'convert: {original(state_dict, name)} differs from the values that this model computes '
+                             f'for it{where(state_dict, name)}')
+
+
+def _read(state_dict: Mapping[str, Any], rule: Rule, leaf: Any, sharding: Any) -> Any:
+    """The parameter of `rule`."""
+    one = tuple(leaf.shape[1:] if rule.stacked else leaf.shape)
+    wanted = _tensor_shape(rule, leaf.shape)
+
+    def block(i):
+        parts = [_read_tensor(state_dict, name.format(i=i), wanted, leaf.dtype) for name in rule.names]
+        return rule.codec.to_flax(parts[0] if len(parts) == 1 else np.concatenate(parts), one)
+
+    out = np.empty(leaf.shape, leaf.dtype)
+    for i in range(leaf.shape[0] if rule.stacked else 1):
+        out[i if rule.stacked else ...] = block(i)
+    return out if sharding is None else jax.make_array_from_callback(leaf.shape, sharding, lambda index: out[index])
+
+
+def _read_tensor(state_dict: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    tensor = to_numpy(state_dict[name])
+    if tensor.shape != tuple(shape):
+        raise ValueError(f'convert: {original(state_dict, name)} has shape {tensor.shape}, expected {tuple(shape)}'
+                         f'{where(state_dict, name)}')
+    with np.errstate(over='ignore'):  # what `dtype` cannot hold is found below
+        tensor = tensor.astype(dtype, copy=False)
+    if not np.isfinite(tensor).all():
+        raise ValueError(f'convert: {original(state_dict, name)} holds values that are not finite'
+                         f'{where(state_dict, name)}')
+    return tensor
+
+
+# ---- To a state dict -------------------------------------------------------------------------------------------------
+
+class Tensors(Mapping):
+    """The state dict that `to_flax` would turn into `params`, in the order of `rules` and block by block. Each tensor
+    is made when it is asked for, and of a parameter in shards no more than that tensor is brought to the host.
+
+    Args:
+        params: arrays, of numpy or jax. Of `ShapeDtypeStruct`s there is nothing but `specs`.
+        dtype: of the tensors.
+
+    Attributes:
+        specs: {name: ShapeDtypeStruct}, known without making any.
 
     Raises:
         ValueError: a parameter without a rule.
     """
-    flat = flatten(params)
-    out: dict[str, np.ndarray] = {}
-    used = set()
-    for rule in rules:
-        if isinstance(rule, Tied):
-            out[rule.torch] = out[rule.same].copy()
-        elif isinstance(rule, Rule) and rule.flax in flat:
-            used.add(rule.flax)
-            value = np.asarray(flat[rule.flax]).astype(np.float32)
-            blocks = value if '{i}' in rule.torch else value[None]
-            out |= {rule.torch.format(i=i): np.array(rule.codec.to_torch(p), order='C') for i, p in enumerate(blocks)}
-    if set(flat) - used:
-        raise ValueError(f'convert: no rule writes parameter {sorted(set(flat) - used)[0]}')
-    return out
+
+    def __init__(self, params: Mapping[str, Any], rules: Rules, dtype: Any = np.float32):
+        flat = flatten(params)
+        self._dtype, self._makers, used = np.dtype(dtype), {}, set()
+        self.specs: dict[str, jax.ShapeDtypeStruct] = {}
+        for rule in rules:
+            if isinstance(rule, Fixed) and rule.value is not None:
+                self._add(rule.torch, rule.value.shape, lambda value=rule.value: value)
+            elif isinstance(rule, Tied):
+                self._add(rule.torch, self.specs[rule.same].shape, self._makers[rule.same])
+            elif isinstance(rule, Rule) and rule.flax in flat:
+                used.add(rule.flax)
+                value = flat[rule.flax]
+                shape = _tensor_shape(rule, value.shape)
+                for place, name in enumerate(_names(rule, value.shape)):
+                    self._add(name, shape, lambda rule=rule, value=value, place=place: _part(rule, value, place))
+        if set(flat) - used:
+            raise ValueError(f'convert: no rule writes parameter {sorted(set(flat) - used)[0]}')
+
+    def _add(self, name: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> None:
+        self._makers[name], self.specs[name] = make, jax.ShapeDtypeStruct(shape, self._dtype)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        # In C order: writers of files take an array's memory as it lies.
+        return np.ascontiguousarray(np.asarray(self._makers[name]()).astype(self._dtype, copy=False))
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the tensor
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def _part(rule: Rule, value: Any, place: int) -> np.ndarray:
+    """The tensor at `place` among those of `rule`."""
+    i, part = divmod(place, len(rule.names))
+    if rule.stacked:
+        value = value[i]
+    elif isinstance(value, jax.Array):
+        value = jax.numpy.array(value)  # a copy, for an array holds on to what it has once brought to the host
+    tensor = rule.codec.to_torch(np.asarray(value))
+    return tensor if len(rule.names) == 1 else np.split(tensor, len(rule.names))[part]
+
+
+def to_torch(params: Mapping[str, Any], rules: Rules) -> dict[str, np.ndarray]:
+    """All of `Tensors`, float32; what is laid out alike is a view of a numpy parameter, the rest a copy.
+
+    Raises:
+        ValueError: a parameter without a rule.
+    """
+    return dict(Tensors(params, rules))
 
 
 def tensor_shapes(expected: Mapping[str, Any], rules: Rules) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the state dict that `to_torch` writes for parameters of the shapes of `expected`."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
-    out: dict[str, tuple[int, ...]] = {}
-    for rule in rules:
-        if isinstance(rule, Tied):
-            out[rule.torch] = out[rule.same]
-        elif isinstance(rule, Rule) and rule.flax in shapes:
-            shape = shapes[rule.flax]
-            if '{i}' in rule.torch:
-                out |= {rule.torch.format(i=i): rule.codec.shape(shape[1:]) for i in range(shape[0])}
-            else:
-                out[rule.torch] = rule.codec.shape(shape)
-    return out
-
-
-def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(re.escape('{i}'), r'\d+'))
-
-
-def _read(state_dict: Mapping[str, Any], rule: Rule, names: Sequence[str], leaf: Any, sharding: Any) -> Any:
-    """The parameter of `rule`, made of the tensors `names`."""
-    stacked = '{i}' in rule.torch
-    one = tuple(leaf.shape[1:] if stacked else leaf.shape)
-    read = lambda name: rule.codec.to_flax(_checked(state_dict, name, rule, rule.codec.shape(one)), one)
-    if sharding is None:
-        out = np.empty(leaf.shape, leaf.dtype)
-        for i, name in enumerate(names):
-            out[i if stacked else ...] = read(name)
-        return out
-    if not stacked:
-        tensor = read(names[0])
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: tensor[index].astype(leaf.dtype))
-    # One block is on the host at a time, and every device's part of it is cut out of that one reading.
-    parts: dict[Any, list[np.ndarray]] = {}
-    indices = sharding.addressable_devices_indices_map(leaf.shape)
-    for i, name in enumerate(names):
-        tensor = read(name)
-        for device, index in indices.items():
-            if i in range(*index[0].indices(len(names))):
-                parts.setdefault(device, []).append(jax.device_put(tensor[index[1:]].astype(leaf.dtype), device))
-    arrays = [jax.numpy.stack(parts.pop(device)) for device in indices]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
-
-
-def _checked(state_dict: Mapping[str, Any], name: str, rule: Rule, shape: tuple[int, ...]) -> np.ndarray:
-    original = getattr(state_dict, 'original', lambda name: name)
-    if name not in state_dict:
-        raise ValueError(f'convert: missing tensor {name} {shape}, from which {rule.flax} is made')
-    tensor = to_numpy(state_dict[name])
-    if tensor.shape != tuple(shape):
-        raise ValueError(f'convert: {original(name)} has shape {tensor.shape}, expected {tuple(shape)}')
-    if not np.isfinite(tensor).all():
-        raise ValueError(f'convert: {original(name)} holds values that are not finite')
-    return tensor
+    """{name: shape} of the state dict of parameters of the shapes of `expected` (see `param_shapes`)."""
+    return {name: tuple(spec.shape) for name, spec in Tensors(expected, rules).specs.items()}

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from configs.dlc import encoder_imagenet, quickstart
+from dlc_jax import convert
+from dlc_jax.convert import dinov2, files, rules
+from dlc_jax.models import sem, vit
 from experiments.dlc import encoder
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import optim, partition
+from experiments.runtime.state import TrainState
 
 DEPTH = 24
 
@@ -109,3 +113,30 @@ def test_loss_is_the_sum_over_pairs_of_views():
         assert float(aux['metrics'][name]) == pytest.approx(value, rel=1e-3), name
     assert float(got) == pytest.approx(local + across + 0.1 * spread + masked / 8, rel=1e-3)
     assert batch['masks'].any((1, 2)).any() and masked > 0
+
+
+def test_released_backbones_go_into_the_shards_of_the_state(tmp_path):
+    config = quickstart.get_config('tiny').encoder.copy_and_resolve_references()
+    config.pretrained = str(tmp_path / 'dino.safetensors')
+    module = encoder.make_model(config)
+    released = vit.VisionTransformer(**{name: getattr(module, name) for name in (
+        'width', 'depth', 'num_heads', 'patch_size', 'num_registers', 'pos_grid', 'pos_antialias', 'mlp_ratio')})
+    rng = np.random.default_rng(0)
+    draw = lambda shapes: jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    weights, fresh = (draw(dinov2.shapes_of(m, config.data.channels)) for m in (released, module))
+    files.save_state_dict(config.pretrained, convert.tensors('dinov2', released, weights))
+    mesh = mesh_lib.make_mesh({'fsdp': 2, 'tensor': 2}, jax.devices()[:4])
+    shardings = partition.param_shardings(fresh, sem.PARTITION_RULES, mesh)
+    state = TrainState(jnp.int32(0), {'encoder': jax.device_put(fresh, shardings)}, None, None, jax.random.key(0))
+    found = encoder.warm_start(config, state)
+    flat, ours, theirs = (rules.flatten(x) for x in (found.params['encoder'], fresh, weights))
+    assert set(flat) == set(ours) and set(ours) - set(theirs)
+    for path, x in flat.items():
+        np.testing.assert_array_equal(x, theirs.get(path, ours[path]), err_msg=path)
+        assert x.sharding == rules.flatten(shardings)[path], path
+    jax.tree.map(np.testing.assert_array_equal, found.ema, found.params)
+    # What does not fit is named.
+    wrong = draw(dinov2.shapes_of(released.clone(pos_grid=module.pos_grid + 1), config.data.channels))
+    files.save_state_dict(config.pretrained, convert.tensors('dinov2', released, wrong))
+    with pytest.raises(ValueError, match=r'dino.safetensors: pos_embed is \(1, \d+, \d+\) there but'):
+        encoder.warm_start(config, state)

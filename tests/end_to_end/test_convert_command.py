@@ -5,11 +5,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
 
 from dlc_jax import convert
+from dlc_jax.convert import files, llada
 from dlc_jax.convert.files import load_state_dict, save_state_dict
 from dlc_jax.convert.rules import flatten, param_shapes, unflatten
 from dlc_jax.models import dit, sedd, sem, vit
@@ -22,6 +24,8 @@ from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
 from experiments.runtime import launch
+from experiments.runtime.checkpoint import Checkpointer
+from rlhf_jax.models.llama import Llama
 
 L, V = 6, 8
 MODULES = {
@@ -53,6 +57,10 @@ def random_params(kind):
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def tensors_of(path):
+    return dict(load_state_dict(path))
 
 
 def fields(module):
@@ -133,7 +141,7 @@ def test_work_directory_and_back(run, weights, bare, tmp_path, kind):
 
     status, said, error = run(command, f'--reverse --kind={kind} --src={tmp_path}/run --dst={tmp_path}/out')
     assert (status, error) == (0, ''), error
-    assert_same(load_state_dict(tmp_path / 'out'), load_state_dict(weights[0] / kind))
+    assert_same(tensors_of(tmp_path / 'out'), tensors_of(weights[0] / kind))
     # What was written says all that the tensors do not.
     again = released.load(LOADERS[kind], tmp_path / 'out')
     assert_same(again.params, params)
@@ -144,7 +152,7 @@ def test_networks_used_as_they_are_released(run, weights, tmp_path):
     for kind in ('sd_vae', 'dinov2'):
         status, said, error = run(command, f'--kind={kind} --src={weights[0]}/{kind} --dst={tmp_path}/{kind}')
         assert (status, error) == (0, ''), error
-        assert_same(load_state_dict(tmp_path / kind), load_state_dict(weights[0] / kind / 'model.safetensors'))
+        assert_same(tensors_of(tmp_path / kind), tensors_of(weights[0] / kind / 'model.safetensors'))
     assert (tmp_path / 'sd_vae' / FILES['sd_vae']).exists()
     noted = json.loads((tmp_path / 'sd_vae' / 'config.json').read_text())
     assert noted['_class_name'] == 'AutoencoderKL' and noted['block_out_channels'] == [32, 32]
@@ -156,7 +164,7 @@ def test_backbone_of_an_encoder_is_a_dinov2(run, weights, tmp_path):
     status, _, error = run(command, f'--reverse --kind=dinov2 --src={tmp_path}/run --dst={tmp_path}/backbone')
     assert status == 0, error
     whole = load_state_dict(weights[0] / 'sem' / 'model.safetensors')
-    assert_same(load_state_dict(tmp_path / 'backbone'), {n: x for n, x in whole.items() if not n.startswith('sem_')})
+    assert_same(tensors_of(tmp_path / 'backbone'), {n: x for n, x in whole.items() if not n.startswith('sem_')})
     _, params = convert.from_torch('dinov2', load_state_dict(tmp_path / 'backbone'), num_heads=4)
     assert_same(params, {n: x for n, x in weights[1]['sem'].items() if not n.startswith('sem_')})
 
@@ -172,6 +180,90 @@ def test_entry_of_a_training_checkpoint(run, weights, tmp_path):
     status, _, error = run(command, arguments + ' --key=teacher')
     assert status == 0, error
     assert_same(jax.tree.map(np.asarray, Encoder.load(tmp_path / 'run').params), weights[1]['sem'])
+
+
+# ---- LLaDA ---------------------------------------------------------------------------------------------------------
+
+LLADA = Llama(vocab_size=71, width=32, depth=2, num_heads=4, hidden=40, max_length=32, causal=False, rope_base=5e5)
+
+
+@pytest.fixture(scope='module')
+def llada_folder(tmp_path_factory):
+    """As released: shards in bfloat16, a config.json with more in it than the model needs, tokenizer files."""
+    folder = tmp_path_factory.mktemp('llada')
+    shapes = flatten(llada.shapes_of(LLADA))
+    params = unflatten({name: np.random.default_rng(0).normal(0, 0.2, x.shape).astype(jnp.bfloat16)
+                        for name, x in shapes.items()})
+    tensors = convert.tensors('llada', LLADA, params, dtype=jnp.bfloat16)
+    files.save(folder, tensors, llada.config_of(LLADA) | {'mask_token_id': 50, 'vocab_size': 64}, shard_bytes=10_000)
+    assert (folder / 'model.safetensors.index.json').exists()
+    (folder / 'tokenizer.json').write_text('{}')
+    return folder, params
+
+
+def test_llada_is_checked_and_written_again(run, llada_folder, tmp_path):
+    folder, _ = llada_folder
+    status, said, error = run(command, f'--kind=llada --src={folder} --dst={tmp_path}/new')
+    assert (status, error) == (0, ''), error
+    count = sum(x.size for x in jax.tree.leaves(llada.shapes_of(LLADA)))
+    assert said.count('\n') == 1 and f'llada: {count:,} parameters, vocabulary of 71' in said and 'bfloat16' in said
+    assert_same(tensors_of(tmp_path / 'new'), tensors_of(folder))
+    noted = json.loads((tmp_path / 'new' / 'config.json').read_text())
+    assert (noted['vocab_size'], noted['mask_token_id'], noted['torch_dtype']) == (71, 50, 'bfloat16')
+    assert (tmp_path / 'new' / 'tokenizer.json').exists()
+    status, _, error = run(command, f'--kind=llada --src={folder} --dst={tmp_path}/wide --dtype=float32')
+    assert status == 0, error
+    assert {x.dtype for x in tensors_of(tmp_path / 'new').values()} == {np.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in tensors_of(tmp_path / 'wide').values()} == {np.dtype(np.float32)}
+    assert_same(tensors_of(tmp_path / 'wide'), {n: x.astype(np.float32) for n, x in tensors_of(folder).items()})
+
+
+def test_a_run_of_text_to_code_becomes_llada(run, llada_folder, tmp_path):
+    folder, params = llada_folder
+    checkpointer = Checkpointer(tmp_path / 'run' / 'checkpoints')
+    checkpointer.save(3, {'params': jax.tree.map(lambda x: x.astype(np.float32), params), 'step': np.int32(3)})
+    checkpointer.close()
+    sizes = ('width', 'depth', 'num_heads', 'hidden', 'max_length', 'rope_base')
+    model = dict(size='LLaDA-8B', dtype='float32', num_codes=L, vocab_size=V,  # of the codes
+                 **{name: getattr(LLADA, name) for name in sizes})
+    launch.save_config(ml_collections.ConfigDict(dict(
+        experiment='text_to_code', tokenizer=str(folder), model=model, words=dict(mask_token=50, pad_token=3))),
+        tmp_path / 'run')
+    status, said, error = run(command, f'--reverse --kind=llada --src={tmp_path}/run --dst={tmp_path}/out '
+                              '--dtype=bfloat16')
+    assert (status, error) == (0, ''), error
+    assert_same(tensors_of(tmp_path / 'out'), tensors_of(folder))
+    assert {x.dtype for x in tensors_of(tmp_path / 'out').values()} == {np.dtype(jnp.bfloat16)}
+    noted = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert (noted['vocab_size'], noted['mask_token_id']) == (71, 50) and (tmp_path / 'out' / 'tokenizer.json').exists()
+    status, _, error = run(command, f'--kind=llada --src={tmp_path}/out --dst={tmp_path}/again')
+    assert status == 0, error
+
+
+@pytest.mark.parametrize('change, said', [
+    (lambda t, c: t.pop('model.transformer.ln_f.weight'), 'missing tensor model.transformer.ln_f.weight .*in {src}'),
+    (lambda t, c: t.update({'model.transformer.ln_f.weight': np.full(32, np.nan, np.float32)}),
+     r'model.transformer.ln_f.weight holds values that are not finite \(in {src}/model.safetensors\)'),
+    (lambda t, c: c.pop('n_heads'), '{src}/config.json: config has no n_heads'),
+    (lambda t, c: c.update(alibi=True), '{src}/config.json: config has alibi=True'),
+])
+def test_a_llada_that_does_not_fit_is_one_line(run, llada_folder, tmp_path, change, said):
+    folder, _ = llada_folder
+    tensors, config = tensors_of(folder), json.loads((folder / 'config.json').read_text())
+    change(tensors, config)
+    files.save(tmp_path / 'src', tensors, config)
+    status, _, error = run(command, f'--kind=llada --src={tmp_path}/src --dst={tmp_path}/new')
+    assert status == 2 and error.count('\n') == 1
+    assert re.search(said.format(src=tmp_path / 'src'), error), error
+
+
+def test_a_dinov2_under_the_names_of_transformers(run, weights, tmp_path):
+    status, _, error = run(command, f'--kind=dinov2 --src={weights[0]}/dinov2 --dst={tmp_path}/hf --hf')
+    assert (status, error) == (0, ''), error
+    assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['model_type'] == 'dinov2'
+    assert 'encoder.layer.1.attention.attention.key.bias' in tensors_of(tmp_path / 'hf')
+    assert run(command, f'--kind=dinov2 --src={tmp_path}/hf --dst={tmp_path}/back')[0] == 0
+    assert_same(tensors_of(tmp_path / 'back'), tensors_of(weights[0] / 'dinov2'))
 
 
 # ---- Sampling from what was downloaded -----------------------------------------------------------------------------
@@ -289,6 +381,11 @@ BAD = {
                                "experiment='encoder', but a dit makes 'generator'"),
     'config that does not fit': ('--kind=sem --src={at}/sem --dst={new} --config.data.global_size=30',
                                  'data.global_size=30 is not divisible by model.patch_size=14'),
+    'dtype of a dit': ('--kind=dit --src={at}/dit --dst={new} --dtype=bfloat16',
+                       '--dtype: a dit is written in float32'),
+    'hf of a dit': ('--kind=dit --src={at}/dit --dst={new} --hf', '--hf: only a dinov2'),
+    'llada without config': ('--kind=llada --src={bare}/dit --dst={new}', 'dit: no config.json there'),
+    'reverse of a folder of llada': ('--reverse --kind=llada --src={bare}/dit --dst={new}', 'no config.json there'),
     'reverse of weights': ('--reverse --kind=dit --src={at}/dit --dst={new}', 'released weights already'),
     'reverse of nothing': ('--reverse --kind=dit --src={at} --dst={new}', 'no config.json there'),
     'reverse of a vae': ('--reverse --kind=sd_vae --src={at} --dst={new}', 'no sd_vae is trained here'),

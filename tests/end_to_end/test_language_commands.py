@@ -161,7 +161,7 @@ def test_export_merges_the_adapter_or_writes_it(runs, monkeypatch, capsys, tmp_p
 
     command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', '--adapter', f'--src={source}',
             f'--dst={tmp_path / "b"}')
-    tensors = files.open_safetensors(tmp_path / 'b' / 'adapter_model.safetensors')
+    tensors = files.load_state_dict(tmp_path / 'b' / 'adapter_model.safetensors')
     plain = language.load_policy(runs / 'sft')[1]
     adapted = peft.from_torch('gpt2', tensors, module, plain,
                               config=json.loads((tmp_path / 'b' / 'adapter_config.json').read_text()))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dlc_jax import convert
-from dlc_jax.convert import dinov2
 from dlc_jax.convert.files import load_state_dict, save_state_dict
 from torch_twins import FAINT, assert_equal, assert_outputs_and_gradients_equal, load, randomise, state_dict, torch
 
@@ -216,7 +215,7 @@ def test_transformers(case, tmp_path):
     module, params = convert.from_torch('dinov2', file_names({}), num_heads=HEADS)
     x = images(*size)
     masks = np.random.default_rng(1).random((2, size[0] * size[1] // PATCH ** 2)) < 0.3
-    export = lambda params: dinov2.to_torch(module, params, hf=True)
+    export = lambda params: convert.to_torch('dinov2', module, params, hf=True)
 
     def run(model):
         out = model(nchw(x), bool_masked_pos=torch.from_numpy(masks), output_hidden_states=True)

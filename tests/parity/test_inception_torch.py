@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from dlc_jax.convert import inception
+from dlc_jax import convert
 from torch_twins import assert_outputs_and_gradients_equal, load, torch
 
 F = torch.nn.functional
@@ -180,7 +180,7 @@ def twin():
 
 
 def test_outputs_gradients_and_weights_both_ways(twin):
-    module, params = inception.from_torch(twin.state_dict(), image_size=SIZE)
+    module, params = convert.from_torch('inception', twin.state_dict(), image_size=SIZE)
     # One side grows, the other shrinks. Of 200 seeds the one whose activations stay furthest from where ReLU and max
     # pool have a kink: across one, rounding would change gradients by per cents.
     images = np.random.default_rng(209).integers(0, 256, (1, 60, 130, 3), np.uint8)
@@ -190,8 +190,8 @@ def test_outputs_gradients_and_weights_both_ways(twin):
         out = module.apply({'params': params}, images)
         return out.pool, out.spatial, out.logits, out.unbiased_logits
 
-    assert_outputs_and_gradients_equal(apply, params, lambda p: inception.to_torch(module, p), twin, twin(as_torch))
-    back = inception.to_torch(module, params)
+    assert_outputs_and_gradients_equal(apply, params, lambda p: convert.to_torch('inception', module, p), twin, twin(as_torch))
+    back = convert.to_torch('inception', module, params)
     state = {name: x for name, x in twin.state_dict().items() if not name.endswith('num_batches_tracked')}
     assert sorted(back) == sorted(state)
     for name, tensor in state.items():
@@ -210,4 +210,4 @@ def test_wrong_state_dicts_are_named(twin, name, change):
     state = dict(twin.state_dict())
     change(state, name)
     with pytest.raises(ValueError, match=name):
-        inception.from_torch(state)
+        convert.from_torch('inception', state)

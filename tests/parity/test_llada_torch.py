@@ -166,7 +166,7 @@ def test_a_setting_of_another_architecture_is_named(pair):
 
 def test_names_and_shapes_of_the_released_model():
     module = Llama(**SIZES['LLaDA-8B'])
-    shapes = llada.tensor_shapes(module)
+    shapes = convert.tensor_shapes('llada', module)
     assert sum(math.prod(shape) for shape in shapes.values()) == 8_015_581_184
     wide, block = (4096, 4096), 'model.transformer.blocks.{}.{}.weight'
     want = {'model.transformer.wte.weight': (126464, 4096), 'model.transformer.ff_out.weight': (126464, 4096),
@@ -177,4 +177,4 @@ def test_names_and_shapes_of_the_released_model():
         want |= {block.format(i, name): (12288, 4096) for name in ('ff_proj', 'up_proj')}
         want |= {block.format(i, 'ff_out'): (4096, 12288)}
     assert shapes == want
-    assert Llama(**llada._fields_of(RELEASED), vocab_size=126464) == module
+    assert Llama(**llada.fields_of(RELEASED), vocab_size=126464) == module

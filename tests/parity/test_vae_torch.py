@@ -88,7 +88,8 @@ def test_released_files_have_older_attention_names(original):
     (lambda s: s.update({'encoder.extra.weight': torch.zeros(1)}), 'encoder.extra.weight'),
     (lambda s: s.update({'quant_conv.bias': torch.zeros(3)}), 'quant_conv.bias'),
     (lambda s: s.update({'quant_conv.bias': torch.full((8,), float('nan'))}), 'quant_conv.bias'),
-    (lambda s: s.update({'encoder.mid_block.attentions.0.query.bias': torch.zeros(16)}), 'two tensors for'),
+    (lambda s: s.update({'encoder.mid_block.attentions.0.query.bias': torch.zeros(16)}),
+     'are both encoder.mid_block.attentions.0.to_q.bias'),
 ])
 def test_wrong_state_dicts_are_named(original, change, message):
     state = dict(original.state_dict())

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from rlhf_jax import convert
 from rlhf_jax.convert import files
+from tiny_models import MODELS as TINY
 
 TENSORS = {'a': np.arange(6, dtype=np.float32).reshape(2, 3), 'b.c': np.asarray([1.5, -2.0], jnp.bfloat16),
            'ids': np.array([[7]]), 'empty': np.zeros((0, 4), np.float16)}
@@ -22,31 +24,31 @@ def check(state_dict):
 
 def test_one_file(tmp_path):
     save_file(TENSORS, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
-    check(files.open_safetensors(tmp_path / 'model.safetensors'))
-    check(files.open_safetensors(tmp_path))
-    assert isinstance(files.open_safetensors(tmp_path)['a'], np.memmap)  # mapped, not read
+    check(files.load_state_dict(tmp_path / 'model.safetensors'))
+    check(files.load_state_dict(tmp_path))
+    assert isinstance(files.load_state_dict(tmp_path)['a'], np.memmap)  # mapped, not read
     with pytest.raises(KeyError):
-        files.open_safetensors(tmp_path)['d']
+        files.load_state_dict(tmp_path)['d']
 
 
 def test_shards(tmp_path):
     names = {'a': '1.safetensors', 'b.c': '2.safetensors', 'ids': '1.safetensors', 'empty': '2.safetensors'}
     for shard in set(names.values()):
         save_file({name: TENSORS[name] for name in names if names[name] == shard}, tmp_path / shard)
-    with pytest.raises(ValueError, match='2 .safetensors files and no'):
-        files.open_safetensors(tmp_path)
+    with pytest.raises(ValueError, match=r'holds 2 files \*.safetensors'):
+        files.load_state_dict(tmp_path)
     index = tmp_path / 'model.safetensors.index.json'
     index.write_text(json.dumps({'weight_map': names}))
-    check(files.open_safetensors(tmp_path))
+    check(files.load_state_dict(tmp_path))
     index.write_text(json.dumps({'weight_map': names | {'d': '1.safetensors'}}))
     with pytest.raises(ValueError, match='tensor d is missing'):
-        files.open_safetensors(tmp_path)
+        files.load_state_dict(tmp_path)
     index.write_text(json.dumps({'weight_map': {'a': '../1.safetensors'}}))
     with pytest.raises(ValueError, match='not a plain file name'):
-        files.open_safetensors(tmp_path)
+        files.load_state_dict(tmp_path)
     index.write_text('{}')
     with pytest.raises(ValueError, match='not an index'):
-        files.open_safetensors(tmp_path)
+        files.load_state_dict(tmp_path)
 
 
 @pytest.mark.parametrize('damage', [
@@ -61,14 +63,14 @@ def test_damaged_files_are_named(tmp_path, damage):
     assert damage(data) != data
     path.write_bytes(damage(data))
     with pytest.raises(OSError, match='model.safetensors: (truncated|not a safetensors)'):
-        files.open_safetensors(path)
+        files.load_state_dict(path)
 
 
 def test_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
-        files.open_safetensors(tmp_path / 'x.safetensors')
-    with pytest.raises(FileNotFoundError, match='no .safetensors file'):
-        files.open_safetensors(tmp_path)
+        files.load_state_dict(tmp_path / 'x.safetensors')
+    with pytest.raises(FileNotFoundError, match='no .safetensors, .bin, .pth or .pt file'):
+        files.load_state_dict(tmp_path)
     (tmp_path / 'config.json').write_text('{')
     with pytest.raises(ValueError, match='not JSON'):
         files.read_config(tmp_path)
@@ -76,5 +78,41 @@ def test_what_is_not_there(tmp_path):
 
 def test_saved_files_open_again(tmp_path):
     files.save(tmp_path / 'new', TENSORS, {'model_type': 'llama'})
-    check(files.open_safetensors(tmp_path / 'new'))
+    check(files.load_state_dict(tmp_path / 'new'))
     assert files.read_config(tmp_path / 'new') == {'model_type': 'llama'}
+
+
+def test_views_in_files_of_torch(tmp_path):
+    torch = pytest.importorskip('torch')
+    x = torch.arange(24.0).reshape(4, 6)
+    tensors = {'whole': x, 'transposed': x.t(), 'part': x[1:, ::2], 'row': x[2:3], 'scalar': x[3, 5], 'none': x[4:],
+               'half': x.bfloat16(), 'many': torch.nn.Parameter(x.reshape(2, 3, 4).permute(2, 0, 1))}
+    torch.save({'model': tensors, 'step': 3}, tmp_path / 'x.pt')
+    state_dict = files.load_state_dict(tmp_path / 'x.pt')
+    assert set(state_dict) == set(tensors)
+    for name, tensor in tensors.items():
+        got = state_dict[name]
+        assert got.flags.c_contiguous
+        np.testing.assert_array_equal(got.astype(np.float32), tensor.detach().float().numpy(), err_msg=name)
+    assert state_dict['half'].dtype == jnp.bfloat16
+    data = (tmp_path / 'x.pt').read_bytes()
+    (tmp_path / 'x.pt').write_bytes(data[:len(data) // 2])
+    with pytest.raises(OSError, match='x.pt: truncated'):
+        files.load_state_dict(tmp_path / 'x.pt')
+
+
+@pytest.mark.parametrize('kind', convert.KINDS)
+def test_settings_of_a_config(kind):
+    module = convert.module_of(kind, convert.config_of(kind, TINY[kind]))
+    assert convert.config_of(kind, module) == convert.config_of(kind, TINY[kind])
+    config = convert.config_of(kind, TINY[kind])
+    # What transformers leaves out, or writes as null, is its default.
+    eps = next(key for key in config if 'norm' in key and 'eps' in key)
+    assert convert.module_of(kind, config | {eps: None}) == convert.module_of(
+        kind, {key: x for key, x in config.items() if key != eps})
+    assert convert.module_of(kind, config | {eps: None}).eps in (1e-5, 1e-6)
+    with pytest.raises(ValueError, match='config has no vocab_size'):
+        convert.module_of(kind, {key: x for key, x in config.items() if key != 'vocab_size'})
+    name = 'activation_function' if kind == 'gpt2' else 'hidden_act'
+    with pytest.raises(ValueError, match=f"config has {name}='swish', not one of"):
+        convert.module_of(kind, config | {name: 'swish'})

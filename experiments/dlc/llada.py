@@ -1,0 +1,98 @@
+"""Weights of text-to-image: LLaDA, and the text-to-code model made of it, in the form they were released and back.
+
+A released folder (GSAI-ML/LLaDA-8B-Base, lavoies/DLC_LLADA_L512) holds config.json, tensors in shards and tokenizer
+files. Everything goes tensor by tensor: of 16 GB in bfloat16 no second copy is made.
+"""
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlc_jax import convert
+from dlc_jax.convert import files, llada
+from experiments.rlhf.released import copy_tokenizer
+from experiments.runtime import launch, modules, storage
+from experiments.runtime.checkpoint import Checkpointer
+from rlhf_jax.models.llama import SIZES, Llama
+
+EXPERIMENT = 'text_to_code'  # of the work directories that hold one
+
+
+def read_released(path: str | os.PathLike, *, shardings: Any = None, key: str | None = None,
+                  **fields: Any) -> tuple[Llama, dict[str, Any], dict[str, Any]]:
+    """Module, parameters and config.json of a released folder.
+
+    Args:
+        shardings: as of `convert.from_torch`.
+        key: entry of a torch.save file that holds several state dicts.
+        **fields: of the module. `param_dtype` is by default that of the tensors.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: of one line, with the file, and the tensor or setting that does not fit.
+    """
+    folder = storage.local_copy(path)
+    if not (folder / 'config.json').exists():
+        raise FileNotFoundError(f'{path}: no config.json there; give the folder as it was released')
+    config, tensors = files.read_config(folder), files.load_state_dict(folder, key=key)
+    try:
+        llada.fields_of(config)
+    except ValueError as error:
+        raise ValueError(f'{path}/config.json: {str(error).removeprefix("convert: ")}') from None
+    stored = next((spec.dtype for spec in tensors.specs.values() if spec.dtype in (jnp.bfloat16, np.float16)),
+                  np.dtype(np.float32))
+    module, params = convert.from_torch('llada', tensors, config=config, shardings=shardings,
+                                        **{'param_dtype': stored} | fields)
+    return module, params, config
+
+
+def read_run(workdir: str | os.PathLike) -> tuple[Llama, Mapping[str, Any], Any]:
+    """Module, parameters on the host and config of the run in `workdir`, whose words are as many as its checkpoint has.
+
+    Raises:
+        ValueError: no run of text_to_code there, or no checkpoint yet.
+    """
+    config = launch.read_config(workdir)
+    if config.get('experiment') != EXPERIMENT:
+        raise ValueError(f'{workdir}: holds a run of experiment={config.get("experiment")!r}; give the --workdir of '
+                         f'one of {EXPERIMENT!r}')
+    checkpointer = Checkpointer(storage.resolve(workdir) / 'checkpoints', read_only=True)
+    saved = checkpointer.shapes().get('params/embed')
+    if saved is None:
+        raise ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
+    known = {'size', *Llama.__dataclass_fields__}
+    fields = {name: value for name, value in dict(config.model).items() if name in known}
+    module = modules.build(Llama, SIZES, fields | {'vocab_size': saved[0][0], 'causal': False})
+    shapes = llada.shapes_of(module)
+    host = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(modules.host()), shapes)
+    params = checkpointer.restore_part('params', shapes, host)
+    checkpointer.close()
+    return module, jax.device_get(params), config
+
+
+def write(src: str | os.PathLike, dst: str | os.PathLike, *, reverse: bool, dtype: str | None = None,
+          key: str | None = None) -> str:
+    """Writes the model in `src`, a released folder or (`reverse`) a work directory, to the folder `dst`: shards of
+    safetensors under the released names, config.json, and what tokenizer files there are. Says in one line what it is.
+
+    Args:
+        dtype: of the tensors written; None: as they are in `src`.
+    """
+    if reverse:
+        module, params, run = read_run(src)
+        config = {f'{name}_token_id': run.words[f'{name}_token'] for name in ('mask', 'pad')} if 'words' in run else {}
+        tokenizer = run.get('tokenizer') or run.get('pretrained') or 'bytes'
+        tokenizer = tokenizer if storage.resolve(tokenizer).exists() else 'bytes'
+    else:
+        module, params, config = read_released(src, key=key)
+        tokenizer = os.fspath(src)
+    stored = np.dtype(params['embed'].dtype) if dtype is None else np.dtype(modules.dtype({'dtype': dtype}))
+    config = {**config, **llada.config_of(module), 'torch_dtype': stored.name}
+    with storage.local_folder(dst, last='config.json') as folder:
+        files.save(folder, convert.tensors('llada', module, params, dtype=stored), config)
+        copied = copy_tokenizer(tokenizer, folder)
+    count = sum(np.size(x) for x in jax.tree.leaves(params))
+    return (f'llada: {count:,} parameters, vocabulary of {module.vocab_size}, {stored.itemsize * count / 1e9:.3g} GB '
+            f'in {stored.name} -> {dst}' + ('' if copied else ' (no tokenizer files beside it)'))
