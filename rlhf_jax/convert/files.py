@@ -101,9 +101,6 @@ def load_state_dict(path: str | pathlib.Path, *, key: str | None = None) -> Stat
     return StateDict(path, _tensors(_only_file(path) if path.is_dir() else path, key))
 
 
-open_safetensors = load_state_dict  # its name before it read other formats too
-
-
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
     """`config.json` of the folder `path`.
 

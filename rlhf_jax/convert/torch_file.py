@@ -22,11 +22,18 @@ _STORAGES = {
 def tensors(path: pathlib.Path, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in the file, which is one or holds one, under `key` where it holds several.
 
+    A training checkpoint of SEDD keeps a state dict 'model' and, without names, the average of its parameters,
+    `ema.shadow_params`. That average is what is sampled from, so it is what is read, as 'ema'; `key='model'` reads the
+    weights themselves.
+
     Raises:
         OSError: truncated or damaged.
         ValueError: not a file of `torch.save`, no state dict in it, or code that it asks for.
     """
     content = _unpickle(path)
+    if isinstance(content, Mapping) and key in (None, 'ema') and isinstance(content.get('ema'), Mapping):
+        if 'shadow_params' in content['ema']:
+            content, key = {'ema': _averaged(path, content)}, 'ema'
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
             raise ValueError(f'{path}: no entry {key!r}; it has {sorted(map(str, content))[:8]}')
@@ -39,6 +46,25 @@ def tensors(path: pathlib.Path, key: str | None = None) -> dict[str, Tensor]:
     if not _is_state_dict(content):
         raise ValueError(f'{path}: not a state dict (a mapping from names to tensors)')
     return dict(content)
+
+
+def _averaged(path: pathlib.Path, content: Mapping) -> dict[str, Tensor]:
+    """The state dict 'model' with the average in place of its parameters; buffers, which are not averaged, stay.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    model, shadow = content.get('model'), content['ema']['shadow_params']
+    if not _is_state_dict(model) or not isinstance(shadow, list) or not all(isinstance(x, Tensor) for x in shadow):
+        raise ValueError(f'{path}: ema.shadow_params is no list of tensors beside a state dict `model`; choose with '
+                         'key=')
+    averaged, rest = {}, list(shadow)
+    for name, tensor in model.items():  # parameters stand in the order of the list, with buffers between them
+        averaged[name] = rest.pop(0) if rest and rest[0].shape == tensor.shape else tensor
+    if rest:
+        raise ValueError(f'{path}: {len(rest)} of the {len(shadow)} tensors of ema.shadow_params fit none of `model`, '
+                         f'the first of shape {rest[0].shape}; read `model` with key=')
+    return averaged
 
 
 def _is_state_dict(x: Any) -> bool:

@@ -190,7 +190,8 @@ def test_outputs_gradients_and_weights_both_ways(twin):
         out = module.apply({'params': params}, images)
         return out.pool, out.spatial, out.logits, out.unbiased_logits
 
-    assert_outputs_and_gradients_equal(apply, params, lambda p: convert.to_torch('inception', module, p), twin, twin(as_torch))
+    assert_outputs_and_gradients_equal(apply, params, lambda p: convert.to_torch('inception', module, p), twin,
+                                       twin(as_torch))
     back = convert.to_torch('inception', module, params)
     state = {name: x for name, x in twin.state_dict().items() if not name.endswith('num_batches_tracked')}
     assert sorted(back) == sorted(state)

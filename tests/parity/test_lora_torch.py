@@ -37,7 +37,7 @@ def adapted(name, targets, cls='ForCausalLM', *, task='CAUSAL_LM', **fields):
 
 def read(folder):
     """Tensors and settings of an adapter's folder."""
-    return files.open_safetensors(folder), json.loads((folder / 'adapter_config.json').read_text())
+    return files.load_state_dict(folder), json.loads((folder / 'adapter_config.json').read_text())
 
 
 def write(folder, tensors, config):

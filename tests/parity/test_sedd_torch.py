@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dlc_jax import convert
+from dlc_jax.convert import files
 from dlc_jax.models import sedd
 from torch_twins import assert_outputs_and_gradients_equal, load, randomise, state_dict, torch
 
@@ -111,3 +112,26 @@ def test_parameter_counts(size, length, vocab, published):
     shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, length), np.int32),
                             jax.ShapeDtypeStruct((1,), np.float32))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == published
+
+
+def test_a_training_checkpoint_gives_the_average(tmp_path):
+    """As the original saves it: the average is a list without names, in the order of the parameters."""
+    model, path = randomise(Twin()), tmp_path / 'checkpoint.pth'
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    weights = state_dict(model)
+    shadow = [p.detach() + i + 1 for i, p in enumerate(model.parameters())]
+    saved = {'optimizer': optimizer.state_dict(), 'model': model.state_dict(), 'step': 1,
+             'ema': {'decay': 0.9999, 'num_updates': 1, 'shadow_params': shadow}}
+    torch.save(saved, path)
+    offsets = {name: i + 1 for i, (name, _) in enumerate(model.named_parameters())}
+    assert set(weights) - set(offsets) == {'rotary_emb.inv_freq'}  # a buffer between the parameters
+    for key, scale in ((None, 1), ('ema', 1), ('model', 0)):
+        read = files.load_state_dict(path, key=key)
+        for name, want in weights.items():
+            np.testing.assert_allclose(read[name], want + scale * offsets.get(name, 0), atol=1e-6, err_msg=name)
+
+    torch.save(saved | {'ema': {'shadow_params': shadow + shadow[:1]}}, path)
+    with pytest.raises(ValueError, match='1 of the .* tensors of ema.shadow_params fit none'):
+        files.load_state_dict(path)
