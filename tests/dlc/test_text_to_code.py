@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from dlc_jax import text_to_code
+from dlc_jax.diffusion import remasking
 from dlc_jax.text_to_code import AUTHORS, AUTHORS_BEFORE_WEIGHTING, Objective, Sampling, Words
 from random_params import random_params
 from rlhf_jax.models.decoder import split_blocks
@@ -193,19 +194,19 @@ def direct_step(logits, u, priority, codes, count, temperature, remasking):
     return value, confidence, out
 
 
-@pytest.mark.parametrize('remasking', ['low_confidence', 'random'])
+@pytest.mark.parametrize('remasked', ['low_confidence', 'random'])
 @pytest.mark.parametrize('temperature', [0.0, 0.2, 1.0])
-def test_a_step_is_the_original_with_the_same_noise(remasking, temperature):
+def test_a_step_is_the_original_with_the_same_noise(remasked, temperature):
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (5, 9, 7)).astype(np.float32)
     codes = np.where(rng.random((5, 9)) < 0.6, 7, rng.integers(0, 7, (5, 9))).astype(np.int32)
-    gumbel, priority = text_to_code.step_noise(jax.random.split(jax.random.key(1), 5), 3, 9, 7)
+    gumbel, priority = remasking.step_noise(jax.random.split(jax.random.key(1), 5), 3, 9, 7)
     u = np.exp(-np.exp(-np.asarray(gumbel, np.float64)))
-    want_value, want_confidence, want = direct_step(logits, u, priority, codes, 2, temperature, remasking)
-    value, confidence = text_to_code.propose(logits, gumbel, priority if remasking == 'random' else None, temperature)
+    want_value, want_confidence, want = direct_step(logits, u, priority, codes, 2, temperature, remasked)
+    value, confidence = remasking.propose(logits, gumbel, priority if remasked == 'random' else None, temperature)
     np.testing.assert_array_equal(value, want_value)
     np.testing.assert_allclose(np.where(codes == 7, confidence, -np.inf), want_confidence, **TOLERANCE)
-    got = text_to_code.commit(codes, value, confidence, 2, most=3, mask=7)
+    got = remasking.commit(codes, value, confidence, 2, most=3, mask=7)
     np.testing.assert_array_equal(got, want)
     assert ((got != codes).sum(1) == np.minimum(2, (codes == 7).sum(1))).all()
 
@@ -225,7 +226,7 @@ def direct_sample(params, key, sampling):
                 logits, blank = run(prompt), run(np.full_like(prompt, 18))
                 logits = blank + (sampling.guidance + 1) * (logits - blank)
                 row = jax.random.fold_in(key, b)[None]
-                gumbel, priority = text_to_code.step_noise(row, step, sampling.block, 7)
+                gumbel, priority = remasking.step_noise(row, step, sampling.block, 7)
                 u = np.exp(-np.exp(-np.asarray(gumbel, np.float64)))
                 codes[:, span] = direct_step(logits, u, priority, codes[:, span], count, sampling.temperature,
                                              sampling.remasking)[2]
