@@ -61,15 +61,15 @@ def read_jsonl(path: str | os.PathLike) -> dict[str, str]:
     file, out = pathlib.Path(path).expanduser(), {}
     if not file.is_file():
         raise FileNotFoundError(f"--captions={path}: no such file; give a jsonl file, or 'txt' for files beside images")
-    for number, line in enumerate(file.read_text(encoding='utf-8').splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding='utf-8').split('\n'), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            name, caption = (next(row[field] for field in fields if field in row)
+            name, caption = ([row[field] for field in fields if field in row][0]
                              for fields in (NAME_FIELDS, CAPTION_FIELDS))
             out[name] = ' '.join(caption.split())
-        except (ValueError, TypeError, AttributeError, StopIteration):
+        except (ValueError, TypeError, AttributeError, IndexError):
             raise ValueError(f'{path}: line {number} is not {{"file_name": "...", "caption": "..."}}') from None
     return out
 

@@ -13,7 +13,7 @@ NUMBERS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight
 PHRASES = ('a {upper} above a {lower}', 'a {upper} on top of a {lower}',
            'a {lower} below a {upper}', 'a {lower} under a {upper}')
 WORDS = tuple(sorted({word for phrase in PHRASES for word in phrase.split() if '{' not in word} | set(NUMBERS)))
-SPLITS = {'train': 'train', 'heldout': 'heldout', 'unseen': 'heldout', 'all': 'train'}
+SPLITS = {'train': 'train', 'heldout': 'heldout', 'unseen': 'heldout'}
 
 
 def is_unseen(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
@@ -35,25 +35,30 @@ class DigitPairs(ArrayImages):
     def __init__(self, split: str, num: int, *, heldout: float = 0.25, seed: int = 0):
         if split not in SPLITS:
             raise ValueError(f'data.split={split!r}: digit_pairs has {tuple(SPLITS)}')
-        data = load_digits()
-        images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-        rows = split_rows(data.target, SPLITS[split], heldout, seed)
+        images, digits = single_digits(SPLITS[split], heldout=heldout, seed=seed)
         rng = np.random.default_rng((seed, tuple(SPLITS).index(split)))
         upper, lower = np.divmod(np.arange(100), 10)
-        pairs = np.arange(100) if split == 'all' else np.flatnonzero(is_unseen(upper, lower) == (split == 'unseen'))
+        pairs = np.flatnonzero(is_unseen(upper, lower) == (split == 'unseen'))
         labels = rng.permutation(np.resize(pairs, num))
-        of_class = [rows[data.target[rows] == c] for c in range(10)]
+        of_class = [np.flatnonzero(digits == c) for c in range(10)]
         canvas = np.zeros((num, SIDE, SIDE, 1), np.uint8)
         captions = []
         for i, label in enumerate(labels):
-            for row, digit in enumerate(divmod(label, 10)):
-                canvas[i, 8 * row:8 * row + 8, 4:12, 0] = images[rng.choice(of_class[digit])]
+            for half, digit in zip(halves(canvas[i:i + 1]), divmod(label, 10)):
+                half[0] = images[rng.choice(of_class[digit])]
             captions.append(caption(*divmod(label, 10), rng.integers(len(PHRASES))))
         names = tuple(f'{a} above {b}' for a in NUMBERS for b in NUMBERS)
         super().__init__(canvas, labels, names, prefix=f'digit_pairs/{split}')
         self.captions = {self.name(i): text for i, text in enumerate(captions)}
 
 
+def single_digits(split: str, *, heldout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The digits that pairs of a split are made of: uint8 [N, 8, 8, 1] and their classes [N]."""
+    data = load_digits()
+    rows = split_rows(data.target, split, heldout, seed)
+    return np.rint(data.images[rows] * (255 / 16)).astype(np.uint8)[..., None], data.target[rows]
+
+
 def halves(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Upper and lower digits [N, 8, 8, 1] of pictures [N, 16, 16, 1]."""
+    """Upper and lower digits [N, 8, 8, 1] of pictures [N, 16, 16, 1], as views."""
     return images[:, :8, 4:12], images[:, 8:, 4:12]

@@ -65,14 +65,15 @@ def shares(upper: np.ndarray, lower: np.ndarray, labels: np.ndarray) -> dict[str
             'lower': float(right[1].mean())}
 
 
-def measure(stores: dict[str, codestore.CodeStore], sets: dict[str, list[dict[str, np.ndarray]]]) -> dict[str, Any]:
+def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeStore],
+            sets: dict[str, list[dict[str, np.ndarray]]]) -> dict[str, Any]:
     """Everything in `metrics.json`."""
     from sklearn.linear_model import LogisticRegression
     arrays = {split: {name: np.asarray(store.array(name)) for name in ('images', 'codes', 'labels')}
               for split, store in stores.items()}
     train_set, vocab = arrays['train'], stores['train'].vocab_size
-    judge = Judge.fit(np.concatenate(digit_pairs.halves(train_set['images'])),
-                      np.concatenate([train_set['labels'] // 10, train_set['labels'] % 10]))
+    d = config.encoder.data
+    judge = Judge.fit(*digit_pairs.single_digits('train', heldout=d.heldout, seed=d.split_seed))
     one_hot = lambda codes: codes_lib.one_hot(codes, vocab).reshape(len(codes), -1)
     probes = [LogisticRegression(C=0.1, max_iter=200).fit(one_hot(train_set['codes']), of(train_set['labels']))
               for of in (lambda labels: labels // 10, lambda labels: labels % 10)]
@@ -151,7 +152,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -
 
     # ---- 5, 6: samples, numbers, page --------------------------------------------------------------------------------
     sets = clock.stage('samples', lambda: sample_sets(config, workdir, stores))
-    metrics = clock.stage('evaluation', lambda: measure(stores, sets))
+    metrics = clock.stage('evaluation', lambda: measure(config, stores, sets))
     (workdir / 'metrics.json').write_text(json.dumps(metrics, indent=1) + '\n')
     clock.stage('report', lambda: write_report(config, workdir, metrics, clock.seconds, stores, sets))
     return metrics

@@ -228,8 +228,9 @@ class TextToCode:
         beside it and in whatever batches.
 
         Raises:
-            ValueError: a prompt of no words, or longer than the model has room for.
+            ValueError: a prompt of no words, or longer than the model has room for; or a sampler that makes no sense.
         """
+        make_sampling(modules.with_sampler(self.config, sampler))  # what is wrong with it, before anything is compiled
         tokens, mask = self.tokens(prompts)
         keys = jnp.stack([jax.random.fold_in(jax.random.fold_in(key, np.uint32(zlib.crc32(prompt.encode()))), k)
                           for prompt in prompts for k in range(num_per_prompt)])

@@ -162,6 +162,20 @@ def test_loss_of_the_original(golden):
         np.testing.assert_allclose(got, golden[f'llada/out/{name}'], rtol=1e-5)
 
 
+def test_groups_are_divided_each_by_its_own_number():
+    rng = np.random.default_rng(0)
+    logits, targets, p = rng.normal(size=(6, 4, 5)), rng.integers(0, 5, (6, 4)), rng.random((6, 1)) + 0.1
+    masked = rng.random((6, 4)) < 0.5
+    grouped = dataclasses.replace(AUTHORS, groups=3)
+    f = lambda rows, objective: text_to_code.masked_cross_entropy(*(jnp.asarray(x[rows]) for x in (
+        logits, targets, masked, p)), masked[rows], objective)
+    want = np.mean([f(slice(i, i + 2), AUTHORS) for i in (0, 2, 4)])
+    np.testing.assert_allclose(f(slice(0, 6), grouped), want, rtol=1e-5)
+    assert abs(f(slice(0, 6), AUTHORS) - want) > 1e-3
+    with pytest.raises(ValueError, match='objective.groups=3 does not divide 4 rows'):
+        f(slice(0, 4), grouped)
+
+
 def test_no_mask_in_the_batch_is_loss_zero_and_has_gradient_zero():
     nothing = np.zeros((2, 3), bool)
     for normalizer in ('tokens', 'masked'):
@@ -294,6 +308,16 @@ def test_guidance_zero_is_unguided_and_a_key_decides(params):
     jax.tree.map(np.testing.assert_array_equal, base, run(5, guidance=1e-7))  # by the guided path
     assert (run(5, guidance=1.5).codes != base.codes).any()
     assert (run(6).codes != base.codes).any()
+
+
+def test_keys_of_rows_may_be_given(params):
+    """A row draws from its own key alone, whatever its place and its neighbours."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(3))
+    sampling = Sampling(LENGTH, steps=4)
+    base = sample(MODULE, params, jax.random.key(5), CAPTIONS, CAPTION_MASK, WORDS, sampling)
+    order = np.array([2, 0, 1])
+    moved = sample(MODULE, params, keys[order], CAPTIONS[order], CAPTION_MASK[order], WORDS, sampling)
+    np.testing.assert_array_equal(moved.codes, base.codes[order])
 
 
 def test_split_blocks_sample_the_same(params):
