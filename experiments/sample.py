@@ -131,10 +131,10 @@ def text_codes(args: argparse.Namespace, generator: Generator, key: jax.Array) -
         raise ValueError(f'--text: the generator is conditioned on {m.condition!r}, not on codes')
     model = released.load(TextToCode, args.text_model, num_codes=m.num_codes)
     check_codes(generator, model.config.model.num_codes, model.config.model.vocab_size, args.text_model)
-    count = args.per_text or 1
+    count, sampler = args.per_text or 1, {field: getattr(args, flag) for flag, field in TEXT_SAMPLER.items()}
+    model.checked(texts, **sampler)
     return model.sample(key, texts, num_per_prompt=count, batch_size=args.batch_size,
-                        progress=progress('codes', len(texts) * count),
-                        **{field: getattr(args, flag) for flag, field in TEXT_SAMPLER.items()})
+                        progress=progress('codes', len(texts) * count), **sampler)
 
 
 def to_bytes(x: np.ndarray, block: int = 4096) -> np.ndarray:

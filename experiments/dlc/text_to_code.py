@@ -230,8 +230,7 @@ class TextToCode:
         Raises:
             ValueError: a prompt of no words, or longer than the model has room for; or a sampler that makes no sense.
         """
-        make_sampling(modules.with_sampler(self.config, sampler))  # what is wrong with it, before anything is compiled
-        tokens, mask = self.tokens(prompts)
+        tokens, mask = self.checked(prompts, **sampler)
         keys = jnp.stack([jax.random.fold_in(jax.random.fold_in(key, np.uint32(zlib.crc32(prompt.encode()))), k)
                           for prompt in prompts for k in range(num_per_prompt)])
         rows = {'captions': tokens.repeat(num_per_prompt, 0), 'mask': mask.repeat(num_per_prompt, 0),
@@ -239,8 +238,9 @@ class TextToCode:
         run = self._compiled(min(batch_size, len(keys)), tuple(sorted(sampler.items())))
         return run(key, rows, len(keys), progress)
 
-    def tokens(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and mask of prompts, padded to a common length; see `sample` for errors."""
+    def checked(self, prompts: Sequence[str], **sampler: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask of prompts, padded to a common length; raises what `sample` raises. Compiles nothing."""
+        make_sampling(modules.with_sampler(self.config, sampler))
         encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
         room = make_model(self.config).max_length - self.config.model.num_codes - 1
         for prompt, ids in zip(prompts, encoded):
