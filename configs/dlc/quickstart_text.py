@@ -8,22 +8,17 @@ from configs.dlc import base, encoder_digits, generator_digits, text_to_code_dig
 
 def get_config(size: str = 'full'):
     config = base.ConfigDict(dict(
-        encoder=encoder_digits.get_config().unlock(), generator=generator_digits.get_config(),
+        encoder=encoder_digits.get_config(), generator=generator_digits.get_config(),
         text_to_code=text_to_code_digits.get_config(),
         num_images=dict(train=6000, heldout=800, unseen=400),  # of each split
         sample_seeds=(0, 1, 2),  # every sample set is drawn once a seed; tables give mean and standard deviation
         sample_batch=400,
     ))
     encoder, generator, text = config.encoder, config.generator, config.text_to_code
-    encoder.num_steps = 400
-    encoder.model.update(dict(patch_size=4, num_codes=64, vocab_size=8))
-    encoder.head.prototypes = 256
-    encoder.loss.ibot = 0.3
-    encoder.data.update(dict(name='digit_pairs', num_images=config.num_images.train, image_size=16, global_size=16,
-                             global_scale=(0.7, 1.0), local_size=12, local_scale=(0.6, 0.9), num_local=1))
+    encoder.data.num_local = 1
     generator.num_steps = 1500
-    generator.model.update(dict(width=96, depth=4, num_heads=3, patch_size=4, input_size=16, num_codes=64, vocab_size=8,
-                                code_init_std=2.0))
+    generator.model.update(dict(width=96, depth=4, num_heads=3, patch_size=4, input_size=16, num_codes=32,
+                                vocab_size=16, code_init_std=6.0))  # of 32 tokens, whose mean is about 1 then
     generator.sampler.update(dict(num_steps=40, guidance=1.5))
     if size == 'tiny':
         for stage in (encoder, generator, text):
@@ -32,7 +27,7 @@ def get_config(size: str = 'full'):
         encoder.head.update(dict(hidden=32, bottleneck=16, prototypes=64))
         text.model.hidden, text.eval_every, generator.sampler.num_steps, text.sampler.steps = 48, 8, 4, 4
         config.num_images.update(dict(train=160, heldout=80, unseen=40))
-        encoder.data.num_images, config.sample_seeds = 160, (0, 1)
+        config.sample_seeds = (0, 1)
     elif size != 'full':
         raise ValueError(f"quickstart_text: size {size!r} is not 'full' or 'tiny'")
     return config.lock()

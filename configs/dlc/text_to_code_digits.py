@@ -1,4 +1,4 @@
-"""A small LLaDA over captioned pairs of handwritten digits, codes of 64 tokens of 8 values.
+"""A small LLaDA over captioned pairs of handwritten digits, codes of 32 tokens of 16 values: 16 a digit.
 
     python -m experiments.quickstart --which=text --workdir=runs/quickstart_text    # writes the codes, trains this too
     python -m experiments.train --config=configs/dlc/text_to_code_digits.py --workdir=runs/digits/text_to_code
@@ -13,8 +13,8 @@ def get_config():
     config = base.text_to_code()
     config.num_steps, config.batch_size = 600, 64
     config.log_every, config.checkpoint_every = 50, 200
-    config.model.update(dict(width=64, depth=3, num_heads=2, hidden=192, max_length=96,
-                             text_vocab_size=2 + len(WORDS), num_codes=64, vocab_size=8,
+    config.model.update(dict(width=64, depth=3, num_heads=2, hidden=192, max_length=48,
+                             text_vocab_size=2 + len(WORDS), num_codes=32, vocab_size=16,
                              init_std=0.1))  # about 1 / sqrt(width), for a narrow model from scratch
     config.words.update(dict(separator=2 + len(WORDS), mask_token=1, pad_token=0))
     config.tokenizer, config.vocabulary, config.caption_length = 'words', WORDS, 8

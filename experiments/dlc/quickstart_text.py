@@ -1,10 +1,10 @@
 """Text to image on pairs of handwritten digits, from raw images to a report
 (`python -m experiments.quickstart --which=text`).
 
-Trains the encoder, encodes the pictures with their captions, trains a generator on the codes and a small LLaDA on
+Trains the encoder on single digits, encodes pictures of two, trains a generator on their codes and a small LLaDA on
 captions and codes, then asks for every pair of digits in every phrasing, and lets a classifier that knows real digits
-only say what the pictures show. A fifth of the pairs was never in the training set of any of the three. Interrupt it
-anywhere and run it again: it continues and ends with the same numbers.
+only say what the pictures show. A fifth of the pairs of digits was in no training set. Interrupt it anywhere and run it
+again: it continues and ends with the same numbers.
 """
 import json
 import pathlib
@@ -33,6 +33,21 @@ UPPER, LOWER = np.divmod(np.arange(100), 10)
 UNSEEN = digit_pairs.is_unseen(UPPER, LOWER)
 PROMPTS = tuple((label, digit_pairs.caption(*divmod(label, 10), phrase))
                 for label in range(100) for phrase in range(len(digit_pairs.PHRASES)))
+
+
+def write_codes(encoder: Encoder, pairs: DigitPairs, path: pathlib.Path) -> None:
+    """The code store of `pairs`: the code of a picture is that of its upper digit, then that of its lower one."""
+    m = encoder.config.model
+    with codestore.writer(path, num=len(pairs), meta=dict(
+            num_codes=2 * m.num_codes, vocab_size=m.vocab_size, class_names=pairs.class_names, captions=True,
+            encoder=encode_lib.fingerprint(encoder.params))) as store:
+        if store.done < len(pairs):
+            codes = [encoder.encode_images(list(half), outputs=('codes',))['codes']
+                     for half in digit_pairs.halves(pairs.images)]
+            names = [pairs.name(i) for i in range(len(pairs))]
+            store.append({'codes': np.concatenate(codes, 1)[store.done:], 'images': pairs.images[store.done:],
+                          'labels': pairs.labels[store.done:]}, names=names[store.done:],
+                         captions=[pairs.captions[name] for name in names[store.done:]])
 
 
 def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
@@ -139,8 +154,8 @@ def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -
     def encode():
         encoder, d = Encoder.load(workdir / 'encoder'), config.encoder.data
         for split, num in config.num_images.items():
-            encode_lib.encode(encoder, DigitPairs(split, num, heldout=d.heldout, seed=d.split_seed),
-                              workdir / 'codes' / split, image_size=digit_pairs.SIDE)
+            write_codes(encoder, DigitPairs(split, num, heldout=d.heldout, seed=d.split_seed),
+                        workdir / 'codes' / split)
     clock.stage('codes', encode)
     stores = {split: codestore.open_code_store(workdir / 'codes' / split) for split in config.num_images}
 

@@ -1,7 +1,6 @@
 """Where images come from: `image_source(config.data, split)` opens what `config.data.name` says.
 
     digits      scikit-learn's handwritten digits, 1797 of 8x8, shipped with the package
-    digit_pairs two of them, one above the other, of 16x16, with captions
     fake        coloured noise of any size, for dry runs and benchmarks
     folder      png, jpg and webp files below `path`; its folders are the classes, or all files are one class
     npz         `path` is an .npz or .npz.xz of uint8 arrays, or of encoded images
@@ -54,9 +53,6 @@ def image_source(data: Mapping[str, Any], split: str) -> ImageSource:
         raise ValueError(f'data.name={name!r} needs data.path')
     if name == 'digits':
         source = digits(split, **shape, **parts)
-    elif name == 'digit_pairs':
-        from experiments.dlc.digit_pairs import DigitPairs
-        source = DigitPairs(split, data.get('num_images', 4000), **parts)
     elif name == 'fake':
         source = FakeImages(shape['image_size'] or 224, data.get('num_images', 4096), channels=shape['channels'],
                             seed=parts['seed'], split=split)

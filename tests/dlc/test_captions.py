@@ -1,6 +1,7 @@
 """Captions on their way from images to tokens: read, stored, cut, batched."""
 import json
 import logging
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from configs.dlc import text_to_code_digits
 from dlc_jax import text_to_code
+from experiments import encode
 from experiments.dlc import captions, codestore, digit_pairs, sources
 from experiments.dlc.text_to_code import make_words
 
@@ -70,6 +72,26 @@ def test_a_damaged_line_is_named(folder, tmp_path, line):
 def test_only_folders_have_files_beside_images():
     with pytest.raises(ValueError, match='give a jsonl file'):
         captions.attach(sources.image_source(dict(name='digits', channels=1), 'train'), 'txt')
+
+
+def test_encoded_images_keep_their_captions(folder, tmp_path):
+    """Of a damaged image too: the next good one takes its place, and brings its caption."""
+    (folder / 'a' / '2.png').write_bytes(b'\x89PNG but no more')
+    model = types.SimpleNamespace(num_codes=2, vocab_size=256)
+    first = lambda x, **kw: np.repeat(x.reshape(len(x), -1)[:, :1].astype(int), 2, 1)
+    encoder = types.SimpleNamespace(
+        config=types.SimpleNamespace(model=model), params={'w': np.ones(2)}, transform=lambda image: image,
+        encode=lambda x, **kw: {'codes': first(x), 'embeddings': np.zeros((len(x), 1))})
+    images = source(folder)
+    captions.attach(images, 'txt')
+    encode.encode(encoder, images, tmp_path / 'codes', image_size=8, batch_size=3)
+    store = codestore.open_code_store(tmp_path / 'codes')
+    assert store.names == ['a/0.png', 'b/1.png', 'b/1.png', 'b/3.png']
+    numbers = [int(store.captions[i].split()[-1]) for i in range(4)]
+    assert numbers == [0, 1, 1, 3] and list(store.array('codes')[:, 0]) == [50 * i for i in numbers]
+    images.captions = {name: 'another' for name in images.captions}
+    with pytest.raises(ValueError, match='holds a store with captions='):
+        encode.encode(encoder, images, tmp_path / 'codes', image_size=8)
 
 
 # ---- In a store ------------------------------------------------------------------------------------------------------
@@ -185,4 +207,4 @@ def test_words_of_the_captions_are_those_of_the_config():
     config = text_to_code_digits.get_config()
     tokenizer = captions.open_tokenizer(config)
     longest = max(len(tokenizer.encode(digit_pairs.caption(7, 2, k))) for k in range(4))
-    assert longest <= config.caption_length and text_to_code.Words(**config.words, num_codes=8) == make_words(config)
+    assert longest <= config.caption_length and text_to_code.Words(**config.words, num_codes=16) == make_words(config)

@@ -29,7 +29,7 @@ def test_report_and_metrics_hold_what_is_promised(uninterrupted):
         assert {f'{what}, {kind} pairs' for what in ('text to code', 'codes of held-out images',
                                                      'images from codes of held-out images')} <= set(metrics['methods'])
     draws = np.load(workdir / 'samples' / 'text_1.npz')
-    assert draws['images'].shape == (400, 16, 16, 1) and draws['codes'].shape == (400, 64)
+    assert draws['images'].shape == (400, 16, 16, 1) and draws['codes'].shape == (400, 32)
     page = (workdir / 'report.html').read_text()
     for part in ('Does the image show what the text says?', 'Samples', 'Training', 'a zero above a zero (seen pair)',
                  'a zero above a three (unseen pair)', 'both digits right'):
