@@ -10,16 +10,20 @@ def get_config(size: str = 'full'):
     config = base.ConfigDict(dict(
         encoder=encoder_digits.get_config(), generator=generator_digits.get_config(),
         text_to_code=text_to_code_digits.get_config(),
-        num_images=dict(train=6000, heldout=800, unseen=400),  # of each split
+        num_images=dict(train=6000, heldout=400, unseen=200),  # of each split
         sample_seeds=(0, 1, 2),  # every sample set is drawn once a seed; tables give mean and standard deviation
         sample_batch=400,
     ))
     encoder, generator, text = config.encoder, config.generator, config.text_to_code
     encoder.data.num_local = 1
-    generator.num_steps = 1500
-    generator.model.update(dict(width=96, depth=4, num_heads=3, patch_size=4, input_size=16, num_codes=32,
-                                vocab_size=16, code_init_std=6.0))  # of 32 tokens, whose mean is about 1 then
-    generator.sampler.update(dict(num_steps=40, guidance=1.5))
+    generator.num_steps = 2500
+    generator.model.update(dict(width=64, depth=3, num_heads=2, patch_size=4, input_size=16, num_codes=32,
+                                vocab_size=16, code_init_std=3.0))
+    # A step is dear here, and for long a DiT hardly looks at its code: the more of the noise levels at which a digit
+    # can be told from others, and the faster the code's embedding moves, the earlier it does.
+    generator.diffusion.beta_end = 0.01
+    generator.optimizer.groups = ((r'cond_embed/.*', dict(learning_rate=10.0)), (r'.*', {}))
+    generator.sampler.update(dict(num_steps=25, guidance=2.5))
     if size == 'tiny':
         for stage in (encoder, generator, text):
             stage.num_steps, stage.checkpoint_every, stage.log_every, stage.batch_size = 8, 4, 2, 32
