@@ -16,12 +16,13 @@ def get_config(size: str = 'full'):
     ))
     encoder, generator, text = config.encoder, config.generator, config.text_to_code
     encoder.data.num_local = 1
-    generator.num_steps = 2500
-    generator.model.update(dict(width=64, depth=3, num_heads=2, patch_size=4, input_size=16, num_codes=32,
+    generator.num_steps = 1500
+    generator.model.update(dict(width=96, depth=3, num_heads=3, patch_size=4, input_size=16, num_codes=32,
                                 vocab_size=16, code_init_std=3.0))
     # A step is dear here, and for long a DiT hardly looks at its code: the more of the noise levels at which a digit
     # can be told from others, and the faster the code's embedding moves, the earlier it does.
     generator.diffusion.beta_end = 0.01
+    generator.optimizer.learning_rate.peak = 5e-3
     generator.optimizer.groups = ((r'cond_embed/.*', dict(learning_rate=10.0)), (r'.*', {}))
     generator.sampler.update(dict(num_steps=25, guidance=2.5))
     if size == 'tiny':
