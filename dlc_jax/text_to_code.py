@@ -79,8 +79,8 @@ class Objective:
         normalizer: 'tokens': each row's sum is divided by the number of tokens that could have been masked (LLaDA);
             'masked': the batch's sum by the number of masked ones (the original): beside the weight 1 / p, another of
             about 1 / p for the batch's mean p.
-        groups: with 'masked', parts of the batch that are divided each by its own number: the original's are the rows of
-            one device and microbatch.
+        groups: with 'masked', parts of the batch that are divided each by its own number: the original's are the rows
+            of one device and microbatch.
         weighted: by 1 / p, which makes it a bound on the likelihood. The original did not before July 2025.
         min_masked: p = (1 - min_masked) t + min_masked for t uniform on [0, 1].
         softmax: over 'all' tokens (the original), or only over 'codes': no other can be drawn, and it saves logits of

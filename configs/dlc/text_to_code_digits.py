@@ -6,7 +6,9 @@
         --generator=runs/quickstart_text/generator --out=seven_two.png
 """
 from configs.dlc import base
-from experiments.dlc.digit_pairs import WORDS
+
+WORDS = ('a', 'above', 'below', 'eight', 'five', 'four', 'nine', 'of', 'on', 'one', 'seven', 'six', 'three', 'top',
+         'two', 'under', 'zero')
 
 
 def get_config():

@@ -8,11 +8,11 @@ paper's).
         --vae=sd-vae-ft-ema/ --out=fox.png
 
 arXiv 2507.12318 table 6: AdamW 1e-5, batch 128, 9 M captioned images of LAION-400M seen, about 70 300 steps. The
-released script trains all weights in bfloat16 over float32, 4 images on each of 4 GPUs, 8 microbatches; it plans 600 000
-steps of a cosine after 5 of warm-up, of which the paper's model saw the beginning: a constant 1e-5, nearly. Loss: that
-of the script, over captions and codes, on LLaDA's whole vocabulary, with the padding attended; :L128 as it was before
-the script weighted by 1 / p, which is when the paper's model was trained. For LLaDA's own loss on codes alone, an order
-of magnitude cheaper in logits: --config.objective.masked=code, normalizer=tokens, softmax=codes, attend_padding=False.
+released script trains all weights in bfloat16 over float32, 4 images on each of 4 GPUs, 8 microbatches; it plans
+600 000 steps of a cosine after 5 of warm-up, of which the paper's model saw the beginning: a constant 1e-5, nearly.
+Loss: that of the script, over captions and codes, on LLaDA's whole vocabulary, with the padding attended; :L128 without
+the weights of 1 / p, which the script got in July 2025, probably after the paper's model was trained. LLaDA's own loss,
+on the codes alone: --config.objective.masked=code, normalizer=tokens, softmax=codes, groups=1, attend_padding=False.
 """
 import dataclasses
 

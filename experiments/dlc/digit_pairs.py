@@ -4,7 +4,6 @@ A picture is 16x16 pixels, its label 10 times the upper digit plus the lower. So
 training, though each of their digits is, in that place: a model has to put together what it knows.
 """
 import numpy as np
-from sklearn.datasets import load_digits
 
 from experiments.dlc.images import ArrayImages, split_rows
 
@@ -54,6 +53,7 @@ class DigitPairs(ArrayImages):
 
 def single_digits(split: str, *, heldout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The digits that pairs of a split are made of: uint8 [N, 8, 8, 1] and their classes [N]."""
+    from sklearn.datasets import load_digits  # deferred: its import takes a second
     data = load_digits()
     rows = split_rows(data.target, split, heldout, seed)
     return np.rint(data.images[rows] * (255 / 16)).astype(np.uint8)[..., None], data.target[rows]

@@ -55,7 +55,8 @@ def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., 
          part: str | None = None) -> tuple[ml_collections.ConfigDict, Any]:
     """Config and newest averaged weights of the run in `workdir`, in host memory; of `part` of the model, if given.
 
-    Of a model that keeps no average, the weights themselves. A converted run (`config.weights_only`) has nothing but the weights in its checkpoint, and of that part alone.
+    Of a model that keeps no average, the weights themselves. A converted run (`config.weights_only`) has nothing but
+    the weights in its checkpoint, and of that part alone.
 
     Raises:
         ValueError: `workdir` holds no run, one of another `kind` (config.experiment), or no checkpoint yet.

@@ -14,7 +14,8 @@ from experiments.dlc import captions, codestore, digit_pairs, sources
 from experiments.dlc.text_to_code import make_words
 
 META = dict(num_codes=4, vocab_size=8, captions=True)
-TEXTS = ['a one above a two', 'a\nthree  under a four', 'a zero on top of a five', 'a six below a nine', 'a two under a two']
+TEXTS = ['a one above a two', 'a\nthree  under a four', 'a zero on top of a five', 'a six below a nine',
+         'a two under a two']
 
 
 def codes(num=len(TEXTS)):
@@ -206,5 +207,6 @@ def test_pairs_show_what_their_captions_say():
 def test_words_of_the_captions_are_those_of_the_config():
     config = text_to_code_digits.get_config()
     tokenizer = captions.open_tokenizer(config)
+    assert config.vocabulary == digit_pairs.WORDS
     longest = max(len(tokenizer.encode(digit_pairs.caption(7, 2, k))) for k in range(4))
     assert longest <= config.caption_length and text_to_code.Words(**config.words, num_codes=16) == make_words(config)
