@@ -12,7 +12,7 @@ def get_config(size: str = 'full'):
         text_to_code=text_to_code_digits.get_config(),
         num_images=dict(train=6000, heldout=400, unseen=200),  # of each split
         sample_seeds=(0, 1, 2),  # every sample set is drawn once a seed; tables give mean and standard deviation
-        sample_batch=400,
+        sample_batch=200,  # divides the numbers of prompts and of held-out images: one size to compile for
     ))
     encoder, generator, text = config.encoder, config.generator, config.text_to_code
     encoder.data.num_local = 1
@@ -31,8 +31,8 @@ def get_config(size: str = 'full'):
             stage.model.update(dict(width=32, depth=2, num_heads=2))
         encoder.head.update(dict(hidden=32, bottleneck=16, prototypes=64))
         text.model.hidden, text.eval_every, generator.sampler.num_steps, text.sampler.steps = 48, 8, 4, 4
-        config.num_images.update(dict(train=160, heldout=80, unseen=40))
-        config.sample_seeds = (0, 1)
+        config.num_images.update(dict(train=160, heldout=40, unseen=40))
+        config.sample_seeds, config.sample_batch = (0, 1), 40
     elif size != 'full':
         raise ValueError(f"quickstart_text: size {size!r} is not 'full' or 'tiny'")
     return config.lock()

@@ -6,6 +6,7 @@ captions and codes, then asks for every pair of digits in every phrasing, and le
 only say what the pictures show. A fifth of the pairs of digits was in no training set. Interrupt it anywhere and run it
 again: it continues and ends with the same numbers.
 """
+import functools
 import json
 import pathlib
 from typing import Any
@@ -35,14 +36,14 @@ PROMPTS = tuple((label, digit_pairs.caption(*divmod(label, 10), phrase))
                 for label in range(100) for phrase in range(len(digit_pairs.PHRASES)))
 
 
-def write_codes(encoder: Encoder, pairs: DigitPairs, path: pathlib.Path) -> None:
+def write_codes(encoder: Encoder, pairs: DigitPairs, path: pathlib.Path, batch_size: int) -> None:
     """The code store of `pairs`: the code of a picture is that of its upper digit, then that of its lower one."""
     m = encoder.config.model
     with codestore.writer(path, num=len(pairs), meta=dict(
             num_codes=2 * m.num_codes, vocab_size=m.vocab_size, class_names=pairs.class_names, captions=True,
             encoder=encode_lib.fingerprint(encoder.params))) as store:
         if store.done < len(pairs):
-            codes = [encoder.encode_images(list(half), outputs=('codes',))['codes']
+            codes = [encoder.encode_images(list(half), outputs=('codes',), batch_size=batch_size)['codes']
                      for half in digit_pairs.halves(pairs.images)]
             names = [pairs.name(i) for i in range(len(pairs))]
             store.append({'codes': np.concatenate(codes, 1)[store.done:], 'images': pairs.images[store.done:],
@@ -54,18 +55,20 @@ def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
                 stores: dict[str, codestore.CodeStore]) -> dict[str, list[dict[str, np.ndarray]]]:
     """One draw a seed: `text`, codes and images of all `PROMPTS`; `heldout`, images from the codes of real ones, of the
     pairs that were trained on and of those that were not."""
+    text_model = functools.cache(lambda: TextToCode.load(workdir / 'text_to_code'))  # one object: compiled once
+    generator = functools.cache(lambda: Generator.load(workdir / 'generator'))
     sets = {'text': [], 'heldout': [], 'unseen': []}
     for seed in config.sample_seeds:
         code_key, image_key = jax.random.split(jax.random.key(seed))
         for name, draws in sets.items():
             def make():
                 if name == 'text':
-                    codes = TextToCode.load(workdir / 'text_to_code').sample(
+                    codes = text_model().sample(
                         code_key, [text for _, text in PROMPTS], batch_size=config.sample_batch,
                         progress=progress(f'5/6 codes, seed {seed}', len(PROMPTS)))
                 else:
                     codes = np.asarray(stores[name].array('codes')).astype(np.int32)
-                x = Generator.load(workdir / 'generator').sample(
+                x = generator().sample(
                     image_key, codes, len(codes), batch_size=config.sample_batch,
                     progress=progress(f'5/6 images, {name}, seed {seed}', len(codes)))
                 return {'codes': codes, 'images': np.asarray(to_uint8(x))}
@@ -155,7 +158,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -
         encoder, d = Encoder.load(workdir / 'encoder'), config.encoder.data
         for split, num in config.num_images.items():
             write_codes(encoder, DigitPairs(split, num, heldout=d.heldout, seed=d.split_seed),
-                        workdir / 'codes' / split)
+                        workdir / 'codes' / split, config.sample_batch)
     clock.stage('codes', encode)
     stores = {split: codestore.open_code_store(workdir / 'codes' / split) for split in config.num_images}
 
