@@ -13,7 +13,7 @@ WORDS = ('a', 'above', 'below', 'eight', 'five', 'four', 'nine', 'of', 'on', 'on
 
 def get_config():
     config = base.text_to_code()
-    config.num_steps, config.batch_size = 700, 64
+    config.num_steps, config.batch_size = 1000, 64
     config.log_every, config.checkpoint_every = 50, 200
     config.model.update(dict(width=64, depth=3, num_heads=2, hidden=192, max_length=48,
                              text_vocab_size=2 + len(WORDS), num_codes=32, vocab_size=16,
