@@ -2,6 +2,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +11,15 @@ from experiments.dlc import quickstart_text as quickstart
 from experiments.runtime import loop
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device():
+    """As on a laptop; how each stage is laid out over many is tested elsewhere, and takes longer to compile."""
+    device = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda *unused: device)
+        yield
 
 
 @pytest.fixture(scope='module')
