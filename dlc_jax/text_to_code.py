@@ -22,18 +22,18 @@ differs where `Objective` and `Sampling` say so; `AUTHORS` and `AUTHORS_BEFORE_W
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dlc_jax.diffusion import remasking
+from dlc_jax.diffusion.remasking import Samples, Sampling
 from rlhf_jax.models.llama import Llama
 
 Array = jax.Array
 Params = Mapping[str, Any]
-
-REMASKING = ('low_confidence', 'random')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,10 @@ class Objective:
         masked: 'code': only the code is masked, p(code | caption); 'all': separator and caption too, p(code, caption),
             as the original does.
         normalizer: 'tokens': each row's sum is divided by the number of tokens that could have been masked (LLaDA);
-            'masked': the batch's sum by the number of masked ones (the original, on the batch of one device): beside
-            the weight 1 / p, another of about 1 / p for the batch's mean p.
+            'masked': the batch's sum by the number of masked ones (the original): beside the weight 1 / p, another of
+            about 1 / p for the batch's mean p.
+        groups: with 'masked', parts of the batch that are divided each by its own number: the original's are the rows
+            of one device and microbatch.
         weighted: by 1 / p, which makes it a bound on the likelihood. The original did not before July 2025.
         min_masked: p = (1 - min_masked) t + min_masked for t uniform on [0, 1].
         softmax: over 'all' tokens (the original), or only over 'codes': no other can be drawn, and it saves logits of
@@ -89,6 +91,7 @@ class Objective:
     """
     masked: str = 'code'
     normalizer: str = 'tokens'
+    groups: int = 1
     weighted: bool = True
     min_masked: float = 1e-3
     softmax: str = 'codes'
@@ -102,6 +105,8 @@ class Objective:
                 raise ValueError(f'objective.{name}={getattr(self, name)!r} is not one of {choices}')
         if self.masked == 'all' and self.softmax == 'codes':
             raise ValueError("objective: captions are predicted with masked='all', which softmax='codes' cannot")
+        if self.groups < 1:
+            raise ValueError(f'objective.groups={self.groups} must be at least 1')
         if not 0 < self.min_masked < 1:
             raise ValueError(f'objective.min_masked={self.min_masked} must lie between 0 and 1')
         if not 0 <= self.drop_caption < 1:
@@ -110,66 +115,6 @@ class Objective:
 
 AUTHORS = Objective(masked='all', normalizer='masked', softmax='all', attend_padding=True)
 AUTHORS_BEFORE_WEIGHTING = dataclasses.replace(AUTHORS, weighted=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How masks are filled.
-
-    Attributes:
-        length: L, of a code.
-        steps: network calls, all blocks together; a multiple of the number of blocks. 0: one a position.
-        block_length: the code is filled block by block, from the left; 0: one block of all of it (the original).
-        remasking: what a step commits: the positions where the drawn token is likeliest ('low_confidence' are masked
-            again; the paper), or a random choice of them ('random'; the released commands).
-        temperature: tokens are drawn from softmax(logits / temperature); 0: the likeliest. Confidence is that of the
-            logits as they are.
-        guidance: w in `logits = unconditional + (w + 1) (conditional - unconditional)`, which takes a second row per
-            code, whose prompt is masks. 0: none.
-    """
-    length: int
-    steps: int = 0
-    block_length: int = 0
-    remasking: str = 'low_confidence'
-    temperature: float = 1.0
-    guidance: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f'sampling.length={self.length} must be positive')
-        if self.remasking not in REMASKING:
-            raise ValueError(f'sampling.remasking={self.remasking!r} is not one of {REMASKING}')
-        if self.temperature < 0:
-            raise ValueError(f'sampling.temperature={self.temperature} must not be negative')
-        if self.block_length < 0 or self.length % self.block:
-            raise ValueError(f'sampling.block_length={self.block_length} does not divide length={self.length}')
-        if self.steps < 0 or self.num_steps % self.num_blocks or self.num_steps > self.length:
-            raise ValueError(f'sampling.steps={self.steps} is not a multiple of the {self.num_blocks} blocks up to '
-                             f'length={self.length}; further steps would have nothing to fill')
-
-    @property
-    def block(self) -> int:
-        return self.block_length or self.length
-
-    @property
-    def num_blocks(self) -> int:
-        return self.length // self.block
-
-    @property
-    def num_steps(self) -> int:
-        return self.steps or self.length
-
-    @property
-    def schedule(self) -> tuple[int, ...]:
-        """Positions that each step of a block fills: as even as it goes, the larger numbers first."""
-        steps = self.num_steps // self.num_blocks
-        return tuple(self.block // steps + (i < self.block % steps) for i in range(steps))
-
-
-class Samples(NamedTuple):
-    """Codes int32 [B, L] in 0..V-1, and the step int32 [B, L] in 0..steps-1 at which each position was filled."""
-    codes: Array
-    filled_at: Array
 
 
 # ---- Vocabulary and layout -------------------------------------------------------------------------------------------
@@ -189,16 +134,21 @@ def extend_vocabulary(module: Llama, params: Params, key: Array, words: Words, *
     Raises:
         ValueError: a separator beyond the end of the table, which would leave rows without a token.
     """
-    if words.separator > module.vocab_size:
-        raise ValueError(f'words.separator={words.separator} is beyond the vocabulary of {module.vocab_size}')
-    size = max(module.vocab_size, words.size)
-    size += -size % multiple
+    size = extended_size(module.vocab_size, words, multiple=multiple)
     grow = functools.partial(_with_rows, size=size, spread=spread)
     embed_key, head_key = jax.random.split(key)
     out = dict(params, embed=grow(embed_key, params['embed']))
     if not module.tied:
         out['lm_head'] = dict(params['lm_head'], kernel=grow(head_key, params['lm_head']['kernel'].T).T)
     return module.clone(vocab_size=size), out
+
+
+def extended_size(rows: int, words: Words, *, multiple: int = 1) -> int:
+    """Rows of the tables of a model of `rows` once it is extended, see `extend_vocabulary`."""
+    if words.separator > rows:
+        raise ValueError(f'words.separator={words.separator} is beyond the vocabulary of {rows}')
+    size = max(rows, words.size)
+    return size + -size % multiple
 
 
 def _with_rows(key: Array, table: Array, *, size: int, spread: float) -> Array:
@@ -283,19 +233,25 @@ def masked_cross_entropy(logits: Array, targets: Array, masked: Array, p: Array,
     """sum over masked (b, i) of CE_bi / p_b (weighted), normalised; a float32 scalar.
 
     'tokens': sum_b 1 / (B n_b) sum_i CE_bi / p_b, n_b the maskable tokens of the row.
-    'masked': 1 / N sum_bi CE_bi / p_b, N the masked tokens of the batch.
+    'masked': 1 / N sum_bi CE_bi / p_b, N the masked tokens of the batch; the mean of that over `groups` parts of it.
 
     Args:
         logits: [B, T, W].
         targets: int [B, T] in 0..W-1; where not `masked`, anything.
         masked, maskable: bool [B, T].
         p: float, broadcasts to [B, T].
+
+    Raises:
+        ValueError: rows that cannot be divided into groups.
     """
     logits, targets = logits.astype(jnp.float32), jnp.where(masked, targets, 0)
     nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     total = jnp.where(masked, nll / p if objective.weighted else nll, 0.0)
     if objective.normalizer == 'masked':
-        return total.sum() / jnp.maximum(masked.sum(), 1)
+        if len(total) % objective.groups:
+            raise ValueError(f'objective.groups={objective.groups} does not divide {len(total)} rows')
+        grouped = lambda x: x.reshape(objective.groups, -1).sum(1)
+        return (grouped(total) / jnp.maximum(grouped(masked), 1)).mean()
     return (total.sum(1) / jnp.maximum(maskable.sum(1), 1)).mean()
 
 
@@ -340,69 +296,31 @@ def loss(module: Llama, params: Params, key: Array, codes: Array, captions: Arra
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 
-def propose(logits: Array, gumbel: Array, priority: Array | None, temperature: float) -> tuple[Array, Array]:
-    """A token for every position, and how much the step would like to commit it.
-
-    The original takes argmax of exp(logits) / (-log u)^temperature in float64. Its logarithm is what is computed here,
-    logits + temperature gumbel with gumbel = -log(-log u): no exponential that overflows. What float64 was for are
-    tokens of probability below 1e-7, which float32 noise cannot reach; among V codes there are hardly any.
-
-    Args:
-        logits: float32 [..., V].
-        gumbel: of the same shape; not read at temperature 0.
-        priority: [...]: random numbers to commit by; None: by the probability of the token under `logits`.
-
-    Returns:
-        int32 [...] in 0..V-1 and float32 [...].
-    """
-    value = jnp.argmax(logits + temperature * gumbel if temperature else logits, -1).astype(jnp.int32)
-    if priority is not None:
-        return value, priority
-    picked = jnp.take_along_axis(logits, value[..., None], -1)[..., 0]
-    return value, jnp.exp(picked - jax.nn.logsumexp(logits, -1))
-
-
-def commit(codes: Array, value: Array, confidence: Array, count: Array, *, most: int, mask: int) -> Array:
-    """`codes` with the `count` masked positions of highest confidence filled with `value`; the first of equals.
-
-    Args:
-        codes, value: int32 [B, W].
-        confidence: float32 [B, W].
-        count: int32 [], at most `most`, and at most the masks that a row has.
-        mask: the value of `codes` that is a mask.
-    """
-    confidence = jnp.where(codes == mask, confidence, -jnp.inf)
-    where = jax.lax.top_k(confidence, most)[1]
-    where = jnp.where(jnp.arange(most) < count, where, codes.shape[1])  # past the end: dropped
-    new = jnp.take_along_axis(value, jnp.minimum(where, codes.shape[1] - 1), 1)
-    return jax.vmap(lambda row, at, x: row.at[at].set(x, mode='drop'))(codes, where, new)
-
-
 def sample(module: Llama, params: Params, key: Array, captions: Array, caption_mask: Array, words: Words,
            sampling: Sampling) -> Samples:
-    """Codes of captions, by one loop on the device; jit it with module, words and sampling static.
+    """Codes of captions, by one loop on the device (`remasking.fill`); jit it with module, words and sampling static.
 
-    Every token sees every other, the caption the code as well: what the network computes of the caption changes with
-    each token filled, and nothing of it can be kept from one step to the next as a causal model's cache does. Only the
-    layout is made once, and the output head is applied to the V code tokens at the positions of the block being filled,
-    not to the whole vocabulary at all of them. That also keeps every code valid; the original draws from all tokens,
-    and takes the confidence among them.
+    There is no cache of the prompt, and there can be none: every token sees every other, the caption the code as well,
+    so that what the network computes of the caption changes with each token filled, where a causal model's keys and
+    values stay. Only the layout is made once, and the output head is applied to the V code tokens at the positions of
+    the block being filled, not to the whole vocabulary at all of them. That also keeps every code valid; the original
+    draws from all tokens, and takes the confidence among them.
 
-    Row r draws with `fold_in(key, r)`, so it depends neither on the rows beside it nor on its padding.
+    A row depends neither on the rows beside it nor on its padding, which attention leaves out: prompts of a batch may
+    be of different lengths. (The original would attend the padding; its command takes prompts one at a time.)
 
     Args:
         module: `Llama(causal=False)` with rows for `words`; for decoding, with split or stacked blocks alike.
+        key: row r draws with `fold_in(key, r)`; or keys [B], one a row.
         captions, caption_mask: [B, N], of `pad_captions`.
 
     Raises:
         ValueError: a model that is causal or whose vocabulary was not extended.
     """
     _check(module, words)
-    batch, v, block = captions.shape[0], words.num_codes, sampling.block
-    counts = jnp.array(sampling.schedule, jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    codes = jnp.full((batch, sampling.length), v, jnp.int32)
-    tokens, there = lay_out(codes, captions, caption_mask, words)
+    batch, v = captions.shape[0], words.num_codes
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    tokens, there = lay_out(jnp.full((batch, sampling.length), v, jnp.int32), captions, caption_mask, words)
     prompt = tokens[:, sampling.length:]
     if sampling.guidance:
         blank = jnp.where(there[:, sampling.length:], words.mask_token, prompt)
@@ -413,37 +331,13 @@ def sample(module: Llama, params: Params, key: Array, captions: Array, caption_m
         code = jnp.concatenate([code, code]) if sampling.guidance else code
         hidden = module.apply({'params': params}, jnp.concatenate([code, prompt], 1), mask=there, output='hidden',
                               at=slice(0, sampling.length))
-        logits = code_logits(params, jax.lax.dynamic_slice_in_dim(hidden, start, block, 1), words)
+        logits = code_logits(params, jax.lax.dynamic_slice_in_dim(hidden, start, sampling.block, 1), words)
         if not sampling.guidance:
             return logits
         conditional, unconditional = jnp.split(logits, 2)
         return unconditional + (sampling.guidance + 1) * (conditional - unconditional)
 
-    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        codes, filled_at = carry
-        start, step = i // len(counts) * block, i % len(counts)
-        logits = logits_of(codes, start)
-        gumbel, priority = step_noise(keys, i, block, v)
-        value, confidence = propose(logits, gumbel, priority if sampling.remasking == 'random' else None,
-                                    sampling.temperature)
-        old = jax.lax.dynamic_slice_in_dim(codes, start, block, 1)
-        new = commit(old, value, confidence, counts[step], most=sampling.schedule[0], mask=v)
-        when = jnp.where(new != old, i, jax.lax.dynamic_slice_in_dim(filled_at, start, block, 1))
-        return (jax.lax.dynamic_update_slice_in_dim(codes, new, start, 1),
-                jax.lax.dynamic_update_slice_in_dim(filled_at, when, start, 1))
-
-    filled_at = jnp.full_like(codes, -1)
-    return Samples(*jax.lax.fori_loop(0, sampling.num_steps, body, (codes, filled_at)))
-
-
-def step_noise(keys: Array, step: Array, width: int, num_codes: int) -> tuple[Array, Array]:
-    """Gumbel noise [B, width, V] and uniform numbers [B, width] of a step, float32; `keys` [B], one a row."""
-    def row(key: Array) -> tuple[Array, Array]:
-        gumbel_key, priority_key = jax.random.split(jax.random.fold_in(key, step))
-        return (jax.random.gumbel(gumbel_key, (width, num_codes), mode='high'),
-                jax.random.uniform(priority_key, (width,)))
-
-    return jax.vmap(row)(keys)
+    return remasking.fill(logits_of, keys, sampling, v)
 
 
 def _check(module: Llama, words: Words) -> None:

@@ -4,6 +4,9 @@
     # for a generator of latents: by the released sd-vae-ft-ema (diffusers format), half of them mirrored
     python -m experiments.encode --encoder=RUN --vae=sd-vae-ft-ema/ --flip=0.5 --out=imagenet_codes
 
+    # with the captions that text to image is trained on: a .txt beside each image, or a jsonl file
+    python -m experiments.encode --encoder=RUN --data=folder --path=IMAGES --captions=txt --out=captioned_codes
+
 Run again after an interruption, it continues; on a finished store it returns at once.
 """
 import hashlib
@@ -15,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dlc_jax.ssl import augment
+from experiments.dlc import captions as captions_lib
 from experiments.dlc import codestore, released, sources
 from experiments.dlc.batches import eval_batches
 from experiments.dlc.encoder import Encoder
@@ -30,7 +34,7 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
 
     Args:
         encoder: its teacher reads each image unflipped, so that a code says nothing of left and right.
-        source: images, labels and names.
+        source: images, labels and names; captions, where it has them, go into the store.
         image_size: side of the stored images, pixels (the ADM centre crop).
         vae: store one posterior sample of its latents, float16, instead of the images.
         flip: probability that the stored image or latent is mirrored (the paper: 0.5, once and for all).
@@ -52,6 +56,9 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
     meta = dict(num_codes=m.num_codes, vocab_size=m.vocab_size, class_names=tuple(source.class_names or ()),
                 encoder=fingerprint(encoder.params), image_size=image_size,
                 stored='images' if vae is None else 'latents', store_sem=store_sem, flip=flip, seed=seed)
+    if source.captions is not None:
+        digest = hashlib.sha256('\n'.join(source.captions[source.name(i)] for i in range(len(source))).encode())
+        meta['captions'] = digest.hexdigest()[:16]
     with codestore.writer(out, num=len(source), meta=meta) as store, \
             tqdm(total=len(source), initial=store.done, desc='encode', unit='image', dynamic_ncols=True) as bar:
         for batch in eval_batches(source, prepare, min(batch_size, len(source)), start=store.done,
@@ -70,7 +77,8 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
                 mean, std = vae.posterior(to_model_range(crops))
                 noise = np.stack([rng.standard_normal(vae.latent_shape(image_size), np.float32) for rng in rngs])
                 rows['latents'] = (mean + std * noise)[real].astype(np.float16)
-            store.append(rows, names=[source.name_read(i) for i in batch['index'][real]])
+            names = [source.name_read(i) for i in batch['index'][real]]
+            store.append(rows, names=names, captions=source.captions and [source.captions[name] for name in names])
             bar.update(int(real.sum()))
     if source.skipped:
         print(f'{len(source.skipped)} unreadable image(s), each with the next good one in its place: '
@@ -92,6 +100,8 @@ def main() -> None:
     p.add_argument('--split', default='train')
     p.add_argument('--data', help='data set name, if not the one the encoder was trained on')
     p.add_argument('--path', help='its file or folder')
+    p.add_argument('--captions', metavar='txt|FILE', help='of every image, to train text to image on: the .txt beside '
+                   'it, or a jsonl file of {"file_name": ..., "caption": ...}')
     p.add_argument('--image_size', type=int, help='pixels (default: what the encoder reads; 256 with --vae)')
     p.add_argument('--vae', metavar='DIR', help='released autoencoder weights (directory or file): store latents')
     p.add_argument('--flip', type=float, default=0.0, help='probability that a stored image is mirrored (paper: 0.5)')
@@ -106,6 +116,8 @@ def main() -> None:
         raise ValueError(f'--flip={args.flip} is a probability; choose it between 0 and 1')
     storage.check_writable(storage.resolve(args.out).parent, '--out')
     launch.initialize(args)
+    if args.captions and args.captions != 'txt':
+        captions_lib.read_jsonl(args.captions)  # a damaged file is found before weights are read
     encoder = released.load(Encoder, args.encoder)
     data = encoder.config.data.copy_and_resolve_references()
     data.name, data.path = args.data or data.name, args.path or data.path
@@ -113,7 +125,10 @@ def main() -> None:
     image_size = args.image_size or (256 if vae else data.global_size)
     if data.image_size < image_size:
         data.image_size = 0  # what the encoder reads may be smaller than what is stored; both crop what is there
-    encode(encoder, sources.image_source(data, args.split), args.out, vae=vae, flip=args.flip, store_sem=args.store_sem,
+    source = sources.image_source(data, args.split)
+    if args.captions:
+        captions_lib.attach(source, args.captions)
+    encode(encoder, source, args.out, vae=vae, flip=args.flip, store_sem=args.store_sem,
            image_size=image_size, batch_size=args.batch_size, seed=args.seed,
            num_workers=data.num_workers if args.num_workers is None else args.num_workers)
     print(f'code store -> {args.out}')

@@ -13,15 +13,19 @@
         --out=grid.png
     python -m experiments.sample --compose a.png b.png --sem=SEM_dinov2_L512/ --dit=DLC_DiT_L512/ \\
         --vae=sd-vae-ft-ema/ --out=mix.png
+    # from text: a code by LLaDA, then the image; K images of each text
+    python -m experiments.sample --text "a red fox in the snow" --text "a lighthouse at night" --per_text=4 \\
+        --llada=DLC_LLADA_L512/ --dit=DLC_DiT_L512/ --vae=sd-vae-ft-ema/ --out=grid.png
 
 RUN is the --workdir of a training run, or what experiments.convert wrote, or a folder of released weights. --out
 decides the form: one .png grid, an .npz of uint8 [N, H, W, C] under `arr_0` (what FID evaluators read), or a directory
-of numbered files.
+of numbered files, each with its text beside it where there is one.
 """
 import argparse
 import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -30,12 +34,14 @@ from tqdm import tqdm
 
 from dlc_jax import codes as codes_lib
 from dlc_jax.diffusion.gaussian import to_uint8
+from dlc_jax.diffusion.remasking import REMASKING
 from experiments.dlc import released
 from experiments.dlc.code_model import CodeModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
 from experiments.dlc.sources import read_image
+from experiments.dlc.text_to_code import TextToCode
 from experiments.runtime import launch, storage
 from experiments.runtime.report import image_grid, save_image
 
@@ -50,8 +56,9 @@ def check_out(out: str | os.PathLike) -> None:
     storage.check_writable(path.parent if path.suffix else path, '--out')
 
 
-def write(images: np.ndarray, out: str | os.PathLike, columns: int = 0) -> None:
-    """uint8 [N, H, W, C] to a .png grid, an .npz or, for any other name, a directory of files."""
+def write(images: np.ndarray, out: str | os.PathLike, columns: int = 0, texts: Sequence[str] = ()) -> None:
+    """uint8 [N, H, W, C] to a .png grid, an .npz or, for any other name, a directory of files, with `texts` beside
+    them."""
     out = storage.resolve(out)
     if out.suffix == '.npz':
         with storage.write_whole(out) as file:
@@ -62,6 +69,9 @@ def write(images: np.ndarray, out: str | os.PathLike, columns: int = 0) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
             save_image(out / f'{i:06d}.png', image)
+        for i, text in enumerate(texts):
+            with storage.write_whole(out / f'{i:06d}.txt') as file:
+                file.write(f'{text}\n'.encode())
 
 
 def progress(description: str, total: int):
@@ -110,6 +120,23 @@ def read_condition(generator: Generator, encoder: Encoder, images: list[np.ndarr
     return np.resize(encoder.encode_images(images, outputs=('codes',))['codes'], (num, encoder.config.model.num_codes))
 
 
+def text_codes(args: argparse.Namespace, generator: Generator, key: jax.Array) -> np.ndarray:
+    """Codes [texts x K, L] of the texts, K of each, that the generator takes.
+
+    Raises:
+        FileNotFoundError, ValueError: no text model there, one of other codes, or texts and settings it cannot take.
+    """
+    texts, m = read_texts(args), generator.config.model
+    if m.condition != 'code':
+        raise ValueError(f'--text: the generator is conditioned on {m.condition!r}, not on codes')
+    model = released.load(TextToCode, args.text_model, num_codes=m.num_codes)
+    check_codes(generator, model.config.model.num_codes, model.config.model.vocab_size, args.text_model)
+    count, sampler = args.per_text or 1, {field: getattr(args, flag) for flag, field in TEXT_SAMPLER.items()}
+    model.checked(texts, **sampler)
+    return model.sample(key, texts, num_per_prompt=count, batch_size=args.batch_size,
+                        progress=progress('codes', len(texts) * count), **sampler)
+
+
 def to_bytes(x: np.ndarray, block: int = 4096) -> np.ndarray:
     """Images in model range -> uint8, `block` at a time on the device."""
     return np.concatenate([np.asarray(to_uint8(x[i:i + block])) for i in range(0, len(x), block)])
@@ -124,9 +151,12 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument('--compose', nargs='+', metavar='IMAGE', help='codes composed of those of two or more images')
     what.add_argument('--classes', nargs='+', type=int, metavar='CLASS',
                       help='class indices, for a class-conditional generator')
+    what.add_argument('--text', action='append', metavar='TEXT', help='what to show, in words; may be repeated')
+    what.add_argument('--text_file', metavar='FILE', help='texts, one a line')
     p.add_argument('--generator', '--dit', required=True, metavar='RUN')
     p.add_argument('--code_model', '--sedd', metavar='RUN')
     p.add_argument('--encoder', '--sem', metavar='RUN')
+    p.add_argument('--text_model', '--llada', metavar='RUN')
     p.add_argument('--vae', metavar='DIR',
                    help='released autoencoder weights (directory or file), for generators of latents')
     p.add_argument('--out', required=True, help='x.png: grid; x.npz: array; x/: files')
@@ -142,6 +172,13 @@ def parser() -> argparse.ArgumentParser:
     pixels.add_argument('--steps', type=int, help='network calls, out of 1000')
     pixels.add_argument('--sampler', choices=('ddpm', 'ddim'))
     pixels.add_argument('--ddim_eta', type=float, help='0: deterministic given the first noise; 1: as noisy as ddpm')
+    text = p.add_argument_group('text sampler (default: as the text model\'s config says)')
+    text.add_argument('--per_text', type=int, metavar='K', help='images of each text (default 1)')
+    text.add_argument('--text_steps', type=int, help='network calls; at most one a token')
+    text.add_argument('--text_temperature', type=float, help='0: the likeliest token')
+    text.add_argument('--remasking', choices=REMASKING, help='which tokens a step keeps: likely ones, or any')
+    text.add_argument('--block_length', type=int, help='tokens; fill the code block by block; 0: all at once')
+    text.add_argument('--text_guidance', type=float, metavar='W', help='away from codes without a text; 0: off')
     code = p.add_argument_group('code sampler (default: as the code model\'s config says)')
     code.add_argument('--code_sampler', choices=('analytic', 'euler', 'remasking', 'first_hitting'))
     code.add_argument('--code_steps', type=int)
@@ -155,12 +192,46 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+# Flag -> field of a text model's sampler.
+TEXT_SAMPLER = {'text_steps': 'steps', 'text_temperature': 'temperature', 'remasking': 'remasking',
+                'block_length': 'block_length', 'text_guidance': 'guidance'}
+
+
+def read_texts(args: argparse.Namespace) -> list[str]:
+    """The texts that --text or --text_file gives, [] where there is neither.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no text in it, or an empty one.
+    """
+    if args.text_file is None:
+        texts = args.text or []
+    else:
+        file = storage.resolve(args.text_file)
+        if not file.is_file():
+            raise FileNotFoundError(f'--text_file={args.text_file}: no such file')
+        texts = [line for line in file.read_text().splitlines() if line.strip()]
+        if not texts:
+            raise ValueError(f'--text_file={args.text_file}: no text in it')
+    if not all(text.strip() for text in texts):
+        raise ValueError('--text: empty; say what the image should show')
+    return texts
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Raises a ValueError for what is wrong whatever the models turn out to be."""
-    for name in ('num', 'batch_size', 'code_steps'):
+    if args.text or args.text_file:
+        if not args.text_model:
+            raise ValueError('give the model that writes the codes of texts with --text_model=RUN or --llada=DIR')
+        if args.num is not None:
+            raise ValueError(f'--num={args.num}: with texts it is --per_text that says how many images, of each')
+    else:
+        for name in ('per_text', *TEXT_SAMPLER):
+            if getattr(args, name) is not None:
+                raise ValueError(f'--{name}: only with --text or --text_file')
+    for name in ('num', 'batch_size', 'code_steps', 'per_text', 'text_steps'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f'--{name}={getattr(args, name)} must be at least 1')
-    for name in ('columns', 'guidance_channels'):
+    for name in ('columns', 'guidance_channels', 'block_length', 'text_temperature'):
         if (getattr(args, name) or 0) < 0:
             raise ValueError(f'--{name}={getattr(args, name)} must not be negative')
     for name in ('guidance_interval', 'window'):
@@ -198,6 +269,7 @@ def main() -> None:
         return commands.sample()
     args, _ = launch.parse(parser())
     check_flags(args)
+    texts = read_texts(args)
     check_out(args.out)
     launch.initialize(args)
     generator = released.load(Generator, args.generator)
@@ -218,6 +290,9 @@ def main() -> None:
             raise ValueError(f'--classes: {bad[0]} is outside 0..{generator.config.model.num_classes - 1}')
         num = args.num or len(args.classes)
         cond = np.resize(np.asarray(args.classes, np.int32), num)
+    elif texts:
+        texts = [text for text in texts for _ in range(args.per_text or 1)]
+        num, cond = len(texts), text_codes(args, generator, code_key)
     elif args.unconditional and generator.config.model.condition != 'none':
         if instead := {'class': '--classes', 'embedding': '--from_images'}.get(generator.config.model.condition):
             raise ValueError(f'--unconditional: this generator is conditioned on {generator.config.model.condition!r}, '
@@ -242,14 +317,14 @@ def main() -> None:
                    guidance_channels=args.guidance_channels,
                    guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None)
     # Released models have settings of their own for each use.
-    use = 'unconditional' if args.unconditional else 'classes' if args.classes else 'images'
+    use = 'unconditional' if args.unconditional else 'classes' if args.classes else 'images'  # or texts
     recipe = generator.config.get('recipes', {}).get(use, {})
     x = generator.sample(image_key, cond, num, batch_size=args.batch_size, progress=progress('images', num),
                          **dict(recipe) | {name: value for name, value in sampler.items() if value is not None})
     images = vae.decode(x, progress('pixels', num)) if vae else to_bytes(x)
     if jax.process_index() == 0:
         try:
-            write(images, args.out, args.columns)
+            write(images, args.out, args.columns or args.per_text or 0, texts)  # a row a text
         except OSError as error:  # a full disk must not cost the samples
             spare = pathlib.Path(tempfile.mkdtemp()) / 'samples.npz'
             np.savez(spare, arr_0=images)

@@ -27,6 +27,7 @@ EXPERIMENTS = {
     'encoder': 'experiments.dlc.encoder',
     'generator': 'experiments.dlc.generator',
     'code_model': 'experiments.dlc.code_model',
+    'text_to_code': 'experiments.dlc.text_to_code',
     'sft': 'experiments.rlhf.sft',
     'reward_model': 'experiments.rlhf.reward_model',
     'dpo': 'experiments.rlhf.dpo',

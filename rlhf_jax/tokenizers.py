@@ -1,12 +1,13 @@
-"""Text <-> token ids: bytes, which need no file, or the `tokenizer.json` of a released model.
+"""Text <-> token ids: bytes or given words, which need no file, or the `tokenizer.json` of a released model.
 
-Both have `encode(text) -> list[int]`, `decode(ids) -> str`, `vocab_size`, `bos`, `eos` and `pad` (ids, or None).
+All have `encode(text) -> list[int]`, `decode(ids) -> str`, `vocab_size`, `bos`, `eos` and `pad` (ids, or None).
 Special tokens are not added by `encode` and not special in its input: a prompt that says `<|endoftext|>` cannot end
 itself.
 
 Padding is told by a mask everywhere in this library, never by its id, so `pad` may be `eos`, as in models that were
 released without a padding token.
 """
+import difflib
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,44 @@ class ByteTokenizer:
             raise ValueError(f'tokenizer: id {next(i for i in ids if not 0 <= i < self.vocab_size)} is not one of '
                              f'{self.vocab_size}')
         return bytes(i for i in ids if i < 256).decode('utf-8', errors='replace')
+
+
+class WordTokenizer:
+    """Words between spaces, those of a list and no others: pad, mask, then the words in the order given.
+
+    Attributes:
+        mask: id of the token that stands for any word, in masked models.
+    """
+    pad, mask, bos, eos = 0, 1, None, None
+
+    def __init__(self, words: Sequence[str]):
+        self._words = ('<pad>', '<mask>', *words)
+        self._ids = {word: i for i, word in enumerate(self._words) if i > 1}
+        if len(self._ids) != len(words) or any(word.split() != [word] for word in words):
+            raise ValueError('tokenizer: words must differ and hold no spaces')
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._words)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the words of `text`.
+
+        Raises:
+            ValueError: a word that is not in the list, with the nearest one that is.
+        """
+        ids = []
+        for word in text.split():
+            if word not in self._ids:
+                near = difflib.get_close_matches(word, self._ids, 1)
+                raise ValueError(f'{text!r}: no word {word!r} here' + (f'; did you mean {near[0]!r}?' if near else
+                                                                       f'; the words are {", ".join(self._ids)}'))
+            ids.append(self._ids[word])
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` without pad and mask."""
+        return ' '.join(self._words[int(i)] for i in ids if int(i) > 1)
 
 
 class JsonTokenizer:
@@ -72,6 +111,10 @@ class JsonTokenizer:
     def vocab_size(self) -> int:
         """Ids are below it, those of added tokens included. The model's vocabulary may be padded to a larger size."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def id_of(self, token: str) -> int | None:
+        """Id of one token, special or not; None where the vocabulary does not have it."""
+        return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special token before or after."""

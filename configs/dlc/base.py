@@ -1,4 +1,4 @@
-"""Every field of the three image experiments, with its unit. A config file starts from one of these and changes
+"""Every field of the four image experiments, with its unit. A config file starts from one of these and changes
 lines."""
 import ml_collections
 
@@ -114,4 +114,36 @@ def code_model() -> ConfigDict:
         optimizer=adamw(schedule(3e-4, warmup_steps=2500, first_step=1), schedule(0.0), clip_norm=1.0),
         data=dict(path=''),  # code store written by experiments.encode
         sampler=dict(name='remasking', num_steps=4096, eta=0.01, window=(0.3, 0.55)),
+    )).lock()
+
+
+def text_to_code() -> ConfigDict:
+    """LLaDA, fine-tuned to write the code of a caption (arXiv 2507.12318 table 6, arXiv 2502.09992)."""
+    return ConfigDict(dict(
+        experiment='text_to_code', **runner(),
+        model=dict(
+            size='LLaDA-8B',  # a size of rlhf_jax.models.llama; the numbers below override it when not 0
+            width=0, depth=0, num_heads=0, num_kv_heads=0, hidden=0, max_length=0,
+            text_vocab_size=0,  # rows of the text model, before separator and codes are added
+            vocab_multiple=1,  # the extended table is rounded up to a multiple of it, to be cut by mesh.tensor
+            init_std=0.02,  # of weights from scratch
+            num_codes=512, vocab_size=256,  # L, V
+            **precision(),
+        ),
+        words=dict(separator=126349, mask_token=126336, pad_token=126081),  # tokens of LLaDA's tokenizer
+        tokenizer='',  # tokenizer.json or its folder | words | bytes; '': beside the pretrained weights
+        vocabulary=(),  # of tokenizer 'words'
+        caption_length=127,  # tokens; longer captions are cut on the right, counted and logged
+        objective=dict(  # see dlc_jax.text_to_code.Objective
+            masked='code', normalizer='tokens', groups=1, weighted=True, min_masked=1e-3, softmax='codes',
+            drop_caption=0.0, attend_padding=False),
+        eval_every=0,  # steps between measurements of the loss on data.heldout, and at the end; 0: none
+        optimizer=adamw(schedule(1e-5), schedule(0.0), clip_norm=1.0),
+        pretrained='',  # a folder of released LLaDA weights; '': from scratch
+        data=dict(
+            path='', heldout='',  # code stores with captions, written by experiments.encode --captions
+        ),
+        sampler=dict(steps=0,  # 0: one a position
+                     block_length=0,  # 0: the whole code
+                     remasking='random', temperature=0.2, guidance=0.0),  # low_confidence | random; 0: off
     )).lock()

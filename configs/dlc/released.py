@@ -4,9 +4,9 @@
 
 What the tensors tell (widths, depths, L and V) replaces what stands here; the rest says how the model was trained.
 """
-from configs.dlc import code_model_imagenet, encoder_imagenet, generator_imagenet
+from configs.dlc import code_model_imagenet, encoder_imagenet, generator_imagenet, text_to_code_llada
 
-CONFIGS = {'sem': encoder_imagenet, 'dit': generator_imagenet, 'sedd': code_model_imagenet}
+CONFIGS = {'sem': encoder_imagenet, 'dit': generator_imagenet, 'sedd': code_model_imagenet, 'llada': text_to_code_llada}
 
 
 def get_config(kind: str):
@@ -21,6 +21,11 @@ def get_config(kind: str):
             # analytic steps of the code model, by 1.7 in 256. The first DiT, of classes, guides three channels.
             config.sampler.update(dict(num_steps=250, guidance=4.0, guidance_channels=0))
             config.recipes = dict(unconditional=dict(num_steps=256, guidance=1.7), classes=dict(guidance_channels=3))
+        if kind == 'llada':
+            # Their README: a step a position (512), temperature 0.2, positions at random, no guidance. The image
+            # guidance of 3 that it gives never reaches their sampler, whose own 4 is used.
+            config.model.dtype = 'bfloat16'
+            config.sampler.update(dict(steps=0, remasking='random', temperature=0.2, guidance=0.0))
     if kind == 'sem':
         config.data.num_workers = 0
     elif kind == 'sedd':

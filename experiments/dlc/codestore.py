@@ -3,6 +3,7 @@
     codes.npy                                        [N, L] uint8, uint16 or int32
     labels.npy, embeddings.npy, images.npy, ...      [N, ...]
     names.txt                                        one line a row
+    captions.txt                                     one line a row, where the data set has captions
     meta.json                                        num, num_codes, vocab_size, arrays, class_names, ...
 
 `writer` streams rows into `<path>.partial` and renames it when all are there, so that a store exists whole or not at
@@ -56,11 +57,51 @@ class CodeStore:
         """One a row: where in its data set the image came from."""
         return (self.path / 'names.txt').read_text(encoding='utf-8').split('\n')[:-1]
 
+    @property
+    def captions(self) -> 'Lines':
+        """One a row: what the image shows, in words.
+
+        Raises:
+            ValueError: a store without captions, or a row without one.
+            OSError: the file is missing or truncated.
+        """
+        path = self.path / 'captions.txt'
+        if not self.meta.get('captions'):
+            raise ValueError(f'{self.path}: holds codes without captions; encode the data set with --captions')
+        if not path.exists():
+            raise FileNotFoundError(f'{path}: missing; encode the data set again')
+        lines = Lines(path)
+        if len(lines) != len(self):
+            raise OSError(f'{path}: {len(lines)} lines, meta.json says {len(self)}; encode the data set again')
+        return lines
+
     def array(self, name: str) -> np.ndarray:
         """[N, ...], memory-mapped; a ValueError where the store has no such array."""
         if name not in self.arrays:
             raise ValueError(f'{self.path}: holds {sorted(self.arrays)} but no {name!r}; encode the data set with it')
         return self.arrays[name]
+
+
+class Lines:
+    """The lines of a UTF-8 file by number, read when asked for: captions of millions of images need not be in memory.
+
+    Raises:
+        ValueError: an empty line.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._bytes = np.memmap(path, np.uint8, 'r') if path.stat().st_size else np.zeros(0, np.uint8)
+        self._ends = np.flatnonzero(self._bytes == ord('\n'))
+        empty = np.flatnonzero(np.diff(self._ends, prepend=-1) == 1)
+        if empty.size:
+            raise ValueError(f'{path}: line {empty[0] + 1} is empty; every code needs a caption')
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> str:
+        start = self._ends[i - 1] + 1 if i else 0
+        return self._bytes[start:self._ends[i]].tobytes().decode('utf-8')
 
 
 def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
@@ -134,7 +175,8 @@ class writer:
     Args:
         path: of the store. Where a finished one with the same `meta` is there already, `done` is `num` at once.
         num: rows in all.
-        meta: `num_codes`, `vocab_size`, and whatever else should be kept beside the arrays (json).
+        meta: `num_codes`, `vocab_size`, and whatever else should be kept beside the arrays (json). With `captions`,
+            rows come with captions.
 
     Attributes:
         done: rows written so far; append the next ones from here on.
@@ -150,7 +192,9 @@ class writer:
         self.meta = json.loads(json.dumps(dict(meta) | {'num': num}))
         self.done = 0
         self._partial = partial_path(self.path)
-        self._files, self._shapes, self._names_bytes = {}, {}, 0
+        self._files, self._shapes = {}, {}
+        self._lines = {name: None for name in ('names', 'captions')[:1 + bool(self.meta.get('captions'))]}
+        self._lines_bytes = dict.fromkeys(self._lines, 0)
         self._synced, self._finished = time.monotonic(), False
 
     def __enter__(self) -> 'writer':
@@ -171,9 +215,10 @@ class writer:
             self.done = progress['done']
             for name, (shape, dtype) in progress['arrays'].items():
                 self._open(name, tuple(shape), np.dtype(dtype))
-            self._names_bytes = progress['names_bytes']
-        self._names = open(self._partial / 'names.txt', 'ab', buffering=0)
-        self._names.truncate(self._names_bytes)
+            self._lines_bytes = {name: progress[f'{name}_bytes'] for name in self._lines}
+        for name in self._lines:
+            self._lines[name] = open(self._partial / f'{name}.txt', 'ab', buffering=0)
+            self._lines[name].truncate(self._lines_bytes[name])
         return self
 
     def _claim(self, found: Mapping[str, Any], where: str | pathlib.Path) -> None:
@@ -193,7 +238,8 @@ class writer:
         file.seek(self.done * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, os.SEEK_CUR)
         self._files[name], self._shapes[name] = file, (shape, dtype)
 
-    def append(self, rows: Mapping[str, np.ndarray], *, names: Sequence[str]) -> None:
+    def append(self, rows: Mapping[str, np.ndarray], *, names: Sequence[str],
+               captions: Sequence[str] | None = None) -> None:
         """Writes the next rows: `codes` [n, L] and any other arrays [n, ...], the same ones each time."""
         rows = {name: np.asarray(array) for name, array in rows.items()}
         rows['codes'] = self._check_codes(rows)
@@ -211,14 +257,23 @@ class writer:
         found = {name: (array.shape[1:], array.dtype) for name, array in rows.items()}
         if found != self._shapes:
             raise ValueError(f'{self.path}: rows are {found}, but those before were {self._shapes}')
-        lines = ''.join(' '.join(name.splitlines()) + '\n' for name in names).encode('utf-8')
+        texts = {'names': [' '.join(name.splitlines()) for name in names]}
+        if (captions is not None) != ('captions' in self._lines):
+            raise ValueError(f'{self.path}: captions come with every row of a store whose meta says so, and no other')
+        if captions is not None:
+            texts['captions'] = [' '.join(caption.split()) for caption in captions]
+            if len(captions) != count or '' in texts['captions']:
+                raise ValueError(f'{self.path}: {count} rows but {sum(map(bool, texts["captions"]))} captions')
+        lines = {name: ''.join(line + '\n' for line in texts[name]).encode('utf-8') for name in texts}
         try:
             for name, array in rows.items():
                 write_all(self._files[name], np.ascontiguousarray(array).data)
-            write_all(self._names, memoryview(lines))
+            for name, data in lines.items():
+                write_all(self._lines[name], memoryview(data))
         except OSError as error:
             raise self._full(error) from error
-        self._names_bytes += len(lines)
+        for name, data in lines.items():
+            self._lines_bytes[name] += len(data)
         self.done += count
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
@@ -238,11 +293,12 @@ class writer:
 
     def _sync(self) -> None:
         """Everything written so far reaches the disk before the note that says so."""
-        for file in (*self._files.values(), self._names):
+        for file in (*self._files.values(), *self._lines.values()):
             os.fsync(file.fileno())
         # After a failed append the files are ahead of `done`; what is beyond it is written over.
-        progress = {'done': self.done, 'meta': self.meta, 'names_bytes': self._names_bytes,
-                    'arrays': {name: (shape, dtype.str) for name, (shape, dtype) in self._shapes.items()}}
+        progress = {'done': self.done, 'meta': self.meta,
+                    'arrays': {name: (shape, dtype.str) for name, (shape, dtype) in self._shapes.items()},
+                    **{f'{name}_bytes': size for name, size in self._lines_bytes.items()}}
         write_json(self._partial / 'progress.json', progress)
         self._synced = time.monotonic()
 
@@ -259,7 +315,7 @@ class writer:
             if not failed:
                 raise self._full(error) from error
         finally:
-            for file in (*self._files.values(), self._names):
+            for file in (*self._files.values(), *self._lines.values()):
                 file.close()
         if failed:
             return

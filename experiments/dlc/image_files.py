@@ -55,6 +55,11 @@ class FolderImages(ImageSource):
     def name(self, i: int) -> str:
         return os.fsdecode(self._files[i])
 
+    @property
+    def root(self) -> pathlib.Path:
+        """Names are relative to it."""
+        return self._root
+
     def read(self, i: int) -> tuple[np.ndarray, int]:
         try:
             return decode_image(self._root / self.name(i), self._channels), self.labels[i]

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,14 @@ class ImageSource:
         class_names: one a class; `num_classes` is their number.
         image_size: side that items are brought to by the ADM centre crop; 0 leaves them as stored.
         skipped: damaged images met so far, name -> reason.
+        captions: name -> what the image shows, in words; None where the data set says nothing.
     """
 
     def __init__(self, class_names: tuple[str, ...], image_size: int = 0):
         self.class_names = tuple(str(name) for name in class_names)
         self.image_size = image_size
         self.skipped: dict[str, str] = {}
+        self.captions: Mapping[str, str] | None = None
 
     @property
     def num_classes(self) -> int:

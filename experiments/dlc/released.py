@@ -22,6 +22,8 @@ from dlc_jax.models.vae import SCALING_FACTOR
 from experiments.runtime import launch, modules, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
+from rlhf_jax.convert import files as language_files
+from rlhf_jax.tokenizers import JsonTokenizer
 
 T = TypeVar('T')
 
@@ -69,13 +71,59 @@ def is_released(path: str | os.PathLike) -> bool:
     return any(file.name.endswith(_SUFFIXES) for file in path.iterdir())
 
 
-def load(cls: type[T], path: str | os.PathLike) -> T:
-    """`Encoder`, `Generator` or `CodeModel` of a work directory, or of released weights with the published settings."""
+def load(cls: type[T], path: str | os.PathLike, **told: Any) -> T:
+    """`Encoder`, `Generator`, `CodeModel` or `TextToCode` of a work directory, or of released weights with the
+    published settings. `told`: what weights of a `TextToCode` do not tell, see `load_llada`."""
     if not is_released(path):
         return cls.load(path)
+    if cls.__name__ == 'TextToCode':
+        return load_llada(cls, path, **told)
     kind = {'Encoder': 'sem', 'Generator': 'dit', 'CodeModel': 'sedd'}[cls.__name__]
     config = launch.load_config(published_config(kind), noted_settings(kind, path))
     return cls(*as_run(kind, *read(kind, path, **fields_of(kind, config)), config))
+
+
+def load_llada(cls: type[T], path: str | os.PathLike, *, num_codes: int) -> T:
+    """The `TextToCode` of a folder with config.json, weights and tokenizer.json, in bfloat16 as it was released.
+
+    Args:
+        num_codes: L, which neither the weights nor the tokenizer say: all positions share the V code tokens.
+
+    Raises:
+        FileNotFoundError, ValueError: an incomplete folder, a tokenizer without code tokens (a LLaDA that was never
+            trained to write codes), or one that does not fit the weights.
+    """
+    folder = storage.local_copy(path)
+    for name in ('config.json', 'tokenizer.json'):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f'{path}: no {name} there; give a whole folder of LLaDA, with its tokenizer')
+    tokenizer, saved = JsonTokenizer(folder), language_files.read_config(folder)
+    start, config = tokenizer.id_of('<|start_sem|>'), launch.load_config(published_config('llada'))
+    if start is None:
+        raise ValueError(f'{path}: its tokenizer has no <|start_sem|>, so that it writes no codes yet; train it with '
+                         f'--config=configs/dlc/text_to_code_llada.py --config.pretrained={path}')
+    count = 0
+    while tokenizer.id_of(f'<|sem_vocab_{count}|>') == start + 1 + count:
+        count += 1
+    tensors = language_files.load_state_dict(folder)
+    try:
+        module, params = convert.from_torch('llada', tensors, config=saved, param_dtype=jax.numpy.bfloat16)
+    except ValueError as error:
+        raise ValueError(f'{path}: {str(error).removeprefix("convert: ")}') from None
+    if count < 1 or module.vocab_size < start + 1 + count:
+        raise ValueError(f'{path}: {count} code tokens after <|start_sem|> = {start}, and {module.vocab_size} rows of '
+                         'words; tokenizer and weights do not belong together')
+    with config.unlocked():
+        config.model.update(dict(
+            num_codes=num_codes, vocab_size=count, text_vocab_size=module.vocab_size, width=module.width,
+            depth=module.depth, num_heads=module.num_heads, num_kv_heads=module.num_kv_heads, hidden=module.hidden,
+            max_length=module.max_length))
+        for name in ('rope_base', 'eps', 'tied'):
+            config.model[name] = getattr(module, name)
+        config.words.update(dict(separator=start, mask_token=saved.get('mask_token_id') or config.words.mask_token))
+        config.words.pad_token = config.words.pad_token if tokenizer.pad is None else tokenizer.pad
+        config.tokenizer = os.fspath(path)
+    return cls(config, params, tokenizer)
 
 
 def noted_settings(kind: str, path: str | os.PathLike) -> list[str]:

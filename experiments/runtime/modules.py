@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments.runtime import launch, storage
+from experiments.runtime import launch, partition, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 
@@ -55,7 +55,8 @@ def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., 
          part: str | None = None) -> tuple[ml_collections.ConfigDict, Any]:
     """Config and newest averaged weights of the run in `workdir`, in host memory; of `part` of the model, if given.
 
-    A converted run (`config.weights_only`) has nothing but the weights in its checkpoint, and of that part alone.
+    Of a model that keeps no average, the weights themselves. A converted run (`config.weights_only`) has nothing but
+    the weights in its checkpoint, and of that part alone.
 
     Raises:
         ValueError: `workdir` holds no run, one of another `kind` (config.experiment), or no checkpoint yet.
@@ -72,6 +73,12 @@ def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., 
     if config.get('weights_only'):
         like = {'ema': {part: like.ema[part]} if part else like.ema}
     on_host = jax.sharding.SingleDeviceSharding(host())
+    if not config.get('weights_only') and like.ema is None:
+        params = checkpointer.restore_part('params', like.params, jax.tree.map(lambda _: on_host, like.params))
+        checkpointer.close()
+        if params is None:
+            raise ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
+        return config, jax.device_get(params)
     restored = checkpointer.restore(like, jax.tree.map(lambda _: on_host, like))
     checkpointer.close()
     if restored is None:
@@ -104,27 +111,44 @@ class Batched:
         one: `(params, key, rows) -> outputs` on `batch_size` rows; pure.
         params: its parameters.
         batch_size: rows at once; spread over all devices when their number divides it.
+        rules: PARTITION_RULES, for models too large for one device: each holds a share of the parameters, where their
+            sizes can be divided, rather than all.
     """
 
-    def __init__(self, one: Callable[[Any, jax.Array, Any], Any], params: Any, batch_size: int):
-        devices = jax.devices() if batch_size % len(jax.devices()) == 0 else jax.devices()[:1]
-        self._mesh = mesh_lib.make_mesh({'data': -1}, devices)
-        self._params = jax.device_put(params, mesh_lib.replicated(self._mesh))
+    def __init__(self, one: Callable[[Any, jax.Array, Any], Any], params: Any, batch_size: int,
+                 rules: partition.Rules | None = None):
+        devices = jax.devices() if rules or batch_size % len(jax.devices()) == 0 else jax.devices()[:1]
+        batch_size += -batch_size % len(devices)
+        self._mesh = mesh_lib.make_mesh({'fsdp' if rules else 'data': -1}, devices)
+        layout = mesh_lib.replicated(self._mesh)
+        if rules and divisible(params, rules, self._mesh):
+            layout = partition.param_shardings(params, rules, self._mesh)
+        self._params = jax.device_put(params, layout)
         self._run = jax.jit(one, out_shardings=mesh_lib.batch_sharding(self._mesh))
         self.batch_size = batch_size
 
-    def __call__(self, key: jax.Array, rows: np.ndarray | None, num: int,
-                 progress: Callable[[int], None] | None = None) -> Any:
-        """Outputs for `num` rows as numpy arrays; batch b draws from `fold_in(key, b)`, and the last one is padded."""
+    def __call__(self, key: jax.Array, rows: Any, num: int, progress: Callable[[int], None] | None = None) -> Any:
+        """Outputs for `num` rows (an array, a tree of them, or None) as numpy arrays; batch b draws from
+        `fold_in(key, b)`, and the last one is padded."""
         size, out = self.batch_size, []
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
             for index in range(-(-num // size)):
-                part = None
-                if rows is not None:
-                    part = np.asarray(rows[index * size:(index + 1) * size])
-                    part = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-                    part = jax.device_put(part, mesh_lib.batch_sharding(self._mesh))
+                part = jax.tree.map(lambda x: _padded(np.asarray(x[index * size:(index + 1) * size]), size), rows)
+                part = jax.device_put(part, mesh_lib.batch_sharding(self._mesh))
                 out.append(jax.tree.map(np.asarray, self._run(self._params, jax.random.fold_in(key, index), part)))
                 if progress:
                     progress(min((index + 1) * size, num))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *out)
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+
+
+def divisible(params: Any, rules: partition.Rules, mesh: jax.sharding.Mesh) -> bool:
+    """Whether `rules` can lay out `params` over `mesh`."""
+    try:
+        partition.param_shardings(params, rules, mesh)
+    except ValueError:
+        return False
+    return True

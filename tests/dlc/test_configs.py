@@ -19,21 +19,24 @@ ARGUMENTS = {
     'encoder_small': ('fashion_mnist', 'cifar10', 'imagenette'),
     'generator_small': ('fashion_mnist', 'cifar10', 'imagenette'),
     'generator_digits': ('code', 'class', 'embedding', 'none'),
-    'released': ('sem', 'dit', 'sedd'),
+    'released': ('sem', 'dit', 'sedd', 'llada'),
+    'text_to_code_llada': ('L512', 'L128'),
 }
+QUICKSTARTS = ('quickstart', 'quickstart_text')
 FILES = sorted(p.stem for p in (ROOT / 'configs' / 'dlc').glob('*.py')
-               if p.stem not in ('__init__', 'base', 'quickstart'))
+               if p.stem not in ('__init__', 'base', *QUICKSTARTS))
 # Published counts, where the paper's size is a config (arXiv 2507.12318; without fixed position embeddings).
 PARAMETERS = {
     ('generator_imagenet', 'L512'): 825_266_336, ('code_model_imagenet', 'L512'): 322_549_249,
     ('code_model_imagenet', 'small_L512'): 93_168_897, ('code_model_imagenet', 'L32'): 329_925_889,
+    ('text_to_code_llada', 'L512'): 8_015_581_184 + 142 * 2 * 4096,  # rows of words, in and out, that LLaDA lacks
 }
 
 
 @pytest.mark.parametrize('name, argument', [(f, a) for f in FILES for a in ARGUMENTS.get(f, ('',))])
 def test_config_builds_and_shards(name, argument):
     config = launch.load_config(f'configs/dlc/{name}.py' + (f':{argument}' if argument else ''))
-    mesh = mesh_lib.make_mesh(dict(data=2, fsdp=4) if 'imagenet' in name else dict(data=-1))
+    mesh = mesh_lib.make_mesh(dict(data=2, fsdp=4) if 'imagenet' in name or 'llada' in name else dict(data=-1))
     experiment = train.build(config, mesh)
     state = jax.eval_shape(experiment.init, jax.random.key(0))
     partition.state_shardings(state, experiment.rules, mesh)
@@ -42,7 +45,7 @@ def test_config_builds_and_shards(name, argument):
         assert sum(x.size for x in jax.tree.leaves(state.params)) == PARAMETERS[name, argument]
 
 
-@pytest.mark.parametrize('name', FILES + ['quickstart'])
+@pytest.mark.parametrize('name', FILES + list(QUICKSTARTS))
 def test_docstring_commands_name_real_files(name):
     text = importlib.import_module(f'configs.dlc.{name}').__doc__
     assert 'python -m experiments.' in text

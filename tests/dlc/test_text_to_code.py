@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from dlc_jax import text_to_code
+from dlc_jax.diffusion import remasking
 from dlc_jax.text_to_code import AUTHORS, AUTHORS_BEFORE_WEIGHTING, Objective, Sampling, Words
 from random_params import random_params
 from rlhf_jax.models.decoder import split_blocks
@@ -161,6 +162,20 @@ def test_loss_of_the_original(golden):
         np.testing.assert_allclose(got, golden[f'llada/out/{name}'], rtol=1e-5)
 
 
+def test_groups_are_divided_each_by_its_own_number():
+    rng = np.random.default_rng(0)
+    logits, targets, p = rng.normal(size=(6, 4, 5)), rng.integers(0, 5, (6, 4)), rng.random((6, 1)) + 0.1
+    masked = rng.random((6, 4)) < 0.5
+    grouped = dataclasses.replace(AUTHORS, groups=3)
+    f = lambda rows, objective: text_to_code.masked_cross_entropy(*(jnp.asarray(x[rows]) for x in (
+        logits, targets, masked, p)), masked[rows], objective)
+    want = np.mean([f(slice(i, i + 2), AUTHORS) for i in (0, 2, 4)])
+    np.testing.assert_allclose(f(slice(0, 6), grouped), want, rtol=1e-5)
+    assert abs(f(slice(0, 6), AUTHORS) - want) > 1e-3
+    with pytest.raises(ValueError, match='objective.groups=3 does not divide 4 rows'):
+        f(slice(0, 4), grouped)
+
+
 def test_no_mask_in_the_batch_is_loss_zero_and_has_gradient_zero():
     nothing = np.zeros((2, 3), bool)
     for normalizer in ('tokens', 'masked'):
@@ -193,19 +208,19 @@ def direct_step(logits, u, priority, codes, count, temperature, remasking):
     return value, confidence, out
 
 
-@pytest.mark.parametrize('remasking', ['low_confidence', 'random'])
+@pytest.mark.parametrize('remasked', ['low_confidence', 'random'])
 @pytest.mark.parametrize('temperature', [0.0, 0.2, 1.0])
-def test_a_step_is_the_original_with_the_same_noise(remasking, temperature):
+def test_a_step_is_the_original_with_the_same_noise(remasked, temperature):
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (5, 9, 7)).astype(np.float32)
     codes = np.where(rng.random((5, 9)) < 0.6, 7, rng.integers(0, 7, (5, 9))).astype(np.int32)
-    gumbel, priority = text_to_code.step_noise(jax.random.split(jax.random.key(1), 5), 3, 9, 7)
+    gumbel, priority = remasking.step_noise(jax.random.split(jax.random.key(1), 5), 3, 9, 7)
     u = np.exp(-np.exp(-np.asarray(gumbel, np.float64)))
-    want_value, want_confidence, want = direct_step(logits, u, priority, codes, 2, temperature, remasking)
-    value, confidence = text_to_code.propose(logits, gumbel, priority if remasking == 'random' else None, temperature)
+    want_value, want_confidence, want = direct_step(logits, u, priority, codes, 2, temperature, remasked)
+    value, confidence = remasking.propose(logits, gumbel, priority if remasked == 'random' else None, temperature)
     np.testing.assert_array_equal(value, want_value)
     np.testing.assert_allclose(np.where(codes == 7, confidence, -np.inf), want_confidence, **TOLERANCE)
-    got = text_to_code.commit(codes, value, confidence, 2, most=3, mask=7)
+    got = remasking.commit(codes, value, confidence, 2, most=3, mask=7)
     np.testing.assert_array_equal(got, want)
     assert ((got != codes).sum(1) == np.minimum(2, (codes == 7).sum(1))).all()
 
@@ -225,7 +240,7 @@ def direct_sample(params, key, sampling):
                 logits, blank = run(prompt), run(np.full_like(prompt, 18))
                 logits = blank + (sampling.guidance + 1) * (logits - blank)
                 row = jax.random.fold_in(key, b)[None]
-                gumbel, priority = text_to_code.step_noise(row, step, sampling.block, 7)
+                gumbel, priority = remasking.step_noise(row, step, sampling.block, 7)
                 u = np.exp(-np.exp(-np.asarray(gumbel, np.float64)))
                 codes[:, span] = direct_step(logits, u, priority, codes[:, span], count, sampling.temperature,
                                              sampling.remasking)[2]
@@ -293,6 +308,16 @@ def test_guidance_zero_is_unguided_and_a_key_decides(params):
     jax.tree.map(np.testing.assert_array_equal, base, run(5, guidance=1e-7))  # by the guided path
     assert (run(5, guidance=1.5).codes != base.codes).any()
     assert (run(6).codes != base.codes).any()
+
+
+def test_keys_of_rows_may_be_given(params):
+    """A row draws from its own key alone, whatever its place and its neighbours."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(5), jnp.arange(3))
+    sampling = Sampling(LENGTH, steps=4)
+    base = sample(MODULE, params, jax.random.key(5), CAPTIONS, CAPTION_MASK, WORDS, sampling)
+    order = np.array([2, 0, 1])
+    moved = sample(MODULE, params, keys[order], CAPTIONS[order], CAPTION_MASK[order], WORDS, sampling)
+    np.testing.assert_array_equal(moved.codes, base.codes[order])
 
 
 def test_split_blocks_sample_the_same(params):

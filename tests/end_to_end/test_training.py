@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from configs.dlc import quickstart
+from configs.dlc import quickstart, quickstart_text
 from experiments import train
-from experiments.dlc import codestore, sources
+from experiments.dlc import codestore, digit_pairs, sources
 from experiments.runtime import partition
 from experiments.runtime import mesh as mesh_lib
 
 # A generator's condition changes an input of its step, not how the step is laid out or resumed: one stands for all.
-TRAINED = ('encoder', 'code', 'code_model')
+TRAINED = ('encoder', 'code', 'code_model', 'text_to_code')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -38,13 +38,14 @@ def built_once():
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
-    """Held-out digits with codes and embeddings drawn at random: enough to train on."""
+    """Held-out digits with codes, embeddings and captions drawn at random: enough to train on."""
     path, rng = tmp_path_factory.mktemp('store') / 'codes', np.random.default_rng(0)
     source = sources.image_source(quickstart.get_config('tiny').encoder.data, 'heldout')
-    with codestore.writer(path, num=len(source), meta=dict(num_codes=16, vocab_size=16)) as opened:
+    with codestore.writer(path, num=len(source), meta=dict(num_codes=16, vocab_size=16, captions=True)) as opened:
         opened.append({'codes': rng.integers(0, 16, (len(source), 16)), 'labels': source.labels,
                        'images': source.images, 'embeddings': rng.normal(size=(len(source), 32)).astype(np.float32)},
-                      names=[source.name(i) for i in range(len(source))])
+                      names=[source.name(i) for i in range(len(source))],
+                      captions=[digit_pairs.caption(*rng.integers(0, (10, 10, 4))) for _ in range(len(source))])
     return path
 
 
@@ -54,6 +55,12 @@ def one_device():
 
 def config_of(kind, store):
     whole = quickstart.get_config('tiny').copy_and_resolve_references()
+    if kind == 'text_to_code':
+        config = quickstart_text.get_config('tiny').text_to_code.copy_and_resolve_references()
+        config.model.num_codes = config.model.vocab_size = 16
+        config.data.path, config.eval_every, config.mesh = str(store), 0, whole.encoder.mesh
+        config.model.vocab_multiple = 8
+        return config
     config = whole.generators[kind] if kind in whole.generators else whole[kind]
     if kind == 'encoder':
         config.groups, config.model.drop_path = 8, 0.25
@@ -108,6 +115,10 @@ GOLDEN = {
         'loss': (1.209434, 1.103683, 1.165552),
         'vb': (0.0191665, 0.01213071, 0.01163796),
         'grad_norm': (2.054043, 2.088825, 2.023784)},
+    'text_to_code': {
+        'loss': (1.380787, 1.520448, 1.280982),
+        'masked': (0.4902344, 0.5175781, 0.4492188),
+        'grad_norm': (0.605735, 0.8730795, 0.6826809)},
     'code_model': {
         'loss': (50.16687, 51.51381, 44.87456),
         'nats_per_token': (3.135429, 3.219613, 2.80466),

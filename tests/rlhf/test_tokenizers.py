@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from rlhf_jax.tokenizers import ByteTokenizer, JsonTokenizer
+from rlhf_jax.tokenizers import ByteTokenizer, JsonTokenizer, WordTokenizer
 
 
 def test_bytes():
@@ -65,3 +65,15 @@ def test_what_is_wrong_is_named(folder, tmp_path):
         JsonTokenizer(tmp_path)
     with pytest.raises(ValueError, match="'<eos>' is not in the vocabulary"):
         JsonTokenizer(folder, eos='<eos>')
+
+
+def test_words():
+    tokenizer = WordTokenizer(('a', 'seven', 'above'))
+    assert tokenizer.encode('a seven  above a') == [2, 3, 4, 2] and tokenizer.vocab_size == 5
+    assert tokenizer.decode([2, tokenizer.mask, 3, tokenizer.pad]) == 'a seven'
+    with pytest.raises(ValueError, match="no word 'sevn' here; did you mean 'seven'"):
+        tokenizer.encode('a sevn')
+    with pytest.raises(ValueError, match='the words are a, seven, above'):
+        tokenizer.encode('xyz')
+    with pytest.raises(ValueError, match='must differ'):
+        WordTokenizer(('a', 'a'))

@@ -1,0 +1,68 @@
+"""The text-to-image quickstart's tiny config: everything it promises is written, and interruptions change no number."""
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs.dlc import quickstart_text as config_lib
+from experiments.dlc import quickstart_text as quickstart
+from experiments.runtime import loop
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device():
+    """As on a laptop; how each stage is laid out over many is tested elsewhere, and takes longer to compile."""
+    device = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda *unused: device)
+        yield
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('whole')
+    return workdir, quickstart.quickstart(config_lib.get_config('tiny'), workdir)
+
+
+def test_report_and_metrics_hold_what_is_promised(uninterrupted):
+    workdir, metrics = uninterrupted
+    assert metrics == json.loads((workdir / 'metrics.json').read_text())
+    for kind in ('seen', 'unseen'):
+        row = metrics['methods'][f'text to image, {kind} pairs']
+        assert {'both', 'both_std', 'upper', 'upper_std', 'lower', 'lower_std'} == set(row)
+        real = metrics['methods'][f'held-out images, {kind} pairs']
+        assert real['both'] > 0.8 and real['both'] <= min(real['upper'], real['lower'])  # whatever was trained
+        assert {f'{what}, {kind} pairs' for what in ('text to code', 'codes of held-out images',
+                                                     'images from codes of held-out images')} <= set(metrics['methods'])
+    draws = np.load(workdir / 'samples' / 'text_1.npz')
+    assert draws['images'].shape == (400, 16, 16, 1) and draws['codes'].shape == (400, 32)
+    page = (workdir / 'report.html').read_text()
+    for part in ('Does the image show what the text says?', 'Samples', 'Training', 'a zero above a zero (seen pair)',
+                 'a zero above a three (unseen pair)', 'both digits right'):
+        assert f'>{part}<' in page
+    assert page.count('<img') == 9 + 7 + 1 + 3 and 'src="http' not in page
+
+
+def test_interrupted_while_the_text_model_trains_the_numbers_are_the_same(uninterrupted, tmp_path, monkeypatch):
+    whole, metrics = uninterrupted
+    again = tmp_path / 'again'
+    shutil.copytree(whole, again, ignore=shutil.ignore_patterns('text_to_code', 'text_1.npz', 'metrics.json'))
+    (again / 'samples' / 'text_0.npz').unlink()
+    config, taken = config_lib.get_config('tiny'), iter(range(1, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == 3)
+        with pytest.raises(loop.Stopped):
+            quickstart.quickstart(config, again)
+    assert not (again / 'metrics.json').exists()
+    assert quickstart.quickstart(config, again) == metrics
+
+
+def test_what_is_said_is_compared_with_what_is_seen():
+    upper, lower, labels = np.array([7, 7, 1, 0]), np.array([2, 3, 2, 0]), np.array([72, 72, 72, 0])
+    assert quickstart.shares(upper, lower, labels) == {'both': 0.5, 'upper': 0.75, 'lower': 0.75}
+    assert [label for label, _ in quickstart.PROMPTS][::4] == list(range(100))
+    assert quickstart.PROMPTS[4 * 72 + 2][1] == 'a two below a seven' and quickstart.UNSEEN.sum() == 20
