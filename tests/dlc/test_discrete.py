@@ -11,6 +11,7 @@ from scipy import stats
 
 from dlc_jax.diffusion import discrete
 from dlc_jax.diffusion.discrete import SAMPLERS, DiscreteDiffusion, Jumps, network_calls
+from compiled import optimized
 
 PROPERTY = settings(max_examples=10, deadline=None)
 V, L = 3, 2
@@ -239,7 +240,7 @@ def test_analytic_step_of_one_token_is_the_posterior(process, noise):
 def test_temperature_changes_which_token_and_not_when():
     d = DiscreteDiffusion(V)
     steps = dict(sampler='analytic', num_steps=1)  # both tokens of nearly every code at once, from their marginals
-    sample = jax.jit(lambda k: d.sample(exact_score('absorbing'), k, 4000, L, temperature=0.25, **steps))
+    sample = optimized(lambda k: d.sample(exact_score('absorbing'), k, 4000, L, temperature=0.25, **steps))
     cold = np.asarray(sample(FAST))
     for position in range(L):
         sharp = JOINT.sum(1 - position) ** 4
@@ -255,7 +256,7 @@ def test_jumps_that_float32_noise_cannot_resolve_happen_as_often_as_they_should(
     move = Jumps(jnp.full((*shape, 4), np.log(2.5e-8), jnp.float32), jnp.full(shape, 1 - 1e-7))
     step = lambda i: d._step(jax.random.fold_in(FAST, i), jnp.full(shape, 4), move, 0.0, 1.0)
     count = lambda i, total: total + jnp.sum(step(i) != 4)
-    jumps = int(jax.jit(lambda: jax.lax.fori_loop(0, 60, count, 0))())
+    jumps = int(optimized(lambda: jax.lax.fori_loop(0, 60, count, 0))())
     assert 2 <= jumps <= 15  # 6 expected; 0.2 with one float32 draw among tokens and staying
 
 
@@ -273,7 +274,7 @@ def test_every_sampler_draws_the_known_joint(process, sampler, options):
     noise = NOISES[1] if options.pop('noise', None) else NOISES[0]
     d = DiscreteDiffusion(V, process=process, **noise)
     score = exact_score(process)
-    codes = jax.jit(lambda k: d.sample(score, k, 8000, L, sampler=sampler, num_steps=250, **options))(FAST)
+    codes = optimized(lambda k: d.sample(score, k, 8000, L, sampler=sampler, num_steps=250, **options))(FAST)
     assert codes.dtype == jnp.int32 and codes.shape == (8000, L) and codes.min() >= 0 and codes.max() < V
     assert chi_square(codes, JOINT) > 1e-5
     assert chi_square(codes, np.outer(JOINT.sum(1), JOINT.sum(0))) < 1e-30  # the test could tell independent tokens
@@ -283,7 +284,7 @@ def test_tokens_drawn_together_are_independent():
     """What first_hitting gives up when it reveals both tokens in one call."""
     d = DiscreteDiffusion(V)
     options = dict(sampler='first_hitting', tokens_per_call=2)
-    codes = jax.jit(lambda k: d.sample(exact_score('absorbing'), k, 8000, L, **options))(FAST)
+    codes = optimized(lambda k: d.sample(exact_score('absorbing'), k, 8000, L, **options))(FAST)
     assert chi_square(codes, np.outer(JOINT.sum(1), JOINT.sum(0))) > 1e-5
 
 
@@ -324,7 +325,7 @@ def test_first_hitting_times_follow_the_process():
         jax.debug.callback(note, (tokens == V).sum(-1), sigma, ordered=True)
         return jnp.zeros((*tokens.shape, V + 1))
 
-    jax.block_until_ready(jax.jit(lambda k: d.sample(score, k, 4000, 5, sampler='first_hitting'))(jax.random.key(0)))
+    jax.block_until_ready(optimized(lambda k: d.sample(score, k, 4000, 5, sampler='first_hitting'))(jax.random.key(0)))
     jax.effects_barrier()
     # The n-th largest of 5 uniform draws has mean (6 - n) / 6; here they are shares of what is masked at time 1.
     share = np.stack([-np.expm1(-np.asarray(noise, np.float64)) for _, noise in seen]).mean(1)
@@ -343,7 +344,7 @@ def test_remasking_keeps_the_share_of_masks_on_its_course(eta, window, parity):
         return exact_score('absorbing')(tokens, sigma)
 
     options = dict(sampler='remasking', num_steps=100, eta=eta, window=window, parity=parity)
-    run = jax.jit(lambda k: d.sample(score, k, codes_of, L, **options))
+    run = optimized(lambda k: d.sample(score, k, codes_of, L, **options))
     codes = np.asarray(run(FAST))
     jax.effects_barrier()
     assert len(seen) == 101

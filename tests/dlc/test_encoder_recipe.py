@@ -13,6 +13,7 @@ from experiments.dlc import encoder
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import optim, partition
 from experiments.runtime.state import TrainState
+from compiled import optimized
 
 DEPTH = 24
 
@@ -84,11 +85,11 @@ def test_loss_is_the_sum_over_pairs_of_views():
     state = shapes.replace(step=jnp.int32(0), params=scramble(shapes.params), ema=scramble(shapes.ema), extra=center,
                            opt_state=None, rng=None)
     batch = next(experiment.open_batches())
-    got, aux = jax.jit(experiment.loss)(state.params, state, batch, jax.random.key(0))
+    got, aux = optimized(experiment.loss)(state.params, state, batch, jax.random.key(0))
 
     model, head = encoder.make_model(config), encoder.make_head(config)
-    see = jax.jit(lambda p, x, masks=None: model.apply({'params': p['encoder']}, x, masks))
-    score = jax.jit(lambda p, x: head.apply({'params': p['dino_head']}, x))
+    see = optimized(lambda p, x, masks=None: model.apply({'params': p['encoder']}, x, masks))
+    score = optimized(lambda p, x: head.apply({'params': p['dino_head']}, x))
     soft = lambda logits, name: np.asarray(jax.nn.softmax((logits - center[name]) / 0.04), np.float64)
     cross = lambda logits, target: -(target * np.asarray(jax.nn.log_softmax(logits / 0.1), np.float64)).sum(-1)
     views = batch['global_crops'].shape[1]

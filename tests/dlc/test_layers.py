@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dlc_jax.models import layers
+from compiled import optimized
 
 X = 3 * jax.random.normal(jax.random.key(0), (2, 3, 8)) + 1
 SCALE, BIAS = jnp.linspace(0.5, 2, 8), jnp.linspace(-1, 1, 8)
@@ -58,7 +59,7 @@ def test_value_and_derivatives_are_those_of_the_plain_formula(name):
             'batched': jax.vmap(jax.grad(loss))(jnp.stack([x, x + direction])),
             'second derivative': jax.jvp(jax.grad(loss), (x,), (direction,))[1]}
 
-    got, want = jax.jit(lambda: everything(ours))(), jax.jit(lambda: everything(plain))()
+    got, want = optimized(lambda: everything(ours))(), optimized(lambda: everything(plain))()
     for kind in want:
         scale = 10 if kind == 'second derivative' else 1
         np.testing.assert_allclose(got[kind], want[kind], rtol=scale * 1e-5, atol=scale * 1e-6, err_msg=kind)
@@ -69,8 +70,8 @@ def test_gradient_under_scan_and_without_jit():
         return jax.lax.scan(lambda h, w: (f(h * w), None), x, jnp.linspace(0.5, 1, 3))[0].sum()
     ours = lambda h: layers.gelu(norm(h))
     plain = lambda h: nn.gelu(plain_layer_norm(h))
-    want = jax.jit(jax.grad(loss), static_argnums=1)(X, plain)
-    np.testing.assert_allclose(jax.jit(jax.grad(loss), static_argnums=1)(X, ours), want, rtol=1e-4, atol=1e-5)
+    want = optimized(jax.grad(loss), static_argnums=1)(X, plain)
+    np.testing.assert_allclose(optimized(jax.grad(loss), static_argnums=1)(X, ours), want, rtol=1e-4, atol=1e-5)
     eager = jax.grad(lambda x: layers.gelu(x).sum())(X)
     np.testing.assert_allclose(eager, jax.grad(lambda x: nn.gelu(x).sum())(X), **TOLERANCE)
 
