@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -181,16 +180,7 @@ def read(kind: str, path: str | os.PathLike, *, key: str | None = None, **fields
         return convert.from_torch(kind, tensors, **given)
     except ValueError as error:
         message = str(error).removeprefix('convert: ').removeprefix('sem: ')
-        raise ValueError(f'{_holder(path, local, message)}: {message}') from None
-
-
-def _holder(path: str | os.PathLike, local: pathlib.Path, message: str) -> str:
-    """`path`, or the shard of it with the tensor that `message` names."""
-    for index in local.glob('*.index.json') if local.is_dir() else ():
-        for name, shard in json.loads(index.read_text())['weight_map'].items():
-            if name in message.split():
-                return f'{os.fspath(path).rstrip("/")}/{shard}'
-    return os.fspath(path)
+        raise ValueError(f'{os.fspath(path)}: {message}') from None
 
 
 def as_run(kind: str, module: Any, params: Mapping[str, Any],
@@ -259,19 +249,11 @@ def write_released(kind: str, module: Any, params: Mapping[str, Any], folder: st
     Args:
         noise: of a sedd.
     """
-    tensors = convert.to_torch(kind, module, params)
-    text = json.dumps(_released_config(kind, module, noise), indent=1) + '\n'
-    if storage.is_remote(folder):
-        with tempfile.TemporaryDirectory() as local:
-            save_state_dict(pathlib.Path(local) / KINDS[kind].file, tensors)
-            (pathlib.Path(local) / 'config.json').write_text(text)
-            storage.upload(pathlib.Path(local), folder, last='config.json')
-        return
-    folder = pathlib.Path(storage.resolve(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_state_dict(folder / KINDS[kind].file, tensors)
-    with storage.write_whole(folder / 'config.json') as file:
-        file.write(text.encode())
+    config = _released_config(kind, module, noise)
+    with storage.local_folder(folder, last='config.json') as local:
+        save_state_dict(local / KINDS[kind].file, convert.tensors(kind, module, params))
+        with storage.write_whole(local / 'config.json') as file:
+            file.write((json.dumps(config, indent=1) + '\n').encode())
 
 
 def _released_config(kind: str, m: Any, noise: str) -> dict[str, Any]:
