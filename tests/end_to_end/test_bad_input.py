@@ -388,11 +388,12 @@ def test_quickstart_stopped_by_a_signal_says_how_to_continue(call, tmp_path, mon
     assert status == 0 and 'run the same command to continue' in said
 
 
+WIDTH = 65536  # of the linear model: 1 MiB, so that compressed and split over files each is over the limit below
+
+
 @pytest.fixture
 def linear(monkeypatch):
     """A linear model in place of the networks, so that `train` runs in no time."""
-    width = 2048  # 32 KiB: more than the file-size limit below
-
     class Stream:
         def __init__(self):
             self.position = 0
@@ -419,7 +420,7 @@ def linear(monkeypatch):
         return state.replace(step=state.step + 1, params=params), {'loss': value}
 
     def init(key):
-        return TrainState(jnp.int32(0), {'w': jax.random.normal(key, (4, width))}, (), None, key)
+        return TrainState(jnp.int32(0), {'w': jax.random.normal(key, (4, WIDTH))}, (), None, key)
 
     experiment = Experiment(init, loss, step, ((r'w', PartitionSpec()),),
                             {'x': jax.ShapeDtypeStruct((8, 4), jnp.float32)}, Stream)
@@ -427,7 +428,7 @@ def linear(monkeypatch):
 
 
 def weights(workdir):
-    like = {'w': jax.ShapeDtypeStruct((4, 2048), jnp.float32)}
+    like = {'w': jax.ShapeDtypeStruct((4, WIDTH), jnp.float32)}
     checkpointer = Checkpointer(workdir / 'checkpoints', read_only=True)
     step, state, _ = checkpointer.restore(TrainState(jax.ShapeDtypeStruct((), jnp.int32), like, (), None,
                                                      jax.eval_shape(jax.random.key, 0)))
