@@ -35,7 +35,8 @@ from experiments.runtime import launch, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.train import build, mesh_of
 
-PAPER = tuple(f'configs/dlc/{name}_imagenet.py:L512' for name in ('encoder', 'generator', 'code_model'))
+PAPER = (*(f'configs/dlc/{name}_imagenet.py:L512' for name in ('encoder', 'generator', 'code_model')),
+         'configs/dlc/text_to_code_llada.py:L512')
 
 # Names count chips for v5e and v6e but TensorCores, two a chip, for v4 and v5p, as Google Cloud does.
 _FLAT = {4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'}
@@ -153,7 +154,8 @@ def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: st
     """('step', report) and ('sampler', report) of `config` on `target`, each laid out as it is run there.
 
     Training follows `config.mesh`. Sampling keeps a copy of the parameters on every chip and splits the batch over all
-    of them, as `experiments.runtime.modules.Batched` does; a policy samples as `config.rollout` says.
+    of them, as `experiments.runtime.modules.Batched` does; a policy samples as `config.rollout` says, text to code with
+    its parameters split over the chips.
     """
     mesh = mesh_of(config, target.devices)
     experiment = build(config, mesh)

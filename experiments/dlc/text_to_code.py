@@ -21,7 +21,7 @@ from dlc_jax import convert, text_to_code
 from dlc_jax.diffusion.remasking import Sampling
 from experiments.dlc import captions as captions_lib
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, optim, storage
+from experiments.runtime import modules, optim, partition, storage
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from rlhf_jax.convert import files
@@ -114,14 +114,22 @@ def build(config: Config, mesh: Mesh) -> Experiment:
             return ()
         return (HeldOut(config, mesh, captions_lib.open_batches(config.data.heldout, config, words), loss, writer),)
 
-    def sample_once(params, key):
-        prompt = jnp.zeros((config.batch_size, config.caption_length), jnp.int32)
-        return sample(config, params, key, prompt, jnp.ones_like(prompt, bool))
+    def sampler_program(devices):
+        """As `modules.Batched` lays it out: a device holds a share of the parameters and samples some of the rows."""
+        over = mesh_lib.make_mesh({'fsdp': -1}, devices)
+        batch, shapes = mesh_lib.batch_sharding(over), jax.eval_shape(init_params, jax.random.key(0))
+        layout = partition.param_shardings(shapes, llama.PARTITION_RULES, over)
+        program = jax.jit(functools.partial(sample, config), out_shardings=batch,
+                          in_shardings=(layout, mesh_lib.replicated(over), batch, batch))
+        return program, (shapes, jax.eval_shape(jax.random.key, 0), batch_of['captions'],
+                         batch_of['caption_mask']), over
 
     rows = (config.batch_size, config.caption_length)
-    batch = {'codes': jax.ShapeDtypeStruct((config.batch_size, m.num_codes), jnp.int32),
-             'captions': jax.ShapeDtypeStruct(rows, jnp.int32), 'caption_mask': jax.ShapeDtypeStruct(rows, jnp.bool_)}
-    return Experiment(init, loss, step, llama.PARTITION_RULES, batch, open_batches, sampler=sample_once, hooks=hooks,
+    batch_of = {'codes': jax.ShapeDtypeStruct((config.batch_size, m.num_codes), jnp.int32),
+                'captions': jax.ShapeDtypeStruct(rows, jnp.int32),
+                'caption_mask': jax.ShapeDtypeStruct(rows, jnp.bool_)}
+    return Experiment(init, loss, step, llama.PARTITION_RULES, batch_of, open_batches,
+                      sampler_program=sampler_program, hooks=hooks,
                       warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
 
 
