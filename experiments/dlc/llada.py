@@ -4,6 +4,7 @@ A released folder (GSAI-ML/LLaDA-8B-Base, lavoies/DLC_LLADA_L512) holds config.j
 files. Everything goes tensor by tensor: of 16 GB in bfloat16 no second copy is made.
 """
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +73,28 @@ def read_run(workdir: str | os.PathLike) -> tuple[Llama, Mapping[str, Any], Any]
     return module, jax.device_get(params), config
 
 
+def with_code_tokens(path: pathlib.Path, separator: int, num_codes: int) -> Any:
+    """The tokenizer of the file `path` with the separator and code tokens under their released names, or as it is where
+    it has them.
+
+    Raises:
+        ValueError: not a tokenizer, or the separator would not become token `separator`.
+    """
+    import tokenizers
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f'{path}: not a tokenizer.json ({error})') from None
+    if tokenizer.token_to_id('<|start_sem|>') is None:
+        size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if size != separator:
+            raise ValueError(f'{path}: {size} tokens, but the run was trained with its separator as token {separator}; '
+                             'its tokenizer must be the one it was trained with')
+        names = ('<|start_sem|>', *(f'<|sem_vocab_{i}|>' for i in range(num_codes)))
+        tokenizer.add_tokens([tokenizers.AddedToken(name, single_word=True, normalized=False) for name in names])
+    return tokenizer
+
+
 def write(src: str | os.PathLike, dst: str | os.PathLike, *, reverse: bool, dtype: str | None = None,
           key: str | None = None) -> str:
     """Writes the model in `src`, a released folder or (`reverse`) a work directory, to the folder `dst`: shards of
@@ -80,11 +103,16 @@ def write(src: str | os.PathLike, dst: str | os.PathLike, *, reverse: bool, dtyp
     Args:
         dtype: of the tensors written; None: as they are in `src`.
     """
+    words = None
     if reverse:
         module, params, run = read_run(src)
         config = {f'{name}_token_id': run.words[f'{name}_token'] for name in ('mask', 'pad')} if 'words' in run else {}
         tokenizer = run.get('tokenizer') or run.get('pretrained') or 'bytes'
         tokenizer = tokenizer if storage.resolve(tokenizer).exists() else 'bytes'
+        if tokenizer != 'bytes':
+            local = storage.local_copy(tokenizer)
+            words = with_code_tokens(local / 'tokenizer.json' if local.is_dir() else local, run.words.separator,
+                                     run.model.vocab_size)
     else:
         module, params, config = read_released(src, key=key)
         tokenizer = os.fspath(src)
@@ -93,6 +121,8 @@ def write(src: str | os.PathLike, dst: str | os.PathLike, *, reverse: bool, dtyp
     with storage.local_folder(dst, last='config.json') as folder:
         files.save(folder, convert.tensors('llada', module, params, dtype=stored), config)
         copied = copy_tokenizer(tokenizer, folder)
+        if words is not None:
+            words.save(str(folder / 'tokenizer.json'))
     count = sum(np.size(x) for x in jax.tree.leaves(params))
     return (f'llada: {count:,} parameters, vocabulary of {module.vocab_size}, {stored.itemsize * count / 1e9:.3g} GB '
             f'in {stored.name} -> {dst}' + ('' if copied else ' (no tokenizer files beside it)'))

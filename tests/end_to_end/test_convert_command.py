@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
 
 from dlc_jax import convert
@@ -23,11 +24,13 @@ from experiments.dlc.code_model import CodeModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
+from experiments.dlc.text_to_code import TextToCode
 from experiments.runtime import launch
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax.models.llama import Llama
 
 L, V = 6, 8
+SEPARATOR = 62  # of 71 rows of a LLaDA
 MODULES = {
     'sem': sem.SEMEncoder(width=32, depth=2, num_heads=4, patch_size=14, num_registers=4, pos_grid=3, num_codes=L,
                           vocab_size=V, temperature=0.5),
@@ -197,7 +200,8 @@ def llada_folder(tmp_path_factory):
     tensors = convert.tensors('llada', LLADA, params, dtype=jnp.bfloat16)
     files.save(folder, tensors, llada.config_of(LLADA) | {'mask_token_id': 50, 'vocab_size': 64}, shard_bytes=10_000)
     assert (folder / 'model.safetensors.index.json').exists()
-    (folder / 'tokenizer.json').write_text('{}')
+    vocabulary = {f'w{i}': i for i in range(SEPARATOR)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, 'w0')).save(str(folder / 'tokenizer.json'))
     return folder, params
 
 
@@ -227,7 +231,8 @@ def test_a_run_of_text_to_code_becomes_llada(run, llada_folder, tmp_path):
     model = dict(size='LLaDA-8B', dtype='float32', num_codes=L, vocab_size=V,  # of the codes
                  **{name: getattr(LLADA, name) for name in sizes})
     launch.save_config(ml_collections.ConfigDict(dict(
-        experiment='text_to_code', tokenizer=str(folder), model=model, words=dict(mask_token=50, pad_token=3))),
+        experiment='text_to_code', tokenizer=str(folder), model=model,
+        words=dict(separator=SEPARATOR, mask_token=50, pad_token=3))),
         tmp_path / 'run')
     status, said, error = run(command, f'--reverse --kind=llada --src={tmp_path}/run --dst={tmp_path}/out '
                               '--dtype=bfloat16')
@@ -235,9 +240,15 @@ def test_a_run_of_text_to_code_becomes_llada(run, llada_folder, tmp_path):
     assert_same(tensors_of(tmp_path / 'out'), tensors_of(folder))
     assert {x.dtype for x in tensors_of(tmp_path / 'out').values()} == {np.dtype(jnp.bfloat16)}
     noted = json.loads((tmp_path / 'out' / 'config.json').read_text())
-    assert (noted['vocab_size'], noted['mask_token_id']) == (71, 50) and (tmp_path / 'out' / 'tokenizer.json').exists()
+    assert (noted['vocab_size'], noted['mask_token_id']) == (71, 50)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / 'out' / 'tokenizer.json'))
+    assert [tokenizer.token_to_id(name) for name in ('<|start_sem|>', '<|sem_vocab_0|>', f'<|sem_vocab_{V - 1}|>')] == [
+        SEPARATOR, SEPARATOR + 1, SEPARATOR + V]
+    assert tokenizer.token_to_id(f'<|sem_vocab_{V}|>') is None
     status, _, error = run(command, f'--kind=llada --src={tmp_path}/out --dst={tmp_path}/again')
     assert status == 0, error
+    loaded = released.load_llada(TextToCode, tmp_path / 'out', num_codes=L)  # what --llada reads
+    assert (loaded.config.words.separator, loaded.config.model.vocab_size) == (SEPARATOR, V)
 
 
 @pytest.mark.parametrize('change, said', [
