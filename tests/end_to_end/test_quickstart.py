@@ -9,7 +9,7 @@ from configs.dlc import quickstart as config_lib
 from experiments.dlc import quickstart
 from experiments.runtime import loop, stages
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
 
 
 @pytest.fixture(scope='module')

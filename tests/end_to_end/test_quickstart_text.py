@@ -2,7 +2,6 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,16 +9,7 @@ from configs.dlc import quickstart_text as config_lib
 from experiments.dlc import quickstart_text as quickstart
 from experiments.runtime import loop
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-    """As on a laptop; how each stage is laid out over many is tested elsewhere, and takes longer to compile."""
-    device = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'devices', lambda *unused: device)
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
 
 
 @pytest.fixture(scope='module')
