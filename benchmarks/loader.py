@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from experiments.runtime.stream import ArrayBatches
-from experiments.dlc.codestore import open_code_store, writer
+from experiments.dlc.data.codestore import open_code_store, writer
 
 ROWS, BATCH, LENGTH, VOCAB, LATENT = 512, 64, 512, 256, (32, 32, 4)
 

@@ -26,9 +26,10 @@ import ml_collections
 import numpy as np
 
 from dlc_jax import convert
-from dlc_jax.convert import dinov2, files
+from dlc_jax.convert import dinov2
+from rlhf_jax.weights import files
 from experiments.dlc import llada, released
-from experiments.rlhf import released as language
+from experiments.rlhf.models import export as language
 from experiments.runtime import launch, storage
 from rlhf_jax.convert import KINDS as LANGUAGE
 

@@ -18,9 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dlc_jax.ssl import augment
-from experiments.dlc import captions as captions_lib
-from experiments.dlc import codestore, released, sources
-from experiments.dlc.batches import eval_batches
+from experiments.dlc.data import captions as captions_lib
+from experiments.dlc import released
+from experiments.dlc.data import codestore, sources
+from experiments.dlc.data.batches import eval_batches
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import to_model_range
 from experiments.dlc.latents import LatentDecoder

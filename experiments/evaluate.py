@@ -20,10 +20,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from dlc_jax import convert
-from dlc_jax.convert.files import load_state_dict
+from rlhf_jax.weights.files import load_state_dict
 from dlc_jax.metrics import frechet, inception_features, inception_score, prdc, probes, vendi
 from dlc_jax.models.inception import InceptionOutput
-from experiments.dlc import codestore, evaluation
+from experiments.dlc import evaluation
+from experiments.dlc.data import codestore
 from experiments.dlc.judge import Judge
 from experiments.runtime import launch, storage
 

@@ -11,7 +11,7 @@ rollout.num_generators).
 import logging
 import time
 
-from experiments.rlhf import rollouts
+from experiments.rlhf.policy import rollouts
 from experiments.runtime import launch, storage
 from rlhf_jax.rollout import processes
 

@@ -40,7 +40,7 @@ from experiments.dlc.code_model import CodeModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
-from experiments.dlc.sources import read_image
+from experiments.dlc.data.sources import read_image
 from experiments.dlc.text_to_code import TextToCode
 from experiments.runtime import launch, storage
 from experiments.runtime.report import image_grid, save_image

@@ -28,12 +28,12 @@ EXPERIMENTS = {
     'generator': 'experiments.dlc.generator',
     'code_model': 'experiments.dlc.code_model',
     'text_to_code': 'experiments.dlc.text_to_code',
-    'sft': 'experiments.rlhf.sft',
-    'reward_model': 'experiments.rlhf.reward_model',
-    'dpo': 'experiments.rlhf.dpo',
-    'policy': 'experiments.rlhf.policy',
-    'translation_agent': 'experiments.rlhf.translation_agent',
-    'translation_game': 'experiments.rlhf.translation_game',
+    'sft': 'experiments.rlhf.supervised.sft',
+    'reward_model': 'experiments.rlhf.supervised.reward_model',
+    'dpo': 'experiments.rlhf.supervised.dpo',
+    'policy': 'experiments.rlhf.policy.experiment',
+    'translation_agent': 'experiments.rlhf.translation.agent',
+    'translation_game': 'experiments.rlhf.translation.game',
 }
 
 
@@ -49,7 +49,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> experiment_lib.Exper
 def mesh_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """`config.mesh` over `devices` (default: all) but those that `config.rollout` sets apart to generate."""
     if config.get('rollout'):
-        from experiments.rlhf.rollouts import learner_devices
+        from experiments.rlhf.policy.rollouts import learner_devices
         return mesh_lib.make_mesh(config.mesh, learner_devices(config, devices))
     return mesh_lib.make_mesh(config.mesh, devices)
 

@@ -25,7 +25,7 @@ def _language(experiment: str, **sections) -> ConfigDict:
         bos=False,  # every text begins with the tokenizer's BOS
         weights='',  # to start from: a Hugging Face folder, or the work directory of an earlier stage; '': fresh
         data=dict(
-            task='arithmetic',  # see experiments.rlhf.tasks
+            task='arithmetic',  # see experiments.rlhf.data.tasks
             path='',  # file or folder on disk, or tfds:NAME; '': embedded, where the task is
             split='train', heldout='validation',  # names of splits
             num_rows=0,  # first so many; 0: all (of embedded tasks: how many are made up)

@@ -1,4 +1,4 @@
-"""The compared methods on the Lewis game: `python -m experiments.rlhf.lewis --config=configs/rlhf/lewis.py:SIZE`.
+"""The compared methods on the Lewis game: `python -m experiments.rlhf.lewis.comparison --config=configs/rlhf/lewis.py:SIZE`.
 
 quickstart  a speaker that is rewarded by a listener which knows the language badly and hardly learns: the task is
             learnt and the language drifts. About a minute on one CPU core.

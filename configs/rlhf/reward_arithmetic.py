@@ -1,4 +1,4 @@
-"""A reward model of worked sums, a proxy for the gold reward that labels its pairs (`experiments/rlhf/gold.py`).
+"""A reward model of worked sums, a proxy for the gold reward that labels its pairs (`experiments/rlhf/data/arithmetic_gold.py`).
 
     python -m experiments.train --config=configs/rlhf/reward_arithmetic.py --workdir=runs/arithmetic/reward
 

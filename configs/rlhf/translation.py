@@ -14,7 +14,7 @@
     python -m experiments.train --config=configs/rlhf/translation.py:small_game --workdir=runs/small/elastic \\
         --config.data.path=DATA --config.speaker=runs/small/speaker --config.listener=runs/small/listener \\
         --config.elastic.method=elastic_reset
-    python -m experiments.rlhf.evaluate_translation --game=runs/small/elastic
+    python -m experiments.evaluate_translation --game=runs/small/elastic
 
 `speaker`, `listener`, `game` and `game_gumbel` have the published sizes and rates (of arXiv 2003.12694's code, which
 Elastic Reset's game descends from; its own period, decay and number of steps were not published). The speaker and the

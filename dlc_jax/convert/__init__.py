@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax.convert import rules
+from rlhf_jax.weights import rules
 
 KINDS = ('dinov2', 'sem', 'dino_head', 'dit', 'sedd', 'sd_vae', 'inception', 'llada')  # each is a file beside this one
 

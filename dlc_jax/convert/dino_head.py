@@ -4,8 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dlc_jax.convert import rules as rules_lib
-from dlc_jax.convert.rules import FLAT, Codec, Rule, dense, linear
+from rlhf_jax.weights import rules as rules_lib
+from rlhf_jax.weights.rules import Codec, FLAT, Rule, dense, linear
 from dlc_jax.ssl.dino import DINOHead
 
 # weight_g is (K, 1) there.

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dlc_jax.convert import rules as rules_lib
-from dlc_jax.convert.rules import Renamed, Rule, dense, linear, norm, patch_conv
+from rlhf_jax.weights import rules as rules_lib
+from rlhf_jax.weights.rules import Rule, dense, linear, norm, patch_conv
+from rlhf_jax.weights.state_dict import Renamed
 from dlc_jax.models.vit import VisionTransformer, swiglu_hidden
 
 PREFIXES = ('_orig_mod.', 'module.', 'backbone.')

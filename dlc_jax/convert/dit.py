@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax.convert.rules import (Codec, Fixed, Rule, dense, linear, num_blocks, param_shapes, patch_conv, shape_of,
-                                   strip_prefixes, to_flax)
+from rlhf_jax.weights.rules import Codec, Fixed, Rule, dense, linear, param_shapes, patch_conv, to_flax
+from rlhf_jax.weights.state_dict import num_blocks, shape_of, strip_prefixes
 from dlc_jax.models.dit import DiT, sincos_position_embedding
 
 PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')

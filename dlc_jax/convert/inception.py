@@ -4,8 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dlc_jax.convert import rules
-from dlc_jax.convert.rules import CONV, SAME, Fixed, Rule, linear
+from rlhf_jax.weights import rules
+from rlhf_jax.weights.rules import CONV, Fixed, Rule, SAME, linear
 from dlc_jax.models.inception import InceptionV3
 
 # Ends of parameter paths -> ends of tensor names. What comes before is the same on both sides.

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax.convert import rules
-from dlc_jax.convert.rules import Fixed, Rule, linear
+from rlhf_jax.weights import rules
+from rlhf_jax.weights.rules import Fixed, Rule, linear
 from rlhf_jax.models.llama import Llama
 
 PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')

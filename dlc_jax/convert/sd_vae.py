@@ -4,8 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dlc_jax.convert import rules
-from dlc_jax.convert.rules import CONV, Renamed, Rule, dense, linear, norm
+from rlhf_jax.weights import rules
+from rlhf_jax.weights.rules import CONV, Rule, dense, linear, norm
+from rlhf_jax.weights.state_dict import Renamed
 from dlc_jax.models.vae import AutoencoderKL
 
 # The released files have the first names, files written by diffusers since 0.18 the second.

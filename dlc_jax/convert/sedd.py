@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from dlc_jax.convert import rules
-from dlc_jax.convert.rules import Fixed, Rule, dense, linear
+from rlhf_jax.weights import rules
+from rlhf_jax.weights.rules import Fixed, Rule, dense, linear
 from dlc_jax.models.sedd import SEDD
 
 PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')

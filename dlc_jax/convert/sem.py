@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from dlc_jax.convert import dinov2
-from dlc_jax.convert import rules as rules_lib
-from dlc_jax.convert.rules import FLAT, Fixed, Renamed, Rule, linear, norm
+from rlhf_jax.weights import rules as rules_lib
+from rlhf_jax.weights.rules import FLAT, Fixed, Rule, linear, norm
+from rlhf_jax.weights.state_dict import Renamed
 from dlc_jax.models.sem import SEMEncoder
 
 _HEADS = ('dino_head.', 'ibot_head.')

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dlc_jax.diffusion import discrete
 from dlc_jax.models import sedd
-from experiments.dlc.codestore import open_code_store
+from experiments.dlc.data.codestore import open_code_store
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, optim
 from experiments.runtime.experiment import Experiment

@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlc_jax import convert
-from dlc_jax.convert.files import load_state_dict
+from rlhf_jax.weights.files import load_state_dict
 from dlc_jax.models import sem, vit
 from dlc_jax.ssl import augment, dino, ibot, koleo, masking
-from experiments.dlc import batches as batches_lib
-from experiments.dlc import sources
+from experiments.dlc.data import batches as batches_lib
+from experiments.dlc.data import sources
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, optim, partition, storage
 from experiments.runtime.experiment import Experiment

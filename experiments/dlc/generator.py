@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dlc_jax.diffusion import gaussian
 from dlc_jax.models import dit
-from experiments.dlc.codestore import open_code_store
+from experiments.dlc.data.codestore import open_code_store
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, optim
 from experiments.runtime.experiment import Experiment

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlc_jax import convert
-from dlc_jax.convert.files import load_state_dict
+from rlhf_jax.weights.files import load_state_dict
 from dlc_jax.diffusion.gaussian import to_uint8
 from dlc_jax.models.vae import SCALING_FACTOR
 from experiments.runtime import modules, storage

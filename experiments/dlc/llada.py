@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlc_jax import convert
-from dlc_jax.convert import files, llada
-from experiments.rlhf.released import copy_tokenizer
+from dlc_jax.convert import llada
+from rlhf_jax.weights import files
+from experiments.rlhf.models.export import copy_tokenizer
 from experiments.runtime import launch, modules, storage
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax.models.llama import SIZES, Llama

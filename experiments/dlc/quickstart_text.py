@@ -18,8 +18,9 @@ import numpy as np
 from dlc_jax import codes as codes_lib
 from dlc_jax.diffusion.gaussian import to_uint8
 from experiments import encode as encode_lib
-from experiments.dlc import codestore, digit_pairs, evaluation
-from experiments.dlc.digit_pairs import DigitPairs
+from experiments.dlc import evaluation
+from experiments.dlc.data import codestore, digit_pairs
+from experiments.dlc.data.digit_pairs import DigitPairs
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.judge import Judge

@@ -15,13 +15,13 @@ import ml_collections
 import numpy as np
 
 from dlc_jax import convert
-from dlc_jax.convert.files import load_state_dict, save_state_dict
+from rlhf_jax.weights.files import load_state_dict, save_state_dict
 from dlc_jax.models import dit, vit
 from dlc_jax.models.vae import SCALING_FACTOR
-from experiments.runtime import launch, modules, storage
+from experiments.runtime import launch, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
-from rlhf_jax.convert import files as language_files
+from rlhf_jax.weights import files as language_files
 from rlhf_jax.tokenizers import JsonTokenizer
 
 T = TypeVar('T')

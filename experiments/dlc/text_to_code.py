@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 
 from dlc_jax import convert, text_to_code
 from dlc_jax.diffusion.remasking import Sampling
-from experiments.dlc import captions as captions_lib
+from experiments.dlc.data import captions as captions_lib
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, optim, partition, storage
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
-from rlhf_jax.convert import files
+from rlhf_jax.weights import files
 from rlhf_jax.models import llama
 
 log = logging.getLogger(__name__)

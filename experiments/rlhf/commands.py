@@ -8,8 +8,9 @@ import jax
 import ml_collections
 from tqdm import tqdm
 
-from experiments.rlhf import evaluation, rewards, tasks
-from experiments.rlhf.inference import Policy
+from experiments.rlhf.data import tasks
+from experiments.rlhf.policy import evaluation, rewards
+from experiments.rlhf.models.inference import Policy
 from experiments.runtime import launch, storage
 from experiments.runtime import mesh as mesh_lib
 

@@ -18,8 +18,10 @@ import ml_collections
 import numpy as np
 
 from configs.rlhf.quickstart import MODES
-from experiments.rlhf import evaluation, lewis, tasks
-from experiments.rlhf.inference import Policy
+from experiments.rlhf.data import tasks
+from experiments.rlhf.lewis import comparison as lewis
+from experiments.rlhf.policy import evaluation
+from experiments.rlhf.models.inference import Policy
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import report, stages
 from experiments.runtime.metrics import curve, read_metrics

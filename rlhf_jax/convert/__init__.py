@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.convert import rules
-from rlhf_jax.convert.rules import Rule, dense, linear
-from rlhf_jax.convert.state_dict import Renamed, without_prefixes
+from rlhf_jax.weights import rules
+from rlhf_jax.weights.rules import Rule, dense, linear
+from rlhf_jax.weights.state_dict import Renamed, without_prefixes
 from rlhf_jax.models import heads
 
 KINDS = ('gpt2', 'gpt_neox', 'llama')  # each is a file beside this one

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.convert import KINDS, rules
-from rlhf_jax.convert.rules import Rule, linear
-from rlhf_jax.convert.state_dict import Renamed
+from rlhf_jax.convert import KINDS
+from rlhf_jax.weights import rules
+from rlhf_jax.weights.rules import Rule, linear
+from rlhf_jax.weights.state_dict import Renamed
 from rlhf_jax.models import heads, lora
 
 _OUTER = 'base_model.model.'

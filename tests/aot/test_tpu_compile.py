@@ -1,6 +1,5 @@
 """Paper-size programs through the real TPU compiler, and what reads its answer. The former need libtpu, not a TPU."""
 import importlib.util
-import sys
 
 import flax.linen as nn
 import jax

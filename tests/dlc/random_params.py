@@ -2,7 +2,7 @@
 import jax
 import numpy as np
 
-from dlc_jax.convert.rules import flatten, param_shapes, unflatten
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 
 
 def random_params(module, *args, seed=0, std=0.2):

@@ -8,8 +8,8 @@ import pytest
 
 from dlc_jax.ssl.augment import CenterCrop, MultiCrop, RandomResizedCrop
 from dlc_jax.ssl.masking import BlockMasking
-from experiments.dlc.batches import SmallMultiCrop, eval_batches, image_batches, ssl_batches
-from experiments.dlc.images import ArrayImages, FakeImages, Unreadable
+from experiments.dlc.data.batches import SmallMultiCrop, eval_batches, image_batches, ssl_batches
+from experiments.dlc.data.images import ArrayImages, FakeImages, Unreadable
 from experiments.runtime.stream import ArrayBatches, EpochOrder
 
 CROPS = MultiCrop(global_size=8, local_size=4, num_local=2)
@@ -108,7 +108,7 @@ def test_threads_and_workers_change_nothing():
 
 def test_workers_need_no_jax():
     """Nothing of ours brings jax into a worker process."""
-    code = ('import sys, experiments.dlc.batches, experiments.dlc.sources\n'
+    code = ('import sys, experiments.dlc.data.batches, experiments.dlc.data.sources\n'
             "assert not {'jax', 'tensorflow'} & set(sys.modules)")
     subprocess.run([sys.executable, '-c', code], check=True, cwd=pathlib.Path(__file__).resolve().parents[2])
 

@@ -10,7 +10,7 @@ from PIL import Image
 from configs.dlc import text_to_code_digits
 from dlc_jax import text_to_code
 from experiments import encode
-from experiments.dlc import captions, codestore, digit_pairs, sources
+from experiments.dlc.data import captions, codestore, digit_pairs, sources
 from experiments.dlc.text_to_code import make_words
 
 META = dict(num_codes=4, vocab_size=8, captions=True)

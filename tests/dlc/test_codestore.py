@@ -4,8 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.dlc import codestore
-from experiments.dlc.codestore import code_dtype, open_code_store, writer
+from experiments.dlc.data import codestore
+from experiments.dlc.data.codestore import code_dtype, open_code_store, writer
 
 META = dict(num_codes=4, vocab_size=10, class_names=('a', 'b'))
 NUM = 10

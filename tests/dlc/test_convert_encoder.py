@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlc_jax import convert
-from dlc_jax.convert import files, rules
+from rlhf_jax.weights import files, rules
 from dlc_jax.models import sem, vit
 from dlc_jax.ssl import dino
 from random_params import random_params

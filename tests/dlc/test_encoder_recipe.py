@@ -7,7 +7,8 @@ import pytest
 
 from configs.dlc import encoder_imagenet, quickstart
 from dlc_jax import convert
-from dlc_jax.convert import dinov2, files, rules
+from dlc_jax.convert import dinov2
+from rlhf_jax.weights import files, rules
 from dlc_jax.models import sem, vit
 from experiments.dlc import encoder
 from experiments.runtime import mesh as mesh_lib

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.dlc.images import MAX_SKIPPED_IN_A_ROW, ArrayImages, split_rows
-from experiments.dlc.sources import image_source, read_image
+from experiments.dlc.data.images import MAX_SKIPPED_IN_A_ROW, ArrayImages, split_rows
+from experiments.dlc.data.sources import image_source, read_image
 
 
 def encoded(image, form='png', **options):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from dlc_jax.convert.rules import flatten, param_shapes
+from rlhf_jax.weights.rules import flatten, param_shapes
 from dlc_jax.ssl import dino, ibot, koleo
 from random_params import random_params
 

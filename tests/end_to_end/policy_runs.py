@@ -7,7 +7,7 @@ import pytest
 
 from configs.rlhf import base
 from experiments import train
-from experiments.rlhf import rollouts
+from experiments.rlhf.policy import rollouts
 from experiments.runtime import mesh as mesh_lib
 
 B, P, L = 8, 14, 8

@@ -11,11 +11,12 @@ import pytest
 from policy_runs import config_of, devices, shared_steps
 
 from experiments import generate, train
-from experiments.rlhf import language, policy, rollouts
+from experiments.rlhf.models import language
+from experiments.rlhf.policy import experiment as policy, rollouts
 from experiments.runtime import launch, loop
 from experiments.runtime.metrics import read_metrics
 from rlhf_jax import convert
-from rlhf_jax.convert import files
+from rlhf_jax.weights import files
 
 COMMANDS = {'train': train, 'generate': generate}
 CONFIG = """

@@ -12,9 +12,10 @@ import tokenizers
 from PIL import Image
 
 from dlc_jax import convert
-from dlc_jax.convert import files, llada
-from dlc_jax.convert.files import load_state_dict, save_state_dict
-from dlc_jax.convert.rules import flatten, param_shapes, unflatten
+from dlc_jax.convert import llada
+from rlhf_jax.weights import files
+from rlhf_jax.weights.files import load_state_dict, save_state_dict
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from dlc_jax.models import dit, sedd, sem, vit
 from dlc_jax.models.vae import AutoencoderKL
 from experiments import convert as command

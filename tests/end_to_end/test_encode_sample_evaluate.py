@@ -13,7 +13,8 @@ from dlc_jax.metrics import frechet
 from dlc_jax.models.inception import InceptionOutput
 from dlc_jax.models.vae import SCALING_FACTOR, AutoencoderKL
 from experiments import encode, evaluate, sample
-from experiments.dlc import codestore, generator, sources
+from experiments.dlc import generator
+from experiments.dlc.data import codestore, sources
 from experiments.dlc.encoder import Encoder, make_model
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder

@@ -10,12 +10,14 @@ import pytest
 
 from configs.rlhf import base
 from experiments import train
-from experiments.rlhf import language, supervised, texts
+from experiments.rlhf.data import texts
+from experiments.rlhf.models import language
+from experiments.rlhf.supervised import experiment as supervised
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
 from experiments.runtime.metrics import read_metrics
 from rlhf_jax import convert
-from rlhf_jax.convert import files
+from rlhf_jax.weights import files
 from rlhf_jax.models import lora
 
 KINDS = ('sft', 'reward_model', 'dpo')

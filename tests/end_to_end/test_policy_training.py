@@ -17,14 +17,15 @@ from policy_runs import L, P, config_of, devices, shared_steps
 
 from configs.rlhf import base
 from experiments import train
-from experiments.rlhf import language, policy, rollouts
+from experiments.rlhf.models import language
+from experiments.rlhf.policy import experiment as policy, rollouts
 from experiments.runtime import loop, optim, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.metrics import read_metrics
 from rlhf_jax import kl as kl_lib
 from rlhf_jax import convert
-from rlhf_jax.convert import files
+from rlhf_jax.weights import files
 from rlhf_jax.rollout import publish
 
 TESTS = pathlib.Path(__file__).parent

@@ -15,17 +15,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from configs.dlc import text_to_code_digits, text_to_code_llada
 from dlc_jax import convert, text_to_code
 from dlc_jax.convert import llada
-from dlc_jax.convert.files import save_state_dict
-from dlc_jax.convert.rules import flatten, param_shapes, unflatten
+from rlhf_jax.weights.files import save_state_dict
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from dlc_jax.models import dit
 from dlc_jax.text_to_code import Sampling, Words
 from experiments import encode, sample, train
-from experiments.dlc import codestore, released
+from experiments.dlc import released
+from experiments.dlc.data import codestore
 from experiments.dlc.generator import Generator
 from experiments.dlc.text_to_code import TextToCode, make_model
 from experiments.runtime import launch, loop, modules, partition
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax.models.llama import Llama
 
 L, V, WORDS_OF_TEXT = 8, 4, ('<pad>', '<mask>', 'red', 'blue', 'fox', 'snow', 'in')

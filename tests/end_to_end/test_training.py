@@ -9,7 +9,7 @@ import pytest
 
 from configs.dlc import quickstart, quickstart_text
 from experiments import train
-from experiments.dlc import codestore, digit_pairs, sources
+from experiments.dlc.data import codestore, digit_pairs, sources
 from experiments.runtime import partition
 from experiments.runtime import mesh as mesh_lib
 

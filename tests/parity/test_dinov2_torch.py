@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dlc_jax import convert
-from dlc_jax.convert.files import load_state_dict, save_state_dict
+from rlhf_jax.weights.files import load_state_dict, save_state_dict
 from torch_twins import FAINT, assert_equal, assert_outputs_and_gradients_equal, load, randomise, state_dict, torch
 
 F = torch.nn.functional

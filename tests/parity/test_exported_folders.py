@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from dlc_jax import convert as images
-from dlc_jax.convert import dinov2, files
-from dlc_jax.convert.rules import flatten, unflatten
+from dlc_jax.convert import dinov2
+from rlhf_jax.weights import files
+from rlhf_jax.weights.rules import flatten, unflatten
 from dlc_jax.models import vae, vit
 from experiments.dlc import released
 from experiments.runtime import mesh as mesh_lib

@@ -11,8 +11,8 @@ import pytest
 
 from hf_twins import CONFIGS, KINDS, file_names, state_dict, torch, transformers, twin
 from rlhf_jax import convert
-from rlhf_jax.convert import files
-from rlhf_jax.convert.rules import flatten
+from rlhf_jax.weights import files
+from rlhf_jax.weights.rules import flatten
 from rlhf_jax.models import heads
 from torch_twins import assert_gradients_equal, assert_outputs_and_gradients_equal
 

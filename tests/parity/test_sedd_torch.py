@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dlc_jax import convert
-from dlc_jax.convert import files
+from rlhf_jax.weights import files
 from dlc_jax.models import sedd
 from torch_twins import assert_outputs_and_gradients_equal, load, randomise, state_dict, torch
 

@@ -1,11 +1,10 @@
 """Encoder, heads and losses against outputs of the original modules (float32, CPU), and torch's own operators."""
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dlc_jax import convert
-from dlc_jax.convert.files import load_state_dict
+from rlhf_jax.weights.files import load_state_dict
 from dlc_jax.models import vit
 from dlc_jax.ssl import dino, ibot, koleo, masking
 

@@ -14,8 +14,8 @@ from dlc_jax.models import dit
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
 from rlhf_jax import convert
-from rlhf_jax.convert import files, rules
-from rlhf_jax.convert.rules import flatten
+from rlhf_jax.weights import files, rules
+from rlhf_jax.weights.rules import flatten
 from rlhf_jax.models import llama
 from tiny_models import random_params
 

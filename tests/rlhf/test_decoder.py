@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.runtime import mesh as mesh_lib, partition
-from rlhf_jax.convert.rules import flatten, param_shapes
+from rlhf_jax.weights.rules import flatten, param_shapes
 from rlhf_jax.models import decoder, gpt2, gpt_neox, layers, llama
 from tiny_models import MODELS, random_params
 

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.rlhf import evaluation, language, rewards, tasks
-from experiments.rlhf.inference import Policy
+from experiments.rlhf.data import tasks
+from experiments.rlhf.models import language
+from experiments.rlhf.policy import evaluation, rewards
+from experiments.rlhf.models.inference import Policy
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax import convert, tokenizers
-from rlhf_jax.convert import files
-from rlhf_jax.convert.rules import flatten, param_shapes, unflatten
+from rlhf_jax.weights import files
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.gpt_neox import GPTNeoX
 from rlhf_jax.models.heads import RewardModel

@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments.rlhf import gold, tasks
+from experiments.rlhf.data import arithmetic_gold as gold, tasks
 from rlhf_jax import tokenizers
 from rlhf_jax.tasks import arithmetic, gsm8k
 

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_jax.convert.rules import flatten, param_shapes
+from rlhf_jax.weights.rules import flatten, param_shapes
 from rlhf_jax.models.gpt2 import GPT2, SIZES as GPT2_SIZES
 from rlhf_jax.models.gpt_neox import GPTNeoX, SIZES as PYTHIA_SIZES
 from rlhf_jax.models.llama import Llama, SIZES as LLAMA_SIZES

@@ -10,7 +10,7 @@ import pytest
 from tqdm import tqdm
 
 from configs.rlhf import lewis as config_lib
-from experiments.rlhf import lewis
+from experiments.rlhf.lewis import comparison as lewis
 from experiments.runtime import launch, loop, report
 
 QUIET = functools.partial(tqdm, disable=True)

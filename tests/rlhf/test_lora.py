@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.convert.rules import flatten
+from rlhf_jax.weights.rules import flatten
 from rlhf_jax.models import gpt2, gpt_neox, llama, lora
 from rlhf_jax.models.decoder import split_blocks
 from tiny_models import MODELS, random_params

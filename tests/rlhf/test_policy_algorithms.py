@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.rlhf import base
-from experiments.rlhf import algorithms
+from experiments.rlhf.policy import algorithms
 
 B, K, L = 4, 3, 5
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from experiments.rlhf import policy
+from experiments.rlhf.policy import experiment as policy
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
 from experiments.train import build

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.convert.rules import flatten, param_shapes, unflatten
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from rlhf_jax.models.seq2seq import BOS, EOS, PAD, Seq2Seq
 
 AGENT = Seq2Seq(source_vocab=8, target_vocab=8, width=4)

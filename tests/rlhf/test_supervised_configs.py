@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from experiments import train
-from experiments.rlhf import tasks
+from experiments.rlhf.data import tasks
 from experiments.runtime import launch, partition
 from experiments.runtime import mesh as mesh_lib
 

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments.rlhf import texts
+from experiments.rlhf.data import texts
 from rlhf_jax import tokenizers
 from rlhf_jax.losses.supervised import sft
 from tiny_models import MODELS, random_params

@@ -13,9 +13,10 @@ import pytest
 
 from configs.rlhf import translation as configs
 from experiments import train
-from experiments.rlhf import evaluate_translation, translation_agent, translation_evaluation
-from experiments.rlhf import translation_data as data
-from experiments.rlhf.translation_synthetic import rows as synthetic
+from experiments import evaluate_translation
+from experiments.rlhf.translation import agent as translation_agent, evaluation as translation_evaluation
+from experiments.rlhf.translation import data
+from experiments.rlhf.translation.synthetic import rows as synthetic
 from experiments.runtime import launch, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import read_metrics

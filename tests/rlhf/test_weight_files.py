@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from rlhf_jax import convert
-from rlhf_jax.convert import files
+from rlhf_jax.weights import files
 from tiny_models import MODELS as TINY
 
 TENSORS = {'a': np.arange(6, dtype=np.float32).reshape(2, 3), 'b.c': np.asarray([1.5, -2.0], jnp.bfloat16),

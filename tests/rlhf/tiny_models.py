@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.convert.rules import flatten, param_shapes, unflatten
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.gpt_neox import GPTNeoX
 from rlhf_jax.models.layers import RopeScaling

@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments.dlc import codestore
+from experiments.dlc.data import codestore
 from experiments.runtime import launch, metrics, storage
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.report import Report, save_image

@@ -1,0 +1,1 @@
+"""Images, captions and code stores as streams of batches."""

@@ -1,0 +1,63 @@
+"""Where images come from: `image_source(config.data, split)` opens what `config.data.name` says.
+
+    digits      scikit-learn's handwritten digits, 1797 of 8x8, shipped with the package
+    fake        coloured noise of any size, for dry runs and benchmarks
+    folder      png, jpg and webp files below `path`; its folders are the classes, or all files are one class
+    npz         `path` is an .npz or .npz.xz of uint8 arrays, or of encoded images
+    otherwise   a TFDS data set prepared as array_record below `path` (default ~/tensorflow_datasets), read without
+                TensorFlow: imagenet2012, imagenette, cifar10, fashion_mnist, ...
+
+A source has a length, classes, and items `{'image': uint8 [H, W, C], 'label': int, 'name': str}`.
+"""
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.dlc.data.image_files import folder, npz
+from experiments.dlc.data.images import ArrayImages, FakeImages, ImageSource, in_memory, read_image, split_rows
+from experiments.dlc.data.tfds_images import TFDSImages
+
+__all__ = ['ImageSource', 'digits', 'image_source', 'read_image']
+
+
+def digits(split: str, *, channels: int, image_size: int, heldout: float, seed: int) -> ArrayImages:
+    from sklearn.datasets import load_digits
+    data = load_digits()
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    return ArrayImages(images, data.target, tuple(data.target_names), prefix='digits', channels=channels,
+                       image_size=image_size, rows=split_rows(data.target, split, heldout, seed))
+
+
+def image_source(data: Mapping[str, Any], split: str) -> ImageSource:
+    """The source that `data` describes.
+
+    Args:
+        data: `name`; where it applies `path`, `image_size` (0: as stored), `channels` (0: as stored, 3 where encoded),
+            `heldout` and `split_seed` (share kept apart where the data set has no split of its own),
+            `num_images` (fake), `in_memory`. Other fields are the loader's and are not read.
+        split: 'train', 'heldout', 'all', or one the data set itself names.
+
+    Raises:
+        ValueError, OSError: one line that names the field, the file or the nearest name, and what to do.
+    """
+    name, path = data['name'], data.get('path', '')
+    shape = dict(channels=data.get('channels', 3), image_size=data.get('image_size', 0))
+    if shape['channels'] not in (0, 1, 3):
+        raise ValueError(f"data.channels={shape['channels']}: must be 1 or 3, or 0 for as stored")
+    parts = dict(heldout=data.get('heldout', 0.1), seed=data.get('split_seed', 0))
+    if not 0 <= parts['heldout'] < 1:
+        raise ValueError(f"data.heldout={parts['heldout']}: must be in [0, 1)")
+    if name in ('folder', 'npz') and not path:
+        raise ValueError(f'data.name={name!r} needs data.path')
+    if name == 'digits':
+        source = digits(split, **shape, **parts)
+    elif name == 'fake':
+        source = FakeImages(shape['image_size'] or 224, data.get('num_images', 4096), channels=shape['channels'],
+                            seed=parts['seed'], split=split)
+    elif name in ('folder', 'npz'):
+        source = {'folder': folder, 'npz': npz}[name](path, split, **shape, **parts)
+    else:
+        source = TFDSImages(name, path or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets'), split, **shape)
+    return in_memory(source) if data.get('in_memory', False) and not isinstance(source, ArrayImages) else source

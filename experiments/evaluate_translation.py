@@ -1,0 +1,97 @@
+"""Scores of a translation game, or of two agents that have not played: BLEU and drift on a held-out split.
+
+    python -m experiments.evaluate_translation --game=runs/game --split=val
+    python -m experiments.evaluate_translation --speaker=runs/speaker --listener=runs/listener
+    # the control of every claim of less drift: the game's speaker pulled back towards the one it started as
+    python -m experiments.evaluate_translation --game=runs/game --interpolate=0,0.25,0.5,0.75,1
+
+`experiments/rlhf/translation/evaluation.py` says what the numbers are.
+"""
+import json
+import logging
+import os
+from typing import Any
+
+import ml_collections
+
+from experiments.rlhf.translation import agent as translation_agent, evaluation as translation_evaluation, game as translation_game
+from experiments.runtime import launch, storage
+from rlhf_jax import elastic_reset
+from rlhf_jax.tasks import translation
+
+
+def load_game(workdir: str | os.PathLike) -> tuple[ml_collections.ConfigDict, Any]:
+    """Config and newest {'speaker': ..., 'listener': ...} of a game.
+
+    Raises:
+        ValueError: no game there, or its text has changed since.
+    """
+    config = launch.read_config(workdir)
+    if config.get('experiment') != 'translation_game':
+        raise ValueError(f'--game={workdir}: holds a run of experiment={config.get("experiment")!r}')
+    state = translation_agent.load_state(workdir, config, translation_game.build)
+    translation_agent.check_vocabulary(f'--game={workdir}', state.extra['vocabulary'], config, translation.FIELDS)
+    return config, state.params
+
+
+def load_agents(speaker: str, listener: str) -> tuple[ml_collections.ConfigDict, Any]:
+    """The speaker's config and {'speaker': ..., 'listener': ...} of two pretrained agents."""
+    config = launch.read_config(speaker)
+    return config, {'speaker': translation_agent.load(speaker, 'speaker', config),
+                    'listener': translation_agent.load(listener, 'listener', config)}
+
+
+def fractions(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(',')] if text else []
+    except ValueError:
+        raise ValueError(f'--interpolate={text}: expected numbers such as 0,0.5,1') from None
+
+
+def main() -> None:
+    p = launch.parser(__doc__)
+    p.add_argument('--game', metavar='WORKDIR', help='a run of translation_game')
+    p.add_argument('--speaker', metavar='WORKDIR', help='a pretrained French to English agent')
+    p.add_argument('--listener', metavar='WORKDIR', help='a pretrained English to German agent')
+    p.add_argument('--split', help='default: data.valid of the run')
+    p.add_argument('--path', metavar='DIR', help='another folder with that split')
+    p.add_argument('--interpolate', metavar='A,B,...', default='',
+                   help="scores with the game's speaker at these fractions of its way from the one it started as")
+    p.add_argument('--json', metavar='FILE', help='also write the numbers there')
+    args, _ = launch.parse(p)
+    if bool(args.game) == bool(args.speaker and args.listener):
+        raise ValueError('give --game, or both --speaker and --listener')
+    alphas = fractions(args.interpolate)
+    if alphas and not args.game:
+        raise ValueError('--interpolate needs --game: two agents that have not played have no way between them')
+    if args.json:
+        storage.check_writable(storage.resolve(args.json).parent, '--json')
+    launch.initialize(args)
+    logging.getLogger('sacrebleu').setLevel(logging.ERROR)  # it would take words joined by spaces for a mistake
+    config, params = load_game(args.game) if args.game else load_agents(args.speaker, args.listener)
+    if alphas and not config.speaker:
+        raise ValueError(f'--game={args.game}: its speaker started from scratch; there is nothing to pull it back to')
+    arms = {'': params}
+    if alphas:
+        start = translation_agent.load(config.speaker, 'speaker', config)
+        arms = {f'alpha {a:g}': dict(params, speaker=elastic_reset.interpolate(start, params['speaker'], a))
+                for a in alphas}
+    with config.unlocked():
+        config.evaluation.sentences = 0
+        if args.path:  # the vocabulary stays that of the run's own text
+            config.vocabulary.paths = tuple(config.vocabulary.paths) or (config.data.path,)
+            config.data.path = args.path
+    model = translation_agent.make_agent(config)
+    measure = translation_evaluation.GameEvaluation(config, model, args.split)
+    found = {arm: measure(agents, sacrebleu=True) for arm, agents in arms.items()}
+    for arm, scores in found.items():
+        print(arm + '  ' * bool(arm) + '  '.join(f'{name} {value:.2f}' for name, value in scores.items()))
+    if measure.signature:
+        print('sacrebleu', measure.signature)
+    if args.json:
+        with storage.write_whole(args.json) as file:
+            file.write((json.dumps(found if alphas else found[''], indent=1) + '\n').encode())
+
+
+if __name__ == '__main__':
+    launch.main(main)

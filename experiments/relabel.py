@@ -1,0 +1,72 @@
+"""Relabels preference pairs with a gold reward model.
+
+    python -m experiments.relabel --pairs=pairs.jsonl --gold=RM_RUN --tokenizer=pythia/ --out=relabelled.jsonl
+
+A row holds `prompt`, `chosen` and `rejected`, texts with or without their <|endoftext|>. Where the gold model prefers
+the rejected one the two change places; ties stay. Prints in how many pairs it agrees with the labels it found. The
+published preferences of arXiv 2410.18252 were made with --before_eos.
+"""
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from experiments.rlhf import commands
+from experiments.rlhf.data import texts
+from experiments.rlhf.models import language
+from experiments.rlhf.policy.rewards import Completions, RewardModel
+from experiments.runtime import launch, storage
+from experiments.runtime import mesh as mesh_lib
+from rlhf_jax import generate as generate_lib
+from rlhf_jax.tasks import rows as rows_lib
+from rlhf_jax.tasks import tldr
+
+
+def score(gold: RewardModel, tokenizer: Any, rows: Sequence[Mapping[str, Any]], field: str, *, bos: bool = False,
+          max_length: int = 0) -> np.ndarray:
+    """Scores [N] of each prompt with its `field`, ended by EOS.
+
+    Raises:
+        ValueError: one is longer than `max_length` (0: than the model's context).
+    """
+    encode = texts.encoder(ml_collections.ConfigDict(dict(bos=bos, tokenizer='--tokenizer')), tokenizer)
+    ids = [texts.joined(encode, tokenizer.eos, row['prompt'], row[field].removesuffix(tldr.END))[0] for row in rows]
+    longest, limit = max(map(len, ids)), max_length or gold.max_length
+    if longest > limit:
+        raise ValueError(f'--pairs: row {[len(i) for i in ids].index(longest)}: prompt and {field} have {longest} '
+                         f'tokens, more than {limit}')
+    tokens, mask = generate_lib.pad_prompts(ids, buckets=(longest,), pad_token=tokenizer.pad, left=False)
+    return gold(Completions([row[field] for row in rows], rows, tokens, mask, np.ones(len(rows), bool)))
+
+
+def main() -> None:
+    p = launch.parser(__doc__)
+    p.add_argument('--pairs', required=True, metavar='FILE', help='.jsonl, .json, .parquet, .arrow, or a folder')
+    p.add_argument('--split', help='of a folder')
+    p.add_argument('--gold', required=True, metavar='RM', help='reward_model run, or Hugging Face folder')
+    p.add_argument('--tokenizer', metavar='FILE', help='default: that of --gold')
+    p.add_argument('--before_eos', action='store_true', help='read scores one token before EOS, as published')
+    p.add_argument('--batch_size', type=int, default=64)
+    p.add_argument('--max_length', type=int, default=0, help="tokens; 0: the model's context")
+    p.add_argument('--out', required=True, metavar='FILE', help='.jsonl')
+    args, _ = launch.parse(p)
+    storage.check_writable(storage.resolve(args.out).parent, '--out')
+    launch.initialize(args)
+    rows = list(rows_lib.read(storage.resolve(args.pairs), tldr.PAIR_FIELDS, split=args.split))
+    if not rows:
+        raise ValueError(f'--pairs={args.pairs}: no rows')
+    own = launch.read_config(args.gold) if language.is_run(args.gold) else None
+    tokenizer = language.open_tokenizer(args.tokenizer or (own.tokenizer if own else args.gold))
+    gold = RewardModel(args.gold, mesh_lib.make_mesh({'data': -1}), num_ids=tokenizer.vocab_size,
+                       batch_size=args.batch_size, before_eos=args.before_eos)
+    scores = [score(gold, tokenizer, rows, field, bos=bool(own and own.get('bos')), max_length=args.max_length)
+              for field in ('chosen', 'rejected')]
+    relabelled, agreement = tldr.relabel(rows, *scores)
+    commands.write(args.out, relabelled)
+    swapped = int((scores[1] > scores[0]).sum())
+    print(f'agreement {agreement:.4f}: {swapped} of {len(rows)} pairs changed places -> {args.out}')
+
+
+if __name__ == '__main__':
+    launch.main(main, stopped=launch.NOTHING_WRITTEN, status=None)

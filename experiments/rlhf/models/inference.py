@@ -1,0 +1,223 @@
+"""A trained language model as its user sees it: prompts in, responses out, and the log-probabilities of either.
+
+    policy = Policy.load('runs/policy')                       # or a Hugging Face folder with its tokenizer
+    found = policy.sample(['3+4='], policy.sampling(temperature=0.7, max_new_tokens=16), jax.random.key(0))
+    found.texts[0][0], policy.logprobs(found)
+"""
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.rlhf.data import texts
+from experiments.rlhf.models import language
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import modules, partition
+from rlhf_jax import generate as generate_lib
+from rlhf_jax import responses
+from rlhf_jax.logprobs import token_logprobs
+from rlhf_jax.models import decoder
+
+Progress = Callable[[int], None]
+
+_BUCKET = 64  # prompts are padded to a multiple of so many tokens, one length for all of a call
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """K responses to each of N prompts.
+
+    Attributes:
+        texts: [N][K], without their EOS.
+        prompt_tokens, prompt_mask: int32 and bool [N, P], padded on the left.
+        tokens, mask: int32 and bool [N, K, L], EOS included.
+        ended: bool [N, K], whether there is an EOS.
+        logprobs: float32 [N, K, L], in the distribution they were drawn from; None for given texts.
+    """
+    texts: list[list[str]]
+    prompt_tokens: np.ndarray
+    prompt_mask: np.ndarray
+    tokens: np.ndarray
+    mask: np.ndarray
+    ended: np.ndarray
+    logprobs: np.ndarray | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return self.tokens.shape[1]
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask [N K, P + L], prompt and response, prompt by prompt."""
+        return tuple(np.concatenate([np.repeat(prompt, self.num_samples, 0), own.reshape(-1, own.shape[-1])], 1)
+                     for prompt, own in ((self.prompt_tokens, self.tokens), (self.prompt_mask, self.mask)))
+
+
+class Policy:
+    """A decoder with its weights, laid out for sampling, and its tokenizer.
+
+    Args:
+        module, params: with stacked blocks.
+        tokenizer: see `rlhf_jax.tokenizers`.
+        bos: prompts begin with its BOS.
+        mesh: of the devices; batches are split over `data` and `fsdp`. Default: all devices, weights on each.
+        config: of the run.
+
+    Raises:
+        ValueError: tokenizer and model do not belong together.
+    """
+
+    def __init__(self, module: Any, params: Any, tokenizer: Any, *, bos: bool = False, mesh: Mesh | None = None,
+                 config: ml_collections.ConfigDict | None = None):
+        if tokenizer.vocab_size > module.vocab_size:
+            raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the model {module.vocab_size}; they do '
+                             'not belong together')
+        self.tokenizer, self.config, self.mesh = tokenizer, config, mesh or mesh_lib.make_mesh({'data': -1})
+        self.encode = texts.encoder(ml_collections.ConfigDict(dict(bos=bos, tokenizer='the tokenizer')), tokenizer)
+        self.module = module.clone(stacked=False)
+        split = jax.jit(lambda p: decoder.split_blocks(module, p, dtype=module.dtype)[1])
+        rules = decoder.split_rules(language.rules(dict(kind=language.kind_name(module))))
+        on_host = split(jax.device_put(params, modules.host()))  # no device has to hold the whole, or both forms of it
+        self.params = jax.device_put(on_host, partition.param_shardings(on_host, rules, self.mesh))
+        self._shards = mesh_lib.batch_shards(self.mesh)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, config: ml_collections.ConfigDict | None = None, *, dtype: str = '',
+             mesh: Mesh | None = None) -> 'Policy':
+        """The policy in `path`: a work directory of sft, dpo or policy, or a Hugging Face folder with its tokenizer.
+
+        Args:
+            config: of another run whose tokenizer is to be used (a folder without one).
+            dtype: to compute in; '': as its own config says, float32 for a folder.
+
+        Raises:
+            FileNotFoundError, ValueError: nothing there, no language model, no tokenizer, or one without an EOS.
+        """
+        module, params, own = language.load_policy(path, dtype)
+        config = config or own
+        if config is not None:
+            tokenizer = language.open_tokenizer(config.tokenizer)
+        else:
+            try:
+                tokenizer = language.open_tokenizer(os.fspath(path))
+            except FileNotFoundError:
+                raise FileNotFoundError(f'{path}: no tokenizer.json there; copy the one of the model beside its '
+                                        'weights') from None
+        return cls(module, params, tokenizer, bos=bool(config is not None and config.get('bos')), mesh=mesh,
+                   config=own)
+
+    def sampling(self, **fields: Any) -> generate_lib.Sampling:
+        """How to sample, with this tokenizer's EOS: `max_new_tokens`, `temperature` (0: greedy), `top_k`, `top_p`."""
+        return generate_lib.Sampling(**fields, stop_tokens=(self.tokenizer.eos,), pad_token=self.tokenizer.pad)
+
+    # ---- Sampling ----------------------------------------------------------------------------------------------------
+
+    def sample(self, prompts: Sequence[str], sampling: generate_lib.Sampling, key: jax.Array, *, batch_size: int = 64,
+               num_samples: int = 1, progress: Progress | None = None) -> Responses:
+        """`num_samples` responses to each prompt. A response depends on `key`, its prompt's number and its own, not on
+        `batch_size` or the devices.
+
+        Args:
+            batch_size: prompts at once, rounded up to the devices; the last batch is filled up.
+            progress: told how many prompts are done.
+
+        Raises:
+            ValueError: no prompt, an empty one, or one that leaves no room for `max_new_tokens`.
+        """
+        tokens, mask = self.pad([self.encode(p) for p in prompts], sampling.max_new_tokens)
+
+        def run(index, tokens, mask):
+            keys = responses.sample_keys(key, index, num_samples)
+            drawn = generate_lib.generate(self.module, self.params, tokens, mask, keys, sampling,
+                                          num_samples=num_samples)
+            by_prompt = lambda x: jnp.swapaxes(x.reshape(num_samples, -1, x.shape[-1]), 0, 1)
+            return jax.tree.map(by_prompt, drawn)
+
+        drawn = self._in_batches(run, (np.arange(len(tokens)), tokens, mask), batch_size, progress)
+        shape = drawn.mask.shape[:2]
+        said, ended = texts.decoded(self.tokenizer, *(x.reshape(-1, x.shape[-1]) for x in (drawn.tokens, drawn.mask)))
+        decoded = [said[i:i + num_samples] for i in range(0, len(said), num_samples)]
+        return Responses(decoded, tokens, mask, drawn.tokens, drawn.mask, ended.reshape(shape), drawn.logprobs)
+
+    def given(self, prompts: Sequence[str], answers: Sequence[str]) -> Responses:
+        """Texts as if they were responses, one a prompt, each with an EOS.
+
+        Raises:
+            ValueError: another number of answers than prompts; one that is too long.
+        """
+        if len(prompts) != len(answers):
+            raise ValueError(f'answers: there are {len(answers)} for {len(prompts)} prompts')
+        joined = [texts.joined(self.encode, self.tokenizer.eos, p, a) for p, a in zip(prompts, answers)]
+        replies = [ids[num:] for ids, num in joined]
+        longest = max(map(len, replies))
+        prompt_tokens, prompt_mask = self.pad([ids[:num] for ids, num in joined], longest)
+        tokens, mask = generate_lib.pad_prompts(replies, buckets=(longest,), pad_token=self.tokenizer.pad, left=False)
+        return Responses([[a] for a in answers], prompt_tokens, prompt_mask, tokens[:, None], mask[:, None],
+                         np.ones((len(answers), 1), bool))
+
+    def pad(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts as arrays padded on the left, `room` tokens short of the context at most."""
+        limit = self.module.max_length - room
+        longest = max(map(len, prompts), default=0)
+        if longest > limit:
+            raise ValueError(f'prompt {next(i for i, p in enumerate(prompts) if len(p) > limit)} has too many tokens: '
+                             f'{longest} and a response of {room} exceed the context of the model, '
+                             f'{self.module.max_length}')
+        bucket = min(-(-longest // _BUCKET) * _BUCKET, limit)
+        return generate_lib.pad_prompts(prompts, buckets=(bucket,), pad_token=self.tokenizer.pad)
+
+    # ---- Log-probabilities -------------------------------------------------------------------------------------------
+
+    def logprobs(self, found: Responses, *, temperature: float = 1.0, batch_size: int = 64,
+                 progress: Progress | None = None) -> np.ndarray:
+        """float32 [N, K, L] of the tokens of `found`, which another policy with the same tokenizer may have drawn; 0
+        past their end.
+
+        Args:
+            batch_size: rows at once.
+
+        Raises:
+            ValueError: token ids or lengths that this model does not have.
+        """
+        tokens, mask = found.rows()
+        length = found.tokens.shape[-1]
+        out = self.token_logprobs(tokens, mask, length, temperature=temperature, batch_size=batch_size,
+                                  progress=progress).reshape(found.mask.shape)
+        return np.where(found.mask, out, 0)
+
+    def token_logprobs(self, tokens: np.ndarray, mask: np.ndarray, length: int, *, temperature: float = 1.0,
+                       batch_size: int = 64, progress: Progress | None = None) -> np.ndarray:
+        """float32 [N, length] of the last `length` tokens of rows [N, T], whatever is padding among them."""
+        if tokens.max() >= self.module.vocab_size or tokens.shape[1] > self.module.max_length:
+            raise ValueError(f'rows of {tokens.shape[1]} tokens with ids up to {tokens.max()} do not fit this model: '
+                             f'it has {self.module.max_length} positions and {self.module.vocab_size} ids')
+        return self._in_batches(lambda t, m: _score(self.module, self.params, t, m, length, temperature),
+                                (tokens, mask), batch_size, progress)
+
+    def _in_batches(self, fn: Callable[..., Any], arrays: Sequence[np.ndarray], batch_size: int,
+                    progress: Progress | None) -> Any:
+        """`fn` of rows, a batch of them at a time, the last one filled up with its last row; on the host."""
+        if batch_size < 1:
+            raise ValueError(f'batch_size={batch_size} must be at least 1')
+        num, size = len(arrays[0]), -(-batch_size // self._shards) * self._shards
+        out, sharding = [], mesh_lib.batch_sharding(self.mesh)
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+            for start in range(0, num, size):
+                index = np.minimum(np.arange(start, start + size), num - 1)
+                out.append(jax.device_get(fn(*(jax.device_put(x[index], sharding) for x in arrays))))
+                if progress:
+                    progress(min(start + size, num))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *out)
+
+
+@functools.partial(jax.jit, static_argnames=('module', 'length', 'temperature'))
+def _score(module: Any, params: Any, tokens: jax.Array, mask: jax.Array, length: int, temperature: float) -> jax.Array:
+    logits = module.apply({'params': params}, tokens, mask=mask, at=slice(-length - 1, -1))
+    return token_logprobs(logits, tokens[:, -length:], temperature)

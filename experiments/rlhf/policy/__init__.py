@@ -1,0 +1,1 @@
+"""Policies trained on what they sample."""

@@ -1,0 +1,228 @@
+"""What a trained policy is worth, and how far it has drifted, on prompts that it was not trained on.
+
+`evaluate_policy` measures a policy that has been loaded; `HeldOutPrompts` is the hook that measures one in training.
+"""
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.rlhf.data import tasks
+from experiments.rlhf.policy import rollouts
+from experiments.rlhf.data import texts as text_arrays
+from experiments.rlhf.models.inference import Policy, Progress, Responses
+from experiments.rlhf.policy.rewards import Completions, Reward
+from experiments.runtime import mesh as mesh_lib
+from rlhf_jax.generate import Sampling
+from rlhf_jax.rollout.rewards import score
+from rlhf_jax.tasks import imdb, perplexity, stackexchange, tldr
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+Rows = Sequence[Mapping[str, Any]]
+
+
+def evaluate_policy(policy: Policy, prompts: Sequence[str], rows: Rows, sampling: Sampling, *, key: jax.Array,
+                    num_samples: int = 1, batch_size: int = 64, task: tasks.Task | None = None,
+                    reward: Reward | None = None, gold: Reward | None = None, reference: Policy | None = None,
+                    human_text: str = '', progress: Callable[[str, int], Progress] | None = None,
+                    ) -> tuple[Metrics, Responses]:
+    """Samples `num_samples` responses to each prompt and measures them.
+
+    Args:
+        rows: of the data set, one a prompt; those with a `reference` give the response to win against.
+        task: for its own metrics.
+        reward, gold: see `rewards.find`; of rewards that are 0 or 1 there is also pass@k.
+        reference: what the policy started from, of the same tokenizer: KL, and perplexity of the responses.
+        human_text: on which the policy's own perplexity is its drift.
+        progress: (what, how many) -> told how many are done.
+
+    Returns:
+        The metrics, `length` in tokens (EOS included), and the responses. See `of_drift`, `of_wins`, `of_text`.
+
+    Raises:
+        ValueError: prompts that do not fit, rewards that are not finite.
+    """
+    bar = progress or (lambda what, total: None)
+    found = policy.sample(prompts, sampling, key, batch_size=batch_size, num_samples=num_samples,
+                          progress=bar('sampling', len(prompts)))
+    completions = completions_of(found, rows)
+    out = {'num_prompts': len(prompts), 'num_samples': num_samples, 'temperature': sampling.temperature,
+           'length': float(found.mask.sum(-1).mean()), 'ended': float(found.ended.mean())}
+    if task is not None and task.metrics is not None:
+        out |= task.metrics(completions.texts, completions.rows)
+    for name, scorer in (('reward', reward), ('gold', gold)):
+        if scorer is not None:
+            scores = score(scorer, completions, num=len(completions.texts))[0]
+            out |= {name: float(scores.mean()), f'{name}_std': float(scores.std())}
+            if name == 'reward':
+                out |= of_passes(scores.reshape(len(prompts), num_samples))
+            elif all('reference' in row for row in rows):
+                out |= of_wins(policy, prompts, rows, scores, gold)
+    if reference is not None:
+        out |= of_drift(policy, reference, found, batch_size=batch_size, bar=bar)
+    if human_text:
+        out |= of_text(policy, human_text, batch_size=batch_size, progress=bar)
+    return out | of_variety(found), found
+
+
+def completions_of(found: Responses, rows: Rows) -> Completions:
+    """The responses as rewards take them, prompt by prompt."""
+    tokens, mask = found.rows()
+    return Completions([text for row in found.texts for text in row],
+                       [row for row in rows for _ in range(found.num_samples)], tokens, mask, found.ended.reshape(-1))
+
+
+# ---- Measures --------------------------------------------------------------------------------------------------------
+
+def of_passes(scores: np.ndarray) -> Metrics:
+    """`pass_at_k` for k = 1, 2, 4, ... and K of [N, K] rewards that are all 0 or 1, unbiased; else nothing."""
+    if not np.isin(scores, (0, 1)).all():
+        return {}
+    num_samples = scores.shape[1]
+    ks = sorted({2 ** i for i in range(num_samples.bit_length()) if 2 ** i <= num_samples} | {num_samples})
+    right = scores.sum(1).astype(int)
+    return {f'pass_at_{k}': float(np.mean([stackexchange.pass_at_k(num_samples, int(c), k) for c in right]))
+            for k in ks}
+
+
+def of_wins(policy: Policy, prompts: Sequence[str], rows: Rows, scores: np.ndarray, gold: Reward) -> Metrics:
+    """Gold scores [N K] of the responses against those of the data's own, each with an EOS: `win_rate` counts strict
+    wins, `win_ties` equal scores, `win_margin` is the mean difference."""
+    references = policy.given(prompts, [row['reference'] for row in rows])
+    theirs = score(gold, completions_of(references, rows), num=len(rows))[0]
+    found = tldr.win_rate(scores, np.repeat(theirs, len(scores) // len(theirs)))
+    return {'win_rate': found.win_rate, 'win_ties': found.ties, 'win_margin': found.margin,
+            'reference_gold': float(theirs.mean())}
+
+
+def of_drift(policy: Policy, reference: Policy, found: Responses, *, batch_size: int = 64,
+             bar: Callable[[str, int], Progress | None] = lambda what, total: None) -> Metrics:
+    """How far the responses are from what `reference` would say, both at temperature 1.
+
+    `kl` in nats a response, `kl_per_token`; `perplexity` of the responses under the reference; and
+    `legacy_kl_perplexity`, which published TL;DR tables call "KL": it divides by the prompt's tokens too, so compare it
+    over the same prompts alone (`tldr.legacy_perplexity`). KL is unbiased for samples drawn at temperature 1; of others
+    it is the mean log-ratio of those samples.
+    """
+    rows = found.mask.shape[0] * found.mask.shape[1]
+    own, ref = (model.logprobs(found, batch_size=batch_size, progress=bar(what, rows)).reshape(rows, -1)
+                for what, model in (('policy', policy), ('reference', reference)))
+    mask = found.mask.reshape(rows, -1)
+    lengths = np.repeat(found.prompt_mask.sum(1), found.num_samples)
+    out = {name: float(x) for name, x in tldr.response_drift(own, ref, mask).items()}
+    return out | {'legacy_kl_perplexity': float(tldr.legacy_perplexity(ref, mask, lengths).mean())}
+
+
+def of_text(policy: Policy, text: str, *, size: int = imdb.WINDOW, stride: int = imdb.STRIDE, batch_size: int = 64,
+            progress: Callable[[str, int], Progress | None] = lambda what, total: None) -> Metrics:
+    """Perplexity of the policy on human text, read through a window of `size` tokens that moves by `stride`.
+
+    `drift_perplexity` is over tokens (published for IMDB); `drift_perplexity_unweighted` the mean over windows
+    (published for StackExchange), in which a short last window counts as much as a full one.
+    """
+    tokens = np.asarray(policy.encode(text), np.int32)
+    size = min(size, policy.module.max_length)
+    places = perplexity.windows(len(tokens), size=size, stride=min(stride, size - 1))
+    rows, there = np.full((len(places), size), policy.tokenizer.pad, np.int32), np.zeros((len(places), size), bool)
+    counted = np.zeros((len(places), size - 1), bool)  # of tokens 1, 2, ... of a row: nothing predicts the first
+    for i, w in enumerate(places):
+        rows[i, :w.end - w.begin], there[i, :w.end - w.begin] = tokens[w.begin:w.end], True
+        counted[i, w.first - w.begin - 1:w.end - w.begin - 1] = True
+    logprobs = policy.token_logprobs(rows, there, size - 1, batch_size=batch_size,
+                                     progress=progress('human text', len(rows)))
+    sums, counts = -np.where(counted, logprobs, 0).sum(1, dtype=np.float64), counted.sum(1)
+    return {'drift_perplexity': perplexity.perplexity(sums, counts),
+            'drift_perplexity_unweighted': perplexity.perplexity(sums, counts, weighted=False)}
+
+
+def human_text(task: tasks.Task, data: Mapping[str, Any], split: str, num_rows: int) -> str:
+    """The first `num_rows` demonstrations of a split as one text for `of_text`."""
+    found = tasks.require(task, 'demonstrations', data)(data, split)
+    return imdb.drift_text(prompt + response for prompt, response in found[:num_rows])
+
+
+def of_variety(found: Responses) -> Metrics:
+    """`distinct_n`, `entropy_n` and `msttr` over all responses, by words, as far as they have words enough; of several
+    samples `distinct_samples`, the share of different ones among those of a prompt."""
+    flat = [text for row in found.texts for text in row]
+    longest = max(len(text.split()) for text in flat)
+    out = imdb.diversity(flat, orders=tuple(n for n in (1, 2, 3) if n <= longest))
+    if found.num_samples > 1:
+        out['distinct_samples'] = float(np.mean([len(set(row)) / len(row) for row in found.texts]))
+    return out
+
+
+# ---- In training -----------------------------------------------------------------------------------------------------
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError for an evaluation in training that means nothing."""
+    for name, least in (('eval_every', 0), ('eval_prompts', 1)):
+        if config[name] < least:
+            raise ValueError(f'{name}={config[name]} must be at least {least}')
+
+
+class HeldOutPrompts:
+    """Every `eval_every` steps and at the end: the current policy on the first `eval_prompts` held-out prompts in a
+    fixed order, sampled and rewarded as in training; `eval_reward`, `eval_kl`, ... as a row of metrics.
+
+    Its draws are its own and it changes no state: a run ends the same with it or without.
+
+    Args:
+        measure: (state, batch) -> {name: [B]}, means over a prompt's completions.
+        writer: None: nothing is written.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh,
+                 measure: Callable[[Any, Mapping[str, Any]], Mapping[str, jax.Array]], writer: Any):
+        own = config.copy_and_resolve_references()
+        parts = mesh_lib.batch_shards(mesh) * config.accumulate * config.algorithm.num_minibatches
+        own.batch_size = min(-(-config.eval_prompts // parts) * parts, config.batch_size)
+        own.data.split = config.data.heldout
+        own.rollout.update(dict(chunk=0, slots=0))
+        self._config, self._mesh, self._writer = own, mesh, writer
+        self._generate = rollouts.Generator(own, mesh)
+        self._task = self._generate.task
+        self._num = min(config.eval_prompts, self._generate.num_prompts)
+        self._decoding = rollouts.Decoding(own, mesh)
+        self._measure = jax.jit(measure, out_shardings=mesh_lib.replicated(mesh))
+
+    def __call__(self, step: int, state: Any, metrics: Any) -> None:
+        if step % self._config.eval_every and step != self._config.num_steps:
+            return
+        found = self.measure(state)
+        log.info('step %d: %s', step, ', '.join(f'{name} {value:.4g}' for name, value in found.items()))
+        if self._writer:
+            self._writer.write(step, found)
+
+    def measure(self, state: Any) -> Metrics:
+        size, num_samples = self._config.batch_size, self._config.algorithm.num_samples
+        parts: list[dict[str, np.ndarray]] = []
+        texts, rows = [], []
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+            weights = jax.device_put(self._decoding.convert(state.params['policy']), self._decoding.shardings)
+            for index in range(-(-self._num // size)):
+                keep = min(size, self._num - index * size)  # prompts of the next epoch fill the last batch up
+                batch = self._generate(weights, index=index, version=0)
+                by_prompt = {name: x.reshape(num_samples, size, *x.shape[1:]).swapaxes(0, 1)
+                             for name, x in batch.items()}
+                placed = {name: jax.device_put(by_prompt[name], mesh_lib.batch_sharding(self._mesh))
+                          for name in ('tokens', 'prompt_mask', 'mask')}
+                found = {name: by_prompt[name] for name in ('rewards', 'gold', 'ended', 'replaced') if name in batch}
+                found |= {'length': by_prompt['mask'].sum(-1)} | jax.device_get(self._measure(state, placed))
+                parts.append({name: x[:keep] for name, x in found.items()})
+                rows += [row for row in self._generate.rows(index)[:keep] for _ in range(num_samples)]
+                length = by_prompt['mask'].shape[-1]
+                texts += text_arrays.decoded(self._generate.tokenizer, *(
+                    x[:keep].reshape(-1, length) for x in (by_prompt['tokens'][..., -length:], by_prompt['mask'])))[0]
+        out = {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}
+        out |= {'reward': out.pop('rewards'), 'kl_per_token': out['kl'] / out['length']}
+        if self._task.metrics is not None:
+            out |= self._task.metrics(texts, rows)
+        return {f'eval_{name}': value for name, value in out.items()}

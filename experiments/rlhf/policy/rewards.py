@@ -1,0 +1,197 @@
+"""Rewards of completions as `config.reward` names them: a task's rule, a reward model, or a function of the user's."""
+import dataclasses
+import importlib
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.rlhf.models import language
+from experiments.rlhf.data.tasks import Task
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import launch, partition, storage
+from rlhf_jax.models import heads
+from rlhf_jax.rollout.rewards import score
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """What is to be scored, N of them.
+
+    Attributes:
+        texts: up to EOS, which is left out.
+        rows: of the data set, one a completion.
+        tokens, mask: int32 and bool [N, T], prompt and response, EOS included.
+        ended: bool [N], whether there is an EOS.
+    """
+    texts: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+    tokens: np.ndarray
+    mask: np.ndarray
+    ended: np.ndarray
+
+
+Reward = Callable[[Completions], np.ndarray]
+
+
+class Scorer:
+    """`config.reward`: completions -> rewards, and what is logged beside them.
+
+    Args:
+        mesh: of the devices that reward models run on.
+
+    Raises:
+        ValueError, FileNotFoundError: a reward that is not there, before anything is compiled.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, task: Task, mesh: Mesh):
+        r = config.reward
+        self._timeout = r.timeout or None
+        self._missing_eos = number('reward.missing_eos', r.missing_eos)
+        self._replacement = number('reward.replacement', r.replacement)
+
+        def model(path):
+            return shared(path, mesh, dtype=config.model.dtype, num_ids=language.tokenizer(config).vocab_size,
+                          batch_size=r.batch_size)
+
+        name = config.data.task
+        self._reward = find('reward.kind', kind_of(r), task, name, model)
+        self._gold = find('reward.gold', r.gold, task, name, model, gold=True) if r.gold else None
+
+    def __call__(self, completions: Completions) -> dict[str, np.ndarray]:
+        """`rewards` float32 [N], `replaced` bool [N], and `gold` float32 [N] where there is one.
+
+        Raises:
+            ValueError, TimeoutError, Exception: as of `rlhf_jax.rollout.rewards.score`.
+        """
+        count = len(completions.texts)
+        rewards, replaced = score(self._reward, completions, num=count, timeout=self._timeout,
+                                  replacement=self._replacement)
+        if self._missing_eos is not None:
+            rewards = np.where(completions.ended, rewards, np.float32(self._missing_eos))
+        # Which ones does not matter to anybody; how many is logged.
+        out = {'rewards': rewards, 'replaced': np.arange(count) < replaced}
+        if self._gold:
+            out['gold'] = score(self._gold, completions, num=count, timeout=self._timeout)[0]
+        return out
+
+
+def kind_of(r: Mapping[str, Any]) -> str:
+    """What `reward.gold` would be to say the same as `reward.kind` with its field."""
+    if r['kind'] == 'task':
+        return 'task'
+    launch.check_choice('reward.kind', r['kind'], ('task', 'model', 'function'))
+    if not r[r['kind']]:
+        raise ValueError(f"reward.{r['kind']} is empty, but reward.kind={r['kind']!r} needs it")
+    return r[r['kind']]
+
+
+def number(name: str, text: Any) -> float | None:
+    """A number that may be left out: '' is None.
+
+    Raises:
+        ValueError: other text.
+    """
+    if text == '' or text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r} must be a number, or '' for none") from None
+
+
+def find(field: str, name: str, task: Task, task_name: str, model: Callable[[str], Reward], *,
+         gold: bool = False) -> Reward:
+    """The reward that `name` says: 'task', a reward model's folder, or 'package.module:function'.
+
+    Args:
+        field: what the user calls it, for messages.
+        model: path -> reward, for a folder.
+        gold: of the task's rules, the one of what is really wanted.
+
+    Raises:
+        ValueError, FileNotFoundError: no such reward.
+    """
+    if name == 'task':
+        rule = (task.gold or task.reward) if gold else task.reward
+        if rule is None:
+            raise ValueError(f'{field}: the task {task_name!r} has no rule to reward by; give a reward model '
+                             '(reward.kind=model) or a function (reward.kind=function)')
+        return lambda c: rule(c.texts, c.rows)
+    if (storage.resolve(name) / 'config.json').exists():
+        return model(name)
+    module, colon, attribute = name.partition(':')
+    if not colon:
+        raise FileNotFoundError(f'{field}: {name} is neither a folder with a config.json nor a package.module:function')
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f'{field}: cannot import {name} ({error})') from None
+    return lambda c: function(c.texts, c.rows)
+
+
+def shared(path: str, mesh: Mesh, **settings: Any) -> 'RewardModel':
+    """`RewardModel(...)`, or the same one that is still held elsewhere in this process: a run that generates and
+    evaluates on the same devices needs its weights but once."""
+    key = (str(path), mesh, *sorted(settings.items()))
+    found = _MODELS.get(key)
+    if found is None:
+        found = _MODELS[key] = RewardModel(path, mesh, **settings)
+    return found
+
+
+_MODELS: 'weakref.WeakValueDictionary[Any, RewardModel]' = weakref.WeakValueDictionary()
+
+
+class RewardModel:
+    """A reward model read at the last token of each row.
+
+    Args:
+        path: a work directory or a Hugging Face folder.
+        mesh: of the devices it runs on.
+        dtype: to compute in; '': as its own config says.
+        num_ids: of the tokenizer that makes the rows.
+        batch_size: rows it reads at once.
+        before_eos: of a row that ends, read at the token before EOS, as the published gold scores were.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, no reward model, or one of another tokenizer.
+    """
+
+    def __init__(self, path: str, mesh: Mesh, *, dtype: str = '', num_ids: int = 0, batch_size: int = 64,
+                 before_eos: bool = False):
+        module, params = language.load_reward_model(path, dict(dtype=dtype) if dtype else None)
+        size = module.backbone.vocab_size
+        if num_ids > size:
+            raise ValueError(f'{path}: the reward model has {size} tokens, the tokenizer {num_ids}; they do not belong '
+                             'together')
+        if batch_size < 1:
+            raise ValueError(f'reward.batch_size={batch_size} must be at least 1')
+        self.max_length, self._path, self._before_eos = module.backbone.max_length, path, before_eos
+        shards = mesh_lib.batch_shards(mesh)
+        self._rows = -(-batch_size // shards) * shards
+        own = ml_collections.ConfigDict(dict(kind=language.kind_name(module.backbone)))
+        rules = language.rules(own, 'backbone')
+        self._params = jax.device_put(params, partition.param_shardings(params, rules, mesh))
+        self._sharding = mesh_lib.batch_sharding(mesh)
+
+        def run(params, tokens, mask, back):
+            values = module.apply({'params': params}, tokens, mask=mask)
+            return jnp.take_along_axis(values, heads.last_token(mask)[:, None] - back[:, None], 1)[:, 0]
+        self._run = jax.jit(run)
+
+    def __call__(self, completions: Completions) -> np.ndarray:
+        tokens, mask = completions.tokens, completions.mask
+        if tokens.shape[1] > self.max_length:
+            raise ValueError(f'{self._path}: reads at most {self.max_length} tokens, rows have {tokens.shape[1]}')
+        out, back = [], completions.ended.astype(np.int32) * self._before_eos
+        for start in range(0, len(tokens), self._rows):
+            part = [x[start:start + self._rows] for x in (tokens, mask, back)]
+            padded = [np.concatenate([x, np.repeat(x[-1:], self._rows - len(x), 0)]) for x in part]
+            out.append(self._run(self._params, *(jax.device_put(x, self._sharding) for x in padded)))
+        return np.concatenate(jax.device_get(out))[:len(tokens)]

@@ -1,0 +1,326 @@
+"""Where a policy's batches come from: prompts, samples and rewards on the generating devices, and the stream of them.
+
+One code path for every way to run: synchronously (max_staleness=0), from earlier weights on devices of their own
+(max_staleness=S, devices=n), or with generators in processes of their own (transport='files' or 'transfer', and
+`python -m experiments.generate`). A batch is a function of its index and of the weights alone, so they all give the
+same batches for the same versions.
+"""
+import functools
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.rlhf.data import tasks
+from experiments.rlhf.models import language
+from experiments.rlhf.policy import rewards
+from experiments.rlhf.data import texts as text_arrays
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import launch, partition, storage
+from experiments.runtime.stream import EpochOrder
+from rlhf_jax import generate as generate_lib
+from rlhf_jax import refill, responses
+from rlhf_jax.models import decoder, lora
+from rlhf_jax.rollout import processes, publish
+from rlhf_jax.rollout.stream import RolloutStream
+
+log = logging.getLogger(__name__)
+
+TRANSPORTS = ('devices', 'files', 'transfer')
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError for rollout settings that cannot work, before any data is read."""
+    r = config.rollout
+    if r.max_staleness < 0:
+        raise ValueError(f'rollout.max_staleness={r.max_staleness} must be at least 0')
+    launch.check_choice('rollout.transport', r.transport, TRANSPORTS)
+    if r.devices and r.transport != 'devices':
+        raise ValueError(f'rollout.devices={r.devices}: with rollout.transport={r.transport!r} generators have devices '
+                         'of their own process; set it to 0')
+    for name in ('devices', 'chunk', 'slots', 'timeout'):
+        if r[name] < 0:
+            raise ValueError(f'rollout.{name}={r[name]} must be at least 0')
+    if r.num_generators < 1:
+        raise ValueError(f'rollout.num_generators={r.num_generators} must be at least 1')
+    if r.chunk and not r.max_staleness:
+        raise ValueError(f'rollout.chunk={r.chunk} looks for newer weights while generating, but with '
+                         'rollout.max_staleness=0 none come meanwhile; set one of them')
+    if r.chunk and not r.threaded:
+        raise ValueError('rollout.threaded=False generates in the loop, where no newer weights can come; set '
+                         'rollout.chunk=0')
+    if jax.process_count() > 1:
+        raise ValueError(f'a policy is trained by one process, here are {jax.process_count()}; for more machines run '
+                         "generators apart (rollout.transport='files' and python -m experiments.generate)")
+
+
+def learner_devices(config: ml_collections.ConfigDict,
+                    devices: Sequence[jax.Device] | None = None) -> list[jax.Device]:
+    """Devices that train, of `devices` (default: all there are): all but the last `rollout.devices`.
+
+    Raises:
+        ValueError: none would be left.
+    """
+    devices, held = list(jax.devices() if devices is None else devices), config.rollout.devices
+    if held >= len(devices):
+        raise ValueError(f'rollout.devices={held} leaves none of {len(devices)} devices to the learner; 0 shares them')
+    return devices[:len(devices) - held]
+
+
+def generator_mesh(config: ml_collections.ConfigDict, learner: Mesh | None = None,
+                   devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of the devices that generate, of `devices` (default: all there are); the learner's own unless
+    `rollout.devices` sets some apart."""
+    devices = list(jax.devices() if devices is None else devices)
+    if config.rollout.devices:
+        devices = devices[-config.rollout.devices:]
+    elif learner is not None:
+        devices = list(learner.devices.flat)
+    return mesh_lib.make_mesh(config.rollout.mesh, devices)
+
+
+def sampling_of(config: ml_collections.ConfigDict, eos: int, pad: int) -> generate_lib.Sampling:
+    s = config.sampling
+    return generate_lib.Sampling(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
+                                 top_p=s.top_p, min_new_tokens=s.min_new_tokens, stop_tokens=(eos,), pad_token=pad)
+
+
+# ---- Weights for decoding --------------------------------------------------------------------------------------------
+
+class Decoding:
+    """A policy's weights as the sampler wants them: adapter merged, matrices in compute dtype, a tree a block.
+
+    Attributes:
+        module: the decoder for such weights.
+        shardings: of such weights on the generators' mesh.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+        stacked = language.decoder(config.model)
+        self.module = stacked.clone(stacked=False)
+
+        def convert(policy):
+            plain = lora.merge(policy) if config.lora.rank else policy
+            return decoder.split_blocks(stacked, plain, dtype=stacked.dtype)[1]
+
+        self.convert = jax.jit(convert)
+        self.shapes = jax.eval_shape(convert, jax.eval_shape(language.init_decoder(config), jax.random.key(0)))
+        self.shardings = partition.param_shardings(
+            self.shapes, decoder.split_rules(language.rules(config.model)), mesh)
+
+
+def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Any, tuple, Mesh]:
+    """(jitted sampler, its abstract arguments, mesh) of a whole batch at its longest as `devices` would run it, some of
+    which train; for compile checks."""
+    mesh, num_samples = generator_mesh(config, devices=devices), config.algorithm.num_samples
+    decoding, batch = Decoding(config, mesh), mesh_lib.batch_sharding(mesh)
+    prompts, sampling = (config.batch_size, config.sampling.max_prompt), sampling_of(config, 0, 0)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.batch_size * num_samples))
+    program = jax.jit(
+        lambda params, tokens, mask, keys: generate_lib.generate(decoding.module, params, tokens, mask, keys, sampling,
+                                                                 num_samples=num_samples),
+        in_shardings=(decoding.shardings, batch, batch, batch), out_shardings=batch)
+    return program, (decoding.shapes, jax.ShapeDtypeStruct(prompts, jnp.int32), jax.ShapeDtypeStruct(prompts, bool),
+                     keys), mesh
+
+
+def open_weights(config: ml_collections.ConfigDict, shardings: Any, shapes: Any, folder: Any, *,
+                 reader: int = 0) -> Any:
+    """The transport that `rollout.transport` names."""
+    r = config.rollout
+    keep, timeout = r.max_staleness + 1, r.timeout or None
+    if r.transport == 'devices':
+        return publish.InProcess(shardings, timeout=timeout)
+    if r.transport == 'files':
+        return publish.Files(folder / 'weights', shardings, keep=keep, timeout=timeout)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return publish.Transfer(folder / 'weights', like, num_readers=r.num_generators, reader=reader, keep=keep,
+                            timeout=timeout)
+
+
+# ---- The generator ---------------------------------------------------------------------------------------------------
+
+class Generator:
+    """`Generate` of a `RolloutStream`: batch `index` of the run, under weights that `Decoding` converted.
+
+    Args:
+        mesh: of the devices that generate.
+        weights: the transport, asked for newer weights on the way where `rollout.chunk` is set.
+
+    Raises:
+        ValueError, OSError: data, tokenizer or rewards that do not fit, before anything is compiled.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, weights: Any = None):
+        self._config, self._mesh, self._weights = config, mesh, weights
+        self.tokenizer = language.tokenizer(config)
+        self._module = language.decoder(config.model).clone(stacked=False)
+        self.task = tasks.get(config.data, self.tokenizer.encode)
+        self._prompts, self._rows = prompts_of(config, self.task, self.tokenizer, config.data.split)
+        self._order = EpochOrder(len(self._prompts), config.seed)
+        self._scorer = rewards.Scorer(config, self.task, mesh)
+        self._sampling = sampling_of(config, self.tokenizer.eos, self.tokenizer.pad)
+        self._buckets = tuple(config.sampling.buckets) or (config.sampling.max_prompt,)
+        shards = mesh_lib.batch_shards(mesh)
+        if config.batch_size % shards:
+            raise ValueError(f'batch_size={config.batch_size} prompts are not divisible by the {shards} generating '
+                             'shards (rollout.mesh data x fsdp); use a multiple')
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._prompts)
+
+    def rows(self, index: int) -> list[Mapping[str, Any]]:
+        """Of the data set, one for each of the B prompts of batch `index`."""
+        return [self._rows[i] for i in self._order(self._draws(index))]
+
+    def _draws(self, index: int) -> np.ndarray:
+        return index * self._config.batch_size + np.arange(self._config.batch_size)
+
+    def __call__(self, params: Any, *, index: int, version: int) -> Mapping[str, np.ndarray]:
+        """A batch of B prompts and K completions of each, K-major: see `rlhf_jax.rollout.batch`."""
+        # All of it, keys and reward models too: without a thread of its own this runs under the learner's mesh.
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+            num_samples, draws = self._config.algorithm.num_samples, self._draws(index)
+            ids = self._order(draws)
+            tokens, mask = generate_lib.pad_prompts([self._prompts[i] for i in ids], buckets=self._buckets,
+                                                    pad_token=self.tokenizer.pad)
+            # By the draw, not the prompt: one that comes twice (a small set, the seam of two epochs) is answered anew.
+            keys = responses.sample_keys(jax.random.key(self._config.seed), draws, num_samples, version)
+            drawn, versions = self._draw(params, version, tokens, mask, keys)
+            rows = [self._rows[i] for _ in range(num_samples) for i in ids]
+            return finish(self.tokenizer, self._scorer, np.tile(tokens, (num_samples, 1)),
+                          np.tile(mask, (num_samples, 1)), drawn, rows) | versions
+
+    def _draw(self, params, version, tokens, mask, keys):
+        r, num_samples = self._config.rollout, self._config.algorithm.num_samples
+        if not (r.chunk or r.slots):
+            place = functools.partial(jax.device_put, device=mesh_lib.batch_sharding(self._mesh))
+            drawn = generate_lib.generate(self._module, params, place(tokens), place(mask), keys, self._sampling,
+                                          num_samples=num_samples)
+            return jax.device_get(drawn), {}
+        held = [params, version]
+
+        def newest():
+            found = self._weights.newest() if r.chunk else None
+            if found is not None and found > held[1]:
+                held[:] = self._weights.fetch(found), found
+            return tuple(held)
+        drawn = refill.generate_refilled(self._module, newest, tokens, mask, keys, self._sampling,
+                                         slots=r.slots or len(keys), chunk=r.chunk or 16, num_samples=num_samples)
+        drawn = jax.device_get(drawn)
+        # Past the end of a response no version is meant; the newest there is keeps minima over tokens right.
+        return drawn, {'policy_version': np.where(drawn.mask, drawn.versions, held[1]).astype(np.int32)}
+
+
+def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: Any,
+               split: str) -> tuple[list[list[int]], list[Mapping[str, Any]]]:
+    """Tokens and rows of the prompts that fit `sampling.max_prompt`.
+
+    Raises:
+        ValueError: the task has no prompts, one is empty or ends in EOS, or none fits.
+    """
+    found = tasks.require(task, 'prompts', config.data)(config.data, split)
+    longest = config.sampling.max_prompt
+    tokens, rows, encode = [], [], text_arrays.encoder(config, tokenizer)
+    for i, prompt in enumerate(found):
+        ids = list(encode(prompt.text))
+        if not ids or ids[-1] == tokenizer.eos:
+            raise ValueError(f'data: prompt {i} ' + ('has no token' if not ids else 'ends in the EOS token'))
+        if task.cut_prompts:
+            first = int(config.bos)  # a BOS stays where the beginning goes
+            ids = ids[:first] + ids[first:][-(longest - first):]
+        if len(ids) <= longest:
+            tokens.append(ids)
+            rows.append({'prompt': prompt.text} | dict(prompt.row))
+    if len(tokens) < len(found):
+        log.warning('%d of %d prompts are longer than sampling.max_prompt=%d tokens and left out',
+                    len(found) - len(tokens), len(found), longest)
+    if not tokens:
+        raise ValueError(f'sampling.max_prompt={longest}: none of {len(found)} prompts is that short; raise it')
+    return tokens, rows
+
+
+def finish(tokenizer: Any, scorer: Any, tokens: np.ndarray, mask: np.ndarray, drawn: Any,
+           rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Samples (of prompts [N, P] as they stand) with their rewards."""
+    said, ended = text_arrays.decoded(tokenizer, drawn.tokens, drawn.mask)
+    whole = np.concatenate([tokens, drawn.tokens], 1)
+    scored = scorer(rewards.Completions(said, rows, whole, np.concatenate([mask, drawn.mask], 1), ended))
+    return {'tokens': whole, 'prompt_mask': mask, 'mask': drawn.mask, 'logprobs': drawn.logprobs, 'ended': ended,
+            **scored}
+
+
+# ---- The stream ------------------------------------------------------------------------------------------------------
+
+class Rollouts:
+    """A `RolloutStream` as the runner's loop knows streams: prompt-major batches, and told every new state."""
+
+    def __init__(self, stream: RolloutStream, convert: Any, num_samples: int, num_steps: int):
+        self._stream, self._convert = stream, convert
+        self._num_samples, self._num_steps = num_samples, num_steps
+
+    def publish(self, version: int, state: Any) -> None:
+        """Before the first batch, and after every step but the last."""
+        if version < self._num_steps:
+            self._stream.publish(version, self._convert(state.params['policy']))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the batch handed out last: `rollout_staleness` in versions, `rollout_..._seconds` of waits and work."""
+        counts = ('staleness', 'in_flight')
+        return {f'rollout_{name}' if name in counts else f'rollout_{name}_seconds': value
+                for name, value in self._stream.metrics.items()}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._stream)
+        by_prompt = lambda x: np.ascontiguousarray(
+            x.reshape(self._num_samples, -1, *x.shape[1:]).swapaxes(0, 1))
+        return {name: by_prompt(x) for name, x in batch.items()}
+
+    def get_state(self) -> dict:
+        return self._stream.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._stream.set_state(state)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | os.PathLike) -> Rollouts:
+    """The stream of a learner on `mesh`; files between processes lie in `workdir/rollouts`."""
+    r = config.rollout
+    if r.transport != 'devices' and storage.is_remote(workdir):
+        raise ValueError(f'--workdir={workdir}: rollout.transport={r.transport!r} needs a folder that all processes '
+                         'see')
+    generating = generator_mesh(config, mesh)
+    decoding = Decoding(config, generating)
+    weights = open_weights(config, decoding.shardings, decoding.shapes, storage.resolve(workdir) / 'rollouts')
+    if r.transport == 'devices':
+        generate = Generator(config, generating, weights)
+    else:
+        generate = weights = processes.Remote(storage.resolve(workdir) / 'rollouts' / 'batches', weights,
+                                              max_staleness=r.max_staleness)
+    # Two threads that each start programs over several devices, the same ones, can leave those waiting for each other.
+    shared = r.transport == 'devices' and not r.devices and mesh.devices.size > 1
+    if shared and r.chunk:
+        raise ValueError(f'rollout.chunk={r.chunk} takes up weights while others are trained, which needs devices of '
+                         'its own; set rollout.devices')
+    if shared and r.max_staleness:
+        log.warning('rollout.max_staleness=%d with rollout.devices=0: batches come from earlier weights, but are made '
+                    'and trained on in turn; set devices apart to do both at once', r.max_staleness)
+    threaded = r.threaded and not shared
+    stream = RolloutStream(generate, weights, max_staleness=r.max_staleness, threaded=threaded, newest=r.newest,
+                           num_batches=config.num_steps, timeout=r.timeout or None)
+    return Rollouts(stream, decoding.convert, config.algorithm.num_samples, config.num_steps)

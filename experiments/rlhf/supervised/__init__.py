@@ -1,0 +1,1 @@
+"""Fine-tuning, DPO and reward models: training on given texts."""

@@ -1,0 +1,193 @@
+"""What training on given texts has in common, whatever its loss: weights to start from, adapters, held-out metrics."""
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.rlhf.data import tasks, texts
+from experiments.rlhf.models import language
+from experiments.runtime import optim
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.experiment import Experiment
+from experiments.runtime.state import TrainState
+from rlhf_jax.models import lora
+
+log = logging.getLogger(__name__)
+
+Params = dict[str, Any]
+Metrics = dict[str, jax.Array]
+Config = ml_collections.ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """One way to train on texts.
+
+    Attributes:
+        init: key -> fresh parameters, without adapter.
+        loss: (params, reference, batch) -> (loss, metrics), means over the batch.
+        rows: (params, reference, batch) -> {name: [B]}, from which `reduce` makes the metrics of any number of rows.
+        reduce: {name: [N]} -> metrics, among them `loss`.
+        open: (config, split) -> arrays of the whole split.
+        batch: shapes and dtypes of a batch.
+        prepare: batch -> batch, before it is cut into microbatches.
+        prefix: where the decoder's parameters sit.
+        trained: regexes of parameters that are trained beside an adapter.
+        keeps_reference: whether `loss` is given the parameters that training started from.
+    """
+    init: Callable[[jax.Array], Params]
+    loss: Callable[[Params, Params | None, Mapping[str, Any]], tuple[jax.Array, Metrics]]
+    rows: Callable[[Params, Params | None, Mapping[str, Any]], Metrics]
+    reduce: Callable[[Mapping[str, Any]], Metrics]
+    open: Callable[[Config, str], texts.Arrays]
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch
+    prefix: str = ''
+    trained: tuple[str, ...] = ()
+    keeps_reference: bool = False
+
+
+def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
+    """The experiment that minimises `objective`.
+
+    With `config.lora.rank` only the adapter (and `objective.trained`) is differentiated and has moments; the reference
+    is then the same parameters without their adapter, else a copy, in `state.extra['reference']`.
+
+    Raises:
+        ValueError: texts longer than the model's context.
+    """
+    limit = language.decoder(config.model).max_length
+    if config.max_length > limit:
+        raise ValueError(f'max_length={config.max_length} exceeds the context of the model, model.max_length={limit}')
+    if config.eval_every < 0:
+        raise ValueError(f'eval_every={config.eval_every} must be at least 0; 0 turns it off')
+    shards, adapted = mesh_lib.batch_shards(mesh), config.lora.rank > 0
+
+    def init_params(key):
+        return language.with_adapter(config, objective.init(key), jax.random.fold_in(key, 1))
+
+    def divide(params):
+        return language.divide(params, objective.trained) if adapted else ({}, params)
+
+    def reference(params, extra):
+        if not objective.keeps_reference:
+            return None
+        return jax.lax.stop_gradient(lora.without(params) if adapted else extra['reference'])
+
+    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    tx = optim.adamw(config.optimizer, divide(shapes)[1], config.num_steps)
+
+    def init(key):
+        key, carried = jax.random.split(key)
+        params = init_params(key)
+        extra = {'reference': jax.tree.map(jnp.copy, params)} if objective.keeps_reference and not adapted else None
+        return TrainState(jnp.int32(0), params, tx.init(divide(params)[1]), None, carried, extra)
+
+    def loss(params, state, batch, rng):
+        return objective.loss(params, reference(params, state.extra), batch)
+
+    def step(state, batch):
+        frozen, trained = divide(state.params)
+        (value, metrics), grads = optim.value_and_grad(
+            lambda p, b, r: loss(lora.join(frozen, p), state, b, r), trained, objective.prepare(dict(batch)),
+            jax.random.fold_in(state.rng, state.step), config.accumulate, shards)
+        trained, opt_state, norm = optim.apply(tx, grads, state.replace(params=trained))
+        return (state.replace(step=state.step + 1, params=lora.join(frozen, trained), opt_state=opt_state),
+                metrics | {'loss': value, 'grad_norm': norm})
+
+    def warm_start(state):
+        plain = lora.without(state.params)
+        inner = plain[objective.prefix] if objective.prefix else plain
+        # A reward model has no output head: its backbone cannot say where that one would lie.
+        shardings = None if objective.prefix else jax.tree.map(lambda x: x.sharding, inner)
+        loaded = language.load_decoder(config.weights, config, shardings)
+        params = filled(state.params, {objective.prefix: loaded} if objective.prefix else loaded)
+        extra = state.extra
+        if extra is not None:  # a copy: both are donated to the step
+            extra = {'reference': jax.tree.map(lambda x: jnp.array(x, copy=True), params)}
+        log.info('starting from %s', config.weights)
+        return state.replace(params=params, extra=extra)
+
+    def hooks(writer):
+        if not config.eval_every:
+            return ()
+        return (HeldOut(config, mesh, objective.open(config, config.data.heldout),
+                        lambda state, batch: objective.rows(state.params, reference(state.params, state.extra), batch),
+                        objective.reduce, writer),)
+
+    return Experiment(init, loss, step, language.rules(config.model, objective.prefix), objective.batch,
+                      lambda: texts.batches(objective.open(config, config.data.split), config),
+                      warm_start=warm_start if config.weights else None, hooks=hooks)
+
+
+def filled(fresh: Mapping[str, Any], loaded: Mapping[str, Any]) -> Params:
+    """`fresh` with the leaves that `loaded` has too in place of its own; what is new in `loaded` is left out."""
+    return {name: (filled(leaf, loaded[name]) if isinstance(leaf, Mapping) else loaded[name]) if name in loaded
+            else leaf for name, leaf in fresh.items()}
+
+
+class HeldOut:
+    """Every `eval_every` steps and at the end: metrics over all held-out rows, as `heldout_NAME`."""
+
+    def __init__(self, config: Config, mesh: Mesh, arrays: texts.Arrays, rows: Callable[[TrainState, Any], Metrics],
+                 reduce: Callable[[Mapping[str, Any]], Metrics], writer: Any):
+        self._every, self._last, self._mesh, self._writer = config.eval_every, config.num_steps, mesh, writer
+        self._batches = texts.in_order(arrays, config.batch_size // config.accumulate)
+        self._rows = jax.jit(rows, out_shardings=mesh_lib.replicated(mesh))
+        self._reduce = reduce
+
+    def __call__(self, step: int, state: TrainState, metrics: Any) -> None:
+        if step % self._every and step != self._last:
+            return
+        found = self.measure(state)
+        log.info('step %d: %s', step, ', '.join(f'{name} {value:.4g}' for name, value in found.items()))
+        if self._writer:
+            self._writer.write(step, found)
+
+    def measure(self, state: TrainState) -> dict[str, float]:
+        parts: list[Mapping[str, np.ndarray]] = []
+        sharding = mesh_lib.batch_sharding(self._mesh)
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+            for batch, count in self._batches:
+                placed = {name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+                          for name, x in batch.items()}
+                parts.append({name: np.asarray(x)[:count] for name, x in self._rows(state, placed).items()})
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {f'heldout_{name}': float(value) for name, value in self._reduce(whole).items()}
+
+
+def pair_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of preference pairs (`texts.preferences`)."""
+    shape = (config.batch_size, config.max_length)
+    return {'chosen': jax.ShapeDtypeStruct(shape, jnp.int32), 'chosen_mask': jax.ShapeDtypeStruct(shape, bool),
+            'rejected': jax.ShapeDtypeStruct(shape, jnp.int32), 'rejected_mask': jax.ShapeDtypeStruct(shape, bool),
+            'prompt_length': jax.ShapeDtypeStruct(shape[:1], jnp.int32)}
+
+
+def interleaved(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Tokens and mask [2 B, T], chosen and rejected in turn: every device keeps the rows it has."""
+    pairs = (jnp.stack([batch['chosen' + end], batch['rejected' + end]], 1) for end in ('', '_mask'))
+    tokens, mask = (x.reshape(-1, x.shape[-1]) for x in pairs)
+    return tokens, mask
+
+
+def open_pairs(config: Config, split: str) -> texts.Arrays:
+    return _open(config, split, 'preferences', texts.preferences)
+
+
+def open_demonstrations(config: Config, split: str) -> texts.Arrays:
+    return _open(config, split, 'demonstrations', texts.demonstrations, packing=config.packing)
+
+
+def _open(config: Config, split: str, name: str, to_arrays: Callable[..., texts.Arrays], **options) -> texts.Arrays:
+    tokenizer = language.tokenizer(config)
+    encode = texts.encoder(config, tokenizer)
+    found = tasks.require(tasks.get(config.data, encode), name, config.data)(config.data, split)
+    return to_arrays(found, encode, eos=tokenizer.eos, pad=tokenizer.pad, max_length=config.max_length, **options)

@@ -1,0 +1,54 @@
+"""Supervised fine-tuning on demonstrations (`rlhf_jax.losses.supervised.sft`)."""
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from experiments.rlhf.models import language
+from experiments.rlhf.supervised import experiment as supervised
+from experiments.runtime.experiment import Experiment
+from rlhf_jax.losses.supervised import sft
+
+
+def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
+    model = language.decoder(config.model)
+
+    def cross_entropy(logits, batch):
+        return sft(logits, batch['tokens'], batch['mask'],
+                   prompt_mask=None if config.train_on_prompt else batch['prompt_mask'],
+                   segment_ids=batch['mask'] if config.packing else None)
+
+    def loss(params, _, batch):
+        value, metrics = cross_entropy(model.apply({'params': params}, batch['tokens'], mask=batch['mask']), batch)
+        share = 1.0
+        if 'tokens_a_row' in batch:
+            # A microbatch counts by its tokens: their mean is then the mean over all tokens of the batch.
+            share = metrics['tokens'] / (batch['tokens_a_row'][0] * len(batch['tokens']))
+        return value * share, {'accuracy': metrics['accuracy'] * share, 'tokens': metrics['tokens'] * config.accumulate}
+
+    def prepare(batch):
+        if config.accumulate == 1:
+            return batch
+        rows = len(batch['tokens'])
+        no_logits = jnp.zeros((*batch['tokens'].shape, 1))  # of one class: only to count which tokens are trained on
+        counted = cross_entropy(no_logits, batch | {'tokens': jnp.zeros_like(batch['tokens'])})[1]['tokens']
+        return batch | {'tokens_a_row': jnp.full(rows, jnp.maximum(counted, 1) / rows)}
+
+    def rows(params, _, batch):
+        logits = model.apply({'params': params}, batch['tokens'], mask=batch['mask'])
+        one = lambda *row: cross_entropy(*jax.tree.map(lambda x: x[None], row))
+        value, metrics = jax.vmap(one)(logits, dict(batch))
+        return {'loss': value, 'tokens': metrics['tokens'], 'accuracy': metrics['accuracy']}
+
+    def reduce(found):
+        share = found['tokens'] / max(found['tokens'].sum(), 1)
+        value = (found['loss'] * share).sum()
+        return {'loss': value, 'perplexity': jnp.exp(value), 'accuracy': (found['accuracy'] * share).sum()}
+
+    shape = (config.batch_size, config.max_length)
+    batch = {'tokens': jax.ShapeDtypeStruct(shape, jnp.int32),
+             'mask': jax.ShapeDtypeStruct(shape, jnp.int32 if config.packing else bool),
+             'prompt_mask': jax.ShapeDtypeStruct(shape, bool)}
+    return supervised.build(config, mesh, supervised.Objective(
+        init=lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))['params'], loss=loss, rows=rows, reduce=reduce,
+        open=supervised.open_demonstrations, batch=batch, prepare=prepare))

@@ -1,0 +1,129 @@
+"""Greedy translation of a held-out split and its BLEU: of the German, the task; of the English, the drift.
+
+`bleu_*` is `bleu.legacy` on tokenized, lower-cased text, as the game has been reported; `sacrebleu_*`, where sacrebleu
+is installed, is lower-cased BLEU of words joined by spaces against the text as it was written.
+"""
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from experiments.rlhf.translation import data as data_lib
+from rlhf_jax import masked, responses
+from rlhf_jax.models.seq2seq import Seq2Seq
+from rlhf_jax.tasks import bleu, translation
+
+Array = jax.Array
+
+
+class _Evaluation:
+    """Translates `data.valid`, or another split, with parameters it is called with; compiled once.
+
+    Args:
+        config: of an agent or a game.
+        model: of every agent.
+        languages: source first; one more for each agent in turn.
+        split: None: `data.valid`.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, model: Seq2Seq, languages: Sequence[str],
+                 split: str | None = None):
+        self.languages = tuple(languages)
+        self.corpus = data_lib.open_corpus(config, split or config.data.valid, self.languages,
+                                           most=config.evaluation.sentences)
+        self._vocabularies = data_lib.vocabularies(config, self.languages)
+        self._rows, self._model, self._message = config.evaluation.rows, model, config.message
+        self._run = jax.jit(self._translate)
+
+    def _agents(self, params: Any) -> list[Any]:
+        """Parameters of the agents in turn."""
+        raise NotImplementedError
+
+    def _translate(self, params: Any, batch: dict[str, Array]) -> dict[str, Array]:
+        """What each agent says, and the mean log-likelihood of each human sentence under the first: [N, ...]."""
+        agents, first, second = self._agents(params), *self.languages[:2]
+        tokens, lengths = translation.source(batch[first], batch[f'{first}_length'])
+        read = tokens, responses.mask(lengths, tokens.shape[-1])
+        logits, _ = self._model.apply({'params': agents[0]}, *read, batch[second])
+        _, wanted, mask = translation.target(batch[second], batch[f'{second}_length'])
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], -1)[..., 0]
+        said = {'nll': masked.total(-picked, mask, -1), 'count': mask.sum(-1)}
+        for agent, language in zip(agents, self.languages[1:]):
+            message = self._model.apply({'params': agent}, *read, max_length=self._message.max_length,
+                                        min_length=self._message.min_length, method='send')
+            said[language], read = message.tokens, (message.tokens, message.mask)
+        return said
+
+    def translate(self, params: Any) -> dict[str, Any]:
+        """{language: [sentence]}, words separated by spaces; and `nll` and `count` [N] of the first agent's target."""
+        count = len(self.corpus.plain[self.languages[0]])
+        batch = {language: self.corpus.tokens[language] for language in self.languages[:2]}
+        batch |= {f'{language}_length': self.corpus.lengths[language] for language in self.languages[:2]}
+        parts = []
+        for start in range(0, count, self._rows):
+            rows = np.minimum(np.arange(start, start + self._rows), count - 1)  # the last row fills up the last batch
+            parts.append(jax.tree.map(np.asarray, self._run(params, {name: x[rows] for name, x in batch.items()})))
+        found = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+        return {name: [self._vocabularies[name].decode(row) for row in x.tolist()] if name in self._vocabularies else x
+                for name, x in found.items()}
+
+    def __call__(self, params: Any, *, sacrebleu: bool = False) -> dict[str, float]:
+        """`bleu_X` of every language X that is said, `nll_Y` in nats a token of what people wrote, under the first
+        agent; with `sacrebleu`, also `sacrebleu_X` where it is installed."""
+        said = self.translate(params)
+        scores = {}
+        for language in self.languages[1:]:
+            scores[f'bleu_{language}'] = bleu.legacy(said[language], self.corpus.words[language]).score
+            if sacrebleu:
+                try:
+                    score, self.signature = bleu.sacrebleu(said[language], self.corpus.plain[language], lowercase=True)
+                    scores[f'sacrebleu_{language}'] = score
+                except ImportError:
+                    pass
+        scores[f'nll_{self.languages[1]}'] = float(said['nll'].sum() / said['count'].sum())
+        return scores
+
+    signature = ''  # of sacrebleu
+
+
+class AgentEvaluation(_Evaluation):
+    """Of one agent; called with its parameters."""
+
+    def __init__(self, config: ml_collections.ConfigDict, model: Seq2Seq, split: str | None = None):
+        super().__init__(config, model, config.languages, split)
+
+    def _agents(self, params):
+        return [params]
+
+
+class GameEvaluation(_Evaluation):
+    """Of both agents, one after the other; called with {'speaker': ..., 'listener': ...}."""
+
+    def __init__(self, config: ml_collections.ConfigDict, model: Seq2Seq, split: str | None = None):
+        super().__init__(config, model, translation.FIELDS, split)
+
+    def _agents(self, params):
+        return [params['speaker'], params['listener']]
+
+
+@dataclasses.dataclass
+class Hook:
+    """Every `every` steps: `measure(parameters)` as a row of metrics."""
+    writer: Any
+    every: int
+    measure: Callable[[Any], dict[str, float]]
+
+    def __call__(self, step, state, metrics):
+        if step % self.every == 0:
+            values = self.measure(state.params)
+            if self.writer:
+                self.writer.write(step, values)
+
+
+def hooks(config: ml_collections.ConfigDict, writer: Any, open_evaluation: Callable[[], _Evaluation]) -> list[Hook]:
+    """The evaluation of a run as its hook, or none where `evaluation.every` is 0."""
+    return [Hook(writer, config.evaluation.every, open_evaluation())] if config.evaluation.every else []

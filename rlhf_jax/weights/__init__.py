@@ -1,0 +1,1 @@
+"""Weight files: read, written and mapped to parameters. Knows no model."""
