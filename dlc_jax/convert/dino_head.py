@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.weights import rules as rules_lib
 from rlhf_jax.weights.rules import Codec, FLAT, Rule, dense, linear
+from rlhf_jax.weights.state_dict import Renamed, shape_of, strip_prefixes
 from dlc_jax.ssl.dino import DINOHead
 
 # weight_g is (K, 1) there.
@@ -34,11 +35,11 @@ def from_torch(state_dict: Mapping[str, Any], *, prefix: str = 'dino_head.', sha
     Raises:
         ValueError: a tensor that is missing, unknown, wrongly shaped or not finite.
     """
-    state_dict = rules_lib.strip_prefixes(state_dict, ('_orig_mod.', 'module.'))
-    inside = rules_lib.Renamed(state_dict, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+    state_dict = strip_prefixes(state_dict, ('_orig_mod.', 'module.'))
+    inside = Renamed(state_dict, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
     state_dict = inside or state_dict
-    prototypes, bottleneck = rules_lib.shape_of(state_dict, 'last_layer.weight_v', 2)
-    hidden, width = rules_lib.shape_of(state_dict, 'mlp.0.weight', 2)
+    prototypes, bottleneck = shape_of(state_dict, 'last_layer.weight_v', 2)
+    hidden, width = shape_of(state_dict, 'mlp.0.weight', 2)
     num_layers = len([name for name in state_dict if name.startswith('mlp.') and name.endswith('.weight')])
     sizes = dict(hidden=hidden, bottleneck=bottleneck, prototypes=prototypes, num_layers=num_layers)
     module = DINOHead(**sizes | fields)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.weights import rules as rules_lib
 from rlhf_jax.weights.rules import Rule, dense, linear, norm, patch_conv
-from rlhf_jax.weights.state_dict import Renamed
+from rlhf_jax.weights.state_dict import Renamed, num_blocks, shape_of, strip_prefixes, without_prefixes
 from dlc_jax.models.vit import VisionTransformer, swiglu_hidden
 
 PREFIXES = ('_orig_mod.', 'module.', 'backbone.')
@@ -69,7 +69,7 @@ def clean_names(state_dict: Mapping[str, Any]) -> Renamed:
     """`state_dict` without the prefixes that wrappers add, and with blocks counted through where training kept them in
     chunks (`blocks.1.7.` -> `blocks.7.`)."""
     return Renamed(state_dict, lambda name: re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.',
-                                                   rules_lib.without_prefixes(name, PREFIXES)))
+                                                   without_prefixes(name, PREFIXES)))
 
 
 def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, hf: bool = False) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, h
         return (_hf_rule(Rule(original, '')).torch if hf else original).replace('{i}', str(block))
 
     def shape(original, ndim):
-        return rules_lib.shape_of(state_dict, name_of(original), ndim)
+        return shape_of(state_dict, name_of(original), ndim)
 
     width, _, patch, _ = shape('patch_embed.proj.weight', 4)
     positions = shape('pos_embed', 3)[1] - 1
@@ -90,7 +90,7 @@ def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, h
     if grid * grid != positions:
         raise ValueError(f'convert: {name_of("pos_embed")} has {positions} positions, which are not a square grid')
     fields = dict(
-        width=width, depth=rules_lib.num_blocks(state_dict, name_of('blocks.{i}.norm1.weight', '{i}')),
+        width=width, depth=num_blocks(state_dict, name_of('blocks.{i}.norm1.weight', '{i}')),
         patch_size=patch, pos_grid=grid, num_heads=num_heads or max(width // _HEAD_WIDTH, 1),
         num_registers=shape('register_tokens', 3)[1] if name_of('register_tokens') in state_dict else 0)
     fields['pos_antialias'] = fields['num_registers'] > 0  # how the released models were trained
@@ -154,8 +154,8 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int | None = None, s
     state_dict = clean_names(state_dict)
     hf = any('embeddings.' in name for name in state_dict)
     if hf:
-        state_dict = rules_lib.strip_prefixes(state_dict, _HF_PREFIXES)
+        state_dict = strip_prefixes(state_dict, _HF_PREFIXES)
     module = VisionTransformer(**vit_fields(state_dict, num_heads, hf=hf) | fields)
     rules = rules_of(module, hf=hf)
-    channels = rules_lib.shape_of(state_dict, next(r for r in rules if r.flax == 'patch_embed/kernel').torch, 4)[1]
+    channels = shape_of(state_dict, next(r for r in rules if r.flax == 'patch_embed/kernel').torch, 4)[1]
     return module, rules_lib.to_flax(state_dict, rules, shapes_of(module, channels), shardings=shardings)

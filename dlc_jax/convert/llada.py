@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import Fixed, Rule, linear
+from rlhf_jax.weights.state_dict import Renamed, shape_of, without_prefixes
 from rlhf_jax.models.llama import Llama
 
 PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')
@@ -55,8 +56,8 @@ def from_torch(state_dict: Mapping[str, Any], *, config: Mapping[str, Any], shar
     Raises:
         ValueError: a setting that the module does not have, or a tensor that does not fit.
     """
-    state_dict = rules.Renamed(state_dict, lambda name: _TOP + rules.without_prefixes(name, PREFIXES))
-    rows, _ = rules.shape_of(state_dict, f'{_TOP}wte.weight', 2)
+    state_dict = Renamed(state_dict, lambda name: _TOP + without_prefixes(name, PREFIXES))
+    rows, _ = shape_of(state_dict, f'{_TOP}wte.weight', 2)
     module = Llama(**fields_of(config) | {'vocab_size': rows} | fields)
     return module, rules.to_flax(state_dict, _RULES, shapes_of(module), shardings=shardings)
 

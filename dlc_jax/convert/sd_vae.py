@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import CONV, Rule, dense, linear, norm
-from rlhf_jax.weights.state_dict import Renamed
+from rlhf_jax.weights.state_dict import Renamed, num_blocks, shape_of
 from dlc_jax.models.vae import AutoencoderKL
 
 # The released files have the first names, files written by diffusers since 0.18 the second.
@@ -25,13 +25,13 @@ def from_torch(state_dict: Mapping[str, Any], *, shardings: Any = None,
         ValueError: a tensor is missing, unknown, wrongly shaped or not finite.
     """
     state_dict = Renamed(state_dict, _modern_name)
-    levels = rules.num_blocks(state_dict, 'encoder.down_blocks.{i}.resnets.0.conv1.weight')
+    levels = num_blocks(state_dict, 'encoder.down_blocks.{i}.resnets.0.conv1.weight')
     module = AutoencoderKL(
-        widths=tuple(rules.shape_of(state_dict, f'encoder.down_blocks.{i}.resnets.0.conv1.weight', 4)[0]
+        widths=tuple(shape_of(state_dict, f'encoder.down_blocks.{i}.resnets.0.conv1.weight', 4)[0]
                      for i in range(levels)),
-        depth=rules.num_blocks(state_dict, 'encoder.down_blocks.0.resnets.{i}.conv1.weight'),
-        latent_channels=rules.shape_of(state_dict, 'post_quant_conv.weight', 4)[0],
-        image_channels=rules.shape_of(state_dict, 'encoder.conv_in.weight', 4)[1], **fields)
+        depth=num_blocks(state_dict, 'encoder.down_blocks.0.resnets.{i}.conv1.weight'),
+        latent_channels=shape_of(state_dict, 'post_quant_conv.weight', 4)[0],
+        image_channels=shape_of(state_dict, 'encoder.conv_in.weight', 4)[1], **fields)
     return module, rules.to_flax(state_dict, rules_of(module), shapes_of(module), shardings=shardings)
 
 

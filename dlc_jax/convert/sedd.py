@@ -6,6 +6,7 @@ import numpy as np
 
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import Fixed, Rule, dense, linear
+from rlhf_jax.weights.state_dict import num_blocks, shape_of, strip_prefixes
 from dlc_jax.models.sedd import SEDD
 
 PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')
@@ -43,18 +44,18 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int = 0, length: int
     Raises:
         ValueError: a tensor that does not fit, or `num_heads` that does not divide the width.
     """
-    state_dict = rules.strip_prefixes(state_dict, PREFIXES)
-    states, width = rules.shape_of(state_dict, 'output_layer.linear.weight', 2)
+    state_dict = strip_prefixes(state_dict, PREFIXES)
+    states, width = shape_of(state_dict, 'output_layer.linear.weight', 2)
     num_heads = num_heads or max(width // 64, 1)
     if width % (2 * num_heads):
         raise ValueError(f'convert: num_heads={num_heads} does not cut the width {width} into heads of even width')
     learned = 'pos_embed' in state_dict
     module = SEDD(
         vocab_size=states - (process == 'absorbing'),
-        length=rules.shape_of(state_dict, 'pos_embed', 2)[0] if learned else length,
-        width=width, depth=rules.num_blocks(state_dict, 'blocks.{i}.norm1.weight'), num_heads=num_heads,
-        cond_dim=rules.shape_of(state_dict, 'sigma_map.mlp.2.weight', 2)[0],
-        mlp_ratio=rules.shape_of(state_dict, 'blocks.0.mlp.0.weight', 2)[0] // width,
+        length=shape_of(state_dict, 'pos_embed', 2)[0] if learned else length,
+        width=width, depth=num_blocks(state_dict, 'blocks.{i}.norm1.weight'), num_heads=num_heads,
+        cond_dim=shape_of(state_dict, 'sigma_map.mlp.2.weight', 2)[0],
+        mlp_ratio=shape_of(state_dict, 'blocks.0.mlp.0.weight', 2)[0] // width,
         process=process, learned_positions=learned,
         **{'scale_by_sigma': process == 'absorbing',
            'shared_embedding': len(getattr(state_dict.get('vocab_embed.embedding'), 'shape', (0, 0))) == 2} | fields)

@@ -13,7 +13,7 @@ import numpy as np
 from dlc_jax.convert import dinov2
 from rlhf_jax.weights import rules as rules_lib
 from rlhf_jax.weights.rules import FLAT, Fixed, Rule, linear, norm
-from rlhf_jax.weights.state_dict import Renamed
+from rlhf_jax.weights.state_dict import Renamed, shape_of
 from dlc_jax.models.sem import SEMEncoder
 
 _HEADS = ('dino_head.', 'ibot_head.')
@@ -47,8 +47,8 @@ def from_torch(state_dict: Mapping[str, Any], *, num_codes: int | None = None, v
         ValueError: a tensor that is missing, unknown, wrongly shaped or not finite, or L and V that do not fit.
     """
     state_dict = Renamed(dinov2.clean_names(state_dict), lambda name: None if name.startswith(_HEADS) else name)
-    logits = rules_lib.shape_of(state_dict, 'sem_embed.weight', 2)[0]
-    columns = rules_lib.shape_of(state_dict, 'sem_out.weight', 2)[1]
+    logits = shape_of(state_dict, 'sem_embed.weight', 2)[0]
+    columns = shape_of(state_dict, 'sem_out.weight', 2)[1]
     form = 'plain' if columns == logits else 'pos_shared' if 'sem_bias' in state_dict else 'shared'
     if form != 'plain':
         vocab_size = vocab_size or columns
@@ -61,7 +61,7 @@ def from_torch(state_dict: Mapping[str, Any], *, num_codes: int | None = None, v
                          'sem_embed.weight')
     module = SEMEncoder(**dinov2.vit_fields(state_dict, num_heads) | dict(
         num_codes=num_codes, vocab_size=vocab_size, form=form, pos_antialias=True) | fields)
-    channels = rules_lib.shape_of(state_dict, 'patch_embed.proj.weight', 4)[1]
+    channels = shape_of(state_dict, 'patch_embed.proj.weight', 4)[1]
     return module, rules_lib.to_flax(state_dict, rules_of(module), shapes_of(module, channels), shardings=shardings)
 
 
