@@ -20,6 +20,7 @@ import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 
+GOLDEN = pathlib.Path(__file__).parent / 'parity' / 'data' / 'dlc_golden.npz'
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
 
 
@@ -33,11 +34,8 @@ def programs_go_with_their_module():
 
 @pytest.fixture(scope='session')
 def golden():
-    """Inputs, weights and outputs of the original DLC modules; tests that ask for it skip where it is absent."""
-    path = SHARED / 'spec' / 'dlc_golden.npz'
-    if not path.exists():
-        pytest.skip('dlc_golden.npz is not present')
-    with np.load(path) as z:
+    """Inputs, weights and outputs of the original DLC modules."""
+    with np.load(GOLDEN) as z:
         return {k: z[k] for k in z.files}
 
 
