@@ -6,7 +6,7 @@ os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)  # see runtime/launch.py: not 
 # XLA runs the devices' collectives on one pool of as many threads as devices, where their turns can lock each other out
 # until its time-out of 40 s aborts the process; with more threads they do not.
 os.environ.setdefault('PJRT_NPROC', '32')
-# Most of the suite's time is XLA compiling for the CPU; unoptimized programs compile in half of it, to the same results.
+# Compiling for the CPU takes most of the time; unoptimized programs compile in half of it and compute the same.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
