@@ -1,5 +1,5 @@
-"""Rho-1B trained with RL on grade-school problems (arXiv 2410.18252): online_dpo, rloo, ppo, and the first two
-asynchronously, online_dpo_async and rloo_async.
+"""Rho-1B trained with RL on grade-school problems (arXiv 2410.18252): online_dpo, rloo, ppo, the first two
+asynchronously (online_dpo_async, rloo_async), and the settings of the authors' earlier scripts (rloo_early, ppo_early).
 
     python -m experiments.train --config=configs/rlhf/gsm8k.py:online_dpo --workdir=runs/gsm8k/online_dpo \\
         --config.data.path=gsm8k --config.weights=rho-1b-sft-GSM8K --config.tokenizer=rho-1b-sft-GSM8K
@@ -13,6 +13,10 @@ prompts of 8, two epochs, 512 steps; its critic is the policy with a fresh head.
 is said, falling linearly to 0, once a batch, as published. EOS is trained although the tokenizer pads with it, which
 the published runs did not.
 
+rloo_early and ppo_early are `rloo_rho1b_gsm8k.yml` and `ppo_rho1b_gsm8k.yml` of the authors' development branch: 64
+prompts of 8 samples and 64 of one, two epochs, temperature 0.6, KL at 1e-4, 400 new tokens, learning rate 1e-6, -1 for
+a response that does not end.
+
 Hardware: one GPU of 80 GB or more devices; asynchronously four, three of which train with all weights on each. The
 accuracy on the test set: `experiments.evaluate --policy=RUN --split=test`.
 """
@@ -25,6 +29,8 @@ RUNS = {
     'rloo': ('proximal_rloo', 64, 4, 8, 131_072 // 256, 3e-6),
     'rloo_async': ('proximal_rloo', 63, 4, 7, 516_096 // 252, 3e-6),
     'ppo': ('ppo', 32, 8, 8, 512, 3e-6),
+    'rloo_early': ('proximal_rloo', 64, 8, 16, 131_072 // 512, 1e-6),
+    'ppo_early': ('ppo', 64, 1, 16, 131_072 // 64, 1e-6),
 }
 
 
@@ -42,6 +48,10 @@ def get_config(name: str = 'online_dpo'):
     config.algorithm.update(dict(name=algorithm, num_samples=num_samples, beta=0.1, kl_coefficient=0.05, clip=0.2,
                                  num_epochs=2 if algorithm == 'ppo' else 1, after_eos=True))
     config.sampling.update(dict(max_new_tokens=512, temperature=0.7, max_prompt=512))
+    if name.endswith('_early'):
+        config.algorithm.update(dict(num_epochs=2, kl_coefficient=1e-4))
+        config.sampling.update(dict(max_new_tokens=400, temperature=0.6))
+        config.reward.missing_eos = '-1'
     config.reference.dtype = 'bfloat16'
     if name.endswith('_async'):
         config.rollout.update(dict(max_staleness=1, devices=1))

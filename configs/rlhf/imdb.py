@@ -14,8 +14,9 @@ once an iteration, and where there is one KL is measured against it, as in the r
 
 What differs: a minibatch holds two whole responses (96 tokens, theirs 64), so that an iteration of 30 has 75 updates
 and not 100; advantages are whitened over the iteration; tokens are drawn from the whole distribution that they are
-scored under, not its 50 likeliest. The published reward, a DistilBERT classifier of prompt and continuation, is no
-model of this repository: wrap it in a function (--config.reward.kind=function
+scored under, not its 50 likeliest; the first 300 held-out prompts are evaluated in training, where the released code
+reads 5,000 and all 25,000 at the end (--config.eval_prompts). The published reward, a DistilBERT classifier of prompt
+and continuation, is no model of this repository: wrap it in a function (--config.reward.kind=function
 --config.reward.function=package.module:function) or train a reward model on reviews of either sentiment.
 
 Hardware: one GPU. Drift, the policy's perplexity on human reviews: `experiments.evaluate --policy=RUN --drift=5000`.

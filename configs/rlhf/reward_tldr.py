@@ -5,7 +5,8 @@
 
 Data: a folder with splits train (92,858 pairs: prompt, chosen, rejected) and validation, labelled by the gold reward
 model (`rlhf_jax.tasks.tldr.relabel`). One epoch; the head has no bias and is read at EOS. Batches are those of one GPU
-of the published scripts, which do not say how many there were. 16 bytes a parameter, as in `sft_tldr.py`.
+of the published scripts, which do not say how many there were. Texts have at most 638 tokens, the longest of that data;
+the scripts allow 640. 16 bytes a parameter, as in `sft_tldr.py`.
 """
 from configs.rlhf import base
 

@@ -6,7 +6,8 @@
 Data: a folder with the splits train and validation of the OpenAI TL;DR comparison's fine-tuning set (116,722 training
 rows), raw (subreddit, title, post, summary) or prepared (query, reference_response). One epoch; all tokens are trained
 on, those of the prompt as well. Batches are those of one GPU of the published scripts, which do not say how many there
-were; they compute in float16 (410m: bfloat16), here it is bfloat16 over float32 weights. Texts have at most 562 tokens.
+were; they compute in float16 (410m: bfloat16), here it is bfloat16 over float32 weights. Texts have at most 562 tokens
+and longer ones are left out; the published script cuts at 580.
 
 Without the released folders, `experiments.train --dry_run` still says what a run needs: every parameter costs 16 bytes
 (weight, two moments, gradient), spread over the devices of mesh axis fsdp.

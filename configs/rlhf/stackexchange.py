@@ -12,7 +12,12 @@ of the KL starts at 0.02 and aims at 6 nats a response. Rank 16, alpha 32 on que
 
 What differs: responses end at EOS, after 32 to 127 tokens (theirs ignored it and drew a length from that range);
 advantages are whitened over the batch, not within one response; gradients of all microbatches count; no early stop of
-epochs; no dropout, and the base in bfloat16 computation over float32 weights, not 8 bits.
+epochs by KL; no dropout (theirs 0.05, 0.1 for the reward model), and the base in bfloat16 computation over float32
+weights, not 8 bits.
+
+Their script for plain PPO (`rlhf_llama_7b_sft_mine.yml`) starts from a coefficient of 0.2 and takes 8 questions a GPU,
+and runs go on to 1250 steps: --config.algorithm.kl_coefficient=0.2 --config.num_steps=1250. Here ppo has what the
+others have, so that they can be compared.
 
 Hardware: four GPUs of 80 GB, the base over all of them. Drift: `experiments.evaluate --policy=RUN --drift=4000`.
 """

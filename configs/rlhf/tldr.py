@@ -1,4 +1,5 @@
-"""Pythia trained with RL to summarise Reddit posts (arXiv 2410.18252): `NAME_SIZE`, or `NAME_SIZE_async`.
+"""Pythia trained with RL to summarise Reddit posts (arXiv 2410.18252): `NAME_SIZE`, or `NAME_SIZE_async`; and PPO under
+Elastic Reset at 410m, `ppo_elastic_410m`.
 
     python -m experiments.train --config=configs/rlhf/tldr.py:online_dpo_410m --workdir=runs/tldr_410m/online_dpo \\
         --config.data.path=tldr --config.weights=runs/tldr_410m/sft --config.reward.model=runs/tldr_410m/reward \\
@@ -17,15 +18,28 @@ one generates, 129,024 in all; three devices split no width of these models, so 
 machines set rollout.devices and mesh). The published scripts have ppo and rloo at 410m and online_dpo at every size; at
 other sizes ppo, rloo and best_of_n take the microbatches of online_dpo. They compute in float16 or bfloat16; here it is
 bfloat16 over float32 weights.
-"""
+
+Batch and number of updates are the paper's (512 and 256); the configuration files of the authors' repository, as
+shipped, take 128 a step and 1024 updates on one GPU, in float32 or float16 and without clipping:
+--config.batch_size=128 --config.accumulate=8 --config.num_steps=1024 --config.optimizer.clip_norm=0. Pairs whose two
+rewards are equal are left out of Online DPO here; of their trainers one takes the first sample as the better
+(--config.algorithm.ties=order), the other the same sample as both (=same).
+
+ppo_elastic joins this paper and arXiv 2312.07551 as the authors' development branch does
+(`ppo_elastic_pythia410m_tldr.yml`): the average (decay 0.995) ticks at every update, the policy is reset to it, and it
+to the initial policy, after each 34 % of the updates, and KL costs 0.001 instead of 0.05."""
+import math
+
 from configs.rlhf import base
 
 EPISODES, BATCH, BATCH_ASYNC = 131_072, 512, 504
 # Microbatches of a step on four devices, and on three.
 ACCUMULATE, ACCUMULATE_ASYNC = {'410m': 4, '1b': 8, '2.8b': 32}, {'410m': 8, '1b': 21, '2.8b': 28}
 ALGORITHMS = {  # name, completions a prompt
-    'online_dpo': ('online_dpo', 2), 'ppo': ('ppo', 1), 'rloo': ('proximal_rloo', 2), 'best_of_n': ('best_of_n', 2)}
-NAMES = tuple(f'{name}_{size}{end}' for name in ALGORITHMS for size in ACCUMULATE for end in ('', '_async'))
+    'online_dpo': ('online_dpo', 2), 'ppo': ('ppo', 1), 'rloo': ('proximal_rloo', 2), 'best_of_n': ('best_of_n', 2),
+    'ppo_elastic': ('ppo', 1)}
+NAMES = (*(f'{name}_{size}{end}' for name in ALGORITHMS if name != 'ppo_elastic' for size in ACCUMULATE
+           for end in ('', '_async')), 'ppo_elastic_410m', 'ppo_elastic_410m_async')
 
 
 def get_config(name: str = 'online_dpo_410m'):
@@ -52,8 +66,12 @@ def get_config(name: str = 'online_dpo_410m'):
     config.sampling.update(dict(max_new_tokens=53, temperature=0.7, max_prompt=512))
     config.reward.update(dict(kind='model', model=f'runs/tldr_{size}/reward', missing_eos='-1',
                               batch_size={'410m': 64, '1b': 64, '2.8b': 32}[size]))
-    if kind == 'ppo':
+    if algorithm == 'ppo':
         config.algorithm.critic_weights = config.reward.model
+    if kind == 'ppo_elastic':
+        config.algorithm.kl_coefficient = 0.001
+        config.elastic.update(dict(method='elastic_reset', period=math.ceil(0.34 * config.num_steps), decay=0.995,
+                                   tick_on='step', reset_on='step'))
     config.reference.dtype = 'bfloat16'
     if asynchronous:
         config.rollout.update(dict(max_staleness=1, devices=1))

@@ -21,10 +21,10 @@ Elastic Reset's game descends from; its own period, decay and number of steps we
 listener learn on IWSLT and the game on Multi30k, with one vocabulary: give all three runs the same
 `--config.vocabulary.paths="('MULTI30K', 'IWSLT_FR_EN', 'IWSLT_EN_DE')"`.
 
-Unlike the published code: losses do not depend on padding; the clipping of the pretraining, which came before its
-gradients and did nothing, is left out; subwords are learnt on training text alone; German words come from every path;
-learning rates do decay; a message is not cut to the length of the reference unless `message.reference_length` says so.
-"""
+Unlike the published code: a batch has 40 pairs (20 in the game), not as many as make 2000 (1024) tokens; losses do not
+depend on padding; the clipping of the pretraining, which came before its gradients and did nothing, is left out;
+subwords are learnt on training text alone; German words come from every path; learning rates do decay; a message is not
+cut to the length of the reference unless `message.reference_length` says so."""
 import ml_collections
 
 from configs.parts import adamw, runner, schedule

@@ -82,6 +82,24 @@ def test_tldr_numbers():
     assert get('tldr', 'ppo_1b').algorithm.critic_weights == 'runs/tldr_1b/reward'
 
 
+def test_elastic_reset_on_tldr_has_the_numbers_of_the_authors():
+    config, plain = get('tldr', 'ppo_elastic_410m'), get('tldr', 'ppo_410m')
+    method = policy.elastic_config(config)
+    assert method.resets(config.num_steps) == [87, 175]  # after each ceil(0.34 x 256) updates
+    assert (method.decay, method.tick_on, method.tick_every, method.reset_to) == (0.995, 'step', 1, 'ema')
+    assert (config.algorithm.kl_coefficient, plain.algorithm.kl_coefficient) == (0.001, 0.05)
+    assert config.algorithm.critic_weights == plain.algorithm.critic_weights == 'runs/tldr_410m/reward'
+
+
+def test_the_earlier_scripts_of_gsm8k():
+    rloo, ppo = get('gsm8k', 'rloo_early'), get('gsm8k', 'ppo_early')
+    assert [c.num_steps * c.batch_size * c.algorithm.num_samples for c in (rloo, ppo)] == [131_072, 131_072]
+    for config in (rloo, ppo):
+        assert (config.algorithm.num_epochs, config.algorithm.kl_coefficient) == (2, 1e-4)
+        assert (config.sampling.max_new_tokens, config.sampling.temperature) == (400, 0.6)
+        assert config.optimizer.learning_rate.peak == 1e-6 and config.reward.missing_eos == '-1'
+
+
 def test_gsm8k_and_no_robots_numbers():
     runs = {name: get('gsm8k', name) for name in ('online_dpo', 'online_dpo_async', 'rloo', 'rloo_async', 'ppo')}
     assert [c.num_steps for c in runs.values()] == [128, 512, 512, 2048, 512]

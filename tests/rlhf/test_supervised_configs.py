@@ -20,7 +20,7 @@ PUBLISHED = {
     ('sft_tldr', '410m'): (116_722 // 16, 16, 1e-5), ('sft_tldr', '1b'): (116_722 // 32, 32, 1e-5),
     ('reward_tldr', '410m'): (92_858 // 64, 64, 1e-5), ('reward_tldr', '2.8b'): (92_858 // 16, 16, 1e-5),
     ('sft_no_robots', ''): (2 * 9500 // 128, 128, 5e-6), ('sft_stackexchange', ''): (5000, 8, 1e-5),
-    ('reward_stackexchange', ''): (100_000 // 4, 4, 2e-5),
+    ('reward_stackexchange', ''): (100_000 // 4, 4, 2e-5), ('dpo_tldr', '410m'): (92_858 // 16, 16, 1e-6),
 }
 
 
