@@ -1,5 +1,6 @@
 """Every field of the four image experiments, with its unit. A config file starts from one of these and changes
-lines."""
+lines.
+"""
 import ml_collections
 
 from configs.parts import adamw, precision, runner, schedule

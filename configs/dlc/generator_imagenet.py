@@ -15,7 +15,8 @@ is the paper's 1200 in bfloat16. Guidance: 1.7 in their script for 50,000 images
 weights get (`released.py`); runs of one's own start from 1.4. Compiled for v5e-16 (`experiments.compile --fast`): step
 4.3 GiB a chip of 16, 11.5 TFLOP a chip in matrix products; with remat='full' 2.1 GiB and 15.2 TFLOP, with 'none' 14.1
 GiB. Sampler: 3.3 GiB. Table 1 reports FID 1.59 (guided) and 2.00 (not) for codes drawn by the code model; table 2, at
-400 epochs: 4.21."""
+400 epochs: 4.21.
+"""
 from configs.dlc import base
 from configs.dlc.encoder_imagenet import CODES
 

@@ -7,7 +7,8 @@ Data: a folder with splits train (9,500 rows of `messages`) and test. Two epochs
 falling linearly to 0 after 3 % of warm-up, no weight decay, 4096 tokens; that answers alone are trained on is our
 choice. That is the paper's text; its code has three epochs in batches of 224 (--config.batch_size=224
 --config.num_steps=127). The published RL runs had eight GPUs. 16 bytes for each of 8.0 billion parameters, 120 GiB in
-all, before what the backward pass keeps."""
+all, before what the backward pass keeps.
+"""
 from configs.rlhf import base
 
 ROWS, EPOCHS = 9500, 2

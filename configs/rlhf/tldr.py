@@ -27,7 +27,8 @@ rewards are equal are left out of Online DPO here; of their trainers one takes t
 
 ppo_elastic joins this paper and arXiv 2312.07551 as the authors' development branch does
 (`ppo_elastic_pythia410m_tldr.yml`): the average (decay 0.995) ticks at every update, the policy is reset to it, and it
-to the initial policy, after each 34 % of the updates, and KL costs 0.001 instead of 0.05."""
+to the initial policy, after each 34 % of the updates, and KL costs 0.001 instead of 0.05.
+"""
 import math
 
 from configs.rlhf import base

@@ -24,7 +24,8 @@ listener learn on IWSLT and the game on Multi30k, with one vocabulary: give all 
 Unlike the published code: a batch has 40 pairs (20 in the game), not as many as make 2000 (1024) tokens; losses do not
 depend on padding; the clipping of the pretraining, which came before its gradients and did nothing, is left out;
 subwords are learnt on training text alone; German words come from every path; learning rates do decay; a message is not
-cut to the length of the reference unless `message.reference_length` says so."""
+cut to the length of the reference unless `message.reference_length` says so.
+"""
 import ml_collections
 
 from configs.parts import adamw, runner, schedule
