@@ -14,7 +14,9 @@ from typing import Any
 
 import ml_collections
 
-from experiments.rlhf.translation import agent as translation_agent, evaluation as translation_evaluation, game as translation_game
+from experiments.rlhf.translation import agent as translation_agent
+from experiments.rlhf.translation import evaluation as translation_evaluation
+from experiments.rlhf.translation import game as translation_game
 from experiments.runtime import launch, storage
 from rlhf_jax import elastic_reset
 from rlhf_jax.tasks import translation

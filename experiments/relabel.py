@@ -14,7 +14,8 @@ import numpy as np
 
 from experiments.rlhf import commands
 from experiments.rlhf.data import texts
-from experiments.rlhf.models import language
+from experiments.rlhf.models import loading
+from experiments.rlhf.models.tokenizer import open_tokenizer
 from experiments.rlhf.policy.rewards import Completions, RewardModel
 from experiments.runtime import launch, storage
 from experiments.runtime import mesh as mesh_lib
@@ -56,8 +57,8 @@ def main() -> None:
     rows = list(rows_lib.read(storage.resolve(args.pairs), tldr.PAIR_FIELDS, split=args.split))
     if not rows:
         raise ValueError(f'--pairs={args.pairs}: no rows')
-    own = launch.read_config(args.gold) if language.is_run(args.gold) else None
-    tokenizer = language.open_tokenizer(args.tokenizer or (own.tokenizer if own else args.gold))
+    own = launch.read_config(args.gold) if loading.is_run(args.gold) else None
+    tokenizer = open_tokenizer(args.tokenizer or (own.tokenizer if own else args.gold))
     gold = RewardModel(args.gold, mesh_lib.make_mesh({'data': -1}), num_ids=tokenizer.vocab_size,
                        batch_size=args.batch_size, before_eos=args.before_eos)
     scores = [score(gold, tokenizer, rows, field, bos=bool(own and own.get('bos')), max_length=args.max_length)

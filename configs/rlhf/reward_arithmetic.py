@@ -1,5 +1,5 @@
-"""A reward model of worked sums, a proxy for the gold reward (`experiments/rlhf/data/arithmetic_gold.py`) that labels
-its pairs.
+"""A reward model of worked sums, a proxy for the gold reward that labels its pairs
+(`experiments/rlhf/data/tasks/arithmetic_gold.py`).
 
     python -m experiments.train --config=configs/rlhf/reward_arithmetic.py --workdir=runs/arithmetic/reward
 

@@ -11,7 +11,7 @@ import pytest
 from policy_runs import config_of, devices, shared_steps
 
 from experiments import generate, train
-from experiments.rlhf.models import language
+from experiments.rlhf.models import architecture
 from experiments.rlhf.policy import experiment as policy, rollouts
 from experiments.runtime import launch, loop
 from experiments.runtime.metrics import read_metrics
@@ -45,9 +45,9 @@ def places(tmp_path_factory):
     config = config_of()
     launch.save_config(config, root / 'in_one_process')
     launch.save_config(config_of(rollout__transport='files'), root / 'in_processes')
-    module = language.decoder(config.model)
+    module = architecture.decoder(config.model)
     zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape), jax.eval_shape(
-        language.init_decoder(config), jax.random.key(0)))
+        architecture.init_decoder(config), jax.random.key(0)))
     files.save(root / 'hf', convert.to_torch('gpt_neox', module, zeros), convert.config_of('gpt_neox', module))
     return root
 

@@ -11,7 +11,7 @@ from experiments import convert as convert_command
 from experiments import evaluate as evaluate_command
 from experiments import sample as sample_command
 from experiments import relabel
-from experiments.rlhf.models import language
+from experiments.rlhf.models import adapters, loading
 from experiments.rlhf.policy.evaluation import HeldOutPrompts
 from experiments.rlhf.models.inference import Policy
 from experiments.runtime import launch
@@ -136,7 +136,7 @@ def test_relabelling_swaps_what_gold_prefers(runs, monkeypatch, capsys):
     pairs.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     command(relabel.main, monkeypatch, f'--pairs={pairs}', f'--gold={runs / "reward"}', '--tokenizer=bytes',
             f'--out={out}', '--batch_size=8')
-    module, params = language.load_reward_model(runs / 'reward')
+    module, params = loading.load_reward_model(runs / 'reward')
     ids = lambda text: np.array([[*b'p', *text.removesuffix('<|endoftext|>').encode(), 258]])
     score = lambda text: float(module.apply({'params': params}, ids(text))[0, -1])
     found = [json.loads(line) for line in out.read_text().splitlines()]
@@ -153,9 +153,9 @@ def test_export_merges_the_adapter_or_writes_it(runs, monkeypatch, capsys, tmp_p
     source = runs / 'policy'
     command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', f'--src={source}', f'--dst={tmp_path / "a"}')
     assert 'gpt2 of a policy run' in capsys.readouterr().out
-    module, params, config = language.load_trained(source)
-    merged = language.merged(params)
-    _, again, none = language.load_policy(tmp_path / 'a')
+    module, params, config = loading.load_trained(source)
+    merged = adapters.merged(params)
+    _, again, none = loading.load_policy(tmp_path / 'a')
     assert none is None
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, dict(merged))
     saved = files.read_config(tmp_path / 'a')
@@ -164,7 +164,7 @@ def test_export_merges_the_adapter_or_writes_it(runs, monkeypatch, capsys, tmp_p
     command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', '--adapter', f'--src={source}',
             f'--dst={tmp_path / "b"}')
     tensors = files.load_state_dict(tmp_path / 'b' / 'adapter_model.safetensors')
-    plain = language.load_policy(runs / 'sft')[1]
+    plain = loading.load_policy(runs / 'sft')[1]
     adapted = peft.from_torch('gpt2', tensors, module, plain,
                               config=json.loads((tmp_path / 'b' / 'adapter_config.json').read_text()))
     jax.tree.map(np.testing.assert_array_equal, adapted['blocks']['attn']['qkv'], params['blocks']['attn']['qkv'])

@@ -11,7 +11,7 @@ import pytest
 from configs.rlhf import base
 from experiments import train
 from experiments.rlhf.data import texts
-from experiments.rlhf.models import language
+from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.supervised import experiment as supervised
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
@@ -193,7 +193,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it():
     adapted = train.build(config, one_device())
     assert jax.eval_shape(adapted.init, jax.random.key(0)).extra is None
     state, rng = fresh('dpo').replace(extra=None), np.random.default_rng(0)
-    params = language.with_adapter(config, state.params, jax.random.key(1))
+    params = architecture.with_adapter(config, state.params, jax.random.key(1))
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) if path[-1].key == 'lora_b' else x, params)
     batch = next(adapted.open_batches())
@@ -209,7 +209,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it():
 def fine_tuned(trained, tmp_path_factory):
     """(work directory, Hugging Face folder, parameters) of one model."""
     (workdir, state), folder = trained('sft'), tmp_path_factory.mktemp('folder')
-    params, module = jax.device_get(state.params), language.decoder(config_of('sft').model)
+    params, module = jax.device_get(state.params), architecture.decoder(config_of('sft').model)
     files.save(folder, convert.to_torch('gpt_neox', module, params), convert.config_of('gpt_neox', module))
     return workdir, folder, params
 
@@ -240,13 +240,13 @@ def test_warm_start(which, fine_tuned):
 
 def test_a_reward_model_run_is_read_back_with_its_adapter_merged(fine_tuned, trained):
     workdir, state = trained('reward_model')
-    module, params = language.load_reward_model(workdir)
+    module, params = loading.load_reward_model(workdir)
     tokens = np.random.default_rng(0).integers(0, 259, (2, 5))
     score = lambda params: module.apply({'params': params}, tokens)
     assert not any('lora' in name for name in partition.flatten(params))
     np.testing.assert_allclose(score(params), score(state.params), atol=1e-5)
     with pytest.raises(ValueError, match="holds a run of experiment='sft', not of a reward_model"):
-        language.load_reward_model(fine_tuned[0])
+        loading.load_reward_model(fine_tuned[0])
     with pytest.raises(ValueError, match="experiment='reward_model'; expected one of"):
         start_of(config_of('sft', weights=str(workdir)))
 

@@ -17,7 +17,7 @@ from policy_runs import L, P, config_of, devices, shared_steps
 
 from configs.rlhf import base
 from experiments import train
-from experiments.rlhf.models import language
+from experiments.rlhf.models import architecture
 from experiments.rlhf.policy import experiment as policy, rollouts
 from experiments.runtime import loop, optim, partition
 from experiments.runtime import mesh as mesh_lib
@@ -184,7 +184,7 @@ def test_golden_metrics_of_a_step(name):
 
 def plain_dpo(config, params, reference, batch):
     """The loss of Online DPO, pair by pair."""
-    module, pairs = language.decoder(config.model), []
+    module, pairs = architecture.decoder(config.model), []
     for b, rewards in enumerate(batch['rewards']):
         if rewards.max() > rewards.min():
             pairs += [(b, rewards.argmax()), (b, rewards.argmin())]
@@ -566,7 +566,7 @@ def sampled():
     """(weights for decoding, batch 3 under version 2) in the plain way."""
     config, mesh = config_of(), devices(1)
     decoding = rollouts.Decoding(config, mesh)
-    params = decoding.convert(stirred(jax.jit(language.init_decoder(config))(jax.random.key(0))))
+    params = decoding.convert(stirred(jax.jit(architecture.init_decoder(config))(jax.random.key(0))))
     return params, rollouts.Generator(config, mesh)(params, index=3, version=2)
 
 
@@ -597,7 +597,7 @@ def test_slots_give_the_same_samples(sampled):
 def test_a_prompt_that_comes_twice_in_a_batch_is_answered_anew():
     """A data set smaller than a batch, or the seam between two epochs."""
     config, mesh = config_of(data__num_rows=5), devices(1)
-    params = rollouts.Decoding(config, mesh).convert(jax.jit(language.init_decoder(config))(jax.random.key(0)))
+    params = rollouts.Decoding(config, mesh).convert(jax.jit(architecture.init_decoder(config))(jax.random.key(0)))
     batch = rollouts.Generator(config, mesh)(params, index=0, version=0)
     assert len({row.tobytes() for row in batch['tokens'][:, :P]}) == 5
     assert len({row.tobytes() for row in batch['tokens'][:, P:]}) == 16
@@ -610,9 +610,9 @@ def weights(tmp_path_factory):
     """{'sft', 'hf', 'reward_model'}: folders; and the parameters in them."""
     root = tmp_path_factory.mktemp('weights')
     config = config_of()
-    module, params = language.decoder(config.model), jax.jit(language.init_decoder(config))(jax.random.key(5))
+    module, params = architecture.decoder(config.model), jax.jit(architecture.init_decoder(config))(jax.random.key(5))
     files.save(root / 'hf', convert.to_torch('gpt_neox', module, params), convert.config_of('gpt_neox', module))
-    scored = language.reward_model(config.model)
+    scored = architecture.reward_model(config.model)
     value = stirred(jax.jit(scored.init)(jax.random.key(6), jnp.zeros((1, 2), jnp.int32))['params'])
     files.save(root / 'reward_model', convert.to_torch('gpt_neox', scored, value),
                convert.config_of('gpt_neox', scored))
@@ -669,9 +669,10 @@ def test_a_reward_model_scores_the_last_token(weights, trained):
     root, _, value = weights
     config = config_of(reward__kind='model', reward__model=str(root / 'reward_model'), reward__batch_size=6,
                        reward__gold='policy_rewards:ascii_share', num_steps=1)
-    params = rollouts.Decoding(config, devices(1)).convert(jax.jit(language.init_decoder(config))(jax.random.key(0)))
+    fresh = jax.jit(architecture.init_decoder(config))(jax.random.key(0))
+    params = rollouts.Decoding(config, devices(1)).convert(fresh)
     batch = rollouts.Generator(config, devices(1))(params, index=0, version=0)
-    module = language.reward_model(config.model)
+    module = architecture.reward_model(config.model)
     for i in (0, 7, 15):
         mask = np.concatenate([batch['prompt_mask'][i], batch['mask'][i]])
         text = batch['tokens'][i][mask]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.rlhf.data import tasks
-from experiments.rlhf.models import language
+from experiments.rlhf.models import loading
 from experiments.rlhf.policy import evaluation, rewards
 from experiments.rlhf.models.inference import Policy
 from experiments.runtime import mesh as mesh_lib
@@ -135,4 +135,4 @@ def test_gold_is_read_at_eos_or_one_before(tmp_path):
     with pytest.raises(ValueError, match='the reward model has 259 tokens, the tokenizer 300'):
         rewards.RewardModel(str(tmp_path), ONE, num_ids=300)
     with pytest.raises(ValueError, match='holds a reward model, not a policy'):
-        language.load_policy(str(tmp_path))
+        loading.load_policy(str(tmp_path))

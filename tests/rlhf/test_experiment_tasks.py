@@ -6,7 +6,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments.rlhf.data import arithmetic_gold as gold, tasks
+from experiments.rlhf.data import tasks
+from experiments.rlhf.data.tasks import arithmetic_gold as gold
 from rlhf_jax import tokenizers
 from rlhf_jax.tasks import arithmetic, gsm8k
 

@@ -7,7 +7,8 @@ import shutil
 import jax
 import numpy as np
 
-from experiments.rlhf.models import language
+from experiments.rlhf.models import adapters, loading
+from experiments.rlhf.models.tokenizer import open_tokenizer
 from experiments.runtime import modules, storage
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
@@ -31,14 +32,14 @@ def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter
     Raises:
         FileNotFoundError, ValueError: no run of a language or reward model there, one of another kind, or no adapter.
     """
-    if not language.is_run(src):
+    if not loading.is_run(src):
         raise ValueError(f'--src={src}: a Hugging Face folder already; --reverse takes a work directory')
-    module, params, config = language.load_trained(src)
+    module, params, config = loading.load_trained(src)
     if config.model.kind != kind:
         raise ValueError(f'--kind={kind}: --src={src} holds a {config.model.kind}')
     if adapter and not config.lora.rank:
         raise ValueError(f'--adapter: --src={src} was trained without one (lora.rank=0)')
-    params = jax.tree.map(np.asarray, params if adapter else language.merged(params))
+    params = jax.tree.map(np.asarray, params if adapter else adapters.merged(params))
     with storage.local_folder(dst, last='adapter_config.json' if adapter else 'config.json') as folder:
         if adapter:
             tensors, saved = peft.to_torch(kind, module, params)
@@ -47,7 +48,7 @@ def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter
             (folder / 'adapter_config.json').write_text(json.dumps(saved, indent=1) + '\n')
             params = lora.split(params)[1]
         else:
-            tokenizer = language.open_tokenizer(config.tokenizer)
+            tokenizer = open_tokenizer(config.tokenizer)
             ids = {f'{name}_token_id': getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')}
             files.save(folder, convert.tensors(kind, module, params, dtype=modules.dtype(dict(dtype=dtype))),
                        convert.config_of(kind, module) | ids | {'torch_dtype': dtype})

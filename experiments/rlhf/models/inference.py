@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf.data import texts
-from experiments.rlhf.models import language
+from experiments.rlhf.models import architecture, loading
+from experiments.rlhf.models.tokenizer import open_tokenizer
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, partition
 from rlhf_jax import generate as generate_lib
@@ -83,7 +84,7 @@ class Policy:
         self.encode = texts.encoder(ml_collections.ConfigDict(dict(bos=bos, tokenizer='the tokenizer')), tokenizer)
         self.module = module.clone(stacked=False)
         split = jax.jit(lambda p: decoder.split_blocks(module, p, dtype=module.dtype)[1])
-        rules = decoder.split_rules(language.rules(dict(kind=language.kind_name(module))))
+        rules = decoder.split_rules(architecture.rules(dict(kind=architecture.family_name(module))))
         on_host = split(jax.device_put(params, modules.host()))  # no device has to hold the whole, or both forms of it
         self.params = jax.device_put(on_host, partition.param_shardings(on_host, rules, self.mesh))
         self._shards = mesh_lib.batch_shards(self.mesh)
@@ -100,13 +101,13 @@ class Policy:
         Raises:
             FileNotFoundError, ValueError: nothing there, no language model, no tokenizer, or one without an EOS.
         """
-        module, params, own = language.load_policy(path, dtype)
+        module, params, own = loading.load_policy(path, dtype)
         config = config or own
         if config is not None:
-            tokenizer = language.open_tokenizer(config.tokenizer)
+            tokenizer = open_tokenizer(config.tokenizer)
         else:
             try:
-                tokenizer = language.open_tokenizer(os.fspath(path))
+                tokenizer = open_tokenizer(os.fspath(path))
             except FileNotFoundError:
                 raise FileNotFoundError(f'{path}: no tokenizer.json there; copy the one of the model beside its '
                                         'weights') from None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.rlhf.models import language
+from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.policy import algorithms, evaluation, rollouts
 from experiments.rlhf.supervised import experiment as supervised
 from experiments.runtime import mesh as mesh_lib
@@ -144,12 +144,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         placed = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
         params = dict(state.params)
         if config.weights:
-            loaded = language.load_decoder(config.weights, config, placed(lora.without(params['policy'])))
+            loaded = loading.load_decoder(config.weights, config, placed(lora.without(params['policy'])))
             params['policy'] = supervised.filled(params['policy'], loaded)
         if algorithm.critic and a.critic == 'separate':
             if a.critic_weights:
-                module, critic = language.load_reward_model(a.critic_weights, config.model)
-                language.check_same(a.critic_weights, module.backbone, language.decoder(config.model),
+                module, critic = loading.load_reward_model(a.critic_weights, config.model)
+                architecture.check_same(a.critic_weights, module.backbone, architecture.decoder(config.model),
                                     'algorithm.critic_weights')
                 params['value'] = jax.device_put(critic, placed(params['value']))
             elif config.weights:
@@ -164,7 +164,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     def hooks(writer):
         return (evaluation.HeldOutPrompts(config, mesh, divergence, writer),) if config.eval_every else ()
 
-    rules = (*language.rules(config.model, 'policy'), *language.rules(config.model, 'value/backbone'))
+    rules = (*architecture.rules(config.model, 'policy'), *architecture.rules(config.model, 'value/backbone'))
     return Experiment(init, loss, step, rules, batch_shapes(config), None, warm_start=warm_start,
                       sampler_program=lambda devices: rollouts.sampler_program(config, devices),
                       open_rollouts=lambda workdir: rollouts.open_rollouts(config, mesh, workdir), hooks=hooks)
@@ -174,7 +174,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
 def check(config: ml_collections.ConfigDict, shards: int) -> None:
     """Raises a ValueError for settings that cannot work together."""
-    a, s, module = config.algorithm, config.sampling, language.decoder(config.model)
+    a, s, module = config.algorithm, config.sampling, architecture.decoder(config.model)
     parts = shards * config.accumulate * a.num_minibatches
     if config.batch_size % parts:
         raise ValueError(f'batch_size={config.batch_size} prompts is not divisible by {shards} batch shards x '
@@ -223,16 +223,17 @@ def elastic_config(config: ml_collections.ConfigDict) -> er.ElasticReset | None:
 
 def make_init(config: ml_collections.ConfigDict, algorithm: algorithms.Algorithm) -> Callable[[Array], Params]:
     """key -> {'policy': ..., 'value': ...}, fresh."""
-    policy = language.init_decoder(config)
+    policy = architecture.init_decoder(config)
 
     def init(key):
         params = {'policy': policy(key)}
         if algorithm.critic:
             key = jax.random.fold_in(key, 7)
             if config.algorithm.critic == 'separate':
-                params['value'] = language.reward_model(config.model).init(key, jnp.zeros((1, 2), jnp.int32))['params']
+                critic = architecture.reward_model(config.model)
+                params['value'] = critic.init(key, jnp.zeros((1, 2), jnp.int32))['params']
             else:
-                width = language.decoder(config.model).width
+                width = architecture.decoder(config.model).width
                 params['value'] = {'value_head': heads.ScalarHead(True).init(key, jnp.zeros((1, width)))['params']}
         return params
     return init
@@ -240,8 +241,8 @@ def make_init(config: ml_collections.ConfigDict, algorithm: algorithms.Algorithm
 
 def make_forward(config: ml_collections.ConfigDict, algorithm: algorithms.Algorithm) -> Callable:
     """(params, rows) -> log-probabilities of responses [b, C, L] at the sampling temperature, and values or None."""
-    module, temperature = language.decoder(config.model), config.sampling.temperature
-    critic = language.reward_model(config.model) if algorithm.critic else None
+    module, temperature = architecture.decoder(config.model), config.sampling.temperature
+    critic = architecture.reward_model(config.model) if algorithm.critic else None
     shared = algorithm.critic and config.algorithm.critic == 'shared'
 
     def forward(params, rows):

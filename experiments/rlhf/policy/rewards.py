@@ -11,7 +11,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.rlhf.models import language
+from experiments.rlhf.models import architecture, loading
+from experiments.rlhf.models.tokenizer import tokenizer_of
 from experiments.rlhf.data.tasks import Task
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import launch, partition, storage
@@ -56,7 +57,7 @@ class Scorer:
         self._replacement = number('reward.replacement', r.replacement)
 
         def model(path):
-            return shared(path, mesh, dtype=config.model.dtype, num_ids=language.tokenizer(config).vocab_size,
+            return shared(path, mesh, dtype=config.model.dtype, num_ids=tokenizer_of(config).vocab_size,
                           batch_size=r.batch_size)
 
         name = config.data.task
@@ -165,7 +166,7 @@ class RewardModel:
 
     def __init__(self, path: str, mesh: Mesh, *, dtype: str = '', num_ids: int = 0, batch_size: int = 64,
                  before_eos: bool = False):
-        module, params = language.load_reward_model(path, dict(dtype=dtype) if dtype else None)
+        module, params = loading.load_reward_model(path, dict(dtype=dtype) if dtype else None)
         size = module.backbone.vocab_size
         if num_ids > size:
             raise ValueError(f'{path}: the reward model has {size} tokens, the tokenizer {num_ids}; they do not belong '
@@ -175,8 +176,8 @@ class RewardModel:
         self.max_length, self._path, self._before_eos = module.backbone.max_length, path, before_eos
         shards = mesh_lib.batch_shards(mesh)
         self._rows = -(-batch_size // shards) * shards
-        own = ml_collections.ConfigDict(dict(kind=language.kind_name(module.backbone)))
-        rules = language.rules(own, 'backbone')
+        own = ml_collections.ConfigDict(dict(kind=architecture.family_name(module.backbone)))
+        rules = architecture.rules(own, 'backbone')
         self._params = jax.device_put(params, partition.param_shardings(params, rules, mesh))
         self._sharding = mesh_lib.batch_sharding(mesh)
 

@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks
-from experiments.rlhf.models import language
+from experiments.rlhf.models import architecture
+from experiments.rlhf.models.tokenizer import tokenizer_of
 from experiments.rlhf.policy import rewards
 from experiments.rlhf.data import texts as text_arrays
 from experiments.runtime import mesh as mesh_lib
@@ -103,7 +104,7 @@ class Decoding:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
-        stacked = language.decoder(config.model)
+        stacked = architecture.decoder(config.model)
         self.module = stacked.clone(stacked=False)
 
         def convert(policy):
@@ -111,9 +112,9 @@ class Decoding:
             return decoder.split_blocks(stacked, plain, dtype=stacked.dtype)[1]
 
         self.convert = jax.jit(convert)
-        self.shapes = jax.eval_shape(convert, jax.eval_shape(language.init_decoder(config), jax.random.key(0)))
+        self.shapes = jax.eval_shape(convert, jax.eval_shape(architecture.init_decoder(config), jax.random.key(0)))
         self.shardings = partition.param_shardings(
-            self.shapes, decoder.split_rules(language.rules(config.model)), mesh)
+            self.shapes, decoder.split_rules(architecture.rules(config.model)), mesh)
 
 
 def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Any, tuple, Mesh]:
@@ -160,8 +161,8 @@ class Generator:
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, weights: Any = None):
         self._config, self._mesh, self._weights = config, mesh, weights
-        self.tokenizer = language.tokenizer(config)
-        self._module = language.decoder(config.model).clone(stacked=False)
+        self.tokenizer = tokenizer_of(config)
+        self._module = architecture.decoder(config.model).clone(stacked=False)
         self.task = tasks.get(config.data, self.tokenizer.encode)
         self._prompts, self._rows = prompts_of(config, self.task, self.tokenizer, config.data.split)
         self._order = EpochOrder(len(self._prompts), config.seed)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.rlhf.models import language
+from experiments.rlhf.models import architecture
 from experiments.rlhf.supervised import experiment as supervised
 from experiments.runtime.experiment import Experiment
 from rlhf_jax.logprobs import sequence_logprobs, token_logprobs
@@ -14,7 +14,7 @@ from rlhf_jax.losses import preference
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
-    model = language.decoder(config.model)
+    model = architecture.decoder(config.model)
 
     def logprobs(params, batch):
         """Of the responses as wholes, EOS included: [B, 2]."""

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks, texts
-from experiments.rlhf.models import language
+from experiments.rlhf.models import adapters, architecture, loading
+from experiments.rlhf.models.tokenizer import tokenizer_of
 from experiments.runtime import optim
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
@@ -63,7 +64,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
     Raises:
         ValueError: texts longer than the model's context.
     """
-    limit = language.decoder(config.model).max_length
+    limit = architecture.decoder(config.model).max_length
     if config.max_length > limit:
         raise ValueError(f'max_length={config.max_length} exceeds the context of the model, model.max_length={limit}')
     if config.eval_every < 0:
@@ -71,10 +72,10 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
     shards, adapted = mesh_lib.batch_shards(mesh), config.lora.rank > 0
 
     def init_params(key):
-        return language.with_adapter(config, objective.init(key), jax.random.fold_in(key, 1))
+        return architecture.with_adapter(config, objective.init(key), jax.random.fold_in(key, 1))
 
     def divide(params):
-        return language.divide(params, objective.trained) if adapted else ({}, params)
+        return adapters.divide(params, objective.trained) if adapted else ({}, params)
 
     def reference(params, extra):
         if not objective.keeps_reference:
@@ -107,7 +108,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
         inner = plain[objective.prefix] if objective.prefix else plain
         # A reward model has no output head: its backbone cannot say where that one would lie.
         shardings = None if objective.prefix else jax.tree.map(lambda x: x.sharding, inner)
-        loaded = language.load_decoder(config.weights, config, shardings)
+        loaded = loading.load_decoder(config.weights, config, shardings)
         params = filled(state.params, {objective.prefix: loaded} if objective.prefix else loaded)
         extra = state.extra
         if extra is not None:  # a copy: both are donated to the step
@@ -122,7 +123,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
                         lambda state, batch: objective.rows(state.params, reference(state.params, state.extra), batch),
                         objective.reduce, writer),)
 
-    return Experiment(init, loss, step, language.rules(config.model, objective.prefix), objective.batch,
+    return Experiment(init, loss, step, architecture.rules(config.model, objective.prefix), objective.batch,
                       lambda: texts.batches(objective.open(config, config.data.split), config),
                       warm_start=warm_start if config.weights else None, hooks=hooks)
 
@@ -187,7 +188,7 @@ def open_demonstrations(config: Config, split: str) -> texts.Arrays:
 
 
 def _open(config: Config, split: str, name: str, to_arrays: Callable[..., texts.Arrays], **options) -> texts.Arrays:
-    tokenizer = language.tokenizer(config)
+    tokenizer = tokenizer_of(config)
     encode = texts.encoder(config, tokenizer)
     found = tasks.require(tasks.get(config.data, encode), name, config.data)(config.data, split)
     return to_arrays(found, encode, eos=tokenizer.eos, pad=tokenizer.pad, max_length=config.max_length, **options)

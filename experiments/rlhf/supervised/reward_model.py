@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.rlhf.models import language
+from experiments.rlhf.models import architecture
 from experiments.rlhf.supervised import experiment as supervised
 from experiments.runtime.experiment import Experiment
 from rlhf_jax.losses import supervised as losses
@@ -12,7 +12,7 @@ from rlhf_jax.models import heads
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     """The experiment. `config.weights` gives the trunk; the head on it is fresh."""
-    model = language.reward_model(config.model)
+    model = architecture.reward_model(config.model)
 
     def rows(params, _, batch):
         tokens, mask = supervised.interleaved(batch)

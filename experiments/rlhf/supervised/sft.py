@@ -4,14 +4,14 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.rlhf.models import language
+from experiments.rlhf.models import architecture
 from experiments.rlhf.supervised import experiment as supervised
 from experiments.runtime.experiment import Experiment
 from rlhf_jax.losses.supervised import sft
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
-    model = language.decoder(config.model)
+    model = architecture.decoder(config.model)
 
     def cross_entropy(logits, batch):
         return sft(logits, batch['tokens'], batch['mask'],

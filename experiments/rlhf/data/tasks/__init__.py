@@ -1,0 +1,52 @@
+"""The data sets of the language experiments behind one interface, each opened from a config's `data`.
+
+    task = tasks.get(config.data, tokenizer.encode)
+    for prompt, response in task.demonstrations(config.data, config.data.split): ...
+
+Rows come from files or folders on disk (`rlhf_jax.tasks.rows`), from TensorFlow Datasets on disk (`tfds:NAME`, without
+TensorFlow), or are made up on the spot (arithmetic). Nothing is downloaded. A split may be cut, as in 'train[:90%]' or
+'train[500:]'.
+
+No text ends in an end-of-text token: whoever tokenises it appends the id.
+"""
+from collections.abc import Callable
+from typing import Any
+
+from experiments.rlhf.data.tasks import arithmetic, gsm8k, imdb, no_robots, pairs, stackexchange, tldr
+from experiments.rlhf.data.tasks.task import Data, Prompt, Task, Tokenize
+from experiments.runtime import launch
+
+__all__ = ['TASKS', 'Prompt', 'Task', 'get', 'require']
+
+# Each has `make(options, tokenize) -> Task`, and OPTIONS: those of `data.options` that it takes, with their defaults.
+TASKS: dict[str, Any] = {'arithmetic': arithmetic, 'gsm8k': gsm8k, 'tldr': tldr, 'no_robots': no_robots, 'imdb': imdb,
+                         'stackexchange': stackexchange, 'pairs': pairs}
+
+
+def get(data: Data, tokenize: Tokenize | None = None) -> Task:
+    """The task that `data.task` names.
+
+    Args:
+        tokenize: shortens posts of TL;DR by whole paragraphs; None: they stay as long as they are.
+
+    Raises:
+        ValueError: an unknown task or option, with the nearest right name, or a path that is missing.
+    """
+    launch.check_choice('data.task', data['task'], TASKS)
+    task = TASKS[data['task']]
+    launch.check_fields('data.options', data['options'], tuple(task.OPTIONS))
+    if not data['path'] and data['task'] != 'arithmetic':
+        raise ValueError(f'data.path is empty: data.task={data["task"]!r} needs a file or folder, or tfds:NAME')
+    return task.make(task.OPTIONS | dict(data['options']), tokenize)
+
+
+def require(task: Task, name: str, data: Data) -> Callable[..., Any]:
+    """`task.<name>`.
+
+    Raises:
+        ValueError: the task has none.
+    """
+    found = getattr(task, name)
+    if found is None:
+        raise ValueError(f'data.task={data["task"]!r} has no {name}')
+    return found

@@ -1,0 +1,91 @@
+"""The language models that a config's `model` describes: module, partition rules, fresh parameters."""
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from experiments.runtime import launch, modules, partition
+from rlhf_jax.models import gpt2, gpt_neox, heads, llama, lora
+
+Params = dict[str, Any]
+Config = ml_collections.ConfigDict
+
+KINDS = {'gpt2': (gpt2, gpt2.GPT2), 'gpt_neox': (gpt_neox, gpt_neox.GPTNeoX), 'llama': (llama, llama.Llama)}
+# How a model computes, not what it computes: may differ from the weights' own config.
+_MANNER = ('dtype', 'param_dtype', 'remat', 'unroll', 'attention_impl', 'stacked', 'init_std', 'parent', 'name')
+# What 0 stands for in a field.
+_IMPLIED = {'hidden': lambda m: 4 * m.width, 'num_kv_heads': lambda m: m.num_heads,
+            'head_dim': lambda m: m.width // m.num_heads}
+
+
+def family(model: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(file, class) that `model.kind` names.
+
+    Raises:
+        ValueError: another kind.
+    """
+    launch.check_choice('model.kind', model['kind'], KINDS)
+    return KINDS[model['kind']]
+
+
+def family_name(module: Any) -> str:
+    """The `model.kind` of a decoder."""
+    return next(kind for kind, (_, cls) in KINDS.items() if isinstance(module, cls))
+
+
+def decoder(model: Mapping[str, Any]) -> Any:
+    """The decoder that a `model` config describes."""
+    file, cls = family(model)
+    fields = {name: value for name, value in dict(model).items() if name != 'kind'}
+    known = cls.__dataclass_fields__
+    for name in ('num_kv_heads', 'hidden', 'max_length'):
+        if name not in known and not fields.get(name):
+            fields.pop(name, None)
+    return modules.build(cls, file.SIZES, fields)
+
+
+def reward_model(model: Mapping[str, Any]) -> heads.RewardModel:
+    return heads.RewardModel(decoder(model))
+
+
+def rules(model: Mapping[str, Any], prefix: str = '') -> partition.Rules:
+    """Partition rules of the decoder, its adapter and scalar heads; `prefix`: where the decoder's parameters sit."""
+    own = family(model)[0].PARTITION_RULES
+    own = partition.prefixed(prefix, own) if prefix else own
+    return (*lora.PARTITION_RULES, (r'(.*/)?(score|value)_head/.*', jax.sharding.PartitionSpec()), *own)
+
+
+def init_decoder(config: Config) -> Callable[[jax.Array], Params]:
+    """key -> fresh parameters, with an adapter where `config.lora.rank` is set."""
+    module = decoder(config.model)
+
+    def init(key):
+        params = module.init(key, jnp.zeros((1, 2), jnp.int32))['params']
+        return with_adapter(config, params, jax.random.fold_in(key, 1))
+    return init
+
+
+def with_adapter(config: Config, params: Params, key: jax.Array) -> Params:
+    """`params` and, where `config.lora.rank` is set, a fresh adapter drawn from `key`."""
+    if not config.lora.rank:
+        return params
+    targets = tuple(config.lora.targets) or family(config.model)[0].LORA_TARGETS
+    return lora.init(key, params, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets)
+
+
+def _meant(module: Any, name: str) -> Any:
+    value = getattr(module, name, None)
+    return _IMPLIED[name](module) if name in _IMPLIED and not value else value
+
+
+def check_same(path: Any, theirs: Any, ours: Any, field: str = 'weights') -> None:
+    """Raises a ValueError unless both decoders are the same but for how they compute; `field`: which names `path`."""
+    for name in type(ours).__dataclass_fields__:
+        if name in _MANNER:
+            continue
+        a, b = (_meant(module, name) for module in (ours, theirs))
+        if a != b and not (isinstance(a, float) and isinstance(b, (int, float)) and np.isclose(a, b, rtol=1e-6)):
+            raise ValueError(f'model.{name}={a!r}, but {field}={path} have {b!r}')

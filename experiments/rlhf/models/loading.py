@@ -1,0 +1,164 @@
+"""Weights of language models: from a work directory, or from a Hugging Face folder."""
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from experiments.rlhf.models import adapters, architecture
+from experiments.runtime import launch, modules, storage
+from experiments.runtime.checkpoint import Checkpointer
+from rlhf_jax import convert
+from rlhf_jax.models import heads
+from rlhf_jax.weights import files
+
+Params = dict[str, Any]
+Config = ml_collections.ConfigDict
+
+POLICIES = ('sft', 'dpo', 'policy')  # experiments whose runs hold a language model
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether `path` is a work directory rather than a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    file = storage.resolve(path) / 'config.json'
+    if not file.exists():
+        raise FileNotFoundError(f'{path}: no config.json there; give a Hugging Face folder or a work directory')
+    return 'experiment' in json.loads(file.read_text())
+
+
+def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None) -> Params:
+    """Parameters of `architecture.decoder(config.model)`, float32, from a Hugging Face folder or a work directory of
+    sft, dpo or policy; adapters are merged.
+
+    Args:
+        shardings: a tree of them; None: on the host.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or weights of another model, with the field that differs.
+    """
+    return _load(path, config, architecture.decoder(config.model), POLICIES, shardings)
+
+
+def load_trained(path: str | os.PathLike, kinds: tuple[str, ...] = (*POLICIES, 'reward_model'),
+                 dtype: str = '') -> tuple[Any, Params, Config]:
+    """Module, float32 parameters on the host with their adapter, and config of the run in a work directory.
+
+    Raises:
+        ValueError: no run there, or one of another of `kinds`.
+    """
+    own = launch.read_config(path)
+    if own.get('experiment') not in kinds:
+        raise ValueError(f'{path}: holds a run of experiment={own.get("experiment")!r}; expected one of {kinds}')
+    if dtype:
+        own.model.dtype = dtype
+    make = architecture.reward_model if own.experiment == 'reward_model' else architecture.decoder
+    module = make(own.model)
+    return module, _restore(path, own, module), own
+
+
+def load_policy(path: str | os.PathLike, dtype: str = '') -> tuple[Any, Params, Config | None]:
+    """Module, float32 parameters on the host, adapters merged, and config of a policy as it lies there: a work
+    directory of sft, dpo or policy; or a Hugging Face folder, which has no config.
+
+    Args:
+        dtype: to compute in; '': as the run's config says, float32 for a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or no language model.
+    """
+    if is_run(path):
+        module, params, own = load_trained(path, POLICIES, dtype)
+        return module, adapters.merged(params), own
+    folder = storage.resolve(path)
+    saved = files.read_config(folder)
+    fields = {'dtype': modules.dtype(dict(dtype=dtype or 'float32'))}
+    module, params = _open_folder(folder, saved, **fields)
+    if isinstance(module, heads.RewardModel):
+        raise ValueError(f'{path}: holds a reward model, not a policy')
+    return getattr(module, 'backbone', module), params.get('backbone', params), None
+
+
+def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tuple[Any, Params]:
+    """Module and float32 parameters on the host of a reward model: a Hugging Face folder of a sequence classifier with
+    one label, or a work directory of a reward_model run.
+
+    Args:
+        model: how it is to compute (`dtype`, ...); None: as its own config says, float32 for a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or no reward model.
+    """
+    folder = storage.resolve(path)
+    if not (folder / 'config.json').exists():
+        raise FileNotFoundError(f'{path}: no config.json there; give a Hugging Face folder or a work directory')
+    saved = json.loads((folder / 'config.json').read_text())
+    if 'experiment' in saved:
+        own = launch.read_config(path)
+        if own.experiment != 'reward_model':
+            raise ValueError(f'{path}: holds a run of experiment={own.experiment!r}, not of a reward_model')
+        module = architecture.reward_model(own.model)
+        return module, adapters.merged(_restore(path, own, module))
+    fields = {'dtype': modules.dtype(model)} if model else {}
+    module, params = _open_folder(folder, saved, **fields)
+    if not isinstance(module, heads.RewardModel):
+        raise ValueError(f'{path}: holds a language model without a score head, not a reward model')
+    return module, params
+
+
+def _module_of(folder: Any, saved: Mapping[str, Any], **fields: Any) -> Any:
+    """The module of the config.json `saved` in `folder`, which an error names."""
+    try:
+        return convert.module_of(saved.get('model_type'), saved, **fields)
+    except ValueError as error:
+        raise ValueError(f'{folder}/config.json: {str(error).removeprefix("convert: ")}') from None
+
+
+def _open_folder(folder: Any, saved: Mapping[str, Any], **fields: Any) -> tuple[Any, Params]:
+    """Module and parameters of a Hugging Face folder, read tensor by tensor."""
+    _module_of(folder, saved)
+    return convert.from_torch(saved['model_type'], files.load_state_dict(folder), config=saved, **fields)
+
+
+def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str, ...], shardings: Any) -> Params:
+    folder = storage.resolve(path)
+    if not (folder / 'config.json').exists():
+        raise FileNotFoundError(f'weights={path}: no config.json there; give a Hugging Face folder or a work directory')
+    saved = json.loads((folder / 'config.json').read_text())
+    if 'experiment' in saved:
+        own = launch.read_config(path)
+        if own.experiment not in kinds:
+            raise ValueError(f'weights={path}: holds a run of experiment={own.experiment!r}; expected one of {kinds}')
+        trained = architecture.decoder(own.model)
+        architecture.check_same(path, trained, module)
+        params = adapters.merged(_restore(path, own, trained))
+        return params if shardings is None else jax.device_put(params, shardings)
+    kind = saved.get('model_type')
+    if kind != config.model.kind:
+        raise ValueError(f'model.kind={config.model.kind!r}, but weights={path} are of a {kind!r}')
+    architecture.check_same(path, _module_of(folder, saved), module)
+    placed = None if shardings is None else lambda shapes: shardings
+    found, params = _open_folder(folder, saved, shardings=placed)
+    return params['backbone'] if hasattr(found, 'backbone') else params
+
+
+def _restore(path: Any, own: Config, module: Any) -> Params:
+    """The stage's parameters on the host, with its adapter; of a policy run, the policy's."""
+    def init(key):
+        params = module.init(key, jnp.zeros((1, 2), jnp.int32))['params']
+        return architecture.with_adapter(own, params, key)
+    like = jax.eval_shape(init, jax.random.key(0))
+    checkpointer = Checkpointer(storage.resolve(path) / 'checkpoints', read_only=True)
+    host = jax.sharding.SingleDeviceSharding(modules.host())
+    name = 'params/policy' if own.experiment == 'policy' else 'params'
+    params = checkpointer.restore_part(name, like, jax.tree.map(lambda _: host, like))
+    checkpointer.close()
+    if params is None:
+        raise ValueError(f'{path}: no checkpoint there yet; let experiments.train reach its first one')
+    return jax.device_get(params)  # tied to no device, so that a program over any mesh takes them
