@@ -85,11 +85,15 @@ class JsonTokenizer:
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a tokenizer, or a special token that its vocabulary does not have.
+        ImportError: the package tokenizers is not installed.
     """
 
     def __init__(self, path: str | pathlib.Path, *, bos: str | None = None, eos: str | None = None,
                  pad: str | None = None):
-        import tokenizers
+        try:
+            import tokenizers
+        except ImportError:
+            raise ImportError(f"{path}: needs tokenizers; `pip install 'dlc-jax[text]'`") from None
         path = pathlib.Path(path)
         path = path / 'tokenizer.json' if path.is_dir() else path
         if not path.exists():

@@ -13,7 +13,8 @@ EXTRA = {'dlc_jax/ssl/augment.py': {'PIL'}, 'dlc_jax/ssl/pixels.py': {'PIL'},
          'rlhf_jax/rollout/publish.py': {'safetensors'}, 'rlhf_jax/tokenizers.py': {'tokenizers'},
          'rlhf_jax/tasks/rows.py': {'pyarrow'}, 'rlhf_jax/tasks/bleu.py': {'sacrebleu'}}
 # The two libraries share LLaDA, which is LLaMA without the causal mask, and the machinery that converts weights.
-BETWEEN_LIBRARIES = {'dlc_jax/text_to_code.py': ('rlhf_jax.models.llama',),
+BETWEEN_LIBRARIES = {'dlc_jax/__init__.py': ('rlhf_jax',),  # __version__ alone: one source for both
+                     'dlc_jax/text_to_code.py': ('rlhf_jax.models.llama',),
                      'dlc_jax/convert/llada.py': ('rlhf_jax.models.llama', 'rlhf_jax.weights')}
 
 

@@ -24,6 +24,7 @@ from experiments.runtime.loop import Stopped
 
 log = logging.getLogger(__name__)
 
+CHECKOUT = pathlib.Path(__file__).resolve().parents[2]  # the folder of `experiments` and `configs`
 NOTHING_WRITTEN = 'nothing was written; run the same command again'  # for `main`'s `stopped`
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
@@ -89,7 +90,11 @@ def given(flag: str) -> bool:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """`get_config()` of a Python file, `FILE` or `FILE:ARG`, with `--config.field=value` overrides."""
+    """`get_config()` of a Python file, `FILE` or `FILE:ARG`, with `--config.field=value` overrides.
+
+    A relative `FILE` that is not in the current folder is looked for beside the runner, and `configs` is the runner's
+    own package even where the current folder has another of that name.
+    """
     config = _run_config_file(path)
     for override in overrides:
         name = override.split('=', 1)[0].removeprefix('--config.')
@@ -112,19 +117,17 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
 
 def _run_config_file(path: str) -> ml_collections.ConfigDict:
     file, colon, argument = path.partition(':')
-    if not pathlib.Path(file).is_file():
-        folder = pathlib.Path(file).parent
-        near = difflib.get_close_matches(file, [str(f) for f in folder.glob('*.py')] if folder.is_dir() else [], 1)
-        raise ValueError(f'--config: no file {file}' + (f'; did you mean {near[0]}?' if near else ''))
+    file = _find_config_file(file)
     # A module of its own each time: `config_flags` would run the file inside the module of the config before.
     spec = importlib.util.spec_from_file_location('config_file', file)
     if spec is None:
         raise ValueError(f'--config: {file} is not a Python file')
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        get_config = getattr(module, 'get_config', None)
-        config = get_config and (get_config(argument) if colon else get_config())
+        with _first_on_path(CHECKOUT):
+            spec.loader.exec_module(module)
+            get_config = getattr(module, 'get_config', None)
+            config = get_config and (get_config(argument) if colon else get_config())
     except ValueError:
         raise
     except Exception as error:  # whatever a user's file may raise
@@ -132,6 +135,32 @@ def _run_config_file(path: str) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(f'--config={path}: the file has no get_config() that returns a ConfigDict')
     return config
+
+
+def _find_config_file(file: str) -> str:
+    """`file` in the current folder, or else beside the runner.
+
+    Raises:
+        ValueError: it is in neither; the message names the nearest file there is.
+    """
+    for folder in (pathlib.Path(), CHECKOUT):
+        if (folder / file).is_file():
+            return str(folder / file)
+    parent = pathlib.Path(file).parent
+    beside = [*parent.glob('*.py'), *(CHECKOUT / parent).glob('*.py')]
+    present = {str(parent / path.name) for path in beside}
+    near = difflib.get_close_matches(file, sorted(present), 1)
+    raise ValueError(f'--config: no file {file}' + (f'; did you mean {near[0]}?' if near else ''))
+
+
+@contextlib.contextmanager
+def _first_on_path(folder: pathlib.Path) -> Iterator[None]:
+    """Imports inside the block look into `folder` before anywhere else."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def check_choice(name: str, given: str, choices: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 """Rows of data sets that lie on disk: jsonl, json, parquet and arrow files, Hugging Face folders, parallel text.
 
-Parquet and arrow need `pyarrow` (tensorflow-datasets brings it); nothing else does. Nothing is ever downloaded.
+Parquet and arrow files need pyarrow, which the extra `text` brings. Nothing is ever downloaded.
 """
 import gzip
 import json
@@ -149,7 +149,7 @@ def _table(file: pathlib.Path, kind: str) -> Iterator[Row]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ImportError(f'{file}: {kind} needs pyarrow; `pip install pyarrow`, or save it as .jsonl') from None
+        raise ImportError(f"{file}: {kind} needs pyarrow; `pip install 'dlc-jax[text]'`") from None
     if kind == '.parquet':
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches():

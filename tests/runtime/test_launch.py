@@ -30,6 +30,27 @@ def test_config_errors_name_the_field_and_the_fix(path, overrides, message):
     assert '\n' not in str(error.value)
 
 
+def test_configs_are_found_beside_the_runner_from_any_folder(tmp_path, monkeypatch):
+    """Also where the current folder has a package `configs` of its own, and from another process."""
+    expected = launch.load_config(DIGITS).to_dict()
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / '__init__.py').write_text('')
+    (tmp_path / 'configs' / 'mine.py').write_text(
+        'import ml_collections\nfrom configs.dlc import base\n'
+        'def get_config(): return ml_collections.ConfigDict({"base": base.__file__})')
+    code = ('import sys; from experiments.runtime import launch; '
+            f'config = launch.load_config("{DIGITS}"); mine = launch.load_config("configs/mine.py"); '
+            'print(config.num_steps, mine.base)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {'PYTHONPATH': str(launch.CHECKOUT)})
+    base = launch.CHECKOUT / 'configs' / 'dlc' / 'base.py'
+    assert done.stdout.split() == [str(expected['num_steps']), str(base)], done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert launch.load_config(DIGITS).to_dict() == expected
+    with pytest.raises(ValueError, match='did you mean configs/dlc/generator_digits.py'):
+        launch.load_config('configs/dlc/generator_digit.py')
+
+
 def test_overrides_and_arguments():
     config = launch.load_config(
         DIGITS + ':class', ['--config.batch_size=32', '--config.sampler.guidance_interval=(0.1, 0.9)'])
