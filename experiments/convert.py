@@ -28,7 +28,7 @@ import numpy as np
 from dlc_jax import convert
 from dlc_jax.convert import dinov2
 from rlhf_jax.weights import files
-from experiments.dlc import llada, released
+from experiments.dlc.weights import kinds, llada, reading, writing
 from experiments.rlhf.models import export as language
 from experiments.runtime import launch, storage
 from rlhf_jax.convert import KINDS as LANGUAGE
@@ -42,7 +42,7 @@ TAKES = {'num_heads': ('sem', 'dinov2', 'dit', 'sedd'), 'num_codes': ('sem',), '
 
 def parser() -> argparse.ArgumentParser:
     p = launch.parser(__doc__, config='settings of the work directory (default: configs/dlc/released.py:KIND)')
-    p.add_argument('--kind', required=True, choices=(*released.KINDS, *FOLDERS))
+    p.add_argument('--kind', required=True, choices=(*kinds.KINDS, *FOLDERS))
     p.add_argument('--src', required=True, metavar='DIR|FILE', help='released weights; --reverse: a work directory')
     p.add_argument('--dst', required=True, metavar='DIR', help='written there; must be empty or new')
     p.add_argument('--reverse', action='store_true', help='from a work directory to released names')
@@ -60,9 +60,9 @@ def parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace, overrides: bool) -> None:
     """Raises a ValueError or OSError for what is wrong whatever the weights turn out to be."""
-    for name, kinds in TAKES.items():
+    for name, takers in TAKES.items():
         value = getattr(args, name)
-        if value is not None and (args.reverse or args.kind not in kinds):
+        if value is not None and (args.reverse or args.kind not in takers):
             raise ValueError(f'--{name}: ' + ('a work directory says it itself' if args.reverse else
                                               f'the tensors of a {args.kind} say it themselves') + '; leave it out')
         if value is not None and value <= 0:
@@ -76,14 +76,14 @@ def check_flags(args: argparse.Namespace, overrides: bool) -> None:
         raise ValueError(f'--dtype: a {args.kind} is written in float32; leave it out')
     if args.hf and args.kind != 'dinov2':
         raise ValueError('--hf: only a dinov2 has other names in transformers; leave it out')
-    to_run = args.kind in released.KINDS and released.KINDS[args.kind].experiment
+    to_run = args.kind in kinds.KINDS and kinds.KINDS[args.kind].experiment
     if overrides and (args.reverse or not to_run):
         raise ValueError('--config: only a work directory has one; leave it out')
     if args.key and args.reverse:
         raise ValueError('--key: a work directory has no state dicts; leave it out')
     if not storage.resolve(args.src).exists():
         raise FileNotFoundError(f'--src={args.src}: nothing there')
-    if not args.reverse and to_run and not released.is_released(args.src):
+    if not args.reverse and to_run and not reading.is_released(args.src):
         raise ValueError(f'--src={args.src}: no released weights there (.safetensors, .pth, .bin); from a work '
                          'directory to weights it is --reverse')
     dst = storage.resolve(args.dst)
@@ -108,9 +108,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, ml_collections.ConfigDic
     first.add_argument('--kind', nargs='?')
     first.add_argument('--src', nargs='?')
     known = first.parse_known_args(argv)[0]
-    kind = known.kind if known.kind in released.CONFIGURED else 'sem'
-    noted = released.noted_settings(kind, known.src) if known.src and '--reverse' not in argv else []
-    return launch.parse(parser(), [*noted, *argv], default_config=released.published_config(kind))
+    kind = known.kind if known.kind in kinds.CONFIGURED else 'sem'
+    noted = reading.noted_settings(kind, known.src) if known.src and '--reverse' not in argv else []
+    return launch.parse(parser(), [*noted, *argv], default_config=kinds.published_config(kind))
 
 
 def main() -> None:
@@ -124,29 +124,29 @@ def main() -> None:
     if args.kind == 'llada':
         print(llada.write(args.src, args.dst, reverse=args.reverse, dtype=args.dtype, key=args.key))
         return
-    to_run = '' if args.reverse else released.KINDS[args.kind].experiment  # what the work directory will be of
+    to_run = '' if args.reverse else kinds.KINDS[args.kind].experiment  # what the work directory will be of
     if to_run and config.get('experiment') != to_run:
         raise ValueError(f'--config: experiment={config.get("experiment")!r}, but a {args.kind} makes {to_run!r}')
     noise = 'loglinear'
-    if args.reverse and not released.is_released(args.src):
-        module, params, of_run = released.read_run(args.kind, args.src)
+    if args.reverse and not reading.is_released(args.src):
+        module, params, of_run = writing.read_run(args.kind, args.src)
         noise = of_run.diffusion.noise if args.kind == 'sedd' else noise
     else:
-        if args.reverse and args.kind in released.CONFIGURED:
+        if args.reverse and args.kind in kinds.CONFIGURED:
             raise ValueError(f'--src={args.src}: released weights already; --reverse takes a work directory')
-        fields = {name: getattr(args, name) for name, kinds in TAKES.items() if args.kind in kinds}
-        module, params = released.read(args.kind, args.src, key=args.key, **fields,
-                                       **released.fields_of(args.kind, config))
+        fields = {name: getattr(args, name) for name, takers in TAKES.items() if args.kind in takers}
+        module, params = reading.read(args.kind, args.src, key=args.key, **fields,
+                                       **reading.fields_of(args.kind, config))
     if to_run:
-        config, params = released.as_run(args.kind, module, params, config)
+        config, params = reading.as_run(args.kind, module, params, config)
         with config.unlocked():
             config.weights_only = True
-        released.write_run(args.kind, config, params, args.dst)
+        writing.write_run(args.kind, config, params, args.dst)
     elif args.hf:
         with storage.local_folder(args.dst, last='config.json') as folder:
             files.save(folder, convert.tensors('dinov2', module, params, hf=True), dinov2.config_of(module))
     else:
-        released.write_released(args.kind, module, params, args.dst, noise=noise)
+        writing.write_released(args.kind, module, params, args.dst, noise=noise)
     print(summary(args.kind, module, params, args.dst))
 
 

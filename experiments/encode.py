@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dlc_jax.ssl import augment
+from dlc_jax.preprocess import center_crop
 from experiments.dlc.data import captions as captions_lib
-from experiments.dlc import released
+from experiments.dlc.weights import reading
 from experiments.dlc.data import codestore, sources
 from experiments.dlc.data.batches import eval_batches
 from experiments.dlc.encoder import Encoder
@@ -51,7 +51,7 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
     transform = encoder.transform
 
     def prepare(image):
-        return {'input': transform(image), 'crop': augment.center_crop(image, image_size)}
+        return {'input': transform(image), 'crop': center_crop(image, image_size)}
 
     # All that decides what is written: another store is never taken for this one.
     meta = dict(num_codes=m.num_codes, vocab_size=m.vocab_size, class_names=tuple(source.class_names or ()),
@@ -119,7 +119,7 @@ def main() -> None:
     launch.initialize(args)
     if args.captions and args.captions != 'txt':
         captions_lib.read_jsonl(args.captions)  # a damaged file is found before weights are read
-    encoder = released.load(Encoder, args.encoder)
+    encoder = reading.load(Encoder, args.encoder)
     data = encoder.config.data.copy_and_resolve_references()
     data.name, data.path = args.data or data.name, args.path or data.path
     vae = LatentDecoder.load(args.vae) if args.vae else None

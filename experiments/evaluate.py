@@ -103,8 +103,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def main() -> None:
     if launch.given('--policy'):
-        from experiments.rlhf import commands
-        return commands.evaluate()
+        from experiments import evaluate_policy
+        return evaluate_policy.main()
     p = launch.parser(__doc__)
     p.add_argument('--samples', metavar='NPZ', help='images to judge')
     p.add_argument('--reference', metavar='NPZ|STORE', help='real images that no model has seen')
@@ -152,11 +152,9 @@ def main() -> None:
         out['representation'] = evaluation.representation(sets['train'], sets['heldout'], num_classes, vocab_size,
                                                           probe=args.probe)
         out['codes'] = {name: evaluation.code_usage(s['codes'], vocab_size) for name, s in sets.items()}
-    text = json.dumps(out, indent=1)
-    print(text)
+    print(json.dumps(out, indent=1))
     if args.json:
-        with storage.write_whole(args.json) as file:
-            file.write((text + '\n').encode())
+        storage.write_json(args.json, out)
 
 
 if __name__ == '__main__':

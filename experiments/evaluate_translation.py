@@ -7,7 +7,6 @@
 
 `experiments/rlhf/translation/evaluation.py` says what the numbers are.
 """
-import json
 import logging
 import os
 from typing import Any
@@ -91,8 +90,7 @@ def main() -> None:
     if measure.signature:
         print('sacrebleu', measure.signature)
     if args.json:
-        with storage.write_whole(args.json) as file:
-            file.write((json.dumps(found if alphas else found[''], indent=1) + '\n').encode())
+        storage.write_json(args.json, found if alphas else found[''])
 
 
 if __name__ == '__main__':

@@ -9,22 +9,33 @@ ends with the same numbers.
 """
 import importlib
 import pathlib
+from typing import NamedTuple
 
 from experiments.runtime import launch
 
-WHICH = {'dlc': 'dlc/quickstart', 'text': 'dlc/quickstart_text', 'rlhf': 'rlhf/quickstart'}
-WORKDIRS = {'dlc': 'runs/quickstart', 'text': 'runs/quickstart_text', 'rlhf': 'runs/quickstart_rlhf'}
+
+class Quickstart(NamedTuple):
+    """A module of `experiments.quickstarts`, its config below configs/, and where it works unless --workdir says."""
+    module: str
+    config: str
+    workdir: str
+
+
+WHICH = {'dlc': Quickstart('dlc', 'dlc/quickstart', 'runs/quickstart'),
+         'text': Quickstart('text_to_image', 'dlc/quickstart_text', 'runs/quickstart_text'),
+         'rlhf': Quickstart('rlhf', 'rlhf/quickstart', 'runs/quickstart_rlhf')}
 
 
 def main() -> None:
     p = launch.parser(__doc__, config='sizes and budgets (default: configs/dlc/quickstart.py, or that of --which)')
     p.add_argument('--which', choices=tuple(WHICH), default='dlc', help='which method (default: dlc)')
-    p.add_argument('--workdir', help='default: ' + ', '.join(WORKDIRS.values()))
-    args, config = launch.parse(p, default_config=lambda args: f'configs/{WHICH[args.which]}.py')
+    p.add_argument('--workdir', help='default: ' + ', '.join(which.workdir for which in WHICH.values()))
+    args, config = launch.parse(p, default_config=lambda args: f'configs/{WHICH[args.which].config}.py')
     launch.initialize(args)
-    method = importlib.import_module(f'experiments.{WHICH[args.which].replace("/", ".")}')
-    workdir = args.workdir or WORKDIRS[args.which]
-    print(method.summary(method.quickstart(config, workdir)))
+    chosen = WHICH[args.which]
+    quickstart = importlib.import_module(f'experiments.quickstarts.{chosen.module}')
+    workdir = args.workdir or chosen.workdir
+    print(quickstart.summary(quickstart.run(config, workdir)))
     print(f'report -> {pathlib.Path(workdir) / "report.html"}')
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from experiments.rlhf import commands
 from experiments.rlhf.data import texts
 from experiments.rlhf.models import loading
 from experiments.rlhf.models.tokenizer import open_tokenizer
@@ -64,7 +63,7 @@ def main() -> None:
     scores = [score(gold, tokenizer, rows, field, bos=bool(own and own.get('bos')), max_length=args.max_length)
               for field in ('chosen', 'rejected')]
     relabelled, agreement = tldr.relabel(rows, *scores)
-    commands.write(args.out, relabelled)
+    storage.write_json_lines(args.out, relabelled)
     swapped = int((scores[1] > scores[0]).sum())
     print(f'agreement {agreement:.4f}: {swapped} of {len(rows)} pairs changed places -> {args.out}')
 

@@ -30,20 +30,19 @@ from collections.abc import Sequence
 import jax
 import ml_collections
 import numpy as np
-from tqdm import tqdm
 
 from dlc_jax import codes as codes_lib
 from dlc_jax.diffusion.gaussian import to_uint8
 from dlc_jax.diffusion.remasking import REMASKING
-from experiments.dlc import released
+from experiments.dlc.weights import reading
 from experiments.dlc.code_model import CodeModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
 from experiments.dlc.data.sources import read_image
 from experiments.dlc.text_to_code import TextToCode
-from experiments.runtime import launch, storage
-from experiments.runtime.report import image_grid, save_image
+from experiments.runtime import launch, png, storage
+from experiments.runtime.progress import bar
 
 
 def check_out(out: str | os.PathLike) -> None:
@@ -64,25 +63,14 @@ def write(images: np.ndarray, out: str | os.PathLike, columns: int = 0, texts: S
         with storage.write_whole(out) as file:
             np.savez(file, arr_0=images)
     elif out.suffix == '.png':
-        save_image(out, image_grid(images, columns or int(np.ceil(np.sqrt(len(images))))))
+        png.save(out, png.grid(images, columns or int(np.ceil(np.sqrt(len(images))))))
     else:
         out.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
-            save_image(out / f'{i:06d}.png', image)
+            png.save(out / f'{i:06d}.png', image)
         for i, text in enumerate(texts):
             with storage.write_whole(out / f'{i:06d}.txt') as file:
                 file.write(f'{text}\n'.encode())
-
-
-def progress(description: str, total: int):
-    """A bar and the callback that moves it."""
-    bar = tqdm(total=total, desc=description, unit='sample', dynamic_ncols=True, disable=jax.process_index() != 0)
-
-    def update(done: int) -> None:
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-    return update
 
 
 def check_codes(generator: Generator, num_codes: int, vocab_size: int, of: str) -> None:
@@ -129,12 +117,12 @@ def text_codes(args: argparse.Namespace, generator: Generator, key: jax.Array) -
     texts, m = read_texts(args), generator.config.model
     if m.condition != 'code':
         raise ValueError(f'--text: the generator is conditioned on {m.condition!r}, not on codes')
-    model = released.load(TextToCode, args.text_model, num_codes=m.num_codes)
+    model = reading.load(TextToCode, args.text_model, num_codes=m.num_codes)
     check_codes(generator, model.config.model.num_codes, model.config.model.vocab_size, args.text_model)
     count, sampler = args.per_text or 1, {field: getattr(args, flag) for flag, field in TEXT_SAMPLER.items()}
     model.checked(texts, **sampler)
     return model.sample(key, texts, num_per_prompt=count, batch_size=args.batch_size,
-                        progress=progress('codes', len(texts) * count), **sampler)
+                        progress=bar('codes', len(texts) * count), **sampler)
 
 
 def to_bytes(x: np.ndarray, block: int = 4096) -> np.ndarray:
@@ -265,14 +253,14 @@ def check_sampler(args: argparse.Namespace, config: ml_collections.ConfigDict) -
 
 def main() -> None:
     if launch.given('--policy'):
-        from experiments.rlhf import commands
-        return commands.sample()
+        from experiments import sample_policy
+        return sample_policy.main()
     args, _ = launch.parse(parser())
     check_flags(args)
     texts = read_texts(args)
     check_out(args.out)
     launch.initialize(args)
-    generator = released.load(Generator, args.generator)
+    generator = reading.load(Generator, args.generator)
     check_sampler(args, generator.config)
     vae = LatentDecoder.load(args.vae) if args.vae else None
     if (generator.config.data.target == 'latents') != bool(args.vae):
@@ -299,14 +287,14 @@ def main() -> None:
                              f'which no code model makes; use {instead}')
         if not args.code_model:
             raise ValueError('--unconditional needs --code_model=RUN: this generator is conditioned on codes')
-        code_model = released.load(CodeModel, args.code_model)
+        code_model = reading.load(CodeModel, args.code_model)
         check_codes(generator, code_model.config.model.num_codes, code_model.config.model.vocab_size, args.code_model)
-        cond = code_model.sample(code_key, num, batch_size=args.batch_size, progress=progress('codes', num),
+        cond = code_model.sample(code_key, num, batch_size=args.batch_size, progress=bar('codes', num),
                                  name=args.code_sampler, num_steps=args.code_steps, eta=args.eta,
                                  window=tuple(args.window) if args.window else None)
     elif args.from_images or args.compose:
         paths = args.from_images or args.compose
-        encoder = released.load(Encoder, args.encoder)
+        encoder = reading.load(Encoder, args.encoder)
         num = args.num or (len(paths) if args.from_images else 16)
         images = [read_image(path, encoder.config.data.channels) for path in paths]
         cond = read_condition(generator, encoder, images, num, compose=bool(args.compose), key=code_key,
@@ -319,9 +307,9 @@ def main() -> None:
     # Released models have settings of their own for each use.
     use = 'unconditional' if args.unconditional else 'classes' if args.classes else 'images'  # or texts
     recipe = generator.config.get('recipes', {}).get(use, {})
-    x = generator.sample(image_key, cond, num, batch_size=args.batch_size, progress=progress('images', num),
+    x = generator.sample(image_key, cond, num, batch_size=args.batch_size, progress=bar('images', num),
                          **dict(recipe) | {name: value for name, value in sampler.items() if value is not None})
-    images = vae.decode(x, progress('pixels', num)) if vae else to_bytes(x)
+    images = vae.decode(x, bar('pixels', num)) if vae else to_bytes(x)
     if jax.process_index() == 0:
         try:
             write(images, args.out, args.columns or args.per_text or 0, texts)  # a row a text

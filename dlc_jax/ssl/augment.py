@@ -1,4 +1,4 @@
-"""Multi-crop augmentation of the DINOv2 recipe, and the deterministic transforms of evaluation. numpy and PIL only.
+"""Multi-crop augmentation of the DINOv2 recipe, and the random crop of a linear probe. numpy and PIL only.
 
 The random parameters of all crops are drawn first (`MultiCrop.sample`), then applied by one of two routes: PIL, crop by
 crop, for photographs of any size; and numpy over a whole batch of equal-sized small images, where PIL's cost per call
@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from dlc_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, check_image, normalize, to_pil
 from dlc_jax.ssl import pixels
-from dlc_jax.ssl.pixels import normalize
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 CROP_TRIES = 10
 
@@ -268,76 +267,6 @@ def jitter_pil(picture: Image.Image, op: int, factor: float) -> Image.Image:
     h, s, v = picture.convert('HSV').split()
     turned = np.asarray(h) + np.int32(factor * 255).astype(np.uint8)  # hue is a circle: uint8 wraps around
     return Image.merge('HSV', (Image.fromarray(turned), s, v)).convert('RGB')
-
-
-def check_image(image: np.ndarray) -> int:
-    """Number of channels of an [H, W, 1 or 3] uint8 image; a ValueError on anything else."""
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
-        raise ValueError(f'image is {image.dtype} {image.shape}; expected uint8 [height, width, 1 or 3]')
-    return image.shape[-1]
-
-
-def to_pil(image: np.ndarray) -> Image.Image:
-    """[H, W, C] uint8 to mode L (C = 1) or RGB."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """ADM's preprocessing (openai/guided-diffusion, `image_datasets.py`).
-
-    Halved by averaging while twice too large, then resized (bicubic) so that the short side is `size`, then the central
-    square. Smaller images are enlarged.
-
-    Args:
-        image: [H, W, C] uint8.
-
-    Returns:
-        [size, size, C] uint8.
-    """
-    channels = check_image(image)
-    picture = to_pil(image)
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize(tuple(x // 2 for x in picture.size), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize(tuple(round(x * scale) for x in picture.size), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return np.asarray(picture.crop((left, top, left + size, top + size))).reshape(size, size, channels)
-
-
-def resize_center_crop(image: np.ndarray, resize: int, size: int) -> np.ndarray:
-    """torchvision's `Resize(resize, bicubic)`, then `CenterCrop(size)`: [H, W, C] uint8 -> [size, size, C] uint8."""
-    if size > resize:
-        raise ValueError(f'size={size} is larger than resize={resize}')
-    channels = check_image(image)
-    picture = to_pil(image)
-    width, height = picture.size
-    short = min(width, height)
-    picture = picture.resize((int(resize * width / short), int(resize * height / short)), Image.Resampling.BICUBIC)
-    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
-    return np.asarray(picture.crop((left, top, left + size, top + size))).reshape(size, size, channels)
-
-
-@dataclasses.dataclass(frozen=True)
-class CenterCrop:
-    """`center_crop` and normalise: [H, W, C] uint8 -> [size, size, C] float32. mean = std = (0.5,) gives [-1, 1]."""
-    size: int = 224
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        return normalize(center_crop(image, self.size), self.mean, self.std)
-
-
-@dataclasses.dataclass(frozen=True)
-class ResizeCenterCrop:
-    """`resize_center_crop` and normalise, as DINOv2 evaluates: [H, W, C] uint8 -> [size, size, C] float32."""
-    resize: int = 256
-    size: int = 224
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        return normalize(resize_center_crop(image, self.resize, self.size), self.mean, self.std)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,23 +138,3 @@ def gaussian_blur(x: np.ndarray, sigma: np.ndarray | float, kernel: int) -> np.n
             pair *= taps[..., offset]
             x += pair
     return x
-
-
-def normalize(x: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...], *,
-              out: np.ndarray | None = None) -> np.ndarray:
-    """(x / 255 - mean) / std over the last axis of [..., W, C], float32. `out` may be `x`.
-
-    Raises:
-        ValueError: `mean` and `std` have neither one entry nor one a channel.
-    """
-    for name, values in (('mean', mean), ('std', std)):
-        if len(values) not in (1, x.shape[-1]):
-            raise ValueError(f'{name}={values} does not fit {x.shape[-1]} channel(s); give 1 or {x.shape[-1]} values')
-    out = np.empty(x.shape, np.float32) if out is None else out
-    # Whole rows at a time: broadcasting over three channels would make numpy's inner loop three long.
-    scale, shift = 1 / (255 * np.asarray(std)), np.asarray(mean) / np.asarray(std)
-    scale, shift = (np.broadcast_to(v, x.shape[-2:]).astype(np.float32).ravel() for v in (scale, shift))
-    rows = out.reshape(-1, scale.size)
-    np.multiply(x.reshape(-1, scale.size), scale, out=rows, dtype=np.float32)
-    rows -= shift
-    return out

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dlc_jax import convert
 from rlhf_jax.weights.files import load_state_dict
 from dlc_jax.models import sem, vit
+from dlc_jax.preprocess import CenterCrop
 from dlc_jax.ssl import augment, dino, ibot, koleo, masking
 from experiments.dlc.data import batches as batches_lib
 from experiments.dlc.data import sources
@@ -257,13 +258,13 @@ class Encoder:
         return cls(*modules.load(workdir, 'encoder', build, part='encoder'))
 
     @property
-    def transform(self) -> augment.CenterCrop:
+    def transform(self) -> CenterCrop:
         """uint8 [h, w, C] of any size -> float32 [H, W, C]: the ADM centre crop, then mean and std. Never flipped.
 
         Without the parameters, so that it can travel to worker processes.
         """
         d = self.config.data
-        return augment.CenterCrop(d.global_size, tuple(d.mean), tuple(d.std))
+        return CenterCrop(d.global_size, tuple(d.mean), tuple(d.std))
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """`transform` of one image."""

@@ -184,8 +184,7 @@ def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -
     """Writes `workdir/config.json`, from which sampling and evaluation rebuild the model."""
     workdir = storage.resolve(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    with storage.write_whole(workdir / 'config.json') as file:
-        file.write((json.dumps(config.to_dict(), indent=1) + '\n').encode())
+    storage.write_json(workdir / 'config.json', config.to_dict())
 
 
 def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:

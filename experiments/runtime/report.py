@@ -5,12 +5,11 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from experiments.runtime import storage
+from experiments.runtime import png, storage
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -25,25 +24,6 @@ figcaption { font-size: .85rem; opacity: .75; max-width: 34rem }
 img.grid { image-rendering: pixelated } img.chart { background: #fff; border-radius: 4px; max-width: 100% }
 p.note { opacity: .75; font-size: .9rem; max-width: 60rem }
 """
-
-
-def image_grid(images: np.ndarray, columns: int, *, gap: int = 1) -> np.ndarray:
-    """uint8 [N, H, W, C] -> one uint8 picture, row by row, `gap` white pixels between; the last row is padded white."""
-    n, h, w, c = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
-        canvas[y:y + h, x:x + w] = image
-    return canvas
-
-
-def save_image(file: str | os.PathLike | IO, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 1 or 3] as PNG to a path or an open file."""
-    if isinstance(file, (str, os.PathLike)):
-        with storage.write_whole(file) as opened:
-            return save_image(opened, image)
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format='PNG')
 
 
 def format_value(value: object, digits: int = 3) -> str:
@@ -110,9 +90,9 @@ class Report:
 
     def images(self, images: np.ndarray, columns: int, caption: str, *, scale: int = 1) -> None:
         """A grid of uint8 [N, H, W, C], each pixel shown `scale` times as large."""
-        grid = image_grid(images, columns)
+        grid = png.grid(images, columns)
         buffer = io.BytesIO()
-        save_image(buffer, grid)
+        png.save(buffer, grid)
         self._figure(buffer, caption, f'class=grid width={grid.shape[1] * scale}')
 
     def lines(self, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, *, x: str = 'step',

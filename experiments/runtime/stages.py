@@ -14,10 +14,10 @@ from experiments.runtime import launch, storage
 def once(path: pathlib.Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The arrays in `path`, made and written whole if they are not there yet."""
     if not path.exists():
+        arrays = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix('.partial.npz')
-        np.savez(partial, **make())
-        partial.replace(path)
+        with storage.write_whole(path) as file:
+            np.savez(file, **arrays)
     with np.load(path) as arrays:
         return dict(arrays)
 
@@ -35,7 +35,7 @@ class Clock:
             return work()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-            self._path.write_text(json.dumps(self.seconds, indent=1) + '\n')
+            storage.write_json(self._path, self.seconds)
 
 
 def claim(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> pathlib.Path:

@@ -11,8 +11,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO, Any
 
 from etils import epath
 
@@ -62,6 +62,18 @@ def write_whole(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         raise
 
 
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON to `path`, whole or not at all."""
+    with write_whole(path) as file:
+        file.write((json.dumps(value, indent=1) + '\n').encode())
+
+
+def write_json_lines(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line to `path`, whole or not at all; text beyond ASCII as it is."""
+    with write_whole(path) as file:
+        file.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode())
+
+
 def check_writable(directory: str | os.PathLike, what: str) -> None:
     """Creates `directory` and writes to it, so that a place that cannot be written shows before any work is done.
 
@@ -82,8 +94,8 @@ def check_writable(directory: str | os.PathLike, what: str) -> None:
 # ---- Copies of what is remote --------------------------------------------------------------------------------------
 
 def cache_directory() -> pathlib.Path:
-    """Where `local_copy` puts things: `$DLC_CACHE`, or `~/.cache/dlc_jax`."""
-    return pathlib.Path(os.environ.get('DLC_CACHE', '~/.cache/dlc_jax')).expanduser()
+    """Where `local_copy` puts things: `$EXPERIMENTS_CACHE`, or `~/.cache/experiments`."""
+    return pathlib.Path(os.environ.get('EXPERIMENTS_CACHE', '~/.cache/experiments')).expanduser()
 
 
 def cached(path: str | os.PathLike) -> pathlib.Path:
@@ -125,7 +137,7 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
     except OSError as error:
         remove(partial)
         raise OSError(f'{path}: could not be copied to {target} ({error.strerror or error}); make room or set '
-                      'DLC_CACHE to another disk') from None
+                      'EXPERIMENTS_CACHE to another disk') from None
     return target
 
 

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from dlc_jax.ssl.augment import CenterCrop, MultiCrop, RandomResizedCrop
+from dlc_jax.preprocess import CenterCrop
+from dlc_jax.ssl.augment import MultiCrop, RandomResizedCrop
 from dlc_jax.ssl.masking import BlockMasking
 from experiments.dlc.data.batches import SmallMultiCrop, eval_batches, image_batches, ssl_batches
 from experiments.dlc.data.images import ArrayImages, FakeImages, Unreadable

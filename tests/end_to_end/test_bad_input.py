@@ -21,7 +21,7 @@ from PIL import Image
 
 from experiments import compile as compile_command
 from experiments import encode, evaluate, quickstart, sample, train
-from experiments.dlc import quickstart as dlc_quickstart
+from experiments.quickstarts import dlc as dlc_quickstart
 from experiments.dlc.data import codestore
 from experiments.runtime import launch, loop, modules
 from experiments.runtime import mesh as mesh_lib

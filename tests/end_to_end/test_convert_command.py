@@ -20,7 +20,8 @@ from dlc_jax.models import dit, sedd, sem, vit
 from dlc_jax.models.vae import AutoencoderKL
 from experiments import convert as command
 from experiments import sample
-from experiments.dlc import released
+from experiments.dlc.weights import kinds, reading
+from experiments.dlc.weights import llada as llada_weights
 from experiments.dlc.code_model import CodeModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
@@ -147,7 +148,7 @@ def test_work_directory_and_back(run, weights, bare, tmp_path, kind):
     assert (status, error) == (0, ''), error
     assert_same(tensors_of(tmp_path / 'out'), tensors_of(weights[0] / kind))
     # What was written says all that the tensors do not.
-    again = released.load(LOADERS[kind], tmp_path / 'out')
+    again = reading.load(LOADERS[kind], tmp_path / 'out')
     assert_same(again.params, params)
     assert again.config.model.to_dict() == loaded.config.model.to_dict()
 
@@ -248,7 +249,7 @@ def test_a_run_of_text_to_code_becomes_llada(run, llada_folder, tmp_path):
     assert tokenizer.token_to_id(f'<|sem_vocab_{V}|>') is None
     status, _, error = run(command, f'--kind=llada --src={tmp_path}/out --dst={tmp_path}/again')
     assert status == 0, error
-    loaded = released.load_llada(TextToCode, tmp_path / 'out', num_codes=L)  # what --llada reads
+    loaded = llada_weights.load(TextToCode, tmp_path / 'out', num_codes=L)  # what --llada reads
     assert (loaded.config.words.separator, loaded.config.model.vocab_size) == (SEPARATOR, V)
 
 
@@ -298,8 +299,8 @@ def test_released_folders_are_sampled_as_the_modules_in_memory(run, weights, tmp
     assert images.shape == (2, 16, 16, 3) and images.std() > 0
     # The same by hand, from modules and parameters that no file has seen.
     code_key, image_key = jax.random.split(jax.random.key(0))
-    config = lambda kind: released.as_run(kind, MODULES[kind], params[kind], launch.load_config(
-        released.published_config(kind)))[0]
+    config = lambda kind: reading.as_run(kind, MODULES[kind], params[kind], launch.load_config(
+        kinds.published_config(kind)))[0]
     codes = CodeModel(config('sedd'), params['sedd']).sample(code_key, 2, name='analytic', num_steps=4)
     x = Generator(config('dit'), params['dit']).sample(image_key, codes, 2, num_steps=3, guidance=1.7)
     np.testing.assert_array_equal(images, LatentDecoder(MODULES['sd_vae'], params['sd_vae']).decode(x))
@@ -317,8 +318,8 @@ def test_released_encoders_read_images(run, weights, pictures, tmp_path, monkeyp
     status, _, error = run(sample, f'--from_images {pictures}/0.png {pictures}/1.png --sem={root}/sem --dit={root}/dit '
                            f'--vae={root}/sd_vae --out={tmp_path}/x.npz')
     assert status == 0, error
-    encoder = Encoder(released.as_run('sem', MODULES['sem'], params['sem'], launch.load_config(
-        released.published_config('sem')))[0], params['sem'])
+    encoder = Encoder(reading.as_run('sem', MODULES['sem'], params['sem'], launch.load_config(
+        kinds.published_config('sem')))[0], params['sem'])
     images = [np.asarray(Image.open(pictures / f'{i}.png')) for i in range(2)]
     assert encoder.preprocess(images[0]).shape == (224, 224, 3)
     np.testing.assert_array_equal(seen['codes'], encoder.encode_images(images)['codes'])

@@ -173,7 +173,7 @@ def test_latents_are_decoded_to_bytes(monkeypatch, tmp_path, vae):
 
 def write_digits(tmp_path, pictures):
     for i in range(2):
-        sample.save_image(tmp_path / f'{i}.png', pictures[i]['image'])
+        sample.png.save(tmp_path / f'{i}.png', pictures[i]['image'])
     return [str(tmp_path / f'{i}.png') for i in range(2)]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.dlc import quickstart as config_lib
-from experiments.dlc import quickstart
+from experiments.quickstarts import dlc as quickstart
 from experiments.runtime import loop, stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('whole')
-    return workdir, quickstart.quickstart(config_lib.get_config('tiny'), workdir)
+    return workdir, quickstart.run(config_lib.get_config('tiny'), workdir)
 
 
 def test_report_and_metrics_hold_what_is_promised(uninterrupted):
@@ -47,7 +47,7 @@ def test_interrupted_at_two_stages_the_numbers_are_the_same(uninterrupted, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == 3)
         with pytest.raises(loop.Stopped) as stop:
-            quickstart.quickstart(config, workdir)
+            quickstart.run(config, workdir)
     assert 'run the same command to continue' in stop.value.message
 
     made = []
@@ -61,14 +61,14 @@ def test_interrupted_at_two_stages_the_numbers_are_the_same(uninterrupted, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(stages, 'once', once)
         with pytest.raises(KeyboardInterrupt):
-            quickstart.quickstart(config, workdir)
+            quickstart.run(config, workdir)
     assert (workdir / 'generator_none' / 'checkpoints').exists() and not (workdir / 'metrics.json').exists()
 
-    assert quickstart.quickstart(config, workdir) == uninterrupted[1]
+    assert quickstart.run(config, workdir) == uninterrupted[1]
 
 
 def test_another_config_in_the_same_workdir_is_refused(uninterrupted):
     other = config_lib.get_config('tiny')
     other.encoder.seed = 1
     with pytest.raises(ValueError, match='another config; choose another --workdir or delete it'):
-        quickstart.quickstart(other, uninterrupted[0])
+        quickstart.run(other, uninterrupted[0])

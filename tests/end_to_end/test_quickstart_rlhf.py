@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from configs.rlhf import quickstart as config_lib
-from experiments.rlhf import quickstart
+from experiments.quickstarts import rlhf as quickstart
 from experiments.runtime import loop
 
 pytestmark = pytest.mark.slow
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('whole')
-    return workdir, quickstart.quickstart(config_lib.get_config('tiny'), workdir)
+    return workdir, quickstart.run(config_lib.get_config('tiny'), workdir)
 
 
 def test_report_and_metrics_hold_what_is_promised(uninterrupted):
@@ -46,14 +46,14 @@ def test_interrupted_in_an_asynchronous_run_the_numbers_are_the_same(uninterrupt
     with monkeypatch.context() as patch:
         patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == 4)
         with pytest.raises(loop.Stopped) as stop:
-            quickstart.quickstart(config, again)
+            quickstart.run(config, again)
     assert 'asynchronous_1: stopped by signal at step 4 of 6' in stop.value.message
     assert not (again / 'metrics.json').exists()
-    assert quickstart.quickstart(config, again) == metrics
+    assert quickstart.run(config, again) == metrics
 
 
 def test_another_config_in_the_same_workdir_is_refused(uninterrupted):
     other = config_lib.get_config('tiny')
     other.sft.seed = 1
     with pytest.raises(ValueError, match='another config; choose another --workdir or delete it'):
-        quickstart.quickstart(other, uninterrupted[0])
+        quickstart.run(other, uninterrupted[0])

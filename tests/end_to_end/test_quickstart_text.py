@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.dlc import quickstart_text as config_lib
-from experiments.dlc import quickstart_text as quickstart
+from experiments.quickstarts import text_to_image as quickstart
 from experiments.runtime import loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('whole')
-    return workdir, quickstart.quickstart(config_lib.get_config('tiny'), workdir)
+    return workdir, quickstart.run(config_lib.get_config('tiny'), workdir)
 
 
 def test_report_and_metrics_hold_what_is_promised(uninterrupted):
@@ -46,9 +46,9 @@ def test_interrupted_while_the_text_model_trains_the_numbers_are_the_same(uninte
     with monkeypatch.context() as patch:
         patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == 3)
         with pytest.raises(loop.Stopped):
-            quickstart.quickstart(config, again)
+            quickstart.run(config, again)
     assert not (again / 'metrics.json').exists()
-    assert quickstart.quickstart(config, again) == metrics
+    assert quickstart.run(config, again) == metrics
 
 
 def test_what_is_said_is_compared_with_what_is_seen():

@@ -20,7 +20,7 @@ from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from dlc_jax.models import dit
 from dlc_jax.text_to_code import Sampling, Words
 from experiments import encode, sample, train
-from experiments.dlc import released
+from experiments.dlc.weights import kinds, reading, writing
 from experiments.dlc.data import codestore
 from experiments.dlc.generator import Generator
 from experiments.dlc.text_to_code import TextToCode, make_model
@@ -87,11 +87,11 @@ def at(tmp_path_factory):
     (root / 'no_tokenizer' / 'tokenizer.json').unlink()
     (root / 'dit').mkdir()
     params = random_params(DIT, jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, jnp.int32), jnp.zeros((1, L), jnp.int32))
-    config = launch.load_config(released.published_config('dit'))
+    config = launch.load_config(kinds.published_config('dit'))
     config.unlock().model.update({name: getattr(DIT, name) for name in (
         'input_size', 'channels', 'patch_size', 'width', 'depth', 'num_heads', 'num_codes', 'vocab_size')})
     config.data.target, config.weights_only, config.sampler.num_steps = 'images', True, 2
-    released.write_run('dit', config, params, root / 'generator')
+    writing.write_run('dit', config, params, root / 'generator')
     rng = np.random.default_rng(0)
     for name, meta in (('store', dict(captions=True)), ('bare', {}), ('other', dict(captions=True))):
         length = 6 if name == 'other' else L
@@ -207,7 +207,7 @@ def test_texts_become_images_by_the_published_recipe(at, run, monkeypatch, tmp_p
 
 def test_codes_do_not_depend_on_the_layout(at):
     """Weights and rows over eight devices, or one."""
-    model = released.load(TextToCode, at / 'llada', num_codes=L)
+    model = reading.load(TextToCode, at / 'llada', num_codes=L)
     prompts = ['red fox in snow', 'blue', 'snow']
     got = model.sample(jax.random.key(0), prompts, num_per_prompt=2)
     spread = model._compiled(6, ())
@@ -217,7 +217,7 @@ def test_codes_do_not_depend_on_the_layout(at):
 
 
 def test_published_settings():
-    config = launch.load_config(released.published_config('llada'))
+    config = launch.load_config(kinds.published_config('llada'))
     assert dict(config.sampler) == dict(steps=0, block_length=0, remasking='random', temperature=0.2, guidance=0.0)
     for codes, shape, objective in (('L512', (512, 256), text_to_code.AUTHORS),
                                     ('L128', (128, 1024), text_to_code.AUTHORS_BEFORE_WEIGHTING)):

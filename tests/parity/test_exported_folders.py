@@ -8,7 +8,7 @@ from dlc_jax.convert import dinov2
 from rlhf_jax.weights import files
 from rlhf_jax.weights.rules import flatten, unflatten
 from dlc_jax.models import vae, vit
-from experiments.dlc import released
+from experiments.dlc.weights import writing
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
 from rlhf_jax import convert
@@ -114,7 +114,7 @@ def test_an_autoencoder_in_diffusers(tmp_path):
     module = vae.AutoencoderKL(widths=(8, 16), depth=1, num_groups=4)
     from dlc_jax.convert import sd_vae
     params = random_like(sd_vae.shapes_of(module))
-    released.write_released('sd_vae', module, params, tmp_path / 'new')
+    writing.write_released('sd_vae', module, params, tmp_path / 'new')
     model = diffusers.AutoencoderKL.from_pretrained(tmp_path / 'new').eval()
     x = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     with torch.no_grad():

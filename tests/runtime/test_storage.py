@@ -9,7 +9,8 @@ import pytest
 from experiments.dlc.data import codestore
 from experiments.runtime import launch, metrics, storage
 from experiments.runtime.checkpoint import Checkpointer
-from experiments.runtime.report import Report, save_image
+from experiments.runtime import png
+from experiments.runtime.report import Report
 from experiments.sample import check_out, write
 
 
@@ -35,7 +36,7 @@ def bucket(monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules['fsspec.registry']._registry, 'gcs', Bucket)
     backend.fsspec_backend._get_filesystem.cache_clear()
-    monkeypatch.setenv('DLC_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('EXPERIMENTS_CACHE', str(tmp_path / 'cache'))
     yield 'gs://bucket/runs'
     backend.fsspec_backend._get_filesystem.cache_clear()
 
@@ -165,6 +166,6 @@ def test_samples_and_reports(bucket):
         np.testing.assert_array_equal(arrays['arr_0'], images)
     assert (storage.resolve(bucket) / 'x.png').read_bytes().startswith(b'\x89PNG')
     assert sorted(f.name for f in (storage.resolve(bucket) / 'many').iterdir()) == ['000000.png', '000001.png']
-    save_image(f'{bucket}/one.png', images[0])
+    png.save(f'{bucket}/one.png', images[0])
     Report('Größe').save(f'{bucket}/report.html')
     assert 'Größe' in (storage.resolve(bucket) / 'report.html').read_bytes().decode()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dlc_jax.ssl.augment import center_crop
+from dlc_jax.preprocess import center_crop
 
 log = logging.getLogger(__name__)
 

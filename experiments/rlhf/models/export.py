@@ -1,23 +1,16 @@
 """Trained language models in the form that `transformers` and PEFT load: weights, config.json, tokenizer files."""
-import json
 import os
-import pathlib
-import shutil
 
 import jax
 import numpy as np
 
 from experiments.rlhf.models import adapters, loading
 from experiments.rlhf.models.tokenizer import open_tokenizer
-from experiments.runtime import modules, storage
+from experiments.runtime import folders, modules, storage
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
 from rlhf_jax.weights import files
 from rlhf_jax.models import lora
-
-# Beside a tokenizer.json, whatever of it there is.
-_TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
-                    'vocab.json', 'merges.txt', 'tokenizer.model', 'chat_template.jinja')
 
 
 def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter: bool = False,
@@ -45,27 +38,15 @@ def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter
             tensors, saved = peft.to_torch(kind, module, params)
             saved['base_model_name_or_path'] = config.weights
             files.save_state_dict(folder / 'adapter_model.safetensors', tensors)
-            (folder / 'adapter_config.json').write_text(json.dumps(saved, indent=1) + '\n')
+            storage.write_json(folder / 'adapter_config.json', saved)
             params = lora.split(params)[1]
         else:
             tokenizer = open_tokenizer(config.tokenizer)
             ids = {f'{name}_token_id': getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')}
             files.save(folder, convert.tensors(kind, module, params, dtype=modules.dtype(dict(dtype=dtype))),
                        convert.config_of(kind, module) | ids | {'torch_dtype': dtype})
-        copied = copy_tokenizer(config.tokenizer, folder)
+        copied = folders.copy_tokenizer(config.tokenizer, folder)
     count, dtype = sum(np.size(x) for x in jax.tree.leaves(params)), 'float32' if adapter else dtype
     return (f'{kind}{" adapter" if adapter else ""} of a {config.experiment} run: {count:,} parameters, '
             f'{np.dtype(dtype).itemsize * count / 1e9:.3g} GB in {dtype} -> {dst}'
             + ('' if copied else ' (no tokenizer files: bytes are ids)'))
-
-
-def copy_tokenizer(name: str, folder: pathlib.Path) -> list[str]:
-    """Copies the files of `config.tokenizer`; the names of those there were."""
-    if name == 'bytes':
-        return []
-    source = pathlib.Path(storage.local_copy(name))
-    source = source if source.is_dir() else source.parent
-    found = [file for file in _TOKENIZER_FILES if (source / file).exists()]
-    for file in found:
-        shutil.copyfile(source / file, folder / file)
-    return found

@@ -1,5 +1,4 @@
 """Weights of language models: from a work directory, or from a Hugging Face folder."""
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from experiments.rlhf.models import adapters, architecture
-from experiments.runtime import launch, modules, storage
+from experiments.runtime import folders, launch, modules, storage
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax import convert
 from rlhf_jax.models import heads
@@ -27,10 +26,7 @@ def is_run(path: str | os.PathLike) -> bool:
     Raises:
         FileNotFoundError: it is neither.
     """
-    file = storage.resolve(path) / 'config.json'
-    if not file.exists():
-        raise FileNotFoundError(f'{path}: no config.json there; give a Hugging Face folder or a work directory')
-    return 'experiment' in json.loads(file.read_text())
+    return folders.names_experiment(folders.read_settings(path))
 
 
 def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None) -> Params:
@@ -95,11 +91,8 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
     Raises:
         FileNotFoundError, ValueError: nothing there, or no reward model.
     """
-    folder = storage.resolve(path)
-    if not (folder / 'config.json').exists():
-        raise FileNotFoundError(f'{path}: no config.json there; give a Hugging Face folder or a work directory')
-    saved = json.loads((folder / 'config.json').read_text())
-    if 'experiment' in saved:
+    folder, saved = storage.resolve(path), folders.read_settings(path)
+    if folders.names_experiment(saved):
         own = launch.read_config(path)
         if own.experiment != 'reward_model':
             raise ValueError(f'{path}: holds a run of experiment={own.experiment!r}, not of a reward_model')
@@ -127,11 +120,8 @@ def _open_folder(folder: Any, saved: Mapping[str, Any], **fields: Any) -> tuple[
 
 
 def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str, ...], shardings: Any) -> Params:
-    folder = storage.resolve(path)
-    if not (folder / 'config.json').exists():
-        raise FileNotFoundError(f'weights={path}: no config.json there; give a Hugging Face folder or a work directory')
-    saved = json.loads((folder / 'config.json').read_text())
-    if 'experiment' in saved:
+    folder, saved = storage.resolve(path), folders.read_settings(path, field='weights=')
+    if folders.names_experiment(saved):
         own = launch.read_config(path)
         if own.experiment not in kinds:
             raise ValueError(f'weights={path}: holds a run of experiment={own.experiment!r}; expected one of {kinds}')

@@ -6,7 +6,6 @@ preferences that a known gold reward labelled, and a policy on that; and compare
 on the Lewis game. Interrupt it anywhere and run it again: it continues and ends with the same numbers.
 """
 import contextlib
-import json
 import os
 import pathlib
 import statistics
@@ -23,7 +22,7 @@ from experiments.rlhf.lewis import comparison as lewis
 from experiments.rlhf.policy import evaluation
 from experiments.rlhf.models.inference import Policy
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import report, stages
+from experiments.runtime import report, stages, storage
 from experiments.runtime.metrics import curve, read_metrics
 from experiments.train import train
 
@@ -58,7 +57,7 @@ def policies(config: ml_collections.ConfigDict, generators: int) -> dict[str, ml
     return found
 
 
-def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says."""
     learner, generators = devices()
     mesh = mesh_lib.make_mesh({}, [learner])
@@ -84,7 +83,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -
     # ---- 5, 6: games, numbers, page ----------------------------------------------------------------------------------
     comparison = clock.stage('Lewis game', lambda: lewis.compare(config.lewis, workdir / 'lewis'))
     metrics = clock.stage('evaluation', lambda: measure(config, workdir)) | {'lewis': comparison.metrics}
-    (workdir / 'metrics.json').write_text(json.dumps(metrics, indent=1) + '\n')
+    storage.write_json(workdir / 'metrics.json', metrics)
     clock.stage('report', lambda: write_report(config, workdir, metrics, comparison, clock.seconds))
     return metrics
 

@@ -6,7 +6,7 @@ files. Everything goes tensor by tensor: of 16 GB in bfloat16 no second copy is 
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,38 +15,40 @@ import numpy as np
 from dlc_jax import convert
 from dlc_jax.convert import llada
 from rlhf_jax.weights import files
-from experiments.rlhf.models.export import copy_tokenizer
-from experiments.runtime import launch, modules, storage
+from experiments.dlc.weights.kinds import published_config
+from experiments.runtime import folders, launch, modules, storage
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax.models.llama import SIZES, Llama
+from rlhf_jax.tokenizers import JsonTokenizer
 
 EXPERIMENT = 'text_to_code'  # of the work directories that hold one
+SEPARATOR, CODE_TOKEN = '<|start_sem|>', '<|sem_vocab_{}|>'  # names in the released tokenizer
+T = TypeVar('T')
 
 
-def read_released(path: str | os.PathLike, *, shardings: Any = None, key: str | None = None,
+def read_released(path: str | os.PathLike, *, key: str | None = None,
                   **fields: Any) -> tuple[Llama, dict[str, Any], dict[str, Any]]:
     """Module, parameters and config.json of a released folder.
 
     Args:
-        shardings: as of `convert.from_torch`.
         key: entry of a torch.save file that holds several state dicts.
         **fields: of the module. `param_dtype` is by default that of the tensors.
 
     Raises:
         FileNotFoundError, OSError, ValueError: of one line, with the file, and the tensor or setting that does not fit.
     """
-    folder = storage.local_copy(path)
-    if not (folder / 'config.json').exists():
-        raise FileNotFoundError(f'{path}: no config.json there; give the folder as it was released')
-    config, tensors = files.read_config(folder), files.load_state_dict(folder, key=key)
+    config = dict(folders.read_settings(path, wanted='the folder as it was released'))
+    tensors = files.load_state_dict(storage.local_copy(path), key=key)
     try:
         llada.fields_of(config)
     except ValueError as error:
         raise ValueError(f'{path}/config.json: {str(error).removeprefix("convert: ")}') from None
     stored = next((spec.dtype for spec in tensors.specs.values() if spec.dtype in (jnp.bfloat16, np.float16)),
                   np.dtype(np.float32))
-    module, params = convert.from_torch('llada', tensors, config=config, shardings=shardings,
-                                        **{'param_dtype': stored} | fields)
+    try:
+        module, params = convert.from_torch('llada', tensors, config=config, **{'param_dtype': stored} | fields)
+    except ValueError as error:
+        raise ValueError(f'{path}: {str(error).removeprefix("convert: ")}') from None
     return module, params, config
 
 
@@ -74,6 +76,44 @@ def read_run(workdir: str | os.PathLike) -> tuple[Llama, Mapping[str, Any], Any]
     return module, jax.device_get(params), config
 
 
+def load(cls: type[T], path: str | os.PathLike, *, num_codes: int) -> T:
+    """The `TextToCode` of a folder with config.json, weights and tokenizer.json, in bfloat16 as it was released.
+
+    Args:
+        num_codes: L, which neither the weights nor the tokenizer say: all positions share the V code tokens.
+
+    Raises:
+        FileNotFoundError, ValueError: an incomplete folder, a tokenizer without code tokens (a LLaDA that was never
+            trained to write codes), or one that does not fit the weights.
+    """
+    folder = storage.local_copy(path)
+    for name in ('config.json', 'tokenizer.json'):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f'{path}: no {name} there; give a whole folder of LLaDA, with its tokenizer')
+    tokenizer = JsonTokenizer(folder)
+    separator = tokenizer.id_of(SEPARATOR)
+    if separator is None:
+        raise ValueError(f'{path}: its tokenizer has no {SEPARATOR}, so that it writes no codes yet; train it with '
+                         f'--config=configs/dlc/text_to_code_llada.py --config.pretrained={path}')
+    vocab_size = 0
+    while tokenizer.id_of(CODE_TOKEN.format(vocab_size)) == separator + 1 + vocab_size:
+        vocab_size += 1
+    module, params, settings = read_released(path, param_dtype=jnp.bfloat16)
+    if vocab_size < 1 or module.vocab_size < separator + 1 + vocab_size:
+        raise ValueError(f'{path}: {vocab_size} code tokens after {SEPARATOR} = {separator}, and {module.vocab_size} '
+                         'rows of words; tokenizer and weights do not belong together')
+    config = launch.load_config(published_config('llada'))
+    with config.unlocked():
+        config.model.update(dict(num_codes=num_codes, vocab_size=vocab_size, text_vocab_size=module.vocab_size))
+        for name in ('width', 'depth', 'num_heads', 'num_kv_heads', 'hidden', 'max_length', 'rope_base', 'eps', 'tied'):
+            config.model[name] = getattr(module, name)
+        mask_token = settings.get('mask_token_id') or config.words.mask_token
+        config.words.update(dict(separator=separator, mask_token=mask_token))
+        config.words.pad_token = config.words.pad_token if tokenizer.pad is None else tokenizer.pad
+        config.tokenizer = os.fspath(path)
+    return cls(config, params, tokenizer)
+
+
 def with_code_tokens(path: pathlib.Path, separator: int, num_codes: int) -> Any:
     """The tokenizer of the file `path` with the separator and code tokens under their released names, or as it is where
     it has them.
@@ -86,12 +126,12 @@ def with_code_tokens(path: pathlib.Path, separator: int, num_codes: int) -> Any:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f'{path}: not a tokenizer.json ({error})') from None
-    if tokenizer.token_to_id('<|start_sem|>') is None:
+    if tokenizer.token_to_id(SEPARATOR) is None:
         size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         if size != separator:
             raise ValueError(f'{path}: {size} tokens, but the run was trained with its separator as token {separator}; '
                              'its tokenizer must be the one it was trained with')
-        names = ('<|start_sem|>', *(f'<|sem_vocab_{i}|>' for i in range(num_codes)))
+        names = (SEPARATOR, *(CODE_TOKEN.format(i) for i in range(num_codes)))
         tokenizer.add_tokens([tokenizers.AddedToken(name, single_word=True, normalized=False) for name in names])
     return tokenizer
 
@@ -121,7 +161,7 @@ def write(src: str | os.PathLike, dst: str | os.PathLike, *, reverse: bool, dtyp
     config = {**config, **llada.config_of(module), 'torch_dtype': stored.name}
     with storage.local_folder(dst, last='config.json') as folder:
         files.save(folder, convert.tensors('llada', module, params, dtype=stored), config)
-        copied = copy_tokenizer(tokenizer, folder)
+        copied = folders.copy_tokenizer(tokenizer, folder)
         if words is not None:
             words.save(str(folder / 'tokenizer.json'))
     count = sum(np.size(x) for x in jax.tree.leaves(params))

@@ -7,7 +7,6 @@ only say what the pictures show. A fifth of the pairs of digits was in no traini
 again: it continues and ends with the same numbers.
 """
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -25,9 +24,9 @@ from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.judge import Judge
 from experiments.dlc.text_to_code import TextToCode
-from experiments.runtime import report, stages
+from experiments.runtime import report, stages, storage
 from experiments.runtime.metrics import curve
-from experiments.sample import progress
+from experiments.runtime.progress import bar
 from experiments.train import train
 
 HEADINGS = {'both': 'both digits right', 'upper': 'upper digit', 'lower': 'lower digit'}
@@ -66,12 +65,12 @@ def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
                 if name == 'text':
                     codes = text_model().sample(
                         code_key, [text for _, text in PROMPTS], batch_size=config.sample_batch,
-                        progress=progress(f'5/6 codes, seed {seed}', len(PROMPTS)))
+                        progress=bar(f'5/6 codes, seed {seed}', len(PROMPTS)))
                 else:
                     codes = np.asarray(stores[name].array('codes')).astype(np.int32)
                 x = generator().sample(
                     image_key, codes, len(codes), batch_size=config.sample_batch,
-                    progress=progress(f'5/6 images, {name}, seed {seed}', len(codes)))
+                    progress=bar(f'5/6 images, {name}, seed {seed}', len(codes)))
                 return {'codes': codes, 'images': np.asarray(to_uint8(x))}
             draws.append(stages.once(workdir / 'samples' / f'{name}_{seed}.npz', make))
     return sets
@@ -146,7 +145,7 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
     page.save(workdir / 'report.html')
 
 
-def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says."""
     workdir = stages.claim(config, workdir)
     clock = stages.Clock(workdir / 'seconds.json')
@@ -172,7 +171,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -
     # ---- 5, 6: samples, numbers, page --------------------------------------------------------------------------------
     sets = clock.stage('samples', lambda: sample_sets(config, workdir, stores))
     metrics = clock.stage('evaluation', lambda: measure(config, stores, sets))
-    (workdir / 'metrics.json').write_text(json.dumps(metrics, indent=1) + '\n')
+    storage.write_json(workdir / 'metrics.json', metrics)
     clock.stage('report', lambda: write_report(config, workdir, metrics, clock.seconds, stores, sets))
     return metrics
 

@@ -4,7 +4,6 @@ Trains the encoder, encodes the data set, trains generators on codes, on nothing
 the code model, samples, composes, evaluates. Interrupt it anywhere and run it again: it continues and ends with the
 same numbers.
 """
-import json
 import pathlib
 from typing import Any
 
@@ -22,9 +21,9 @@ from experiments.dlc.code_model import CodeModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.judge import Judge
-from experiments.runtime import report, stages
+from experiments.runtime import report, stages, storage
 from experiments.runtime.metrics import curve
-from experiments.sample import progress
+from experiments.runtime.progress import bar
 from experiments.train import train
 
 # Row of the table of methods -> (generator, what its codes come from).
@@ -52,7 +51,7 @@ def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
                 drawn = {}
                 if origin == 'code_model':
                     drawn['codes'] = CodeModel.load(workdir / 'code_model').sample(
-                        code_key, num, batch_size=config.sample_batch, progress=progress('codes', num))
+                        code_key, num, batch_size=config.sample_batch, progress=bar('codes', num))
                 cond = {
                     None: lambda: None,
                     'code_model': lambda: drawn['codes'],
@@ -60,7 +59,7 @@ def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
                 }[origin]()
                 x = Generator.load(workdir / f'generator_{generator_name}').sample(
                     image_key, cond, num, batch_size=config.sample_batch,
-                    progress=progress(f'{method}, seed {seed}', num))
+                    progress=bar(f'{method}, seed {seed}', num))
                 return drawn | {'images': np.asarray(to_uint8(x))}
             file_name = f'{method.replace(", ", "_").replace(" ", "_")}_{seed}.npz'
             sets[method].append(stages.once(workdir / 'samples' / file_name, make))
@@ -100,7 +99,7 @@ def compositions(config: ml_collections.ConfigDict, workdir: pathlib.Path,
         for method, rows in cond.items():
             generator = Generator.load(workdir / f'generator_{"embedding" if method == "embedding" else "code"}')
             x = generator.sample(image_key, rows, len(rows), batch_size=config.sample_batch,
-                                 progress=progress(f'composed, {method}', len(rows)))
+                                 progress=bar(f'composed, {method}', len(rows)))
             out[method] = np.asarray(to_uint8(x)).reshape(c.pairs, c.samples, *x.shape[1:])
         return out
     return stages.once(workdir / 'samples' / 'compositions.npz', make)
@@ -206,7 +205,7 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
     page.save(workdir / 'report.html')
 
 
-def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says."""
     workdir = stages.claim(config, workdir)
     clock = stages.Clock(workdir / 'seconds.json')
@@ -235,7 +234,7 @@ def quickstart(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -
     sets = clock.stage('samples', lambda: sample_sets(config, workdir, stores['heldout']))
     composed = clock.stage('compositions', lambda: compositions(config, workdir, stores['heldout']))
     metrics = clock.stage('evaluation', lambda: measure(config, stores, sets, composed))
-    (workdir / 'metrics.json').write_text(json.dumps(metrics, indent=1) + '\n')
+    storage.write_json(workdir / 'metrics.json', metrics)
     clock.stage('report', lambda: write_report(
         config, workdir, metrics, clock.seconds, stores['heldout'], sets, composed))
     return metrics

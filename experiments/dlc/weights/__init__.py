@@ -1,0 +1,1 @@
+"""Weights of the image models as they were released: read, made into work directories, written again."""

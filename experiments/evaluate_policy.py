@@ -1,0 +1,134 @@
+"""Measures a language model on prompts that it was not trained on.
+
+    python -m experiments.evaluate --policy=RUN --reference=SFT_RUN --gold=RM_RUN --num=512 --temperature=0.7
+    python -m experiments.evaluate --policy=HF_FOLDER --task=gsm8k --path=gsm8k/ --split=test --max_new_tokens=512
+    # 100 samples a problem: pass@k;  drift on 4000 human texts beside it
+    python -m experiments.evaluate --policy=RUN --num_samples=100 --temperature=0.8 --drift=4000 --json=metrics.json
+
+RUN is the --workdir of an sft, dpo or policy run, HF_FOLDER weights with config.json and tokenizer.json. A policy run
+says its own data, lengths and rewards; flags (or a --config) say them for others and in place of its own.
+
+Of responses: reward, gold reward and its win rate against the data's own responses, metrics of the task, length, share
+ended, diversity. With --reference: KL in nats a response and a token, the perplexity of the responses under it, and
+legacy_kl_perplexity, which published TL;DR tables call "KL" and which depends on the length of the prompts.
+"""
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from experiments.rlhf.data import tasks
+from experiments.rlhf.models import flags
+from experiments.rlhf.models.inference import Policy
+from experiments.rlhf.policy import evaluation, rewards
+from experiments.runtime import launch, storage
+from experiments.runtime.progress import bar
+
+
+def main() -> None:
+    p = flags.parser(__doc__, config=True)
+    p.add_argument('--num', type=int, help='prompts, the first so many (default: all)')
+    p.add_argument('--reference', metavar='RUN|HF_FOLDER', help='what the policy started from')
+    p.add_argument('--reward', metavar='NAME', help="task | a reward model's folder | package.module:function")
+    p.add_argument('--gold', metavar='NAME', help='the same, of a reward that was not trained on')
+    p.add_argument('--gold_before_eos', action='store_true',
+                   help='read gold reward models one token before EOS, as published TL;DR win rates were')
+    p.add_argument('--drift', type=int, default=0, metavar='ROWS',
+                   help="perplexity of the policy on so many of the data's own texts")
+    p.add_argument('--task', choices=tuple(tasks.TASKS))
+    p.add_argument('--path', metavar='PLACE', help='of the data: file, folder, or tfds:NAME')
+    p.add_argument('--split', help='default: the data.heldout of the run, else validation')
+    p.add_argument('--max_prompt', type=int, help='tokens; prompts that are longer are left out')
+    p.add_argument('--json', metavar='FILE', help='also write the numbers there')
+    p.add_argument('--out', metavar='FILE', help='also write the responses there, a JSON line each')
+    args, config = launch.parse(p, optional=True)
+    flags.check(args)
+    for name in ('json', 'out'):
+        if getattr(args, name):
+            storage.check_writable(storage.resolve(getattr(args, name)).parent, f'--{name}')
+    launch.initialize(args)
+    policy = flags.load(args.policy, args)
+    config = config or policy.config
+    data = data_of(args, config)
+    task = tasks.get(data, policy.encode)
+    found = tasks.require(task, 'prompts', data)(data, args.split or data['heldout'])
+    how = flags.sampling(policy, args, config)
+    prompts, rows = fitting(policy, found, task, how.max_new_tokens, args.max_prompt or (
+        (config or {}).get('sampling') or {}).get('max_prompt', 0))
+    prompts, rows = prompts[:args.num], rows[:args.num]
+    scorers = rewards_of(args, config, task, data, policy)
+    out, responses = evaluation.evaluate_policy(
+        policy, prompts, rows, how, key=jax.random.key(args.seed), num_samples=args.num_samples,
+        batch_size=args.batch_size, task=task, **scorers,
+        reference=flags.load(args.reference, args) if args.reference else None,
+        human_text=evaluation.human_text(task, data, args.split or data['heldout'], args.drift) if args.drift else '',
+        progress=bar)
+    out = {name: round(value, 6) if isinstance(value, float) else value for name, value in out.items()}
+    print(json.dumps(out, indent=1))
+    if args.json:
+        storage.write_json(args.json, out)
+    if args.out:
+        storage.write_json_lines(args.out, flags.response_lines([{'prompt': prompt} for prompt in prompts], responses))
+
+
+def data_of(args: argparse.Namespace, config: ml_collections.ConfigDict | None) -> dict[str, Any]:
+    """A config's `data` under the flags.
+
+    Raises:
+        ValueError: neither says what the data are.
+    """
+    own = config.data.to_dict() if config is not None else dict(
+        task='', path='', heldout='validation', num_rows=0, skip_bad_rows=False, options={})
+    if args.task and args.task != own['task']:
+        own |= dict(task=args.task, path='', options={}, heldout='validation')
+    if not own['task']:
+        raise ValueError(f'--policy={args.policy} has no config that says what to measure it on; give --task and '
+                         '--path')
+    return own | ({'path': args.path} if args.path else {}) | {'num_rows': 0}
+
+
+def fitting(policy: Policy, found: list[tasks.Prompt], task: tasks.Task, room: int,
+            longest: int) -> tuple[list[str], list[Mapping[str, Any]]]:
+    """Texts and rows of the prompts of at most `longest` tokens (0: the model's limit) that leave `room`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    limit = policy.module.max_length - room
+    limit = min(longest, limit) if longest else limit
+    prompts, rows = [], []
+    for prompt in found:
+        ids = policy.encode(prompt.text)
+        if len(ids) > limit and not task.cut_prompts:
+            continue
+        text = prompt.text if len(ids) <= limit else policy.tokenizer.decode(ids[-limit:])
+        prompts.append(text)
+        rows.append({'prompt': text} | dict(prompt.row))
+    if not prompts:
+        raise ValueError(f'none of {len(found)} prompts has at most {limit} tokens (--max_prompt, --max_new_tokens)')
+    if len(prompts) < len(found):
+        print(f'{len(found) - len(prompts)} of {len(found)} prompts have more than {limit} tokens and are left out')
+    return prompts, rows
+
+
+def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | None, task: tasks.Task,
+               data: Mapping[str, Any], policy: Policy) -> dict[str, rewards.Reward]:
+    """`reward` and `gold`, as far as flags, config and task name them."""
+    said = config is not None and config.get('reward') and data['task'] == config.data.task
+    names = {'reward': args.reward or (rewards.kind_of(config.reward) if said else 'task' if task.reward else ''),
+             'gold': args.gold or (config.reward.gold if said else 'task' if task.gold else '')}
+
+    def find(name):
+        model = lambda path: rewards.RewardModel(
+            path, policy.mesh, num_ids=policy.tokenizer.vocab_size, batch_size=args.batch_size,
+            dtype=args.dtype or '',
+            before_eos=args.gold_before_eos and name == 'gold')
+        return rewards.find(f'--{name}', names[name], task, data['task'], model, gold=name == 'gold')
+    return {name: find(name) for name in names if names[name]}
+
+
+if __name__ == '__main__':
+    launch.main(main, stopped=launch.NOTHING_WRITTEN, status=None)
