@@ -15,7 +15,8 @@ _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #8884 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; font-size: .88rem; display: block; overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; font-size: .88rem;
+  display: block; overflow-x: auto }
 th, td { padding: .25rem .55rem; border-bottom: 1px solid #8884; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
 .best { font-weight: 700 }
