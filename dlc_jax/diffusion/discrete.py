@@ -244,32 +244,40 @@ class DiscreteDiffusion:
 
     # ---- Sampling --------------------------------------------------------------------------------------------------
 
-    def prior(self, key: Array, batch: int, length: int) -> Array:
-        """Codes at time 1: all masks, or uniform tokens. int32 [batch, length]."""
+    def prior(self, key: Array, shape: tuple[int, int]) -> Array:
+        """Codes at time 1: all masks, or uniform tokens. int32 of `shape` [B, L]."""
         if self.process == 'absorbing':
-            return jnp.full((batch, length), self.vocab_size, jnp.int32)
-        return jax.random.randint(key, (batch, length), 0, self.vocab_size, jnp.int32)
+            return jnp.full(shape, self.vocab_size, jnp.int32)
+        return jax.random.randint(key, shape, 0, self.vocab_size, jnp.int32)
 
-    def sample(self, score_fn: ScoreFn, key: Array, batch: int, length: int, *, sampler: str = 'analytic',
+    def sample(self, score_fn: ScoreFn, key: Array, shape: tuple[int, int], *, sampler: str = 'analytic',
                num_steps: int = 1024, eta: float = 0.01, window: tuple[float, float] = (0.3, 0.55),
                parity: bool = False, tokens_per_call: int = 1, temperature: float = 1.0) -> Array:
-        """Codes int32 [batch, length] in 0..V-1, by one loop on the device.
+        """Codes int32 of `shape` [B, L] in 0..V-1, by one loop on the device; call it inside jit.
 
         'analytic', 'euler' and 'remasking' take `num_steps` even steps in time and a last one that denoises:
-        num_steps + 1 network calls. 'first_hitting' (absorbing; arXiv 2409.02908, §4) makes `length` calls: it draws
+        num_steps + 1 network calls. 'first_hitting' (absorbing; arXiv 2409.02908, §4) makes L calls: it draws
         the times at which positions unmask, then the token at each. It is the limit of 'analytic' for infinitely many
         steps, exactly, when the scores at a masked position sum to 1 / (e^sigma - 1), which the loss drives them to.
 
         Args:
+            score_fn: see the class.
+            key: typed key, of the first codes and the steps.
+            shape: [B, L].
+            sampler: one of `SAMPLERS` of the process.
+            num_steps: see above.
             eta, window: 'remasking' remasks tokens with probability `eta` a step while window[0] < t < window[1].
             parity: see `jumps`.
-            tokens_per_call: 'first_hitting' unmasks so many a call, in ceil(length / tokens_per_call) calls; above 1
+            tokens_per_call: 'first_hitting' unmasks so many a call, in ceil(L / tokens_per_call) calls; above 1
                 the tokens of one call are drawn independently of each other.
             temperature: of the choice among tokens, not of when they change; 1 samples the model.
 
         Raises:
-            ValueError: a sampler that this process does not have, or an argument out of range.
+            ValueError: a sampler that this process does not have, a shape that is not [B, L], or an argument out of
+                range.
         """
+        if len(shape) != 2:
+            raise ValueError(f'shape={tuple(shape)}: give (number of codes, length of a code)')
         if sampler not in SAMPLERS[self.process]:
             raise ValueError(f'sampler={sampler!r}: the {self.process} process has {SAMPLERS[self.process]}')
         for name, value in (('num_steps', num_steps), ('tokens_per_call', tokens_per_call)):
@@ -280,7 +288,7 @@ class DiscreteDiffusion:
         if temperature <= 0:
             raise ValueError(f'temperature={temperature} must be positive')
         prior_key, key = jax.random.split(key)
-        x = self.prior(prior_key, batch, length)
+        x = self.prior(prior_key, shape)
         if sampler == 'first_hitting':
             return self._first_hitting(score_fn, key, x, tokens_per_call, temperature)
 

@@ -77,8 +77,8 @@ def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: 
     """`num` codes [num, L] int32 by `config.sampler`; pure, so that it can be jitted whole."""
     model, s = make_model(config), config.sampler
     score = lambda tokens, sigma: model.apply({'params': params}, tokens, sigma)
-    return make_diffusion(config).sample(score, key, num, config.model.num_codes, sampler=s.name, num_steps=s.num_steps,
-                                         eta=s.eta, window=tuple(s.window))
+    return make_diffusion(config).sample(score, key, (num, config.model.num_codes), sampler=s.name,
+                                         num_steps=s.num_steps, eta=s.eta, window=tuple(s.window))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -46,7 +46,7 @@ def from_torch(kind: str, state_dict: Mapping[str, Any], module: Any, params: Ma
         raise ValueError('convert: no adapter for this model in these tensors')
     scale = config['lora_alpha'] / (config['r'] ** 0.5 if config.get('use_rslora') else config['r'])
     params = jax.tree.map(lambda x: x, dict(params))  # new containers, the same arrays
-    init = lambda p: lora.init(jax.random.key(0), p, rank=config['r'], alpha=1.0, targets=layers)
+    init = lambda p: lora.init(jax.random.key(0), module, p, rank=config['r'], alpha=1.0, targets=layers)
     with_lora = jax.eval_shape(init, params)
     _, expected = lora.split(with_lora)
     table = [rule for pair in zip(found, layers) for rule in _rules(*pair, with_lora)]

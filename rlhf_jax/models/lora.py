@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685): low-rank updates `kernel + alpha / r A B`, as further leaves of the parameter tree.
 
-    params = lora.init(key, params, rank=16, alpha=32, targets=llama.LORA_TARGETS)
+    params = lora.init(key, module, params, rank=16, alpha=32, targets=llama.LORA_TARGETS)
     frozen, adapter = lora.split(params)            # differentiate lora.join(frozen, adapter) by `adapter`
     params = lora.merge(params)                     # plain parameters again, for the sampler or for another adapter
 
@@ -15,9 +15,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.models import layers
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -26,24 +29,29 @@ LEAVES = ('lora_a', 'lora_b', 'lora_scale')
 PARTITION_RULES = ((r'.*/lora_(a|b|scale)', P()),)  # a few megabytes; put them before the model's own rules
 
 
-def init(key: Array, params: Params, *, rank: int, alpha: float, targets: Sequence[str],
+def init(key: Array, module: nn.Module, params: Params, *, rank: int, alpha: float, targets: Sequence[str],
          dtype: Any = jnp.float32) -> dict[str, Any]:
-    """`params` with an adapter on every dense layer whose path a target matches.
+    """Adds an adapter to every dense layer of `params` whose path a target matches.
 
     A is uniform in +-1/sqrt(in) (what PEFT draws), B is zero.
 
     Args:
+        key: typed key.
+        module: the model of `params`, called with tokens.
+        params: nested dict, with stacked or split blocks.
         rank: r.
         alpha: updates are scaled by alpha / r.
         targets: regexes of paths such as 'blocks/attn/q'; the models' files have `LORA_TARGETS`.
         dtype: of the new leaves. Keep float32 over bfloat16 kernels: an update is far below one of their steps.
 
     Raises:
-        ValueError: a rank below 1, a target that matches no dense layer, or a layer that has an adapter already.
+        ValueError: a rank below 1; a target that matches no dense layer, or one that does not read an adapter; a layer
+            that has an adapter already.
     """
     if rank < 1:
         raise ValueError(f'lora: rank={rank} must be at least 1')
     matched: set[str] = set()
+    readers = adaptable_layers(module)
     count = itertools.count()
 
     def visit(tree, path):
@@ -55,6 +63,9 @@ def init(key: Array, params: Params, *, rank: int, alpha: float, targets: Sequen
         if 'lora_a' in tree:
             raise ValueError(f'lora: {path} has an adapter already; merge it first')
         matched.update(hits)
+        if path not in readers:
+            raise ValueError(f'lora: {path} (target {hits[0]!r}) would ignore its adapter; the layers of '
+                             f'{type(module).__name__} that read one are {sorted(readers)}')
         lead, inputs, outputs = _axes(path, tree['kernel'].shape)
         limit = math.prod(inputs) ** -0.5
         a = jax.random.uniform(jax.random.fold_in(key, next(count)), (*lead, *inputs, rank), dtype, -limit, limit)
@@ -66,6 +77,30 @@ def init(key: Array, params: Params, *, rank: int, alpha: float, targets: Sequen
         if target not in matched:
             raise ValueError(f'lora: target {target!r} matches no dense layer')
     return out
+
+
+def adaptable_layers(module: nn.Module) -> frozenset[str]:
+    """Paths of the layers of `module` that read an adapter where there is one: those of type `layers.Dense`.
+
+    Found by tracing the module on one token; nothing is computed.
+
+    Raises:
+        ValueError: the module cannot be called with tokens.
+    """
+    paths: set[str] = set()
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, layers.Dense):
+            paths.add('/'.join(context.module.path))
+        return call(*args, **kwargs)
+
+    try:
+        with nn.intercept_methods(record):
+            jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    except Exception as error:  # whatever a module of another kind raises when it is given tokens
+        raise ValueError(f'lora: {type(module).__name__} cannot be called with tokens [1, 1], as the language models '
+                         f'of rlhf_jax.models are ({type(error).__name__})') from error
+    return frozenset(paths)
 
 
 def split(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:

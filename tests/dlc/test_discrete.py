@@ -240,7 +240,7 @@ def test_analytic_step_of_one_token_is_the_posterior(process, noise):
 def test_temperature_changes_which_token_and_not_when():
     d = DiscreteDiffusion(V)
     steps = dict(sampler='analytic', num_steps=1)  # both tokens of nearly every code at once, from their marginals
-    sample = optimized(lambda k: d.sample(exact_score('absorbing'), k, 4000, L, temperature=0.25, **steps))
+    sample = optimized(lambda k: d.sample(exact_score('absorbing'), k, (4000, L), temperature=0.25, **steps))
     cold = np.asarray(sample(FAST))
     for position in range(L):
         sharp = JOINT.sum(1 - position) ** 4
@@ -274,7 +274,7 @@ def test_every_sampler_draws_the_known_joint(process, sampler, options):
     noise = NOISES[1] if options.pop('noise', None) else NOISES[0]
     d = DiscreteDiffusion(V, process=process, **noise)
     score = exact_score(process)
-    codes = optimized(lambda k: d.sample(score, k, 8000, L, sampler=sampler, num_steps=250, **options))(FAST)
+    codes = optimized(lambda k: d.sample(score, k, (8000, L), sampler=sampler, num_steps=250, **options))(FAST)
     assert codes.dtype == jnp.int32 and codes.shape == (8000, L) and codes.min() >= 0 and codes.max() < V
     assert chi_square(codes, JOINT) > 1e-5
     assert chi_square(codes, np.outer(JOINT.sum(1), JOINT.sum(0))) < 1e-30  # the test could tell independent tokens
@@ -284,7 +284,7 @@ def test_tokens_drawn_together_are_independent():
     """What first_hitting gives up when it reveals both tokens in one call."""
     d = DiscreteDiffusion(V)
     options = dict(sampler='first_hitting', tokens_per_call=2)
-    codes = optimized(lambda k: d.sample(exact_score('absorbing'), k, 8000, L, **options))(FAST)
+    codes = optimized(lambda k: d.sample(exact_score('absorbing'), k, (8000, L), **options))(FAST)
     assert chi_square(codes, np.outer(JOINT.sum(1), JOINT.sum(0))) > 1e-5
 
 
@@ -300,7 +300,7 @@ def test_network_calls_and_what_each_sees(sampler, options, calls):
         jax.debug.callback(note, (tokens == V).sum(-1), sigma, ordered=True)
         return ignorant_score(tokens, sigma)
 
-    codes = jax.jit(lambda k: d.sample(score, k, 5, 7, sampler=sampler, **options))(jax.random.key(0))
+    codes = jax.jit(lambda k: d.sample(score, k, (5, 7), sampler=sampler, **options))(jax.random.key(0))
     jax.effects_barrier()
     assert codes.max() < V
     step = options.get('tokens_per_call', 1)
@@ -325,7 +325,8 @@ def test_first_hitting_times_follow_the_process():
         jax.debug.callback(note, (tokens == V).sum(-1), sigma, ordered=True)
         return jnp.zeros((*tokens.shape, V + 1))
 
-    jax.block_until_ready(optimized(lambda k: d.sample(score, k, 4000, 5, sampler='first_hitting'))(jax.random.key(0)))
+    run = optimized(lambda k: d.sample(score, k, (4000, 5), sampler='first_hitting'))
+    jax.block_until_ready(run(jax.random.key(0)))
     jax.effects_barrier()
     # The n-th largest of 5 uniform draws has mean (6 - n) / 6; here they are shares of what is masked at time 1.
     share = np.stack([-np.expm1(-np.asarray(noise, np.float64)) for _, noise in seen]).mean(1)
@@ -344,7 +345,7 @@ def test_remasking_keeps_the_share_of_masks_on_its_course(eta, window, parity):
         return exact_score('absorbing')(tokens, sigma)
 
     options = dict(sampler='remasking', num_steps=100, eta=eta, window=window, parity=parity)
-    run = optimized(lambda k: d.sample(score, k, codes_of, L, **options))
+    run = optimized(lambda k: d.sample(score, k, (codes_of, L), **options))
     codes = np.asarray(run(FAST))
     jax.effects_barrier()
     assert len(seen) == 101
@@ -358,7 +359,7 @@ def test_remasking_keeps_the_share_of_masks_on_its_course(eta, window, parity):
 
 def test_same_key_same_codes():
     d = DiscreteDiffusion(V)
-    sample = jax.jit(lambda k: d.sample(exact_score('absorbing'), k, 64, L, num_steps=8))
+    sample = jax.jit(lambda k: d.sample(exact_score('absorbing'), k, (64, L), num_steps=8))
     np.testing.assert_array_equal(sample(jax.random.key(3)), sample(jax.random.key(3)))
     assert (sample(jax.random.key(3)) != sample(jax.random.key(4))).any()
 
@@ -371,7 +372,7 @@ def test_scores_that_do_not_add_up_still_give_tokens(process, sampler):
     def sample(key, level, swing):
         wild = level + swing * jnp.sin(7.0 * jnp.arange(d.num_states))
         score = lambda x, s: jnp.where(x[..., None] == jnp.arange(d.num_states), 0.0, wild)
-        return d.sample(score, key, 32, L, sampler=sampler, num_steps=5)
+        return d.sample(score, key, (32, L), sampler=sampler, num_steps=5)
 
     for level, swing in ((0.0, 30.0), (-30.0, 0.0), (-200.0, 0.0), (200.0, 0.0)):
         codes = sample(FAST, level, swing)
@@ -391,10 +392,11 @@ def test_bad_fields_are_named(fields, message):
     ('uniform', dict(sampler='remasking'), 'sampler'), ('uniform', dict(sampler='first_hitting'), 'sampler'),
     ('absorbing', dict(sampler='tweedie'), 'sampler'), ('absorbing', dict(num_steps=0), 'num_steps'),
     ('absorbing', dict(eta=-0.1), 'eta'), ('absorbing', dict(tokens_per_call=0), 'tokens_per_call'),
-    ('absorbing', dict(temperature=0.0), 'temperature')])
+    ('absorbing', dict(temperature=0.0), 'temperature'), ('absorbing', dict(shape=(2, L, 1)), 'shape')])
 def test_bad_arguments_are_named(process, arguments, message):
     with pytest.raises(ValueError, match=message):
-        DiscreteDiffusion(V, process=process).sample(exact_score(process), jax.random.key(0), 2, L, **arguments)
+        DiscreteDiffusion(V, process=process).sample(
+            exact_score(process), jax.random.key(0), **dict(shape=(2, L)) | arguments)
 
 
 @pytest.mark.parametrize('size', [1, 2, 11, 16])

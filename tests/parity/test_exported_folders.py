@@ -72,7 +72,7 @@ def test_an_adapter_in_peft(kind, tmp_path):
     from peft import PeftModel
     file, module = LANGUAGE[kind]
     base, _ = params_of(module, file.PARTITION_RULES)
-    params = lora.init(jax.random.key(0), base, rank=2, alpha=3.0, targets=file.LORA_TARGETS)
+    params = lora.init(jax.random.key(0), module, base, rank=2, alpha=3.0, targets=file.LORA_TARGETS)
     rng = np.random.default_rng(1)
     params = unflatten({name: rng.normal(0, 0.3, x.shape).astype(np.float32) if name.endswith(('_a', '_b')) else x
                         for name, x in flatten(params).items()})

@@ -1,11 +1,12 @@
 """Adapters as leaves of the parameter tree."""
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.weights.rules import flatten
-from rlhf_jax.models import gpt2, gpt_neox, llama, lora
+from rlhf_jax.models import gpt2, gpt_neox, heads, layers, llama, lora
 from rlhf_jax.models.decoder import split_blocks
 from tiny_models import MODELS, random_params
 
@@ -17,7 +18,7 @@ EVERYWHERE = (r'.*/attn/(q|k|v|qkv|o)', r'.*/mlp/.*')
 def adapted(name, targets, seed=1):
     """Parameters with an adapter whose B is random."""
     params = random_params(MODELS[name])
-    with_lora = lora.init(jax.random.key(0), params, rank=3, alpha=6.0, targets=targets)
+    with_lora = lora.init(jax.random.key(0), MODELS[name], params, rank=3, alpha=6.0, targets=targets)
     rng = np.random.default_rng(seed)
     randomised = jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype) if path[-1].key == 'lora_b' else x, with_lora)
@@ -80,16 +81,49 @@ def test_only_the_adapter_trains():
 
 @pytest.mark.parametrize('change, message', [
     (dict(targets=(r'.*/attn/query',)), 'matches no dense layer'), (dict(rank=0), 'rank=0'),
+    (dict(targets=(r'lm_head',)), r"lm_head .*would ignore its adapter; the layers of Llama .*'blocks/attn/k', "),
 ], ids=str)
 def test_bad_calls_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        lora.init(jax.random.key(0), random_params(MODELS['llama']),
+        lora.init(jax.random.key(0), MODELS['llama'], random_params(MODELS['llama']),
                   **dict(rank=2, alpha=4.0, targets=llama.LORA_TARGETS) | change)
+
+
+class Foreign(nn.Module):
+    """A language model whose dense layers are flax's, which know nothing of adapters."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(3)(nn.Embed(19, 4)(tokens))
+
+
+class Images(nn.Module):
+    @nn.compact
+    def __call__(self, images, times):
+        return layers.Dense(3)(images) * times
+
+
+@pytest.mark.parametrize('module, inputs, message', [
+    (Foreign(), (TOKENS,), r'Dense_0 .*would ignore its adapter; the layers of Foreign that read one are \[\]'),
+    (Images(), (np.ones((2, 4)), 1.0), r'Images cannot be called with tokens'),
+], ids=['foreign', 'images'])
+def test_a_model_that_would_ignore_its_adapter_is_an_error(module, inputs, message):
+    params = module.init(jax.random.key(0), *inputs)['params']
+    with pytest.raises(ValueError, match=message):
+        lora.init(jax.random.key(0), module, params, rank=2, alpha=4.0, targets=('Dense_0',))
+
+
+def test_heads_are_not_adapted_but_the_backbone_below_them_is():
+    module = heads.RewardModel(MODELS['llama'])
+    names = ('attn/q', 'attn/k', 'attn/v', 'attn/o', 'mlp/gate', 'mlp/up', 'mlp/down')
+    assert lora.adaptable_layers(module) == {f'backbone/blocks/{name}' for name in names}
+    split = MODELS['llama'].clone(stacked=False)
+    assert {'block_0/attn/q', f'block_{split.depth - 1}/mlp/down'} <= lora.adaptable_layers(split)
 
 
 def test_one_adapter_at_a_time():
     _, params, _ = adapted('llama', llama.LORA_TARGETS)
     with pytest.raises(ValueError, match='blocks/attn/q has an adapter already'):
-        lora.init(jax.random.key(0), params, rank=2, alpha=4.0, targets=llama.LORA_TARGETS)
+        lora.init(jax.random.key(0), MODELS['llama'], params, rank=2, alpha=4.0, targets=llama.LORA_TARGETS)
     with pytest.raises(ValueError, match='no adapter'):
         lora.split(random_params(MODELS['llama']))

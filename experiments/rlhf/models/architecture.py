@@ -69,11 +69,12 @@ def init_decoder(config: Config) -> Callable[[jax.Array], Params]:
 
 
 def with_adapter(config: Config, params: Params, key: jax.Array) -> Params:
-    """`params` and, where `config.lora.rank` is set, a fresh adapter drawn from `key`."""
+    """Adds an adapter drawn from `key` to the parameters of a decoder or reward model if `config.lora.rank` is set."""
     if not config.lora.rank:
         return params
+    module = reward_model(config.model) if 'backbone' in params else decoder(config.model)
     targets = tuple(config.lora.targets) or family(config.model)[0].LORA_TARGETS
-    return lora.init(key, params, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets)
+    return lora.init(key, module, params, rank=config.lora.rank, alpha=config.lora.alpha, targets=targets)
 
 
 def _meant(module: Any, name: str) -> Any:
