@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAVY = {'tensorflow', 'torch', 'wandb', 'transformers', 'diffusers'}
 LIBRARY = {'jax', 'flax', 'optax', 'numpy'}
 EXTRA = {'dlc_jax/preprocess.py': {'PIL'}, 'dlc_jax/ssl/augment.py': {'PIL'},
-         'rlhf_jax/rollout/publish.py': {'safetensors'}, 'rlhf_jax/tokenizers.py': {'tokenizers'},
+         'rlhf_jax/rollout/publish.py': {'safetensors'}, 'rlhf_jax/weights/files.py': {'safetensors'},
+         'rlhf_jax/tokenizers.py': {'tokenizers'},
          'rlhf_jax/tasks/rows.py': {'pyarrow'}, 'rlhf_jax/tasks/bleu.py': {'sacrebleu'}}
 # The two libraries share LLaDA, which is LLaMA without the causal mask, and the machinery that converts weights.
 BETWEEN_LIBRARIES = {'dlc_jax/__init__.py': ('rlhf_jax',),  # __version__ alone: one source for both

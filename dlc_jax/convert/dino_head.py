@@ -28,14 +28,14 @@ def shapes_of(module: DINOHead, width: int = 1024) -> dict[str, Any]:
 
 def from_torch(state_dict: Mapping[str, Any], *, prefix: str = 'dino_head.', shardings: Any = None,
                **fields: Any) -> tuple[DINOHead, dict[str, Any]]:
-    """`DINOHead` and its parameters, from tensors whose names may start with `_orig_mod.`, `module.` and `prefix`.
+    """`DINOHead` and its parameters, from tensors whose names may start with those of wrappers and `prefix`.
 
     Where any name starts with `prefix`, the others (the backbone's) are left alone.
 
     Raises:
         ValueError: a tensor that is missing, unknown, wrongly shaped or not finite.
     """
-    state_dict = strip_prefixes(state_dict, ('_orig_mod.', 'module.'))
+    state_dict = strip_prefixes(state_dict)
     inside = Renamed(state_dict, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
     state_dict = inside or state_dict
     prototypes, bottleneck = shape_of(state_dict, 'last_layer.weight_v', 2)

@@ -11,7 +11,8 @@ from rlhf_jax.weights.rules import Rule, dense, linear, norm, patch_conv
 from rlhf_jax.weights.state_dict import Renamed, num_blocks, shape_of, strip_prefixes, without_prefixes
 from dlc_jax.models.vit import VisionTransformer, swiglu_hidden
 
-PREFIXES = ('_orig_mod.', 'module.', 'backbone.')
+_PREFIXES = ('backbone.',)
+_TRAINING_HEADS = ('dino_head.', 'ibot_head.')  # beside the backbone in a training checkpoint; read by `dino_head.py`
 _HF_PREFIXES = ('dinov2_with_registers.', 'dinov2.')
 _HEAD_WIDTH = 64  # of every released DINOv2
 _RATIO = 4  # MLP width over model width, of every released DINOv2
@@ -66,10 +67,13 @@ def _hf_rule(rule: Rule) -> Rule:
 
 
 def clean_names(state_dict: Mapping[str, Any]) -> Renamed:
-    """`state_dict` without the prefixes that wrappers add, and with blocks counted through where training kept them in
-    chunks (`blocks.1.7.` -> `blocks.7.`)."""
-    return Renamed(state_dict, lambda name: re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.',
-                                                   without_prefixes(name, PREFIXES)))
+    """`state_dict` of the backbone alone, without the prefixes of wrappers and without training heads; blocks that
+    training kept in chunks are counted through (`blocks.1.7.` -> `blocks.7.`)."""
+    def clean(name: str) -> str | None:
+        name = without_prefixes(name, _PREFIXES)
+        return None if name.startswith(_TRAINING_HEADS) else re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.', name)
+
+    return Renamed(state_dict, clean)
 
 
 def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, hf: bool = False) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rlhf_jax.weights.rules import Codec, Fixed, Rule, dense, linear, param_shap
 from rlhf_jax.weights.state_dict import num_blocks, shape_of, strip_prefixes
 from dlc_jax.models.dit import DiT, sincos_position_embedding
 
-PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')
+PREFIXES = ('model.', 'transformer.')
 
 _ROW = Codec(lambda t, shape: t.reshape(shape), lambda p: p.reshape(1, -1))
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import CONV, Fixed, Rule, SAME, linear
-from rlhf_jax.weights.state_dict import shape_of
+from rlhf_jax.weights.state_dict import shape_of, strip_prefixes
 from dlc_jax.models.inception import InceptionV3
 
 # Ends of parameter paths -> ends of tensor names. What comes before is the same on both sides.
@@ -29,6 +29,7 @@ def from_torch(state_dict: Mapping[str, Any], *, shardings: Any = None,
     Raises:
         ValueError: a tensor is missing, unknown, wrongly shaped or not finite.
     """
+    state_dict = strip_prefixes(state_dict)
     module = InceptionV3(num_classes=shape_of(state_dict, 'fc.weight', 2)[0], **fields)
     return module, rules.to_flax(state_dict, rules_of(module), shapes_of(module), shardings=shardings)
 

@@ -16,7 +16,7 @@ from rlhf_jax.weights.rules import Fixed, Rule, linear
 from rlhf_jax.weights.state_dict import Renamed, shape_of, without_prefixes
 from rlhf_jax.models.llama import Llama
 
-PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')
+PREFIXES = ('model.', 'transformer.')
 
 _TOP, _BLOCK = 'model.transformer.', 'model.transformer.blocks.{i}.'
 _RULES = (

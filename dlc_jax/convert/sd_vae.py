@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import CONV, Rule, dense, linear, norm
-from rlhf_jax.weights.state_dict import Renamed, num_blocks, shape_of
+from rlhf_jax.weights.state_dict import Renamed, num_blocks, shape_of, without_prefixes
 from dlc_jax.models.vae import AutoencoderKL
 
 # The released files have the first names, files written by diffusers since 0.18 the second.
@@ -41,6 +41,7 @@ def shapes_of(module: AutoencoderKL) -> dict[str, Any]:
 
 
 def _modern_name(name: str) -> str:
+    name = without_prefixes(name)
     if '.attentions.0.' in name:
         for old, new in _ATTENTION_NAMES:
             name = name.replace(old, new)

@@ -9,12 +9,12 @@ from rlhf_jax.weights.rules import Fixed, Rule, dense, linear
 from rlhf_jax.weights.state_dict import num_blocks, shape_of, strip_prefixes
 from dlc_jax.models.sedd import SEDD
 
-PREFIXES = ('_orig_mod.', 'module.', 'model.', 'transformer.')
+PREFIXES = ('model.', 'transformer.')
 
 _RULES = (
     Rule('pos_embed', 'pos_embed'),
     Rule('vocab_embed.embedding', 'embed'),
-    Rule('vocab_embed.embedding', 'embed_by_position'),
+    Rule('vocab_embed.embedding_table', 'embed_by_position'),
     *dense('sigma_map.mlp.0', 'sigma_embed/fc1', linear()),
     *dense('sigma_map.mlp.2', 'sigma_embed/fc2', linear()),
     Rule('blocks.{i}.norm1.weight', 'blocks/norm1/scale'),
@@ -58,7 +58,7 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int = 0, length: int
         mlp_ratio=shape_of(state_dict, 'blocks.0.mlp.0.weight', 2)[0] // width,
         process=process, learned_positions=learned,
         **{'scale_by_sigma': process == 'absorbing',
-           'shared_embedding': len(getattr(state_dict.get('vocab_embed.embedding'), 'shape', (0, 0))) == 2} | fields)
+           'shared_embedding': 'vocab_embed.embedding_table' not in state_dict} | fields)
     return module, rules.to_flax(state_dict, rules_of(module), shapes_of(module), shardings=shardings)
 
 

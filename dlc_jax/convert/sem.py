@@ -13,10 +13,8 @@ import numpy as np
 from dlc_jax.convert import dinov2
 from rlhf_jax.weights import rules as rules_lib
 from rlhf_jax.weights.rules import FLAT, Fixed, Rule, linear, norm
-from rlhf_jax.weights.state_dict import Renamed, shape_of
+from rlhf_jax.weights.state_dict import shape_of
 from dlc_jax.models.sem import SEMEncoder
-
-_HEADS = ('dino_head.', 'ibot_head.')
 
 
 def rules_of(module: SEMEncoder) -> tuple[Rule | Fixed, ...]:
@@ -46,7 +44,7 @@ def from_torch(state_dict: Mapping[str, Any], *, num_codes: int | None = None, v
     Raises:
         ValueError: a tensor that is missing, unknown, wrongly shaped or not finite, or L and V that do not fit.
     """
-    state_dict = Renamed(dinov2.clean_names(state_dict), lambda name: None if name.startswith(_HEADS) else name)
+    state_dict = dinov2.clean_names(state_dict)
     logits = shape_of(state_dict, 'sem_embed.weight', 2)[0]
     columns = shape_of(state_dict, 'sem_out.weight', 2)[1]
     form = 'plain' if columns == logits else 'pos_shared' if 'sem_bias' in state_dict else 'shared'

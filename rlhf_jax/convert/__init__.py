@@ -27,8 +27,8 @@ from rlhf_jax.models import heads
 
 KINDS = ('gpt2', 'gpt_neox', 'llama')  # each is a file beside this one
 
-# Of torch.compile, DistributedDataParallel, TRL's models with a value head, and those of arXiv 2403.17031.
-_WRAPPERS = ('_orig_mod.', 'module.', 'pretrained_model.', 'lm_backbone.')
+# Of TRL's models with a value head, and of those of arXiv 2403.17031.
+_WRAPPERS = ('pretrained_model.', 'lm_backbone.')
 _SCORE = dense('score', 'score_head', linear())
 _VALUE = dense('v_head.summary', 'value_head', linear())
 _RENAMED_HEAD = {'scalar_head.weight': 'score.weight', 'scalar_head.bias': 'score.bias'}
@@ -75,8 +75,8 @@ def module_of(kind: str, config: Mapping[str, Any], **fields: Any) -> Any:
 
 
 def to_torch(kind: str, module: Any, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The state dict of `module` with `params` under the names of `transformers` (or TRL): float32 numpy arrays; what is
-    laid out alike is a view of a numpy parameter, the rest a copy."""
+    """The state dict of `module` with `params` under the names of `transformers` (or TRL): float32 numpy arrays; what
+    is laid out alike is a view of a numpy parameter, the rest a copy."""
     return dict(tensors(kind, module, params))
 
 

@@ -4,14 +4,14 @@
     module, params = from_torch('llama', state_dict, config=read_config('Llama-3.1-8B'), shardings=...)
     save('exported', tensors('llama', module, params), config_of('llama', module))
 
-Read are safetensors and PyTorch's zip format, one file or shards with an index; written is safetensors. The first is a
-length, a JSON header of names, dtypes, shapes and offsets, and the bytes. The second is a pickle (`torch_file.py`),
-which can run any code; here it is read without PyTorch by an unpickler that knows tensors and containers and refuses
-every other name it meets.
+Files of safetensors and of `torch.save` are read, one file or shards with an index; safetensors are written. The
+former are a length, a JSON header of names, dtypes, shapes and offsets, and the bytes. The latter are pickles, which
+can run any code; they are read without PyTorch and without running any (`torch_pickle.py`).
 """
 import json
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,13 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.weights import torch_file
+from rlhf_jax.weights.json_file import check_regular, parse_json, read_json
 from rlhf_jax.weights.tensor import Tensor
 
 _DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': jnp.bfloat16, 'I64': np.int64,
-           'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
+           'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U64': np.uint64, 'U32': np.uint32, 'U16': np.uint16,
+           'U8': np.uint8, 'BOOL': np.bool_}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _INDEX_SUFFIX = '.index.json'
-_LONGEST_HEADER = 100_000_000  # bytes, as in the format's own reader
+# Files with a suffix of weights that lie beside a model's own: a trainer's state, adapters of PEFT, and the same
+# weights under the names of Meta and Mistral.
+_BESIDE_WEIGHTS = re.compile(
+    r'(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)|(adapter_model|consolidated)\..*')
+_LONGEST_NAME = 1000
 _SHARD = 5_000_000_000  # bytes a shard at most, as `transformers` 4 writes them
 
 
@@ -65,61 +71,64 @@ def load_state_dict(path: str | pathlib.Path, *, key: str | None = None) -> Stat
     Args:
         path: `.safetensors`; `.pth`, `.pt`, `.bin` or `.pkl` as `torch.save` writes it; an index of shards
             (`*.index.json`); or a directory with an index, or else with a single such file.
-        key: entry to take from a file that holds more than a state dict ('teacher'). None: the file is a state dict, or
-            holds exactly one.
+        key: entry to take from a file of `torch.save` that holds more than a state dict ('teacher'). None: the file is
+            a state dict, or holds exactly one, or an average 'ema' of the weights beside them.
 
     Raises:
         FileNotFoundError: nothing there.
         OSError: a truncated or damaged file.
-        ValueError: not a format named above, an index that does not fit its shards, or a file that asks for code to be
-            run.
+        ValueError: not a format named above, an index that does not fit its shards, or a part that only code could
+            build.
     """
     path = pathlib.Path(path)
-    return StateDict(path, _tensors(_only_file(path) if path.is_dir() else path, key))
+    tensors = _tensors(_only_file(path) if path.is_dir() else path, key)
+    for name in tensors:  # they appear in messages
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise ValueError(f'{path}: {name[:40]!r}... is no name of a tensor')
+    return StateDict(path, tensors)
 
 
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
     """`config.json` of the folder `path`.
 
     Raises:
-        FileNotFoundError, ValueError: none there, or not JSON.
+        FileNotFoundError, ValueError: none there, or not one JSON object.
     """
-    path = pathlib.Path(path) / 'config.json'
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f'{path}: not JSON ({error})') from None
+    return read_json(pathlib.Path(path) / 'config.json')
 
 
 def _only_file(directory: pathlib.Path) -> pathlib.Path:
+    """The file of weights in `directory`: an index of shards, or the only file of the first suffix there is."""
     for pattern in ('*.safetensors' + _INDEX_SUFFIX, '*' + _INDEX_SUFFIX, '*.safetensors', '*.bin', '*.pth', '*.pt'):
-        found = sorted(directory.glob(pattern))
-        if len(found) > 1:
-            raise ValueError(f'{directory}: holds {len(found)} files {pattern}; name one of them')
-        if found:
-            return found[0]
+        candidates = sorted(file for file in directory.glob(pattern) if not _BESIDE_WEIGHTS.fullmatch(file.name))
+        if len(candidates) > 1:
+            raise ValueError(f'{directory}: holds {len(candidates)} files {pattern}; name one of them')
+        if candidates:
+            return candidates[0]
+    if (directory / 'adapter_config.json').exists():
+        raise FileNotFoundError(f'{directory}: a PEFT adapter without its base model; give the folder of that model')
     raise FileNotFoundError(f'{directory}: no .safetensors, .bin, .pth or .pt file in it')
 
 
 def _tensors(path: pathlib.Path, key: str | None) -> dict[str, Tensor]:
-    if not path.exists():
-        raise FileNotFoundError(f'{path}: no such file')
-    if path.name.endswith(_INDEX_SUFFIX):
-        return _of_shards(path)
-    if path.suffix == '.safetensors':
-        return _of_safetensors(path)
-    return torch_file.tensors(path, key)
+    check_regular(path)
+    if not path.name.endswith((_INDEX_SUFFIX, '.safetensors')):
+        return torch_file.tensors(path, key)
+    if key is not None:
+        raise ValueError(f'{path}: holds one state dict, without entries such as key={key!r}; leave it out')
+    return _of_shards(path) if path.name.endswith(_INDEX_SUFFIX) else _of_safetensors(path)
 
 
 def _of_shards(index: pathlib.Path) -> dict[str, Tensor]:
-    try:
-        weight_map = dict(json.loads(index.read_text())['weight_map'])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{index}: not an index of shards ({error!r})') from None
+    weight_map = read_json(index).get('weight_map')
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f'{index}: not an index of shards (no weight_map)')
     shards: dict[str, dict[str, Tensor]] = {}
     for name, shard in weight_map.items():
-        if pathlib.PurePath(shard).name != shard:
-            raise ValueError(f'{index}: shard {shard!r} is not a plain file name beside the index')
+        if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
+            raise ValueError(f'{index}: shard {shard!r:.80} is not a plain file name beside the index')
+        if shard.endswith(_INDEX_SUFFIX):
+            raise ValueError(f'{index}: shard {shard!r:.80} is an index itself')
         if shard not in shards:
             shards[shard] = _tensors(index.parent / shard, None)
         if name not in shards[shard]:
@@ -127,28 +136,35 @@ def _of_shards(index: pathlib.Path) -> dict[str, Tensor]:
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
+# The package checks a file: header, types, and that the tensors fill it without holes or overlaps. It does not say
+# where a tensor lies, which a map of the file needs (its own reader copies), and of a name given twice it takes the
+# last.
 def _of_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    size = path.stat().st_size
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'numpy'):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise OSError(f'{path}: truncated or not a safetensors file ({error})') from None
     with open(path, 'rb') as file:
         length = int.from_bytes(file.read(8), 'little')
-        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise OSError(f'{path}: truncated or not a safetensors file')
         try:
-            header = json.loads(file.read(length))
-            header.pop('__metadata__', None)
-            entries = {name: (np.dtype(_DTYPES[entry['dtype']]), tuple(entry['shape']), *entry['data_offsets'])
-                       for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OSError(f'{path}: not a safetensors file ({error!r})') from None
-    start = 8 + length
-    for name, (dtype, shape, begin, end) in entries.items():
-        if not 0 <= begin <= end <= size - start or math.prod(shape) * dtype.itemsize != end - begin:
-            raise OSError(f'{path}: truncated or damaged, tensor {name} does not lie in it')
-    return {name: Tensor(path, dtype, shape, start + begin) for name, (dtype, shape, begin, _) in entries.items()}
+            header = parse_json(file.read(length))
+        except ValueError as error:
+            raise OSError(f'{path}: not a safetensors file ({error})') from None
+    header.pop('__metadata__', None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry['dtype'] not in _DTYPES:
+            raise ValueError(f'{path}: {name} is {entry["dtype"]}, which is not read; save it as F32, F16 or BF16')
+        tensors[name] = Tensor(path, np.dtype(_DTYPES[entry['dtype']]), tuple(entry['shape']),
+                               8 + length + entry['data_offsets'][0])
+    return tensors
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
+# The package writes from the memory of all tensors at once; here one is made, written and dropped before the next.
 def save_state_dict(path: str | pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:
     """Writes `state_dict` as one safetensors file, under a temporary name until it is complete. One tensor is in memory
     at a time where `state_dict` makes or reads them when asked. Folders on the way are created.

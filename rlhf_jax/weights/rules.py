@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.weights.state_dict import name_pattern, original, to_numpy, where
+from rlhf_jax.weights.state_dict import name_pattern, original, specs_of, to_numpy, where
 
 Array = Any
 
@@ -97,7 +98,8 @@ class Fixed(NamedTuple):
     Attributes:
         torch: its name; `{i}` stands for any block index (then `value` must be None).
         value: what `to_torch` writes; None writes nothing. On the way in the tensor may be absent.
-        exact: on the way in, it must equal `value` to 1e-4; otherwise whatever it holds is dropped.
+        exact: on the way in, it must equal `value` to 1e-4, or as closely as its dtype can; otherwise whatever it holds
+            is dropped.
     """
     torch: str
     value: np.ndarray | None = None
@@ -167,7 +169,7 @@ def to_flax(state_dict: Mapping[str, Any], rules: Rules, expected: Mapping[str, 
     wanted = flatten(expected)
     makers: dict[str, Rule] = {}
     unread = set(state_dict)
-    for rule in rules:  # names first: what is missing or too much shows before gigabytes are read
+    for rule in rules:  # names and shapes first: what does not fit shows before gigabytes are read or allocated
         if isinstance(rule, Rule) and rule.flax in wanted:
             if rule.flax in makers:
                 raise ValueError(f'convert: two rules make parameter {rule.flax}')
@@ -188,6 +190,11 @@ def to_flax(state_dict: Mapping[str, Any], rules: Rules, expected: Mapping[str, 
         name = sorted(unread)[0]
         raise ValueError(f'convert: unknown tensor {original(state_dict, name)} (and {len(unread) - 1} more); it has '
                          f'no place in this model{where(state_dict, name)}')
+    shapes = {path: _tensor_shape(rule, wanted[path].shape) for path, rule in makers.items()}
+    specs = specs_of(state_dict)
+    for path, rule in makers.items():
+        for name in _names(rule, wanted[path].shape):
+            _check_shape(state_dict, name, tuple(specs[name].shape), shapes[path])
     for rule in rules:
         if isinstance(rule, (Fixed, Tied)) and rule.torch in state_dict:
             _check(state_dict, rule)
@@ -207,18 +214,28 @@ def _tensor_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
     return () if rows is None else (rows // len(rule.names), *rest)
 
 
+def _check_shape(state_dict: Mapping[str, Any], name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise ValueError(f'convert: {original(state_dict, name)} has shape {shape}, expected {wanted}'
+                         f'{where(state_dict, name)}')
+
+
 def _check(state_dict: Mapping[str, Any], rule: Fixed | Tied) -> None:
-    name = rule.torch
+    name, specs = rule.torch, specs_of(state_dict)
     if isinstance(rule, Tied):
+        _check_shape(state_dict, name, tuple(specs[name].shape), tuple(specs[rule.same].shape))
         if not np.array_equal(to_numpy(state_dict[name]), to_numpy(state_dict[rule.same])):
             raise ValueError(f'convert: {original(state_dict, name)} differs from {original(state_dict, rule.same)}, '
                              f'which the config says it is tied to{where(state_dict, name)}')
     elif rule.value is not None:
+        _check_shape(state_dict, name, tuple(specs[name].shape), rule.value.shape)
+        if not rule.exact:
+            return
         tensor = to_numpy(state_dict[name])
-        if tensor.shape != rule.value.shape:
-            raise ValueError(f'convert: {original(state_dict, name)} has shape {tensor.shape}, expected '
-                             f'{rule.value.shape}{where(state_dict, name)}')
-        if rule.exact and not np.allclose(tensor, rule.value, atol=1e-4, rtol=1e-4):
+        # A file in half precision holds the rounded constant.
+        real = jnp.issubdtype(tensor.dtype, jnp.floating)
+        tolerance = max(1e-4, float(jnp.finfo(tensor.dtype).eps)) if real else 1e-4
+        if not np.allclose(tensor.astype(np.float64), rule.value, atol=tolerance, rtol=tolerance):
             raise ValueError(f'convert: {original(state_dict, name)} differs from the values that this model computes '
                              f'for it{where(state_dict, name)}')
 
@@ -240,9 +257,7 @@ def _read(state_dict: Mapping[str, Any], rule: Rule, leaf: Any, sharding: Any) -
 
 def _read_tensor(state_dict: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     tensor = to_numpy(state_dict[name])
-    if tensor.shape != tuple(shape):
-        raise ValueError(f'convert: {original(state_dict, name)} has shape {tensor.shape}, expected {tuple(shape)}'
-                         f'{where(state_dict, name)}')
+    _check_shape(state_dict, name, tensor.shape, shape)
     with np.errstate(over='ignore'):  # what `dtype` cannot hold is found below
         tensor = tensor.astype(dtype, copy=False)
     if not np.isfinite(tensor).all():

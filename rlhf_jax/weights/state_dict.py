@@ -3,14 +3,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+
+# Names of modules that wrap another one, wherever they stand in a tensor's name: of torch.compile, of FSDP and of
+# activation checkpointing.
+_WRAPPERS = re.compile(r'\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+_PARALLEL = 'module.'  # DataParallel and DistributedDataParallel, around the whole model
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
-    """numpy array of a numpy array, or of a PyTorch tensor whatever its device and dtype (bfloat16 -> float32)."""
+    """numpy array of a numpy array, or of a PyTorch tensor whatever its device and dtype."""
     if hasattr(tensor, 'detach'):
         tensor = tensor.detach().cpu()
-        tensor = tensor.float() if 'bfloat16' in str(tensor.dtype) else tensor
+        if 'bfloat16' in str(tensor.dtype):
+            return tensor.float().numpy().astype(jnp.bfloat16)
     return np.asarray(tensor)
 
 
@@ -45,7 +52,7 @@ class Renamed(Mapping):
     @property
     def specs(self) -> dict[str, Any]:
         """{name: what has its shape and dtype}; nothing is read."""
-        specs = getattr(self._state_dict, 'specs', self._state_dict)
+        specs = specs_of(self._state_dict)
         return {new: specs[name] for new, name in self._original.items()}
 
     def __getitem__(self, name: str) -> Any:
@@ -71,15 +78,23 @@ def where(state_dict: Mapping[str, Any], name: str) -> str:
     return state_dict.where(name) if hasattr(state_dict, 'where') else ''
 
 
-def without_prefixes(name: str, prefixes: Sequence[str]) -> str:
-    """`name` with each of `prefixes`, in this order, removed where it starts with it."""
-    for prefix in prefixes:
-        name = name.removeprefix(prefix)
+def specs_of(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """{name: what has its shape and dtype}; nothing is read where `state_dict` reads tensors when asked."""
+    return getattr(state_dict, 'specs', state_dict)
+
+
+def without_prefixes(name: str, prefixes: Sequence[str] = ()) -> str:
+    """`name` without the names of wrapping modules, and without 'module.' and `prefixes` at its start, in any order."""
+    name, before = _WRAPPERS.sub('', name), ''
+    while name != before:
+        before = name
+        for prefix in (_PARALLEL, *prefixes):
+            name = name.removeprefix(prefix)
     return name
 
 
-def strip_prefixes(state_dict: Mapping[str, Any], prefixes: Sequence[str]) -> Renamed:
-    """`state_dict` with each of `prefixes`, in this order, removed from the names that start with it.
+def strip_prefixes(state_dict: Mapping[str, Any], prefixes: Sequence[str] = ()) -> Renamed:
+    """`state_dict` under the names that `without_prefixes` leaves.
 
     Raises:
         ValueError: two names become one.
@@ -114,7 +129,7 @@ def shape_of(state_dict: Mapping[str, Any], name: str, ndim: int) -> tuple[int, 
     if name not in state_dict:
         raise ValueError(f'convert: missing tensor {name}; is this a state dict of that model?'
                          f'{where(state_dict, name)}')
-    shape = tuple(state_dict[name].shape)
+    shape = tuple(specs_of(state_dict)[name].shape)
     if len(shape) != ndim:
         raise ValueError(f'convert: {original(state_dict, name)} has shape {shape}, expected {ndim} axes'
                          f'{where(state_dict, name)}')

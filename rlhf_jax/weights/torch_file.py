@@ -1,50 +1,69 @@
-"""Files of `torch.save` without PyTorch: where their tensors lie, found without running code that they hold."""
-import collections
+"""Files of `torch.save`: which of the things in one is the state dict that was asked for."""
 import math
 import pathlib
-import pickle
-import zipfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
+from rlhf_jax.weights import torch_pickle
 from rlhf_jax.weights.tensor import Tensor
-
-_STORAGES = {
-    'FloatStorage': np.float32, 'DoubleStorage': np.float64, 'HalfStorage': np.float16, 'BFloat16Storage': jnp.bfloat16,
-    'LongStorage': np.int64, 'IntStorage': np.int32, 'ShortStorage': np.int16, 'CharStorage': np.int8,
-    'ByteStorage': np.uint8, 'BoolStorage': np.bool_,
-}
+from rlhf_jax.weights.torch_pickle import Placeholder
 
 
 def tensors(path: pathlib.Path, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in the file, which is one or holds one, under `key` where it holds several.
 
-    A training checkpoint of SEDD keeps a state dict 'model' and, without names, the average of its parameters,
-    `ema.shadow_params`. That average is what is sampled from, so it is what is read, as 'ema'; `key='model'` reads the
-    weights themselves.
+    Training checkpoints of DiT and SEDD keep an average of the weights beside them, and that is what is sampled from:
+    so 'ema' is read where no `key` is given. SEDD's, `ema.shadow_params`, has no names; it takes them from 'model'.
+    What else a checkpoint holds (arguments, an optimizer, whole modules) is never built, and hinders only its own
+    reading.
 
     Raises:
         OSError: truncated or damaged.
-        ValueError: not a file of `torch.save`, no state dict in it, or code that it asks for.
+        ValueError: not a file of `torch.save`, no state dict in it, or an object in it that only code could build.
     """
-    content = _unpickle(path)
+    content = torch_pickle.load(path)
     if isinstance(content, Mapping) and key in (None, 'ema') and isinstance(content.get('ema'), Mapping):
         if 'shadow_params' in content['ema']:
             content, key = {'ema': _averaged(path, content)}, 'ema'
+        elif key is None and _is_state_dict(content['ema']):
+            key = 'ema'
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
-            raise ValueError(f'{path}: no entry {key!r}; it has {sorted(map(str, content))[:8]}')
+            entries = sorted(map(str, content))[:8] if isinstance(content, Mapping) else []
+            raise ValueError(f'{path}: no entry {key!r}; it has {entries}')
         content = content[key]
     elif isinstance(content, Mapping) and not _is_state_dict(content):
-        found = [name for name, x in content.items() if _is_state_dict(x)]
-        if len(found) != 1:
-            raise ValueError(f'{path}: holds {len(found)} state dicts {found[:8]}; choose one with key=')
-        content = content[found[0]]
-    if not _is_state_dict(content):
+        names = [name for name, x in content.items() if _is_state_dict(x)]
+        if len(names) > 1:
+            raise ValueError(f'{path}: holds {len(names)} state dicts {names[:8]}; choose one with key=')
+        if names:
+            content = content[names[0]]
+    return _checked(path, content)
+
+
+def _checked(path: pathlib.Path, content: Any) -> dict[str, Tensor]:
+    """`content` as a state dict.
+
+    Raises:
+        ValueError: it is none, or one with tensors that cannot be read.
+    """
+    if isinstance(content, Placeholder):
+        raise ValueError(f'{path}: refused, because reading it would run {content.wanted}; export its state dict as '
+                         'safetensors')
+    if not isinstance(content, Mapping):
         raise ValueError(f'{path}: not a state dict (a mapping from names to tensors)')
+    for name, x in content.items():
+        if isinstance(x, Placeholder):
+            raise ValueError(f'{path}: refused, because reading {str(name)[:80]!r} would run {x.wanted}; export its '
+                             'state dict as safetensors')
+    if not _is_state_dict(content):
+        raise ValueError(f'{path}: holds 0 state dicts (mappings from names to tensors); its entries are '
+                         f'{[str(name)[:40] for name in content][:8]}')
+    for name, tensor in content.items():
+        reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides or ()))
+        if tensor.strides and math.prod(tensor.shape) > reach:
+            raise ValueError(f'{path}: {name!r} of shape {tensor.shape} repeats {reach} numbers (torch.expand); save a '
+                             'contiguous copy')
     return dict(content)
 
 
@@ -68,90 +87,5 @@ def _averaged(path: pathlib.Path, content: Mapping) -> dict[str, Tensor]:
 
 
 def _is_state_dict(x: Any) -> bool:
-    return isinstance(x, Mapping) and bool(x) and all(isinstance(tensor, Tensor) for tensor in x.values())
-
-
-def _unpickle(path: pathlib.Path) -> Any:
-    """What `torch.save` wrote, with `Tensor`s in place of tensors."""
-    with open(path, 'rb') as file:
-        magic = file.read(4)
-    if magic != b'PK\x03\x04':
-        raise ValueError(f'{path}: neither safetensors nor the zip format of torch.save; save it again as one')
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if n.endswith('/data.pkl')]
-            if len(names) != 1:
-                raise ValueError(f'{path}: a zip file, but not one that torch.save wrote')
-            root = names[0].removesuffix('data.pkl')
-            order = archive.read(root + 'byteorder') if root + 'byteorder' in archive.namelist() else b'little'
-            if order != b'little':
-                raise ValueError(f'{path}: written on a big-endian machine; save it again as safetensors')
-            with archive.open(names[0]) as file:
-                return _Unpickler(file, archive, root, path).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError) as error:
-        raise OSError(f'{path}: truncated or damaged ({error})') from None
-
-
-class _StorageType(NamedTuple):
-    """Stands for a storage class of PyTorch."""
-    dtype: np.dtype
-
-
-class _Storage(NamedTuple):
-    """Numbers in the file.
-
-    Attributes:
-        start: first byte.
-        size: how many numbers there are.
-    """
-    dtype: np.dtype
-    start: int
-    size: int
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows what a state dict is made of and nothing else."""
-
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str, path: pathlib.Path):
-        super().__init__(file, encoding='utf-8')
-        self._archive, self._root, self._path = archive, root, path
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ('collections', 'OrderedDict'):
-            return collections.OrderedDict
-        if module == 'torch._utils' and name in ('_rebuild_tensor_v2', '_rebuild_parameter'):
-            return self._tensor if name == '_rebuild_tensor_v2' else _parameter
-        if module == 'torch' and name in _STORAGES:
-            return _StorageType(np.dtype(_STORAGES[name]))
-        raise ValueError(f'{self._path}: refused, because reading it would run {module}.{name}; export its state '
-                         'dict as safetensors')
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage, key, _, count = pid
-        if kind != 'storage' or not isinstance(storage, _StorageType):
-            raise pickle.UnpicklingError(f'unknown kind of record {kind!r}')
-        entry = self._archive.getinfo(f'{self._root}data/{key}')
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f'{self._path}: compressed, as torch.save does not write it; save it again')
-        with open(self._path, 'rb') as file:  # the header before the bytes ends with a name and padding
-            file.seek(entry.header_offset + 26)
-            lengths = file.read(4)
-        start = entry.header_offset + 30 + int.from_bytes(lengths[:2], 'little') + int.from_bytes(lengths[2:], 'little')
-        size = entry.file_size // storage.dtype.itemsize
-        if size < count or start + entry.file_size > self._path.stat().st_size:
-            raise OSError(f'{self._path}: truncated, storage {key} has {size} of {count} numbers')
-        return _Storage(storage.dtype, start, size)
-
-    def _tensor(self, storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...],
-                *_: Any) -> Tensor:
-        # as_strided trusts its arguments, and these come from the file.
-        last = offset + sum((n - 1) * s for n, s in zip(size, stride))
-        if len(size) != len(stride) or min((offset, *size, *stride)) < 0 or (math.prod(size) and last >= storage.size):
-            raise OSError(f'{self._path}: damaged, a tensor of shape {tuple(size)} reaches outside its storage')
-        start = storage.start + offset * storage.dtype.itemsize
-        contiguous = all(n == 1 or s == math.prod(size[i + 1:]) for i, (n, s) in enumerate(zip(size, stride)))
-        return Tensor(self._path, storage.dtype, tuple(size), start, None if contiguous else tuple(stride))
-
-
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
+    return isinstance(x, Mapping) and bool(x) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in x.items())

@@ -73,6 +73,36 @@ def test_names_of_training_checkpoints():
     assert_same(convert.from_torch('sem', chunked, num_heads=2, vocab_size=6)[1], params)
 
 
+@pytest.mark.parametrize('heads', [('dino_head',), ('dino_head', 'ibot_head')])
+def test_the_teacher_of_a_dinov2_training_checkpoint(heads):
+    """As facebookresearch/dinov2 saves it: a backbone in chunks of blocks, and one head or two beside it."""
+    module = vit.VisionTransformer(**TINY)
+    params, state = state_of('dinov2', module, IMAGES)
+    head = dino.DINOHead(hidden=6, bottleneck=5, prototypes=7)
+    head_params, head_state = state_of('dino_head', head, jnp.zeros((1, 16)))
+    teacher = {'backbone.' + name.replace('blocks.', 'blocks.0.'): x for name, x in state.items()}
+    teacher |= {f'{prefix}.{name}': x for prefix in heads for name, x in head_state.items()}
+    again, converted = convert.from_torch('dinov2', teacher, num_heads=2)
+    assert again == module
+    assert_same(converted, params)
+    for prefix in heads:
+        assert_same(convert.from_torch('dino_head', teacher, prefix=f'{prefix}.')[1], head_params)
+    with pytest.raises(ValueError, match='unknown tensor backbone.linear_head.weight'):
+        convert.from_torch('dinov2', teacher | {'backbone.linear_head.weight': np.ones((2, 16))}, num_heads=2)
+
+
+@pytest.mark.parametrize('prefix', ['module._orig_mod.', '_orig_mod.module.', 'module.module.', '_orig_mod._orig_mod.'])
+def test_wrappers_in_any_order(prefix):
+    module = vit.VisionTransformer(**TINY)
+    params, state = state_of('dinov2', module, IMAGES)
+    assert_same(convert.from_torch('dinov2', {prefix + name: x for name, x in state.items()}, num_heads=2)[1], params)
+    # Blocks that were compiled, or checkpointed, one by one.
+    block = 'blocks.1._orig_mod._checkpoint_wrapped_module.'
+    inside = {name.replace('blocks.1.', block): x for name, x in state.items()}
+    assert set(inside) != set(state)
+    assert_same(convert.from_torch('dinov2', {prefix + name: x for name, x in inside.items()}, num_heads=2)[1], params)
+
+
 @pytest.mark.parametrize('ffn', ['mlp', 'swiglu'])
 def test_hugging_face_names(ffn):
     module = vit.VisionTransformer(**TINY, ffn=ffn)
@@ -168,6 +198,31 @@ def test_fixed_tensors():
             rules.to_flax(state | {'table': bad}, entries, expected)
 
 
+@pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
+def test_constants_of_a_file_in_half_precision(dtype):
+    table = np.sin(np.arange(64, dtype=np.float32))
+    entries = (rules.Rule('x', 'a'), rules.Fixed('table', table, exact=True))
+    expected = {'a': jax.ShapeDtypeStruct((), jnp.float32)}
+    state = {'x': dtype(2), 'table': table.astype(dtype)}
+    assert np.abs(state['table'].astype(np.float32) - table).max() > 2e-4
+    assert rules.to_flax(state, entries, expected) == {'a': 2.0}
+    for bad in (state['table'].astype(np.float32), table.astype(dtype) + dtype(0.03)):
+        with pytest.raises(ValueError, match='table differs'):
+            rules.to_flax(state | {'table': bad}, entries, expected)
+
+
+def test_nothing_is_read_where_shapes_do_not_fit():
+    class Unread(dict):
+        specs = {'x': np.ones(2), 'y': np.ones(3)}
+
+        def __getitem__(self, name):
+            raise AssertionError(f'{name} is read')
+
+    expected = {'a': jax.ShapeDtypeStruct((2,), jnp.float32), 'b': jax.ShapeDtypeStruct((2,), jnp.float32)}
+    with pytest.raises(ValueError, match=r'y has shape \(3,\), expected \(2,\)'):
+        rules.to_flax(Unread(x=0, y=0), (rules.Rule('x', 'a'), rules.Rule('y', 'b')), expected)
+
+
 # Files
 
 STATE = {'a.weight': np.arange(6, dtype=np.float32).reshape(2, 3), 'b': np.array([1.5], np.float16)}
@@ -224,7 +279,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 def test_files_that_are_no_state_dict(tmp_path):
     (tmp_path / 'old.pth').write_bytes(pickle.dumps(STATE))
-    with pytest.raises(ValueError, match='neither safetensors nor the zip format'):
+    with pytest.raises(ValueError, match='neither safetensors nor a file of torch.save'):
         files.load_state_dict(tmp_path / 'old.pth')
     write_zip(tmp_path / 'list.pth', pickle.dumps([1, 2]))
     with pytest.raises(ValueError, match='not a state dict'):

@@ -58,7 +58,8 @@ def test_text_models_have_no_position_embedding(state_dict, sedd):
 
 
 def test_a_table_for_each_position(state_dict):
-    unshared = state_dict | {'vocab_embed.embedding': np.repeat(state_dict['vocab_embed.embedding'][None], 6, 0)}
+    unshared = dict(state_dict)
+    unshared['vocab_embed.embedding_table'] = np.repeat(unshared.pop('vocab_embed.embedding')[None], 6, 0)
     module, params = convert.from_torch('sedd', unshared, num_heads=4)
     assert not module.shared_embedding and params['embed_by_position'].shape == (6, 8, 32)
     shared, shared_params = convert.from_torch('sedd', state_dict, num_heads=4)

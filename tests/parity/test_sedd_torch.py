@@ -57,7 +57,10 @@ class Twin(torch.nn.Module):
         self.absorbing, states = process == 'absorbing', VOCAB + (process == 'absorbing')
         self.pos_embed = torch.nn.Parameter(torch.zeros(LENGTH, WIDTH)) if positions else None
         self.vocab_embed = torch.nn.Module()
-        self.vocab_embed.embedding = torch.nn.Parameter(torch.zeros(*() if shared else (LENGTH,), states, WIDTH))
+        if shared:
+            self.vocab_embed.embedding = torch.nn.Parameter(torch.zeros(states, WIDTH))
+        else:
+            self.vocab_embed.embedding_table = torch.nn.Parameter(torch.zeros(LENGTH, states, WIDTH))
         self.sigma_map = torch.nn.Module()
         self.sigma_map.mlp = torch.nn.Sequential(
             torch.nn.Linear(256, COND), torch.nn.SiLU(), torch.nn.Linear(COND, COND))
@@ -71,7 +74,7 @@ class Twin(torch.nn.Module):
         self.output_layer.adaLN_modulation = torch.nn.Linear(COND, 2 * WIDTH)
 
     def forward(self, tokens, sigma):
-        table = self.vocab_embed.embedding
+        table, = self.vocab_embed.parameters()
         x = table[tokens] if table.ndim == 2 else table[torch.arange(LENGTH), tokens]
         x = x if self.pos_embed is None else x + self.pos_embed
         angle = sigma[:, None] * 1e4 ** (-torch.arange(128) / 128)

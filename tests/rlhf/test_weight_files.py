@@ -82,23 +82,30 @@ def test_saved_files_open_again(tmp_path):
     assert files.read_config(tmp_path / 'new') == {'model_type': 'llama'}
 
 
-def test_views_in_files_of_torch(tmp_path):
-    torch = pytest.importorskip('torch')
-    x = torch.arange(24.0).reshape(4, 6)
-    tensors = {'whole': x, 'transposed': x.t(), 'part': x[1:, ::2], 'row': x[2:3], 'scalar': x[3, 5], 'none': x[4:],
-               'half': x.bfloat16(), 'many': torch.nn.Parameter(x.reshape(2, 3, 4).permute(2, 0, 1))}
-    torch.save({'model': tensors, 'step': 3}, tmp_path / 'x.pt')
-    state_dict = files.load_state_dict(tmp_path / 'x.pt')
-    assert set(state_dict) == set(tensors)
-    for name, tensor in tensors.items():
-        got = state_dict[name]
-        assert got.flags.c_contiguous
-        np.testing.assert_array_equal(got.astype(np.float32), tensor.detach().float().numpy(), err_msg=name)
-    assert state_dict['half'].dtype == jnp.bfloat16
-    data = (tmp_path / 'x.pt').read_bytes()
-    (tmp_path / 'x.pt').write_bytes(data[:len(data) // 2])
-    with pytest.raises(OSError, match='x.pt: truncated'):
-        files.load_state_dict(tmp_path / 'x.pt')
+@pytest.mark.parametrize('weights, beside', [
+    ('pytorch_model.bin', ('training_args.bin', 'optimizer.pt', 'scheduler.pt', 'rng_state_0.pth')),
+    ('model.safetensors', ('adapter_model.safetensors', 'consolidated.safetensors', 'pytorch_model.bin')),
+    ('model.safetensors.index.json', ('consolidated.safetensors', 'training_args.bin')),
+])
+def test_a_folder_as_trainers_leave_it(tmp_path, weights, beside):
+    for name in beside:
+        (tmp_path / name).write_bytes(b'not read')
+    if weights.endswith('.bin'):
+        torch = pytest.importorskip('torch')
+        torch.save({'a': torch.from_numpy(TENSORS['a'])}, tmp_path / weights)
+    else:
+        shard = weights.replace('.index.json', '')
+        save_file({'a': TENSORS['a']}, tmp_path / shard)
+        if shard != weights:
+            (tmp_path / weights).write_text(json.dumps({'weight_map': {'a': shard}}))
+    np.testing.assert_array_equal(files.load_state_dict(tmp_path)['a'], TENSORS['a'])
+
+
+def test_an_adapter_alone_is_no_model(tmp_path):
+    save_file(TENSORS, tmp_path / 'adapter_model.safetensors')
+    (tmp_path / 'adapter_config.json').write_text('{}')
+    with pytest.raises(FileNotFoundError, match='a PEFT adapter without its base model'):
+        files.load_state_dict(tmp_path)
 
 
 @pytest.mark.parametrize('kind', convert.KINDS)

@@ -21,7 +21,7 @@ class Kind(NamedTuple):
 KINDS = {  # the first whose sign is there is what a file holds
     'sem': Kind('encoder', 'model.safetensors', 'sem_embed.weight', 'Encoder'),
     'dit': Kind('generator', 'model.safetensors', 'x_embedder.proj.weight', 'Generator'),
-    'sedd': Kind('code_model', 'model.safetensors', 'vocab_embed.embedding', 'CodeModel'),
+    'sedd': Kind('code_model', 'model.safetensors', 'sigma_map.mlp.0.weight', 'CodeModel'),
     'sd_vae': Kind('', 'diffusion_pytorch_model.safetensors', 'post_quant_conv.weight'),
     'inception': Kind('', 'model.safetensors', 'Mixed_7c.branch_pool.conv.weight'),
     'dinov2': Kind('', 'model.safetensors', 'cls_token'),

@@ -77,7 +77,7 @@ def _released_config(kind: str, m: Any, noise: str) -> dict[str, Any]:
         graph = 'absorb' if m.process == 'absorbing' else m.process
         return dict(tokens=m.vocab_size, graph=dict(type=graph), noise=dict(type=noise), model=dict(
             hidden_size=m.width, cond_dim=m.cond_dim, length=m.length, n_blocks=m.depth, n_heads=m.num_heads,
-            scale_by_sigma=m.scale_by_sigma, dropout=m.dropout))
+            scale_by_sigma=m.scale_by_sigma, dropout=m.dropout, shared_embedding=m.shared_embedding))
     if kind == 'sd_vae':
         levels = len(m.widths)
         return dict(_class_name='AutoencoderKL', act_fn='silu', block_out_channels=list(m.widths),
