@@ -24,7 +24,7 @@ def files(*folders):
 
 
 def imported(path, *, module_scope):
-    """Top-level names of the packages that `path` imports: at module scope, or anywhere."""
+    """Dotted names that `path` imports, at module scope or anywhere: of a module, or of what is taken from one."""
     tree = ast.parse(path.read_text())
     nodes = tree.body if module_scope else list(ast.walk(tree))
     names = []
@@ -32,7 +32,7 @@ def imported(path, *, module_scope):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.append(node.module)
+            names += [f'{node.module}.{alias.name}' for alias in node.names]
     return names
 
 
@@ -57,11 +57,49 @@ def test_runner_has_nothing_heavy_at_module_scope(path):
     assert not {m.split('.')[0] for m in imported(path, module_scope=True)} & HEAVY
 
 
-@pytest.mark.parametrize('path', files('experiments/runtime'), ids=lambda p: p.name)
-def test_runtime_knows_neither_images_nor_language(path):
+# Folders of the runner -> what of this project they may import beside themselves. Commands (experiments/*.py) may
+# import everything, and are imported by quickstarts and by each other only.
+COMMON = ('experiments.runtime', 'rlhf_jax')
+MODELS = (*COMMON, 'experiments.rlhf.data', 'experiments.rlhf.models')
+# LLaDA is a LLaMA; weight files and tokenizers know neither images nor language.
+IMAGES = ('experiments.runtime', 'dlc_jax', 'rlhf_jax.models.llama', 'rlhf_jax.weights', 'rlhf_jax.tokenizers')
+ROOMS = {
+    'experiments/runtime': (),
+    'experiments/dlc': (*IMAGES, 'experiments.dlc.data'),
+    'experiments/dlc/data': IMAGES,
+    'experiments/dlc/weights': (*IMAGES, 'experiments.dlc'),
+    'experiments/rlhf': (),
+    'experiments/rlhf/data': COMMON,
+    'experiments/rlhf/data/tasks': COMMON,
+    'experiments/rlhf/models': (*COMMON, 'experiments.rlhf.data'),
+    'experiments/rlhf/supervised': MODELS,
+    'experiments/rlhf/policy': MODELS,
+    'experiments/rlhf/translation': COMMON,
+    'experiments/rlhf/lewis': COMMON,
+    'experiments/quickstarts': ('experiments', 'configs', 'dlc_jax', 'rlhf_jax'),
+    'configs': ('dlc_jax', 'rlhf_jax'),
+    'configs/dlc': ('configs.parts', 'dlc_jax'),
+    'configs/rlhf': ('configs.parts', 'rlhf_jax'),
+}
+
+
+def inside(module, packages):
+    return any(module == package or module.startswith(f'{package}.') for package in packages)
+
+
+def room_of(module):
+    """The innermost folder of `ROOMS` that holds `module`."""
+    return max((folder for folder in ROOMS if inside(module, (folder.replace('/', '.'),))), key=len, default=None)
+
+
+@pytest.mark.parametrize('path', [path for path in files('experiments', 'configs')
+                                  if path.parent.name != 'experiments'], ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_of_the_runner_import_what_they_may(path):
+    folder = str(path.parent.relative_to(ROOT))
+    assert folder in ROOMS, f'{folder} is new: say in ROOMS what it may import'
     for module in imported(path, module_scope=False):
-        assert module.split('.')[0] not in ('dlc_jax', 'rlhf_jax', 'configs'), module
-        assert not module.startswith('experiments.') or module.startswith('experiments.runtime'), module
+        if inside(module, ('experiments', 'configs', 'dlc_jax', 'rlhf_jax')):
+            assert room_of(module) == folder or inside(module, ROOMS[folder]), f'{folder} may not import {module}'
 
 
 def test_importing_the_library_brings_neither_tensorflow_nor_torch():

@@ -105,6 +105,12 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
     return module, params
 
 
+def filled(fresh: Mapping[str, Any], loaded: Mapping[str, Any]) -> Params:
+    """`fresh` with the leaves that `loaded` has too in place of its own; what is new in `loaded` is left out."""
+    return {name: (filled(leaf, loaded[name]) if isinstance(leaf, Mapping) else loaded[name]) if name in loaded
+            else leaf for name, leaf in fresh.items()}
+
+
 def _module_of(folder: Any, saved: Mapping[str, Any], **fields: Any) -> Any:
     """The module of the config.json `saved` in `folder`, which an error names."""
     try:

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.policy import algorithms, evaluation, rollouts
-from experiments.rlhf.supervised import experiment as supervised
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import launch, modules, optim
 from experiments.runtime.experiment import Experiment
@@ -145,7 +144,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         params = dict(state.params)
         if config.weights:
             loaded = loading.load_decoder(config.weights, config, placed(lora.without(params['policy'])))
-            params['policy'] = supervised.filled(params['policy'], loaded)
+            params['policy'] = loading.filled(params['policy'], loaded)
         if algorithm.critic and a.critic == 'separate':
             if a.critic_weights:
                 module, critic = loading.load_reward_model(a.critic_weights, config.model)
@@ -153,7 +152,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
                                     'algorithm.critic_weights')
                 params['value'] = jax.device_put(critic, placed(params['value']))
             elif config.weights:
-                params['value'] = supervised.filled(params['value'], {'backbone': loaded})
+                params['value'] = loading.filled(params['value'], {'backbone': loaded})
         return jax.jit(assemble)(params, state.rng)
 
     def divergence(state, batch):

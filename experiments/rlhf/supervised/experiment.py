@@ -109,7 +109,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
         # A reward model has no output head: its backbone cannot say where that one would lie.
         shardings = None if objective.prefix else jax.tree.map(lambda x: x.sharding, inner)
         loaded = loading.load_decoder(config.weights, config, shardings)
-        params = filled(state.params, {objective.prefix: loaded} if objective.prefix else loaded)
+        params = loading.filled(state.params, {objective.prefix: loaded} if objective.prefix else loaded)
         extra = state.extra
         if extra is not None:  # a copy: both are donated to the step
             extra = {'reference': jax.tree.map(lambda x: jnp.array(x, copy=True), params)}
@@ -126,12 +126,6 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
     return Experiment(init, loss, step, architecture.rules(config.model, objective.prefix), objective.batch,
                       lambda: texts.batches(objective.open(config, config.data.split), config),
                       warm_start=warm_start if config.weights else None, hooks=hooks)
-
-
-def filled(fresh: Mapping[str, Any], loaded: Mapping[str, Any]) -> Params:
-    """`fresh` with the leaves that `loaded` has too in place of its own; what is new in `loaded` is left out."""
-    return {name: (filled(leaf, loaded[name]) if isinstance(leaf, Mapping) else loaded[name]) if name in loaded
-            else leaf for name, leaf in fresh.items()}
 
 
 class HeldOut:
