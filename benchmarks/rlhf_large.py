@@ -1,6 +1,5 @@
 """Rows of `benchmarks/rlhf.py` for an accelerator, in bfloat16: sampling against the memory's bandwidth, a learner's
 step against the matrix units', and a whole Online-DPO iteration. Ours alone."""
-import functools
 import statistics
 from typing import Any
 
@@ -92,7 +91,7 @@ def iteration(sizes: Any, run: Any) -> tuple[Times, list[Figure]]:
         work = rlhf_policy.Learner(module, params, reference)
         del params
         tokens, mask = jax.device_put(rlhf_policy.prompts(module, rows // 2, prompt))
-        twice = functools.partial(jnp.tile, reps=(2, 1))
+        twice = lambda x: jnp.repeat(x[:, None], 2, 1)
         held: dict[str, Any] = {}
 
         def sample():
@@ -101,10 +100,11 @@ def iteration(sizes: Any, run: Any) -> tuple[Times, list[Figure]]:
 
         def rewards():
             samples = held['samples']
-            both = jnp.concatenate([twice(tokens), samples.tokens], 1)
-            there = jnp.concatenate([twice(mask), samples.mask], 1)
+            both = jnp.concatenate([twice(tokens), samples.tokens], -1)
+            there = jnp.concatenate([twice(mask), samples.mask], -1)
+            scores = score(reward_params, both.reshape(rows, -1), there.reshape(rows, -1))
             held['batch'] = jax.block_until_ready({'tokens': both, 'mask': samples.mask,
-                                                   'rewards': score(reward_params, both, there)})
+                                                   'rewards': scores.reshape(samples.mask.shape[:2])})
 
         def whole():
             sample(), rewards(), work.step(held['batch'])

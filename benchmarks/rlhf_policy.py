@@ -47,23 +47,24 @@ def prompts(module: GPTNeoX, batch: int, length: int, seed: int = 1) -> tuple[np
 
 
 def response_logprobs(module: GPTNeoX, params: Any, tokens: Array, length: int) -> Array:
-    """Log-probabilities [N, L] of the last `length` of `tokens` [N, T]; only their logits are computed."""
-    hidden = module.apply({'params': params}, tokens, output='hidden')[:, -length - 1:-1]
+    """Log-probabilities [..., L] of the last `length` of `tokens` [..., T]; only their logits are computed."""
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    hidden = module.apply({'params': params}, rows, output='hidden')[:, -length - 1:-1]
     logits = layers.logits(hidden, params['lm_head']['kernel'], dtype=module.dtype)
-    return logprobs.token_logprobs(logits, tokens[:, -length:])
+    return logprobs.token_logprobs(logits, rows[:, -length:]).reshape(*tokens.shape[:-1], length)
 
 
 def online_dpo_loss(module: GPTNeoX, params: Any, ref_logprobs: Array, batch: Mapping[str, Array]) -> Array:
-    """Two samples a prompt, of all-real tokens."""
-    new = response_logprobs(module, params, batch['tokens'], batch['mask'].shape[1])
-    return losses.online_dpo(new, ref_logprobs, batch['mask'], batch['rewards'], 2, beta=BETA)[0]
+    """Of a batch of two samples a prompt, [B, 2, ...], without padding."""
+    new = response_logprobs(module, params, batch['tokens'], batch['mask'].shape[-1])
+    return losses.online_dpo(new, ref_logprobs, batch['mask'], batch['rewards'], beta=BETA)[0]
 
 
 @functools.partial(jax.jit, static_argnames=('module',), donate_argnames=('params', 'opt_state'))
 def dpo_step(module: GPTNeoX, params: Any, opt_state: Any, reference: Any,
              batch: Mapping[str, Array]) -> tuple[Any, Any, Array]:
     """Forward of the reference, forward and backward of the policy, AdamW."""
-    ref = response_logprobs(module, reference, batch['tokens'], batch['mask'].shape[1])
+    ref = response_logprobs(module, reference, batch['tokens'], batch['mask'].shape[-1])
     loss, grads = jax.value_and_grad(lambda p: online_dpo_loss(module, p, ref, batch))(params)
     updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss
@@ -83,11 +84,11 @@ class Learner:
 
 
 def pairs(module: GPTNeoX, rows: int, length: int, response: int) -> dict[str, np.ndarray]:
-    """A batch of `rows / 2` prompts with two samples each; the first of each pair is the better one."""
-    tokens, _ = prompts(module, rows, length)
-    tokens[rows // 2:, :-response] = tokens[:rows // 2, :-response]
-    return {'tokens': tokens, 'mask': np.ones((rows, response), bool),
-            'rewards': (np.arange(rows) < rows // 2).astype(np.float32)}
+    """A batch of `rows / 2` prompts with two samples each, [B, 2, ...]; the first of each pair is the better one."""
+    tokens = prompts(module, rows, length)[0].reshape(rows // 2, 2, length)
+    tokens[:, 1, :-response] = tokens[:, 0, :-response]
+    return {'tokens': tokens, 'mask': np.ones((rows // 2, 2, response), bool),
+            'rewards': np.tile(np.array([1, 0], np.float32), (rows // 2, 1))}
 
 
 def forward_flops(module: GPTNeoX, rows: int, length: int, logits: int) -> float:

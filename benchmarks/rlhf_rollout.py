@@ -34,10 +34,10 @@ WARM = 2  # batches before the clock starts: S = 1 is in its steady state then
 # ---- Loops -----------------------------------------------------------------------------------------------------------
 
 
-def stub_batch(rows: int = 4, prompt: int = 4, response: int = 4) -> dict[str, np.ndarray]:
-    shape = rows, response
-    return {'tokens': np.zeros((rows, prompt + response), np.int32), 'mask': np.ones(shape, bool),
-            'logprobs': np.zeros(shape, np.float32), 'rewards': np.zeros(rows, np.float32)}
+def stub_batch(prompts: int = 2, samples: int = 2, prompt: int = 4, response: int = 4) -> dict[str, np.ndarray]:
+    shape = prompts, samples
+    return {'tokens': np.zeros((*shape, prompt + response), np.int32), 'mask': np.ones((*shape, response), bool),
+            'logprobs': np.zeros((*shape, response), np.float32), 'rewards': np.zeros(shape, np.float32)}
 
 
 def plain_loop(make: Callable, train: Callable, params: Any, steps: int) -> float:
@@ -177,7 +177,8 @@ class SmallPolicy:
         tokens, mask = rlhf_policy.prompts(self.module, rows, prompt, seed=index)
         keys = sample_keys(jax.random.key(0), np.arange(rows) + rows * index, 2, version)
         samples = jax.device_get(generate(self.module, params, tokens, mask, keys, self.sampling, num_samples=2))
-        return {'tokens': np.concatenate([np.tile(tokens, (2, 1)), samples.tokens], 1), 'mask': samples.mask,
+        twice = np.repeat(tokens[:, None], 2, 1)
+        return {'tokens': np.concatenate([twice, samples.tokens], -1), 'mask': samples.mask,
                 'logprobs': samples.logprobs, 'rewards': (samples.tokens % 2 == 0).mean(-1).astype(np.float32)}
 
     def works(self) -> tuple[Callable, Callable]:

@@ -94,7 +94,7 @@ class Decode:
 
     def check(self) -> None:
         """Raises `Disagreement` unless greedy tokens are equal and drawn tokens have the same log-probabilities."""
-        want = np.asarray(self.ours(temperature=0).tokens)[:, :GREEDY_TOKENS]
+        want = np.asarray(self.ours(temperature=0).tokens)[:, 0, :GREEDY_TOKENS]
         others = {'the loop': self.loop(0.0)(self.torch_tokens)[0], 'transformers.generate': self.transformers(0.0)}
         for name, tokens in others.items():
             got = tokens.numpy()[:, :GREEDY_TOKENS]
@@ -102,7 +102,7 @@ class Decode:
                 raise Disagreement(f'greedy tokens of {name}: {int((got != want).sum())} of {want.size} differ from '
                                    'ours; different maths is not timed')
         ours = self.ours()
-        agree('log-probabilities of the tokens we drew', ours.logprobs, self.torch_logprobs(ours.tokens))
+        agree('log-probabilities of the tokens we drew', ours.logprobs[:, 0], self.torch_logprobs(ours.tokens[:, 0]))
         for name, loop in self.loops.items():
             tokens, logprobs = loop(self.torch_tokens)
             both = np.concatenate([self.tokens, tokens.numpy().astype(np.int32)], 1)

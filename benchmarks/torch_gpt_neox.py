@@ -151,8 +151,9 @@ def response_logprobs(model, tokens, length: int):
 
 
 def dpo_loss(policy, reference, tokens, length: int, beta: float):
-    """Mean DPO loss; the first half of the rows are chosen, the second half rejected."""
+    """Mean DPO loss of `tokens` [B, 2, T], the chosen response of each pair first."""
+    rows = tokens.flatten(0, 1)
     with torch.no_grad():
-        ref = response_logprobs(reference, tokens, length).sum(-1)
-    h = (response_logprobs(policy, tokens, length).sum(-1) - ref).view(2, -1)
-    return -F.logsigmoid(beta * (h[0] - h[1])).mean()
+        ref = response_logprobs(reference, rows, length).sum(-1)
+    h = (response_logprobs(policy, rows, length).sum(-1) - ref).view(-1, 2)
+    return -F.logsigmoid(beta * (h[:, 0] - h[:, 1])).mean()

@@ -10,12 +10,12 @@ public name is imported when it is first asked for.
 
 Conventions shared by all of it:
 
-    N         rows of a batch: K completions of each of B prompts, K-major (`[p1..pB, p1..pB, ...]`), so that
-              `x.reshape(K, B)` puts the completions of a prompt in one column
+    B, K      prompts of a batch, and completions of each: every array of completions is [B, K, ...], from the sampler
+              to the loss
     L         response tokens; P, prompt tokens
-    mask      [N, L], True where a token counts: up to and including EOS, nothing after it
-    logprobs  [N, L] float32, of the tokens under the distribution that was sampled from (its temperature included)
-    rewards   [N], one scalar a completion
+    mask      [B, K, L], True where a token counts: up to and including EOS, nothing after it
+    logprobs  [B, K, L] float32, of the tokens under the distribution that was sampled from (its temperature included)
+    rewards   [B, K], one scalar a completion
 """
 import importlib
 from typing import Any

@@ -3,7 +3,6 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import masked
-from rlhf_jax.responses import by_prompt
 
 Array = jax.Array
 
@@ -41,53 +40,59 @@ def gae(rewards: Array, values: Array, *, gamma: float = 1.0, lam: float = 0.95,
 
 
 def whiten(advantages: Array, mask: Array) -> Array:
-    """Zero mean and unit variance over every counted token of the batch, 0 elsewhere: [N, L] -> [N, L].
+    """Zero mean and unit variance over every counted token of the batch, 0 elsewhere: [..., L] -> [..., L].
 
     Over the whole batch. Whitening a single sequence by itself would take out the sign of its reward.
     """
     return jnp.where(mask > 0, masked.whiten(advantages, mask), 0)
 
 
-def leave_one_out(rewards: Array, num_samples: int) -> Array:
+def leave_one_out(rewards: Array) -> Array:
     """RLOO (arXiv 2402.14740): each reward minus the mean of the other completions of its prompt.
 
     Args:
-        rewards: [K * B], K-major.
-        num_samples: K >= 2.
+        rewards: [B, K], K >= 2.
+
+    Returns:
+        [B, K] float32.
 
     Raises:
-        ValueError: K < 2, or rows that are no multiple of K.
+        ValueError: K < 2.
     """
-    if num_samples < 2:
-        raise ValueError(f'num_samples={num_samples}: a leave-one-out baseline needs at least 2')
-    r = by_prompt(_float(rewards), num_samples)
-    return (r - (r.sum(0) - r) / (num_samples - 1)).reshape(-1)
+    rewards = _groups(rewards, 'a leave-one-out baseline')
+    others = rewards.shape[1] - 1
+    return rewards - (rewards.sum(1, keepdims=True) - rewards) / others
 
 
-def group_normalized(rewards: Array, num_samples: int, *, scale: bool = True, eps: float = 1e-7) -> Array:
+def group_normalized(rewards: Array, *, scale: bool = True, eps: float = 1e-7) -> Array:
     """GRPO (arXiv 2402.03300, §4.1.2): `(r - mean) / (std + eps)` over the completions of each prompt.
 
     The standard deviation is the unbiased one. A group whose rewards all agree gets zeros.
 
     Args:
-        rewards: [K * B], K-major.
-        num_samples: K >= 2.
+        rewards: [B, K], K >= 2.
         scale: False leaves the standard deviation out.
 
+    Returns:
+        [B, K] float32.
+
     Raises:
-        ValueError: K < 2, or rows that are no multiple of K.
+        ValueError: K < 2.
     """
-    if num_samples < 2:
-        raise ValueError(f'num_samples={num_samples}: a group needs at least 2 completions of a prompt')
-    r = by_prompt(_float(rewards), num_samples)
-    centered = r - r.mean(0)
+    rewards = _groups(rewards, 'a group')
+    centered = rewards - rewards.mean(1, keepdims=True)
     # Rounding of the mean alone would leave a tied group with a spurious sign.
-    centered = jnp.where((r == r[0]).all(0), 0.0, centered)
+    centered = jnp.where((rewards == rewards[:, :1]).all(1, keepdims=True), 0.0, centered)
     if scale:
-        centered = centered / (jnp.sqrt((centered * centered).sum(0) / (num_samples - 1)) + eps)
-    return centered.reshape(-1)
+        variance = (centered * centered).sum(1, keepdims=True) / (rewards.shape[1] - 1)
+        centered = centered / (jnp.sqrt(variance) + eps)
+    return centered
 
 
-def _float(x: Array) -> Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _groups(rewards: Array, what: str) -> Array:
+    """Rewards [B, K] in at least float32; a ValueError says why `what` cannot be made of other shapes."""
+    rewards = jnp.asarray(rewards)
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f'rewards have shape {rewards.shape}, expected [prompts, completions]: {what} needs at least '
+                         '2 completions of a prompt')
+    return rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32))

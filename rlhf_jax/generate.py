@@ -3,14 +3,14 @@
     tokens, mask = pad_prompts(prompts, buckets=(64, 128, 256))
     module, params = split_blocks(module, params, dtype=jnp.bfloat16)              # once per change of the weights
     sampling = Sampling(max_new_tokens=53, temperature=0.7, stop_tokens=(0,))
-    samples = generate(module, params, tokens, mask, key, sampling, num_samples=2)
+    samples = generate(module, params, tokens, mask, key, sampling, num_samples=2)  # .tokens: [prompts, 2, 53]
 
 The prompt is run once for all its samples. Each layer's cache is a buffer of its own, exactly as long as prompt and
 response, updated in place by the token loop; the loop ends when every row has stopped. A sampled token comes with the
 log-probability it had in the distribution it was drawn from, float32.
 
-Rows are independent of each other, of how the prompt is padded and of which other rows share the batch: row r draws its
-t-th token with `fold_in(keys[r], t)`. `refill.py` relies on it.
+Completions are independent of each other, of how the prompt is padded and of which others share the batch: completion
+(b, k) draws its t-th token with `fold_in(keys[b, k], t)`. `refill.py` relies on it.
 """
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-        max_new_tokens: N, the longest response.
+        max_new_tokens: L, the longest response.
         temperature: logits are divided by it; 0 takes the most likely token.
         top_k: only among the k most likely tokens (ties with the k-th included); 0: all.
         top_p: only among the fewest most likely tokens that together have probability `top_p`, after `top_k`; 1: all.
@@ -67,12 +67,12 @@ class Sampling:
 
 @struct.dataclass
 class Samples:
-    """Responses, one a row.
+    """K responses to each of B prompts.
 
     Attributes:
-        tokens: int32 [R, N], `pad_token` after the stop token.
-        logprobs: float32 [R, N], of each token in the distribution it was drawn from; 0 after the stop token.
-        mask: bool [R, N], True up to and with the stop token.
+        tokens: int32 [B, K, L], `pad_token` after the stop token.
+        logprobs: float32 [B, K, L], of each token in the distribution it was drawn from; 0 after the stop token.
+        mask: bool [B, K, L], True up to and with the stop token.
     """
     tokens: Array
     logprobs: Array
@@ -80,8 +80,8 @@ class Samples:
 
     @property
     def lengths(self) -> Array:
-        """int32 [R], tokens drawn, the stop token included."""
-        return self.mask.sum(1, dtype=jnp.int32)
+        """int32 [B, K], tokens drawn, the stop token included."""
+        return self.mask.sum(-1, dtype=jnp.int32)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], *, buckets: Sequence[int], pad_token: int = 0,
@@ -116,13 +116,18 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, buckets: Sequence[int], pad
     return tokens, mask
 
 
-def row_keys(key: Array, rows: int) -> Array:
-    """Keys [rows]: key r is `fold_in(key, r)`. An array of keys is returned as it is, if there are `rows` of them."""
+def completion_keys(key: Array, num_prompts: int, num_samples: int) -> Array:
+    """Keys [B, K], one a completion, from one key; keys of that shape are returned as they are.
+
+    Key (b, k) is `fold_in(key, k B + b)`, so that more completions of the same prompts leave the first ones unchanged.
+    """
+    shape = num_prompts, num_samples
     if key.ndim:
-        if key.shape != (rows,):
-            raise ValueError(f'{key.shape[0]} keys for {rows} rows')
+        if key.shape != shape:
+            raise ValueError(f'keys have shape {key.shape}, expected {shape}, one a completion')
         return key
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    number = jnp.arange(num_samples) * num_prompts + jnp.arange(num_prompts)[:, None]
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, number)
 
 
 def sampling_logits(logits: Array, drawn: Array, sampling: Sampling) -> Array:
@@ -232,8 +237,9 @@ def _generate(module: Any, params: Any, tokens: Array, mask: Array, key: Array, 
     prompts, length = tokens.shape
     rows, steps = prompts * num_samples, sampling.max_new_tokens
     by_device = lambda x: nn.with_logical_constraint(x, ('batch',) + (None,) * (x.ndim - 1))
-    # Inside, a prompt's samples are beside each other, so that copies of its cache stay on its device.
-    keys = by_device(jnp.swapaxes(row_keys(key, rows).reshape(num_samples, prompts), 0, 1).reshape(rows))
+    # While decoding, a row is a completion. Those of a prompt are beside each other: copies of its cache stay on its
+    # device.
+    keys = by_device(completion_keys(key, prompts, num_samples).reshape(rows))
     logits, cache = prefill(module, params, tokens, mask, length + steps - 1)  # the last token is not fed back
     cache, logits = cache.repeat(num_samples), by_device(jnp.repeat(logits, num_samples, 0))
     split, params = split_blocks(module, params, dtype=module.dtype)
@@ -254,8 +260,7 @@ def _generate(module: Any, params: Any, tokens: Array, mask: Array, key: Array, 
     out = write(out, 0, token, logprob, jnp.zeros(rows, bool))
     carry = (jnp.int32(1), token, stop, cache, out)
     out = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[2].all(), body, carry)[-1]
-    return jax.tree.map(
-        lambda x: jnp.swapaxes(by_device(x).reshape(prompts, num_samples, steps), 0, 1).reshape(rows, steps), out)
+    return jax.tree.map(lambda x: by_device(by_device(x).reshape(prompts, num_samples, steps)), out)
 
 
 def generate(module: Any, params: Any, tokens: Array, mask: Array, key: Array, sampling: Sampling, *,
@@ -267,12 +272,12 @@ def generate(module: Any, params: Any, tokens: Array, mask: Array, key: Array, s
         params: of it, stacked or split (`decoder.split_blocks`; then they exist only once while decoding).
         tokens: int32 [B, P], padded left or right.
         mask: bool [B, P], True at the tokens of the prompts, at least one a row.
-        key: one key, for all rows (`row_keys`), or one a row, [num_samples B].
+        key: one key for all (`completion_keys`), or one a completion, [B, K].
         sampling: how.
         num_samples: K.
 
     Returns:
-        K B rows, copy-major: the first samples of all prompts, then the second ones.
+        Arrays [B, K, L].
 
     Raises:
         ValueError: prompts that do not fit the model, a stop token outside the vocabulary, or `num_samples` below 1.

@@ -34,7 +34,7 @@ def estimate(logprobs: Array, ref_logprobs: Array, kind: str = 'k1') -> Array:
 
 
 def sequence_kl(logprobs: Array, ref_logprobs: Array, mask: Array, kind: str = 'k1') -> Array:
-    """Sum of `estimate` over each response: [N, L] -> [N], in nats."""
+    """Sum of `estimate` over each response: [..., L] -> [...], in nats."""
     return masked.total(estimate(masked.zeroed(logprobs, mask), masked.zeroed(ref_logprobs, mask), kind), mask, -1)
 
 
@@ -43,33 +43,33 @@ def token_rewards(scores: Array, kl: Array, mask: Array, coefficient: float | Ar
     """Rewards of each token for PPO: `-coefficient * kl_t`, plus the response's score at its end.
 
     Args:
-        scores: [N].
-        kl: [N, L] per token.
-        mask: [N, L].
+        scores: [...], one a response.
+        kl: [..., L] per token.
+        mask: [..., L].
         coefficient: beta.
         after_eos: put the score one position past EOS where there is one, as the published PPO runs did (and count
             values up to that position too, `value_mask`); by default it stands at the last token.
 
     Returns:
-        [N, L] float32.
+        [..., L] float32.
     """
     num_tokens = mask.shape[-1]
     length = (mask > 0).sum(-1)
     end = jnp.minimum(length, num_tokens - 1) if after_eos else length - 1
-    at_end = jnp.arange(num_tokens) == end[:, None]
-    return masked.zeroed(-coefficient * kl, mask) + jnp.where(at_end, scores[:, None].astype(jnp.float32), 0.0)
+    at_end = jnp.arange(num_tokens) == end[..., None]
+    return masked.zeroed(-coefficient * kl, mask) + jnp.where(at_end, scores[..., None].astype(jnp.float32), 0.0)
 
 
 def value_mask(mask: Array, *, after_eos: bool = False) -> Array:
-    """Positions whose values count: those of `mask`, and with `after_eos` the one that follows. bool [N, L]."""
+    """Positions whose values count: those of `mask`, and with `after_eos` the one that follows. bool [..., L]."""
     mask = mask > 0
     if not after_eos:
         return mask
-    return mask | (jnp.arange(mask.shape[-1]) == mask.sum(-1)[:, None])
+    return mask | (jnp.arange(mask.shape[-1]) == mask.sum(-1)[..., None])
 
 
 def penalized_scores(scores: Array, kl: Array, mask: Array, coefficient: float | Array) -> Array:
-    """One reward for each response, `score - coefficient * sum_t kl_t`: [N], [N, L] -> [N]. For RLOO and GRPO."""
+    """One reward for each response, `score - coefficient * sum_t kl_t`: [...], [..., L] -> [...]."""
     return scores.astype(jnp.float32) - coefficient * masked.total(kl, mask, -1)
 
 

@@ -52,7 +52,7 @@ def entropy(logits: Array, temperature: float | Array = 1.0) -> Array:
 
 
 def sequence_logprobs(logprobs: Array, mask: Array) -> Array:
-    """Log-probability of each whole response, `sum_t mask_t logprobs_t`: [N, L] -> [N]. Not divided by its length."""
+    """Log-probability of each whole response, `sum_t mask_t logprobs_t`, whatever its length: [..., L] -> [...]."""
     return masked.total(logprobs, mask, -1)
 
 

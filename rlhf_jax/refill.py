@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rlhf_jax.generate import Samples, Sampling, check_prompts, next_token, prefill, row_keys
+from rlhf_jax.generate import Samples, Sampling, check_prompts, completion_keys, next_token, prefill
 from rlhf_jax.models.decoder import Cache, split_blocks
 
 Array = jax.Array
@@ -31,7 +31,7 @@ class RefilledSamples(Samples):
     """`Samples`, and the version of the weights that drew each token.
 
     Attributes:
-        versions: int32 [R, N], -1 after the stop token.
+        versions: int32 [B, K, L], -1 after the stop token.
     """
     versions: Array
 
@@ -46,7 +46,7 @@ class _Slots:
         drawn: int32 [S], tokens drawn so far.
         active: bool [S], whether another is to be drawn.
         keys: [S].
-        samples: of the S rows.
+        samples: of the S rows, [S, L].
     """
     cache: Cache
     token: Array
@@ -80,7 +80,7 @@ def generate_refilled(module: Any, weights: Weights, tokens: np.ndarray, mask: n
         weights: () -> (its parameters, their version >= 0). Called before every chunk. Parameters that come stacked are
             split before every chunk, so hand over split ones (`decoder.split_blocks`).
         tokens, mask: [B, P], padded prompts as of `generate`.
-        key: one key for all K B rows, or one a row.
+        key: one key for all, or one a completion, [B, K].
         sampling: how.
         slots: rows that decode together.
         chunk: tokens between two looks at which rows have ended.
@@ -88,7 +88,7 @@ def generate_refilled(module: Any, weights: Weights, tokens: np.ndarray, mask: n
         statistics: filled in.
 
     Returns:
-        K B rows in the order of `generate`, numpy arrays.
+        NumPy arrays [B, K, L], as `generate` returns them.
 
     Raises:
         ValueError: prompts that do not fit the model, or fewer than one slot, token a chunk or sample.
@@ -99,11 +99,13 @@ def generate_refilled(module: Any, weights: Weights, tokens: np.ndarray, mask: n
         if number < 1:
             raise ValueError(f'{name}={number} must be at least 1')
     rows = len(tokens) * num_samples
-    keys, slots = row_keys(key, rows), min(slots, rows)
+    keys, slots = completion_keys(key, len(tokens), num_samples), min(slots, rows)
     statistics = statistics if statistics is not None else Statistics()
     split = module.clone(stacked=False)
     state, out = None, None
-    waiting, place = collections.deque(range(rows)), np.full(slots, -1)  # row in each slot
+    # Rows are completions; the first of every prompt goes before any second one.
+    waiting = collections.deque(b * num_samples + k for k in range(num_samples) for b in range(len(tokens)))
+    place = np.full(slots, -1)  # row in each slot
 
     while waiting or (place >= 0).any():
         params, version = weights()
@@ -126,7 +128,7 @@ def generate_refilled(module: Any, weights: Weights, tokens: np.ndarray, mask: n
                 buffer[place[ended]] = new
             statistics.tokens += int(drawn[ended].sum()) - len(ended)
             place[ended] = -1
-    return out
+    return jax.tree.map(lambda x: x.reshape(len(tokens), num_samples, -1), out)
 
 
 def _decode_params(module: Any, params: Any) -> Any:
@@ -141,13 +143,14 @@ def _split(module: Any, params: Any) -> Any:
 
 def _admit(module: Any, params: Any, state: _Slots | None, tokens: np.ndarray, mask: np.ndarray, keys: Array,
            sampling: Sampling, rows: Sequence[int], free: np.ndarray, version: int, slots: int) -> _Slots:
-    """Prefills `rows` into the slots `free`, their number rounded up to a power of two for few shapes to compile."""
+    """Prefills `rows` (completion k of prompt b is row `b K + k`) into the slots `free`, their number rounded up to a
+    power of two for few shapes to compile."""
     size = min(1 << (len(rows) - 1).bit_length(), slots)
     padded = list(rows) + [rows[0]] * (size - len(rows))
     into = np.full(size, slots)  # an index past the end: dropped
     into[:len(rows)] = free
-    prompt = np.array(padded) % len(tokens)
-    fresh = _start(module, params, tokens[prompt], mask[prompt], keys[np.array(padded)], jnp.int32(version), sampling)
+    prompt, sample = np.divmod(np.array(padded), keys.shape[1])
+    fresh = _start(module, params, tokens[prompt], mask[prompt], keys[prompt, sample], jnp.int32(version), sampling)
     if state is None:
         state = jax.tree.map(lambda x: jnp.repeat(x[:1], slots, 0), fresh)  # whatever; no row is in these slots
         state = state.replace(active=jnp.zeros(slots, bool))

@@ -1,4 +1,4 @@
-"""Responses as token arrays: where they end, which tokens count, where the reward model reads, how rows are laid out.
+"""Responses as token arrays: where they end, which tokens count, where the reward model reads, which keys draw them.
 
 A response ends at its first EOS, which is part of it and is trained on. Its end is found from EOS and never from
 padding: with pad = eos the two cannot be told apart, and a response cut at the first pad loses the token that ends it.
@@ -59,35 +59,25 @@ def score_index(lengths: Array, num_prompt: int, *, before_eos: bool = False) ->
 
 
 def penalize_missing_eos(rewards: Array, tokens: Array, eos: int, penalty: float | None = -1.0) -> Array:
-    """Rewards [N] with `penalty` in place of the reward of each response [N, L] that never ends. None leaves them."""
+    """Rewards [...] with `penalty` in place of that of each response [..., L] that never ends. None leaves them."""
     if penalty is None:
         return rewards
     return jnp.where((tokens == eos).any(-1), rewards, penalty)
 
 
-def by_prompt(x: Array, num_samples: int, name: str = 'rewards') -> Array:
-    """[K * B, ...] in K-major order -> [K, B, ...].
-
-    Raises:
-        ValueError: rows that are no multiple of `num_samples`.
-    """
-    if num_samples < 1 or x.shape[0] % num_samples or not x.shape[0]:
-        raise ValueError(f'{name}: {x.shape[0]} rows cannot hold num_samples={num_samples} completions of every prompt')
-    return x.reshape(num_samples, x.shape[0] // num_samples, *x.shape[1:])
-
-
-def repeat_prompts(prompts: Array, num_samples: int) -> Array:
-    """[B, ...] -> [K * B, ...], K-major: the whole batch of prompts, K times over."""
-    return jnp.tile(prompts, (num_samples,) + (1,) * (prompts.ndim - 1))
+def pick(x: Array, index: Array) -> Array:
+    """The completions `index` of each prompt: [B, K, ...], int [B, C] -> [B, C, ...]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), 1)
 
 
 def sample_keys(key: Array, prompt_ids: Array, num_samples: int, version: int | Array = 0) -> Array:
-    """One key for each (prompt, sample, policy version): K-major [K * B] typed keys.
+    """One typed key for each (prompt, completion, policy version): int [B] -> [B, K].
 
-    A completion's randomness hangs on its prompt's id and not on its place, so neither reordering prompts nor drawing
-    more completions changes those that were drawn before.
+    Key (b, k) is `key` folded with the version, then with `prompt_ids[b]`, then with k. A completion's randomness
+    depends on its prompt's id and not on its place, so neither reordering prompts nor drawing more completions changes
+    those that were drawn before.
     """
     key = jax.random.fold_in(key, version)
     per_prompt = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(prompt_ids, jnp.uint32))
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-    return fold(per_prompt, jnp.arange(num_samples, dtype=jnp.uint32)).reshape(-1)
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return fold(per_prompt, jnp.arange(num_samples, dtype=jnp.uint32))

@@ -4,6 +4,8 @@ Three policies may take part. `logprobs` are of the policy that is trained; `old
 clipped around (proximal); `behaviour_logprobs` of the one that sampled, as the sampler returned them. In synchronous
 training the last two are one. Recomputing `old_logprobs` with the learner's weights and calling them the sampler's
 makes every ratio 1 and hides staleness altogether.
+
+Every loss is a mean over completions or their tokens, whatever the leading axes: [B, K, L] here, a part of it as well.
 """
 import jax
 import jax.numpy as jnp
@@ -25,15 +27,15 @@ def importance_weights(logprobs: Array, behaviour_logprobs: Array, mask: Array, 
     """Weights `pi / pi_behaviour` that correct the expectation over stale samples, bounded above; without gradient.
 
     Args:
-        logprobs: [N, L] of the policy the expectation should be under (the proximal one).
-        behaviour_logprobs: [N, L] as the sampler returned them.
+        logprobs: [B, K, L] of the policy the expectation should be under (the proximal one).
+        behaviour_logprobs: [B, K, L] as the sampler returned them.
         cap: upper bound. Unbounded weights let a few samples decide the step.
         level: 'token' weights each token by its own ratio; 'sequence' all of a response's tokens by the product of
             them.
         beyond: weights above `cap` are cut down to it ('truncate') or set to 0 ('mask').
 
     Returns:
-        [N, L] float32, or [N, 1] for 'sequence'. Tokens that do not count get 1.
+        [B, K, L] float32, or [B, K, 1] for 'sequence'. Tokens that do not count get 1.
 
     Raises:
         ValueError: another `level` or `beyond`, or `cap` not positive.
@@ -60,10 +62,10 @@ def ppo(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, *,
         loss = mean_t w_t max(-A_t rho_t, -A_t clip(rho_t, 1 - clip, 1 + clip))
 
     Args:
-        logprobs, old_logprobs, mask: [N, L].
-        advantages: [N, L], or [N, 1] to give all tokens of a response one.
+        logprobs, old_logprobs, mask: [B, K, L].
+        advantages: [B, K, L], or [B, K, 1] to give all tokens of a response one.
         clip, clip_high: bounds of the ratio below and above 1; `clip_high` None: the same.
-        weights: [N, L] or [N, 1], `importance_weights`; None: 1.
+        weights: [B, K, L] or [B, K, 1], `importance_weights`; None: 1.
 
     The critic's part is `value_loss`; the paper adds 0.1 of it.
 
@@ -84,8 +86,8 @@ def value_loss(values: Array, old_values: Array, returns: Array, mask: Array, *,
         loss = 1/2 mean_t max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2)
 
     Args:
-        values, old_values, returns: [N, L]; `old_values` are those the advantages were made from.
-        mask: [N, L], `kl.value_mask`.
+        values, old_values, returns: [B, K, L]; `old_values` are those the advantages were made from.
+        mask: [B, K, L], `kl.value_mask`.
         clip: None leaves the clipping out.
 
     Returns:
@@ -113,8 +115,8 @@ def decoupled_ppo(logprobs: Array, proximal_logprobs: Array, behaviour_logprobs:
         loss = mean_t (pi_prox / pi_behaviour)_t max(-A_t rho_t, -A_t clip(rho_t)),    rho_t = pi / pi_prox
 
     Args:
-        proximal_logprobs: [N, L], of the learner's weights before this batch's first step.
-        behaviour_logprobs: [N, L], as the sampler returned them.
+        proximal_logprobs: [B, K, L], of the learner's weights before this batch's first step.
+        behaviour_logprobs: [B, K, L], as the sampler returned them.
         cap, level, beyond: of the weights, as in `importance_weights`.
 
     With `proximal_logprobs = behaviour_logprobs` it is `ppo`.
@@ -130,9 +132,9 @@ def rloo(logprobs: Array, advantages: Array, mask: Array, *, weights: Array | No
     """REINFORCE with a leave-one-out baseline (arXiv 2402.14740): `-mean_i w_i A_i sum_t log pi(x_t)`.
 
     Args:
-        logprobs, mask: [N, L].
-        advantages: [N], `advantages.leave_one_out` of rewards with their KL price (`kl.penalized_scores`).
-        weights: [N] or [N, 1], `importance_weights(level='sequence')`; None: 1.
+        logprobs, mask: [B, K, L].
+        advantages: [B, K], `advantages.leave_one_out` of rewards with their KL price (`kl.penalized_scores`).
+        weights: [B, K] or [B, K, 1], `importance_weights(level='sequence')`; None: 1.
 
     Returns:
         Metrics `advantage_std` and `sequence_logprob`.
@@ -150,9 +152,9 @@ def proximal_rloo(logprobs: Array, old_logprobs: Array, advantages: Array, mask:
         loss = mean_i max(-A_i rho_i, -A_i clip(rho_i, 1 - clip, 1 + clip))
 
     Args:
-        logprobs, old_logprobs, mask: [N, L]; `old_logprobs` as the sampler returned them, so that the ratio sees
+        logprobs, old_logprobs, mask: [B, K, L]; `old_logprobs` as the sampler returned them, so that the ratio sees
             staleness.
-        advantages: [N], `advantages.leave_one_out`; not normalised.
+        advantages: [B, K], `advantages.leave_one_out`; not normalised.
 
     Returns:
         Metrics `ratio`, `clip_fraction` and `old_kl`, over sequences.
@@ -170,9 +172,9 @@ def grpo(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, *
         loss = mean_i mean_t [ w_t max(-A_i rho_t, -A_i clip(rho_t)) + beta k3(pi || ref)_t ]
 
     Args:
-        logprobs, old_logprobs, mask: [N, L].
-        advantages: [N], `advantages.group_normalized`.
-        ref_logprobs: [N, L], needed if `beta` is not 0.
+        logprobs, old_logprobs, mask: [B, K, L].
+        advantages: [B, K], `advantages.group_normalized`.
+        ref_logprobs: [B, K, L], needed if `beta` is not 0.
         clip, clip_high, weights: as in `ppo`.
         mean_over: 'sequence' gives every response one vote, as published; 'token' every token (arXiv 2503.14476, §3.3).
 
@@ -186,7 +188,7 @@ def grpo(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, *
         raise ValueError(f'mean_over={mean_over!r} is not one of {MEANS}')
     if beta and ref_logprobs is None:
         raise ValueError(f'beta={beta} needs ref_logprobs')
-    losses, metrics = _clipped(logprobs, old_logprobs, advantages[:, None], mask, clip, clip_high)
+    losses, metrics = _clipped(logprobs, old_logprobs, advantages[..., None], mask, clip, clip_high)
     if weights is not None:
         losses = losses * weights
         metrics |= {'weight': masked.mean(jnp.broadcast_to(weights, mask.shape), mask)}

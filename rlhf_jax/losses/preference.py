@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import masked
 from rlhf_jax.logprobs import sequence_logprobs
-from rlhf_jax.responses import by_prompt
+from rlhf_jax.responses import pick
 
 Array = jax.Array
 Loss = tuple[Array, dict[str, Array]]
@@ -21,11 +21,11 @@ def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, 
         sigmoid:  -log sigmoid(beta h)          ipo:  (h - 1 / (2 beta))^2
 
     Args:
-        chosen, rejected: [N], log-probabilities of whole responses under the policy (`sequence_logprobs`), not divided
+        chosen, rejected: [B], log-probabilities of whole responses under the policy (`sequence_logprobs`), not divided
             by their length.
-        ref_chosen, ref_rejected: [N], the same under the reference.
+        ref_chosen, ref_rejected: [B], the same under the reference.
         beta: price of divergence from the reference.
-        weights: [N], pairs where it is 0 do not count. The mean is over those that do; 0 if none does.
+        weights: [B], pairs where it is 0 do not count. The mean is over those that do; 0 if none does.
 
     Returns:
         Metrics `chosen`, `rejected`: mean implicit rewards `beta (log pi - log ref)`; `margin`, their difference;
@@ -54,88 +54,83 @@ def dpo(chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array, 
         'pairs': weights.sum().astype(jnp.float32)})
 
 
-def best_worst(rewards: Array, num_samples: int, *, ties: str = 'drop') -> tuple[Array, Array, Array]:
-    """Rows of the best and the worst completion of each prompt.
+def best_worst(rewards: Array, *, ties: str = 'drop') -> tuple[Array, Array, Array]:
+    """The best and the worst completion of each prompt.
 
     Args:
-        rewards: [K * B], K-major; the first of several equal ones is taken.
-        num_samples: K >= 2. With K > 2 only the extremes are used.
+        rewards: [B, K], K >= 2; the first of several equal ones is taken. With K > 2 only the extremes are used.
         ties: what becomes of a prompt whose completions all have one reward (common: none of them ended, and all got
             the same penalty). 'drop' does not count it; 'order' makes the first the chosen and the second the rejected;
             'same' takes one completion for both, which has no gradient but counts in the mean. The last two are the
             published trainers' habits, with generation in the training library and with vLLM.
 
     Returns:
-        `(chosen, rejected, counts)`: int32 [B] and [B] rows of the batch, bool [B]. A group that holds a reward which
-        is not finite does not count either.
+        `(chosen, rejected, counts)`: int32 [B] and [B], which of the K completions, and bool [B], whether the pair
+        counts. A group that holds a reward which is not finite does not count either.
 
     Raises:
-        ValueError: K < 2, rows that are no multiple of K, or another `ties`.
+        ValueError: K < 2, or another `ties`.
     """
-    if num_samples < 2:
-        raise ValueError(f'num_samples={num_samples}: a pair needs at least 2 completions of a prompt')
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f'rewards have shape {rewards.shape}, expected [prompts, completions]: a pair needs at least '
+                         '2 completions of a prompt')
     if ties not in TIES:
         raise ValueError(f'ties={ties!r} is not one of {TIES}')
-    r = by_prompt(rewards, num_samples)
-    best, worst = jnp.argmax(r, 0), jnp.argmin(r, 0)
-    tied = r.max(0) == r.min(0)
-    counts = jnp.isfinite(r).all(0)
+    best, worst = jnp.argmax(rewards, 1), jnp.argmin(rewards, 1)
+    tied = rewards.max(1) == rewards.min(1)
+    counts = jnp.isfinite(rewards).all(1)
     if ties == 'drop':
         counts &= ~tied
     if ties != 'same':
         worst = jnp.where(tied, 1, worst)
-    num_prompts = r.shape[1]
-    prompt = jnp.arange(num_prompts)
-    return ((best * num_prompts + prompt).astype(jnp.int32), (worst * num_prompts + prompt).astype(jnp.int32), counts)
+    return best.astype(jnp.int32), worst.astype(jnp.int32), counts
 
 
-def online_dpo(logprobs: Array, ref_logprobs: Array, mask: Array, rewards: Array, num_samples: int, *,
-               beta: float = 0.1, loss_type: str = 'sigmoid', ties: str = 'drop') -> Loss:
+def online_dpo(logprobs: Array, ref_logprobs: Array, mask: Array, rewards: Array, *, beta: float = 0.1,
+               loss_type: str = 'sigmoid', ties: str = 'drop') -> Loss:
     """DPO on the best and worst of K fresh completions (arXiv 2402.04792; async RLHF §3.1).
 
     There is no correction for stale samples: a pair is a pair, whoever wrote it.
 
     Args:
-        logprobs, ref_logprobs: [K * B, L] of the sampled tokens under policy and reference.
-        mask: [K * B, L].
-        rewards: [K * B].
-        num_samples: K >= 2.
+        logprobs, ref_logprobs: [B, K, L] of the sampled tokens under policy and reference (`token_logprobs`).
+        mask: [B, K, L].
+        rewards: [B, K], K >= 2.
         beta, loss_type: as in `dpo`.
         ties: as in `best_worst`.
 
-    With K > 2 most rows end up unused: to spare their forward passes, pick rows with `best_worst` first and call `dpo`.
+    With K > 2 most completions end up unused: to spare their forward passes, pick the pairs with `best_worst` and
+    `responses.pick` first and call `dpo`.
 
     Returns:
         The metrics of `dpo`, and `tied` (share of prompts whose rewards all agree), `not_finite` (share that hold a
         reward which is not finite, and do not count), `reward` and `reward_gap` (best - worst), means over the others.
     """
-    chosen, rejected, counts = best_worst(rewards, num_samples, ties=ties)
-    s, ref = sequence_logprobs(logprobs, mask), sequence_logprobs(ref_logprobs, mask)
-    loss, metrics = dpo(s[chosen], s[rejected], ref[chosen], ref[rejected], beta=beta, loss_type=loss_type,
-                        weights=counts)
-    r = by_prompt(rewards.astype(jnp.float32), num_samples)
-    gap, finite = r.max(0) - r.min(0), jnp.isfinite(r).all(0)
+    chosen, rejected, counts = best_worst(rewards, ties=ties)
+    pair = jnp.stack([chosen, rejected], 1)
+    s, ref = (pick(sequence_logprobs(x, mask), pair) for x in (logprobs, ref_logprobs))
+    loss, metrics = dpo(s[:, 0], s[:, 1], ref[:, 0], ref[:, 1], beta=beta, loss_type=loss_type, weights=counts)
+    rewards = rewards.astype(jnp.float32)
+    gap, finite = rewards.max(1) - rewards.min(1), jnp.isfinite(rewards).all(1)
     return loss, metrics | jax.lax.stop_gradient({
         'tied': (gap == 0).mean(dtype=jnp.float32), 'not_finite': 1 - finite.mean(dtype=jnp.float32),
-        'reward': masked.mean(r.mean(0), finite), 'reward_gap': masked.mean(gap, finite)})
+        'reward': masked.mean(rewards.mean(1), finite), 'reward_gap': masked.mean(gap, finite)})
 
 
-def best_of_n(logprobs: Array, mask: Array, rewards: Array, num_samples: int) -> Loss:
+def best_of_n(logprobs: Array, mask: Array, rewards: Array) -> Loss:
     """Fine-tuning on the best of K completions (async RLHF §3.4): `-mean_b sum_t log pi(best_b)_t`.
 
     No reference and no KL; sums are not divided by length; of equal rewards the first wins.
 
     Args:
-        logprobs, mask: [K * B, L].
-        rewards: [K * B].
-        num_samples: K >= 1; 1 is plain fine-tuning on samples.
+        logprobs, mask: [B, K, L].
+        rewards: [B, K]; K = 1 is plain fine-tuning on samples.
 
     Returns:
         Metrics `reward` (of all) and `best_reward`. A group that holds a reward which is not finite does not count.
     """
-    r = by_prompt(rewards.astype(jnp.float32), num_samples)
-    counts = jnp.isfinite(r).all(0)
-    s = by_prompt(sequence_logprobs(logprobs, mask), num_samples)
-    best = jnp.take_along_axis(s, jnp.argmax(r, 0)[None], 0)[0]
+    rewards = rewards.astype(jnp.float32)
+    counts = jnp.isfinite(rewards).all(1)
+    best = pick(sequence_logprobs(logprobs, mask), jnp.argmax(rewards, 1)[:, None])[:, 0]
     return -masked.mean(best, counts), jax.lax.stop_gradient({
-        'reward': masked.mean(r.mean(0), counts), 'best_reward': masked.mean(r.max(0), counts)})
+        'reward': masked.mean(rewards.mean(1), counts), 'best_reward': masked.mean(rewards.max(1), counts)})

@@ -1,14 +1,14 @@
 """What a rollout batch holds, its minibatches, its staleness, and its form in a checkpoint.
 
-A batch is a dict of arrays over N rows (K-major, see `rlhf_jax`):
+A batch is a dict of arrays over B prompts and K completions of each:
 
-    tokens          int [N, P + L], prompt (padded on the left) and response
-    mask            [N, L], True at the response's tokens up to and including EOS
-    logprobs        float32 [N, L], as the sampler drew them
-    rewards         float32 [N]
-    policy_version  int32 [N, L], of the weights that drew each token
+    tokens          int [B, K, P + L], prompt (padded on the left) and response
+    mask            [B, K, L], True at the response's tokens up to and including EOS
+    logprobs        float32 [B, K, L], as the sampler drew them
+    rewards         float32 [B, K]
+    policy_version  int32 [B, K, L], of the weights that drew each token
 
-and whatever else the task wants to carry (prompt ids, reference log-probabilities), over the same N rows.
+and whatever else the task wants to carry (prompt ids, reference log-probabilities), each [B, K, ...].
 """
 import base64
 import zlib
@@ -27,26 +27,29 @@ def check(batch: Mapping[str, Any], where: str = 'rollout') -> None:
     """Refuses a batch that a learner would choke on, or worse, not choke on.
 
     Raises:
-        ValueError: a field is missing or has another shape than its kin, there is no row, or a log-probability of a
-            counted token or a reward is not finite.
+        ValueError: a field is missing or has another shape than the others, there is no completion, or a
+            log-probability of a counted token or a reward is not finite.
     """
     for name in FIELDS:
         if name not in batch:
             raise ValueError(f'{where}: field {name} is missing; a batch holds {FIELDS}')
     shape = np.shape(batch['logprobs'])
-    if len(shape) != 2 or not shape[0]:
-        raise ValueError(f'{where}: logprobs have shape {shape}, expected [rows, response tokens] and at least one row')
+    if len(shape) != 3 or not shape[0] * shape[1]:
+        raise ValueError(f'{where}: logprobs have shape {shape}, expected [prompts, completions, response tokens] and '
+                         'at least one completion')
+    axes = f'{shape[0]}, {shape[1]}'
     for name in ('mask', 'policy_version'):
         if np.shape(batch[name]) != shape:
             raise ValueError(f'{where}: {name} has shape {np.shape(batch[name])}, expected {shape} as logprobs')
     tokens = np.shape(batch['tokens'])
-    if len(tokens) != 2 or tokens[1] < shape[1]:
-        raise ValueError(f'{where}: tokens have shape {tokens}, expected [{shape[0]}, at least {shape[1]}]')
-    if np.shape(batch['rewards']) != shape[:1]:
-        raise ValueError(f"{where}: rewards have shape {np.shape(batch['rewards'])}, expected {shape[:1]}, one a row")
+    if len(tokens) != 3 or tokens[2] < shape[2]:
+        raise ValueError(f'{where}: tokens have shape {tokens}, expected [{axes}, at least {shape[2]}]')
+    if np.shape(batch['rewards']) != shape[:2]:
+        raise ValueError(f"{where}: rewards have shape {np.shape(batch['rewards'])}, expected {shape[:2]}, one a "
+                         'completion')
     for name, x in batch.items():
-        if not np.ndim(x) or len(x) != shape[0]:
-            raise ValueError(f'{where}: {name} has shape {np.shape(x)}, expected {shape[0]} rows')
+        if np.shape(x)[:2] != shape[:2]:
+            raise ValueError(f'{where}: {name} has shape {np.shape(x)}, expected [{axes}, ...]')
     for name, x in (('rewards', batch['rewards']), ('logprobs', np.where(batch['mask'], batch['logprobs'], 0))):
         if bad := int((~np.isfinite(x)).sum()):
             raise ValueError(f'{where}: {bad} of {np.size(x)} {name} are not finite')
@@ -71,28 +74,24 @@ def optimizer_steps_behind(lag: int, num_minibatches: int, num_epochs: int, mini
     return lag * num_minibatches * num_epochs + epoch * num_minibatches + minibatch
 
 
-def minibatches(batch: Mapping[str, np.ndarray], num_samples: int, num_minibatches: int, *,
+def minibatches(batch: Mapping[str, np.ndarray], num_minibatches: int, *,
                 rng: np.random.Generator | None = None) -> Iterator[Batch]:
-    """Splits a batch between prompts: every minibatch holds all K completions of its prompts, K-major again.
+    """Splits a batch between prompts: every minibatch holds all K completions of its prompts.
 
     Args:
-        num_samples: K.
-        num_minibatches: N; must divide the number of prompts.
+        batch: arrays [B, ...].
+        num_minibatches: N; must divide B.
         rng: shuffles the prompts first; None keeps their order.
 
     Raises:
-        ValueError: rows or prompts that do not divide.
+        ValueError: prompts that do not divide.
     """
-    rows = len(batch['rewards'])
-    if num_samples < 1 or rows % num_samples:
-        raise ValueError(f'num_samples={num_samples} does not divide the {rows} rows of a batch')
-    prompts = rows // num_samples
+    prompts = len(batch['rewards'])
     if num_minibatches < 1 or prompts % num_minibatches:
         raise ValueError(f'num_minibatches={num_minibatches} does not divide the {prompts} prompts of a batch')
     order = np.arange(prompts) if rng is None else rng.permutation(prompts)
     for part in order.reshape(num_minibatches, -1):
-        chosen = (np.arange(num_samples)[:, None] * prompts + part).reshape(-1)
-        yield {name: x[chosen] for name, x in batch.items()}
+        yield {name: x[part] for name, x in batch.items()}
 
 
 def to_json(batch: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:

@@ -178,13 +178,15 @@ class RolloutStream(Iterator[Batch]):
         """Goes to a saved position; before anything is published. The version due next is the number of batches drawn.
 
         Raises:
-            ValueError: a saved batch would exceed `max_staleness` (which was larger when it was generated).
+            ValueError: a saved batch would exceed `max_staleness` (which was larger when it was generated), or is no
+                batch (`rollout.batch.check`).
             RuntimeError: the stream is already in use.
         """
         if self._published >= 0 or self._thread is not None:
             raise RuntimeError('set_state must come before the first publish')
         batches = [batch_lib.from_json(saved) for saved in state['batches']]
         for i, b in enumerate(batches, state['next']):
+            batch_lib.check(b, f'batch {i} of the checkpoint')
             if (lag := batch_lib.staleness(b, i)) > self._bound:
                 raise ValueError(f'max_staleness={self._bound}, but batch {i} of the checkpoint will be {lag} versions '
                                  f'old; resume with max_staleness={lag} or more')

@@ -65,18 +65,3 @@ def exact_match(completions: Sequence[str], labels: Sequence[str]) -> np.ndarray
     if len(completions) != len(labels):
         raise ValueError(f'labels: there are {len(labels)} for {len(completions)} completions')
     return np.array([extract_answer(c) == a for c, a in zip(completions, labels)], np.float32)
-
-
-def pass_rates(rewards: Sequence[float], num_samples: int) -> dict[str, float]:
-    """`accuracy`, share of all completions that are right, and `pass_at_k`, share of problems with one that is.
-
-    Args:
-        rewards: [K * B] of 0 and 1 in K-major order.
-
-    Raises:
-        ValueError: rows that are no multiple of `num_samples`.
-    """
-    rewards = np.asarray(rewards, np.float32)
-    if num_samples < 1 or not len(rewards) or len(rewards) % num_samples:
-        raise ValueError(f'rewards: {len(rewards)} cannot hold num_samples={num_samples} of every problem')
-    return {'accuracy': float(rewards.mean()), 'pass_at_k': float(rewards.reshape(num_samples, -1).max(0).mean())}

@@ -429,7 +429,7 @@ def test_synchronous_training_is_the_plain_loop(trained):
     for n in range(config.num_steps):
         batch = generator(decoding.convert(state.params['policy']), index=n, version=n)
         batch['policy_version'] = np.full(batch['mask'].shape, n, np.int32)
-        state, _ = step(state, {name: np.stack(np.split(x, 2), 1) for name, x in batch.items()})
+        state, _ = step(state, batch)
     threaded, rows = trained()
     serial, _ = trained(**SERIAL)
     assert_equal(threaded, state)
@@ -579,8 +579,8 @@ def test_weights_taken_up_on_the_way(sampled):
     np.testing.assert_array_equal(batch['tokens'], plain['tokens'])
     np.testing.assert_allclose(batch['logprobs'], plain['logprobs'], atol=1e-5)
     # Before each chunk a look: 2 (what it has), 3, 4. The first token comes with the first chunk of three.
-    versions, lengths = batch['policy_version'], batch['mask'].sum(1)
-    for row, length in zip(versions, lengths):
+    versions = batch['policy_version'].reshape(-1, L)
+    for row, length in zip(versions, batch['mask'].reshape(-1, L).sum(1)):
         assert list(row[:length]) == [2, 2, 2, 2, 3, 3, 3, 4][:length]
         assert (row[length:] == 4).all()
     assert weights.fetched == [3, 4]
@@ -599,8 +599,8 @@ def test_a_prompt_that_comes_twice_in_a_batch_is_answered_anew():
     config, mesh = config_of(data__num_rows=5), devices(1)
     params = rollouts.Decoding(config, mesh).convert(jax.jit(architecture.init_decoder(config))(jax.random.key(0)))
     batch = rollouts.Generator(config, mesh)(params, index=0, version=0)
-    assert len({row.tobytes() for row in batch['tokens'][:, :P]}) == 5
-    assert len({row.tobytes() for row in batch['tokens'][:, P:]}) == 16
+    assert len({row.tobytes() for row in batch['tokens'][:, 0, :P]}) == 5
+    assert len({row.tobytes() for row in batch['tokens'].reshape(16, -1)[:, P:]}) == 16
 
 
 # ---- Starting weights ------------------------------------------------------------------------------------------------
@@ -673,7 +673,7 @@ def test_a_reward_model_scores_the_last_token(weights, trained):
     params = rollouts.Decoding(config, devices(1)).convert(fresh)
     batch = rollouts.Generator(config, devices(1))(params, index=0, version=0)
     module = architecture.reward_model(config.model)
-    for i in (0, 7, 15):
+    for i in ((0, 0), (3, 1), (7, 1)):
         mask = np.concatenate([batch['prompt_mask'][i], batch['mask'][i]])
         text = batch['tokens'][i][mask]
         scores = module.apply({'params': value}, text[None])

@@ -68,42 +68,43 @@ def test_golden_rloo():
     np.testing.assert_allclose(sums, [.2, 0, -.9], atol=1e-6)
     r = kl.penalized_scores(jnp.array([1.2, -1.]), k1[:2], golden.MASK[:2], 0.05)
     np.testing.assert_allclose(r, [1.19, -1.0], atol=1e-6)
-    np.testing.assert_allclose(advantages.leave_one_out(r, 2), [2.19, -2.19], atol=1e-6)
+    np.testing.assert_allclose(advantages.leave_one_out(r[None]), [[2.19, -2.19]], atol=1e-6)
 
 
 def test_leave_one_out_by_hand_with_three_samples_of_two_prompts():
-    r = np.array([1., 10, 2, 20, 6, 60])  # K-major: prompt 0 has 1, 2, 6
-    np.testing.assert_allclose(advantages.leave_one_out(r, 3), [1 - 4, 10 - 40, 2 - 3.5, 20 - 35, 6 - 1.5, 60 - 15],
+    r = np.array([[1., 2, 6], [10, 20, 60]])
+    np.testing.assert_allclose(advantages.leave_one_out(r), [[1 - 4, 2 - 3.5, 6 - 1.5], [10 - 40, 20 - 35, 60 - 15]],
                                rtol=1e-6)
 
 
 def test_group_normalisation_by_hand():
-    r = np.array([1., 5, 2, 5, 6, 5])
-    a = advantages.group_normalized(r, 3)
+    r = np.array([[1., 2, 6], [5, 5, 5]])
+    a = advantages.group_normalized(r)
     std = np.std([1, 2, 6], ddof=1)
-    np.testing.assert_allclose(a.reshape(3, 2)[:, 0], np.array([-2, -1, 3]) / std, rtol=1e-5)
-    np.testing.assert_array_equal(a.reshape(3, 2)[:, 1], 0)
-    np.testing.assert_allclose(advantages.group_normalized(r, 3, scale=False)[::2], [-2, -1, 3], rtol=1e-6)
+    np.testing.assert_allclose(a[0], np.array([-2, -1, 3]) / std, rtol=1e-5)
+    np.testing.assert_array_equal(a[1], 0)
+    np.testing.assert_allclose(advantages.group_normalized(r, scale=False)[0], [-2, -1, 3], rtol=1e-6)
 
 
 def test_a_tied_group_has_no_advantage_whatever_the_rounding():
-    r = np.full(7, 0.1, np.float32)
-    np.testing.assert_array_equal(advantages.group_normalized(r, 7), 0)
-    np.testing.assert_allclose(advantages.leave_one_out(r, 7), 0, atol=1e-7)
+    r = np.full((1, 7), 0.1, np.float32)
+    np.testing.assert_array_equal(advantages.group_normalized(r), 0)
+    np.testing.assert_allclose(advantages.leave_one_out(r), 0, atol=1e-7)
 
 
 @pytest.mark.parametrize('f', [advantages.leave_one_out, advantages.group_normalized])
 def test_baselines_follow_their_prompts_under_permutation(f):
     rng = np.random.default_rng(0)
-    r, order = rng.normal(size=(3, 5)).astype(np.float32), rng.permutation(5)
-    a = np.asarray(f(r.reshape(-1), 3)).reshape(3, 5)
-    np.testing.assert_array_equal(np.asarray(f(r[:, order].reshape(-1), 3)).reshape(3, 5), a[:, order])
+    r, order = rng.normal(size=(5, 3)).astype(np.float32), rng.permutation(5)
+    a = f(r)
+    np.testing.assert_array_equal(f(r[order]), a[order])
     samples = rng.permutation(3)
-    np.testing.assert_allclose(np.asarray(f(r[samples].reshape(-1), 3)).reshape(3, 5), a[samples], atol=1e-6)
-    np.testing.assert_allclose(a.sum(0), 0, atol=1e-5)
-    np.testing.assert_allclose(np.asarray(f(r.reshape(-1) + 3, 3)).reshape(3, 5), a, atol=1e-5)  # of no shift
-    with pytest.raises(ValueError, match='num_samples=1'):
-        f(r.reshape(-1), 1)
+    np.testing.assert_allclose(f(r[:, samples]), a[:, samples], atol=1e-6)
+    np.testing.assert_allclose(a.sum(1), 0, atol=1e-5)
+    np.testing.assert_allclose(f(r + 3), a, atol=1e-5)  # of no shift
+    for wrong in (r[:, :1], r[:, 0]):
+        with pytest.raises(ValueError, match=r'rewards have shape \(5,.*at least 2 completions of a prompt'):
+            f(wrong)
 
 
 # KL

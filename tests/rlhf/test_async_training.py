@@ -21,7 +21,7 @@ ELASTIC = er.ElasticReset(period=6, decay=.5)
 def sample(params, key, prompts, version):
     """Each token from a table of logits, one row a position: the sampler's tokens, mask and log-probabilities."""
     keys = responses.sample_keys(key, prompts, SAMPLES, version)
-    tokens = jax.vmap(lambda k: jax.random.categorical(k, params['logits']))(keys)
+    tokens = jax.vmap(jax.vmap(lambda k: jax.random.categorical(k, params['logits'])))(keys)
     mask = responses.mask(responses.lengths(tokens, EOS), LENGTH)
     return tokens, mask, logprobs.token_logprobs(jnp.broadcast_to(params['logits'], (*tokens.shape, VOCAB)), tokens)
 
@@ -37,8 +37,8 @@ def loss_of(algorithm, params, ref, batch):
     rows = lambda p: jnp.broadcast_to(p['logits'], (*batch['tokens'].shape, VOCAB))
     new, old = (logprobs.token_logprobs(rows(p), batch['tokens']) for p in (params, ref))
     if algorithm == 'online_dpo':
-        return losses.online_dpo(new, old, batch['mask'], batch['rewards'], SAMPLES, beta=.5)[0]
-    a = advantages.leave_one_out(batch['rewards'], SAMPLES)
+        return losses.online_dpo(new, old, batch['mask'], batch['rewards'], beta=.5)[0]
+    a = advantages.leave_one_out(batch['rewards'])
     return losses.proximal_rloo(new, batch['logprobs'], a, batch['mask'])[0]
 
 

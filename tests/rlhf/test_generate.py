@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.generate import Sampling, draw, generate, pad_prompts, row_keys, sampling_logits
+from rlhf_jax.generate import Sampling, completion_keys, draw, generate, pad_prompts, sampling_logits
 from rlhf_jax.models.decoder import split_blocks
 from tiny_models import MODELS, random_params
 
@@ -28,17 +28,18 @@ def llama():
 
 @pytest.fixture(scope='module')
 def full_forward():
-    """(module, params, samples, num_samples) -> logits [K B, N, V] that a forward of prompt and response gives."""
-    def forward(module, params, samples, num_samples=1):
+    """(module, params, samples) -> logits [B, K, L, V] that a forward of prompt and response gives."""
+    def forward(module, params, samples):
         apply = jax.jit(module.apply)
+        shape = samples.tokens.shape
         out = []
-        for row, response in enumerate(np.asarray(samples.tokens)):
-            prompt = PROMPTS[row % len(PROMPTS)]
+        for b, k in np.ndindex(shape[:2]):
+            prompt, response = PROMPTS[b], np.asarray(samples.tokens[b, k])
             tokens = np.zeros((1, 24), np.int32)  # one shape to compile
             tokens[0, :len(prompt) + len(response)] = [*prompt, *response]
             logits = apply({'params': params}, tokens)[0]
             out.append(logits[len(prompt) - 1:len(prompt) - 1 + len(response)])
-        return jnp.stack(out)
+        return jnp.stack(out).reshape(*shape, -1)
     return forward
 
 
@@ -87,15 +88,24 @@ def test_rows_do_not_depend_on_padding_or_company(llama):
     samples, right = run(llama, HOT), run(llama, HOT, left=False)
     np.testing.assert_array_equal(right.tokens, samples.tokens)
     np.testing.assert_allclose(right.logprobs, samples.logprobs, atol=1e-5)
-    alone = generate(*llama, *pad_prompts(PROMPTS[1:2], buckets=(11,)), row_keys(KEY, 3)[1:2], HOT)
+    alone = generate(*llama, *pad_prompts(PROMPTS[1:2], buckets=(11,)), completion_keys(KEY, 3, 1)[1:2], HOT)
     np.testing.assert_array_equal(alone.tokens[0], samples.tokens[1])
 
 
 def test_samples_of_a_prompt(llama):
     samples = run(llama, HOT, num_samples=3)
-    assert samples.tokens.shape == (9, 6)
-    np.testing.assert_array_equal(samples.tokens[:3], run(llama, HOT).tokens)  # copy-major: first samples first
-    assert len({tuple(row) for row in np.asarray(samples.tokens[0::3])}) == 3
+    assert samples.tokens.shape == samples.mask.shape == samples.logprobs.shape == (3, 3, 6)
+    np.testing.assert_array_equal(samples.tokens[:, :1], run(llama, HOT).tokens)  # the first of each stays what it was
+    assert len({tuple(row) for row in np.asarray(samples.tokens[0])}) == 3
+
+
+def test_completions_are_drawn_with_their_own_keys(llama):
+    """Key (b, k) of one key is number k B + b, and keys that are given are used as they are."""
+    keys = completion_keys(KEY, 3, 2)
+    for b, k in np.ndindex(3, 2):
+        assert keys[b, k] == jax.random.fold_in(KEY, 3 * k + b)
+    turned = run(llama, HOT, num_samples=2, key=keys[:, ::-1])
+    np.testing.assert_array_equal(turned.tokens[:, ::-1], run(llama, HOT, num_samples=2).tokens)
 
 
 def test_split_weights_sample_the_same(llama):
@@ -105,9 +115,10 @@ def test_split_weights_sample_the_same(llama):
 
 
 def test_stop_tokens_end_a_row_and_pad_may_be_one_of_them(llama):
-    free = np.asarray(run(llama, HOT).tokens)
+    free = np.asarray(run(llama, HOT).tokens)[:, 0]
     stops = (int(free[0, 2]), int(free[1, 4]))
     samples = run(llama, dataclasses.replace(HOT, stop_tokens=stops, pad_token=stops[0]))
+    samples = jax.tree.map(lambda x: x[:, 0], samples)
     for row, lengths in enumerate(np.asarray(samples.lengths)):
         ends = [t for t in range(6) if free[row, t] in stops]
         length = ends[0] + 1 if ends else 6
@@ -121,8 +132,8 @@ def test_stop_tokens_end_a_row_and_pad_may_be_one_of_them(llama):
 def test_no_stop_before_the_minimum(llama):
     every = tuple(range(18))  # all tokens but one stop
     samples = run(llama, Sampling(max_new_tokens=6, min_new_tokens=3, stop_tokens=every, temperature=5.0))
-    np.testing.assert_array_equal(samples.tokens[:, :3], 18)
-    np.testing.assert_array_equal(samples.logprobs[:, :3], 0)  # nothing else could be drawn
+    np.testing.assert_array_equal(samples.tokens[..., :3], 18)
+    np.testing.assert_array_equal(samples.logprobs[..., :3], 0)  # nothing else could be drawn
     assert (np.asarray(samples.lengths) >= 4).all() and (np.asarray(samples.lengths) < 6).any()
 
 
@@ -134,7 +145,7 @@ def test_the_loop_ends_with_the_last_row():
 
 
 def test_one_new_token(llama):
-    assert run(llama, Sampling(max_new_tokens=1)).tokens.shape == (3, 1)
+    assert run(llama, Sampling(max_new_tokens=1)).tokens.shape == (3, 1, 1)
 
 
 def test_draws_follow_the_probabilities():
@@ -142,7 +153,7 @@ def test_draws_follow_the_probabilities():
     probs[[0, 5, 127, 128, 200, 299]] = [0.3, 0.1, 0.05, 0.25, 0.2, 0.1]
     rows = 20_000
     logits = 5 + jnp.log(jnp.broadcast_to(jnp.asarray(probs, jnp.float32), (rows, 300)))
-    tokens, logprobs = jax.jit(draw)(row_keys(KEY, rows), logits)
+    tokens, logprobs = jax.jit(draw)(completion_keys(KEY, rows, 1)[:, 0], logits)
     np.testing.assert_allclose(logprobs, np.log(probs[tokens]), atol=1e-5)
     counts = np.bincount(tokens, minlength=300)
     assert counts[probs == 0].sum() == 0
@@ -182,7 +193,8 @@ def test_prompts_go_into_the_shortest_bucket():
     (lambda m: run(m, Sampling(max_new_tokens=2041)), 'max_length=2048'),
     (lambda m: run(m, Sampling(max_new_tokens=1, stop_tokens=(19,))), 'stop token 19 is not in the vocabulary of 19'),
     (lambda m: run(m, Sampling(max_new_tokens=1), num_samples=0), 'num_samples=0'),
-    (lambda m: run(m, Sampling(max_new_tokens=1), key=row_keys(KEY, 2)), '2 keys for 3 rows'),
+    (lambda m: run(m, Sampling(max_new_tokens=1), key=completion_keys(KEY, 1, 3)),
+     r'keys have shape \(1, 3\), expected \(3, 1\), one a completion'),
     (lambda m: Sampling(max_new_tokens=0), 'max_new_tokens=0'),
     (lambda m: Sampling(max_new_tokens=2, min_new_tokens=3), 'min_new_tokens=3'),
     (lambda m: Sampling(max_new_tokens=2, temperature=-1), 'temperature=-1'),

@@ -32,13 +32,6 @@ def test_exact_match_is_of_strings():
         gsm8k.label({'answer': 'no idea'})
 
 
-def test_pass_rates():
-    # Two completions of three problems, K-major.
-    assert gsm8k.pass_rates([1, 0, 0, 1, 1, 0], 2) == {'accuracy': 0.5, 'pass_at_k': pytest.approx(2 / 3)}
-    with pytest.raises(ValueError, match='num_samples=2'):
-        gsm8k.pass_rates([1, 0, 0], 2)
-
-
 def test_eos_counts_though_it_is_the_padding():
     tokens = np.array([[5, 6, 2, 2], [5, 6, 7, 8]])
     np.testing.assert_array_equal(responses.lengths(tokens, gsm8k.EOS), [3, 4])

@@ -8,11 +8,11 @@ import golden
 from rlhf_jax import advantages, kl, losses
 
 RNG = np.random.default_rng(0)
-NEW, OLD, REF, BEHAVIOUR = (RNG.normal(-1, .3, (4, 3)).astype(np.float32) for _ in range(4))
-MASK = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
-ADVANTAGES = np.array([1., -2., .5, .5], np.float32)
-WIDE = np.repeat(ADVANTAGES[:, None], 3, 1)
-REWARDS = np.array([1., 4, 3, 2], np.float32)  # K = 2: prompt 0 has 1 and 3, prompt 1 has 4 and 2
+NEW, OLD, REF, BEHAVIOUR = (RNG.normal(-1, .3, (2, 2, 3)).astype(np.float32) for _ in range(4))
+MASK = np.array([[[1, 1, 1], [1, 1, 0]], [[1, 0, 0], [1, 1, 1]]], bool)
+ADVANTAGES = np.array([[1., -2.], [.5, .5]], np.float32)
+WIDE = np.repeat(ADVANTAGES[..., None], 3, -1)
+REWARDS = np.array([[1., 3], [4, 2]], np.float32)
 
 
 def sums(x):
@@ -30,9 +30,9 @@ def sigmoid(x):
 # Properties of all losses of sampled tokens
 
 OF_TOKENS = {
-    'online_dpo': lambda x: losses.online_dpo(x, REF, MASK, REWARDS, 2),
-    'online_ipo': lambda x: losses.online_dpo(x, REF, MASK, REWARDS, 2, loss_type='ipo'),
-    'best_of_n': lambda x: losses.best_of_n(x, MASK, REWARDS, 2),
+    'online_dpo': lambda x: losses.online_dpo(x, REF, MASK, REWARDS),
+    'online_ipo': lambda x: losses.online_dpo(x, REF, MASK, REWARDS, loss_type='ipo'),
+    'best_of_n': lambda x: losses.best_of_n(x, MASK, REWARDS),
     'ppo': lambda x: losses.ppo(x, OLD, WIDE, MASK),
     'decoupled_ppo': lambda x: losses.decoupled_ppo(x, OLD, BEHAVIOUR, WIDE, MASK),
     'value': lambda x: losses.value_loss(x, OLD, REF, MASK),
@@ -164,9 +164,9 @@ def test_golden_dpo_and_ipo():
 
 
 def test_golden_online_dpo_picks_the_same_pair():
-    rows = slice(0, 2)
-    loss, metrics = losses.online_dpo(golden.LOGPROBS[rows], golden.REF_LOGPROBS[rows], golden.MASK[rows],
-                                      jnp.array([1.2, -1.0]), 2)
+    pair = lambda x: x[None, :2]
+    loss, metrics = losses.online_dpo(pair(golden.LOGPROBS), pair(golden.REF_LOGPROBS), pair(golden.MASK),
+                                      jnp.array([[1.2, -1.0]]))
     np.testing.assert_allclose(loss, .683197, atol=1e-6)
     close(metrics['reward_gap'], 2.2)
 
@@ -198,90 +198,90 @@ def test_dpo_refuses_what_it_does_not_know(kwargs, message):
 # Pairs
 
 def test_golden_pairing():
-    scores = jnp.array([.5, -1, 2, .5, -1, 1])  # K-major; prompts 0 and 1 are tied
-    with_vllm = losses.best_worst(scores, 2, ties='same')
-    np.testing.assert_array_equal(with_vllm[0], [0, 1, 2])
-    np.testing.assert_array_equal(with_vllm[1], [0, 1, 5])
-    in_library = losses.best_worst(scores, 2, ties='order')
-    np.testing.assert_array_equal(in_library[0], [0, 1, 2])
-    np.testing.assert_array_equal(in_library[1], [3, 4, 5])
+    scores = jnp.array([[.5, .5], [-1, -1], [2, 1]])  # prompts 0 and 1 are tied
+    with_vllm = losses.best_worst(scores, ties='same')
+    np.testing.assert_array_equal(with_vllm[0], [0, 0, 0])
+    np.testing.assert_array_equal(with_vllm[1], [0, 0, 1])
+    in_library = losses.best_worst(scores, ties='order')
+    np.testing.assert_array_equal(in_library[0], [0, 0, 0])
+    np.testing.assert_array_equal(in_library[1], [1, 1, 1])
     assert in_library[2].all() and with_vllm[2].all()
-    dropped = losses.best_worst(scores, 2)
+    dropped = losses.best_worst(scores)
     np.testing.assert_array_equal(dropped[2], [False, False, True])
-    assert (dropped[0][2], dropped[1][2]) == (2, 5)
+    assert (dropped[0][2], dropped[1][2]) == (0, 1)
 
 
 def test_ties_cost_nothing_ln2_or_a_pair():
-    rewards = jnp.array([1.0, 5, 1, 2])  # prompt 0 is tied, prompt 1 prefers row 1 over row 3
-    only, _ = losses.online_dpo(NEW[[1, 3]], REF[[1, 3]], MASK[[1, 3]], jnp.array([5.0, 2]), 2)
-    dropped, metrics = losses.online_dpo(NEW, REF, MASK, rewards, 2)
+    rewards = jnp.array([[1.0, 1], [5, 2]])  # prompt 0 is tied, prompt 1 prefers its first completion
+    only, _ = losses.online_dpo(NEW[1:], REF[1:], MASK[1:], rewards[1:])
+    dropped, metrics = losses.online_dpo(NEW, REF, MASK, rewards)
     close(dropped, only)
     assert metrics['tied'] == .5 and metrics['pairs'] == 1
-    same, _ = losses.online_dpo(NEW, REF, MASK, rewards, 2, ties='same')
+    same, _ = losses.online_dpo(NEW, REF, MASK, rewards, ties='same')
     close(same, (only + np.log(2)) / 2)
-    pair, _ = losses.online_dpo(NEW[[0, 2]], REF[[0, 2]], MASK[[0, 2]], jnp.array([2.0, 1]), 2)
-    ordered, _ = losses.online_dpo(NEW, REF, MASK, rewards, 2, ties='order')
+    pair, _ = losses.online_dpo(NEW[:1], REF[:1], MASK[:1], jnp.array([[2.0, 1]]))
+    ordered, _ = losses.online_dpo(NEW, REF, MASK, rewards, ties='order')
     close(ordered, (only + pair) / 2)
 
 
 def test_a_batch_of_ties_has_neither_loss_nor_gradient():
     f = jax.value_and_grad(losses.online_dpo, has_aux=True)
-    (loss, metrics), grad = f(jnp.asarray(NEW), REF, MASK, jnp.ones(4), 2)
+    (loss, metrics), grad = f(jnp.asarray(NEW), REF, MASK, jnp.ones((2, 2)))
     assert loss == 0 and metrics['pairs'] == 0 and metrics['tied'] == 1
     np.testing.assert_array_equal(grad, 0)
 
 
 def test_of_many_completions_only_the_extremes_count():
     rng = np.random.default_rng(3)
-    x, ref = (rng.normal(-1, .3, (8, 3)).astype(np.float32) for _ in range(2))
-    rewards = jnp.array([3.0, 1, 2, 1, 5, 4, 4, 0])  # K = 4: prompt 0 has 3, 2, 5, 4; prompt 1 has 1, 1, 4, 0
-    chosen, rejected, counts = losses.best_worst(rewards, 4)
-    np.testing.assert_array_equal(chosen, [4, 5])
-    np.testing.assert_array_equal(rejected, [2, 7])
-    mask = np.ones((8, 3))
-    rows = [4, 5, 2, 7]
-    expected, _ = losses.online_dpo(x[rows], ref[rows], mask[rows], rewards[np.array(rows)], 2)
-    loss, _ = losses.online_dpo(x, ref, mask, rewards, 4)
+    x, ref = (rng.normal(-1, .3, (2, 4, 3)).astype(np.float32) for _ in range(2))
+    rewards = jnp.array([[3.0, 2, 5, 4], [1, 1, 4, 0]])
+    chosen, rejected, counts = losses.best_worst(rewards)
+    np.testing.assert_array_equal(chosen, [2, 2])
+    np.testing.assert_array_equal(rejected, [1, 3])
+    extremes = lambda x: np.stack([x[[0, 1], chosen], x[[0, 1], rejected]], 1)
+    mask = np.ones((2, 4, 3))
+    expected, _ = losses.online_dpo(*map(extremes, (x, ref, mask)), extremes(np.asarray(rewards)))
+    loss, _ = losses.online_dpo(x, ref, mask, rewards)
     close(loss, expected)
 
 
 def test_online_dpo_does_not_depend_on_the_order_of_prompts_or_samples():
     rng = np.random.default_rng(4)
-    x, ref = (rng.normal(-1, .3, (3, 5, 2)).astype(np.float32) for _ in range(2))
-    rewards, mask = rng.normal(size=(3, 5)).astype(np.float32), np.ones((15, 2))
-    loss = lambda *a: losses.online_dpo(a[0].reshape(15, 2), a[1].reshape(15, 2), mask, a[2].reshape(15), 3)[0]
+    x, ref = (rng.normal(-1, .3, (5, 3, 2)).astype(np.float32) for _ in range(2))
+    rewards, mask = rng.normal(size=(5, 3)).astype(np.float32), np.ones((5, 3, 2))
+    loss = lambda x, ref, rewards: losses.online_dpo(x, ref, mask, rewards)[0]
     p, s = rng.permutation(5), rng.permutation(3)
-    close(loss(x[s][:, p], ref[s][:, p], rewards[s][:, p]), loss(x, ref, rewards), 1e-6)
+    close(loss(x[p][:, s], ref[p][:, s], rewards[p][:, s]), loss(x, ref, rewards), 1e-6)
 
 
 def test_a_group_with_a_reward_that_is_not_finite_is_counted_and_left_out():
-    rewards = jnp.array([1.0, 5, jnp.nan, 2])
-    only, _ = losses.online_dpo(NEW[[1, 3]], REF[[1, 3]], MASK[[1, 3]], jnp.array([5.0, 2]), 2)
-    loss, metrics = losses.online_dpo(NEW, REF, MASK, rewards, 2)
+    rewards = jnp.array([[1.0, jnp.nan], [5, 2]])
+    only, _ = losses.online_dpo(NEW[1:], REF[1:], MASK[1:], rewards[1:])
+    loss, metrics = losses.online_dpo(NEW, REF, MASK, rewards)
     close(loss, only)
     assert metrics['not_finite'] == .5 and metrics['reward'] == 3.5
-    best, _ = losses.best_of_n(NEW, MASK, rewards, 2)
-    close(best, -sums(NEW)[1])
+    best, _ = losses.best_of_n(NEW, MASK, rewards)
+    close(best, -sums(NEW)[1, 0])
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    ({'num_samples': 1}, 'num_samples=1'), ({'num_samples': 3}, 'rewards: 4 rows'),
-    ({'num_samples': 2, 'ties': 'first'}, "ties='first'")])
-def test_pairs_that_cannot_be_formed_are_refused(kwargs, message):
+@pytest.mark.parametrize('shape, ties, message', [
+    ((4, 1), 'drop', r'shape \(4, 1\), .* at least 2 completions'), ((4,), 'drop', r'shape \(4,\), expected \[prompts'),
+    ((2, 2), 'first', "ties='first'")])
+def test_pairs_that_cannot_be_formed_are_refused(shape, ties, message):
     with pytest.raises(ValueError, match=message):
-        losses.best_worst(jnp.zeros(4), **kwargs)
+        losses.best_worst(jnp.zeros(shape), ties=ties)
 
 
 # Best of N
 
 def test_best_of_n_by_hand():
-    loss, metrics = losses.best_of_n(NEW, MASK, REWARDS, 2)
-    close(loss, -(sums(NEW)[2] + sums(NEW)[1]) / 2)
+    loss, metrics = losses.best_of_n(NEW, MASK, REWARDS)
+    close(loss, -(sums(NEW)[0, 1] + sums(NEW)[1, 0]) / 2)
     assert metrics['best_reward'] == 3.5 and metrics['reward'] == 2.5
-    tied, _ = losses.best_of_n(NEW, MASK, jnp.ones(4), 2)
-    close(tied, -(sums(NEW)[0] + sums(NEW)[1]) / 2)  # the first of equals
-    grads = jax.grad(lambda x: losses.best_of_n(x, MASK, REWARDS, 2)[0])(jnp.asarray(NEW))
-    np.testing.assert_allclose(grads, -0.5 * MASK * np.array([[0], [1], [1], [0]]))
+    tied, _ = losses.best_of_n(NEW, MASK, jnp.ones((2, 2)))
+    close(tied, -sums(NEW)[:, 0].mean())  # the first of equals
+    grads = jax.grad(lambda x: losses.best_of_n(x, MASK, REWARDS)[0])(jnp.asarray(NEW))
+    np.testing.assert_allclose(grads, -0.5 * MASK * np.array([[[0], [1]], [[1], [0]]]))
 
 
 # PPO
@@ -303,7 +303,7 @@ def test_ppo_by_hand():
     close(metrics['old_kl'], (np.exp(-d) - 1 + d)[MASK].mean())
     high, _ = losses.ppo(NEW, OLD, WIDE, MASK, clip=.1, clip_high=.4)
     close(high, surrogate(WIDE, ratio, .9, 1.4)[MASK].mean())
-    close(losses.ppo(NEW, OLD, ADVANTAGES[:, None], MASK)[0], loss, 1e-7)
+    close(losses.ppo(NEW, OLD, ADVANTAGES[..., None], MASK)[0], loss, 1e-7)
 
 
 @pytest.mark.parametrize('advantage, ratio, free', [(1, 1.5, False), (1, .5, True), (-1, 1.5, True), (-1, .5, False)])
@@ -338,7 +338,7 @@ def test_importance_weights_by_hand():
     close(losses.importance_weights(OLD, BEHAVIOUR, MASK, cap=1.1), np.where(MASK, np.minimum(w, 1.1), 1))
     close(losses.importance_weights(OLD, BEHAVIOUR, MASK, cap=1.1, beyond='mask'),
           np.where(MASK, np.where(w > 1.1, 0, w), 1))
-    close(losses.importance_weights(OLD, BEHAVIOUR, MASK, cap=1.5, level='sequence')[:, 0],
+    close(losses.importance_weights(OLD, BEHAVIOUR, MASK, cap=1.5, level='sequence')[..., 0],
           np.minimum(np.exp(sums(OLD) - sums(BEHAVIOUR)), 1.5))
     assert (w[MASK] > 1.1).any() and (w[MASK] < 1.1).any()
     for kwargs, message in (({'cap': 0}, 'cap=0'), ({'level': 'batch'}, "level='batch'"),
@@ -389,7 +389,7 @@ def test_staleness_shows_in_the_ratio_of_sampler_logprobs():
 def test_golden_proximal_rloo():
     k1 = kl.estimate(golden.LOGPROBS, golden.REF_LOGPROBS)[:2]
     r = kl.penalized_scores(jnp.array([1.2, -1.0]), k1, golden.MASK[:2], .05)
-    a = advantages.leave_one_out(r, 2)
+    a = advantages.leave_one_out(r[None])[0]
     new = golden.LOGPROBS[:2] + np.array([[.05], [.03]], np.float32)
     loss, metrics = losses.proximal_rloo(new, golden.LOGPROBS[:2], a, golden.MASK[:2])
     np.testing.assert_allclose(loss, .038744, atol=1e-6)
@@ -399,8 +399,8 @@ def test_golden_proximal_rloo():
 def test_rloo_by_hand():
     loss, _ = losses.rloo(NEW, ADVANTAGES, MASK)
     close(loss, -(ADVANTAGES * sums(NEW)).mean())
-    w = np.array([.5, 1, 2, 0], np.float32)
-    for weights in (w, w[:, None]):
+    w = np.array([[.5, 1], [2, 0]], np.float32)
+    for weights in (w, w[..., None]):
         close(losses.rloo(NEW, ADVANTAGES, MASK, weights=weights)[0], -(w * ADVANTAGES * sums(NEW)).mean())
 
 
@@ -429,7 +429,7 @@ def test_grpo_by_hand():
     per_token, _ = losses.grpo(NEW, OLD, ADVANTAGES, MASK, ref_logprobs=REF, beta=.1, mean_over='token')
     close(per_token, terms[MASK].mean())
     assert abs(per_token - loss) > 1e-3
-    w = np.array([[1.], [.5], [0], [1]], np.float32)
+    w = np.array([[[1.], [.5]], [[0], [1]]], np.float32)
     weighted, _ = losses.grpo(NEW, OLD, ADVANTAGES, MASK, weights=w)
     close(weighted, ((surrogate(WIDE, ratio) * w * MASK).sum(-1) / MASK.sum(-1)).mean())
     with pytest.raises(ValueError, match='beta=0.1 needs ref_logprobs'):

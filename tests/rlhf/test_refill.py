@@ -33,7 +33,7 @@ def test_same_responses_as_the_plain_sampler(params, plain):
     np.testing.assert_array_equal(got.mask, plain.mask)
     np.testing.assert_allclose(got.logprobs, plain.logprobs, atol=1e-5)
     np.testing.assert_array_equal(got.versions, np.where(plain.mask, 0, -1))
-    lengths = np.asarray(plain.lengths)
+    lengths = np.asarray(plain.lengths).T.ravel()  # as they are taken up: every prompt's first completion comes first
     assert len(set(lengths)) > 2  # rows ended at different times
     assert statistics.tokens == lengths.sum() - len(lengths) <= statistics.slot_steps
     # Batches of as many rows would each run until their longest row ends.
@@ -51,9 +51,9 @@ def test_weights_change_in_flight(params, plain):
     got = generate_refilled(MODULE, weights, *pad_prompts(PROMPTS, buckets=(8,)), KEY, SAMPLING, slots=3, chunk=2,
                             num_samples=2)
     first = got.versions == 0
-    assert first[:3].any(1).all() and not first[3:].any()  # three slots held the first rows
+    assert first[:3, 0].any(1).all() and not first[3:].any() and not first[:, 1].any()  # three slots held these
     np.testing.assert_array_equal(got.tokens[first], np.asarray(plain.tokens)[first])
-    assert (np.diff(np.where(got.mask, got.versions, 99), axis=1) >= 0).all()
+    assert (np.diff(np.where(got.mask, got.versions, 99), axis=-1) >= 0).all()
     assert (got.versions[got.mask] > 1).any()
 
 

@@ -1,4 +1,6 @@
 """Ends of responses, masks, layout and log-probabilities."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,29 +61,25 @@ def test_missing_eos_replaces_the_reward():
     np.testing.assert_array_equal(responses.penalize_missing_eos(rewards, golden.TOKENS, 0, None), rewards)
 
 
-# Layout
+# Completions of prompts
 
-def test_completions_lie_k_major():
-    prompts = np.array([[1, 1], [2, 2], [3, 3]])
-    rows = responses.repeat_prompts(prompts, 2)
-    np.testing.assert_array_equal(rows[:, 0], [1, 2, 3, 1, 2, 3])
-    np.testing.assert_array_equal(responses.by_prompt(rows, 2)[:, 1], [[2, 2], [2, 2]])
-
-
-@pytest.mark.parametrize('rows, samples', [(5, 2), (0, 2), (4, 0)])
-def test_rows_that_are_no_whole_groups_are_refused(rows, samples):
-    with pytest.raises(ValueError, match=f'rewards: {rows} rows .* num_samples={samples}'):
-        responses.by_prompt(np.zeros(rows), samples)
+def test_picked_completions_stay_with_their_prompts():
+    x = np.arange(24).reshape(3, 4, 2)
+    picked = responses.pick(x, jnp.array([[3, 0], [1, 1], [0, 2]]))
+    np.testing.assert_array_equal(picked, [x[0, [3, 0]], x[1, [1, 1]], x[2, [0, 2]]])
+    np.testing.assert_array_equal(responses.pick(x[..., 0], jnp.array([[2], [0], [1]])), [[4], [8], [18]])
 
 
 def test_keys_hang_on_prompt_sample_and_version_not_on_place():
-    draw = lambda keys: np.asarray(jax.vmap(lambda k: jax.random.uniform(k))(keys))
+    draw = lambda keys: np.asarray(jax.vmap(jax.vmap(jax.random.uniform))(keys))
     key = jax.random.key(0)
     a = draw(responses.sample_keys(key, np.array([7, 3, 5]), 2, version=4))
-    b = draw(responses.sample_keys(key, np.array([5, 7, 3]), 3, version=4)).reshape(3, 3)
-    assert len(np.unique(a)) == 6
-    np.testing.assert_array_equal(a.reshape(2, 3), b[:2][:, [1, 2, 0]])  # reordered, and with one more sample each
+    b = draw(responses.sample_keys(key, np.array([5, 7, 3]), 3, version=4))
+    assert a.shape == (3, 2) and len(np.unique(a)) == 6
+    np.testing.assert_array_equal(a, b[[1, 2, 0], :2])  # reordered, and with one more completion each
     assert not np.intersect1d(a, draw(responses.sample_keys(key, np.array([7, 3, 5]), 2, version=5))).size
+    folded = functools.reduce(jax.random.fold_in, (4, 3, 1), key)  # the version, the prompt's id, the completion
+    assert jax.random.uniform(folded) == a[1, 1]
 
 
 # Log-probabilities

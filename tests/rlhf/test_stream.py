@@ -32,9 +32,9 @@ class Held:
 def generate(params, *, index, version):
     """A batch that depends on every bit of the weights and on the index."""
     rng = np.random.default_rng(index)
-    x = np.tanh(rng.normal(size=(4, 3)).astype(np.float32) * params['w'])
-    return {'tokens': rng.integers(0, 9, (4, 5)), 'mask': np.ones((4, 3), bool), 'logprobs': -np.abs(x),
-            'rewards': x.sum(-1), 'index': np.full(4, index)}
+    x = np.tanh(rng.normal(size=(2, 2, 3)).astype(np.float32) * params['w'])
+    return {'tokens': rng.integers(0, 9, (2, 2, 5)), 'mask': np.ones((2, 2, 3), bool), 'logprobs': -np.abs(x),
+            'rewards': x.sum(-1), 'index': np.full((2, 2), index)}
 
 
 def learn(w, batch):
@@ -49,7 +49,7 @@ def train(stream, num, *, w=None, start=0, log=None):
     for n in range(start, start + num):
         batch = next(stream)
         seen.append({'batch': {k: v.tobytes() for k, v in batch.items()}, 'version': batch['policy_version'].copy(),
-                     'staleness': stream.metrics['staleness'], 'index': int(batch['index'][0])})
+                     'staleness': stream.metrics['staleness'], 'index': int(batch['index'][0, 0])})
         w = learn(w, batch)
         stream.publish(n + 1, {'w': w})
     return w, seen
@@ -92,8 +92,8 @@ def test_published_version_table():
     for bound in (1, 3):
         _, seen = run(max_staleness=bound)
         assert [s['staleness'] for s in seen] == [min(i, bound) for i in range(8)]
-        assert [int(s['version'][0, 0]) for s in seen] == [max(0, i - bound) for i in range(8)]
-        assert all((s['version'] == s['version'][0, 0]).all() and s['version'].shape == (4, 3) for s in seen)
+        assert [int(s['version'][0, 0, 0]) for s in seen] == [max(0, i - bound) for i in range(8)]
+        assert all((s['version'] == s['version'][0, 0, 0]).all() and s['version'].shape == (2, 2, 3) for s in seen)
 
 
 def test_staleness_in_optimizer_steps():
@@ -131,13 +131,13 @@ def test_newest_weights_keep_the_bound():
 def test_weights_that_change_on_the_way_are_versioned_token_by_token():
     def interrupted(params, *, index, version):
         batch = generate(params, index=index, version=version)
-        versions = np.full((4, 3), version, np.int32)
-        versions[:, 2] += index > 2  # the last token is one version fresher
+        versions = np.full((2, 2, 3), version, np.int32)
+        versions[..., 2] += index > 2  # the last token is one version fresher
         return batch | {'policy_version': versions}
 
     with RolloutStream(interrupted, Held(), max_staleness=2, timeout=WAIT) as stream:
         _, seen = train(stream, 5)
-    assert seen[4]['version'].tolist() == [[2, 2, 3]] * 4
+    assert seen[4]['version'].tolist() == [[[2, 2, 3]] * 2] * 2
     assert seen[4]['staleness'] == 2  # of the oldest token
 
 
@@ -216,7 +216,7 @@ def test_malformed_batches_are_named():
     bad = lambda params, *, index, version: generate(params, index=index, version=version) | {'rewards': np.ones(3)}
     with RolloutStream(bad, Held(), threaded=False) as stream:
         stream.publish(0, {'w': np.ones(3, np.float32)})
-        with pytest.raises(ValueError, match=r'batch 0: rewards have shape \(3,\), expected \(4,\), one a row'):
+        with pytest.raises(ValueError, match=r'batch 0: rewards have shape \(3,\), expected \(2, 2\), one a comp'):
             next(stream)
 
 
@@ -372,17 +372,19 @@ def test_the_generator_waits_for_admission():
 
 def full(**changes):
     return generate({'w': np.ones(3, np.float32)}, index=0, version=0) | {
-        'policy_version': np.zeros((4, 3), np.int32)} | changes
+        'policy_version': np.zeros((2, 2, 3), np.int32)} | changes
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'mask': np.ones((4, 2))}, r'mask has shape \(4, 2\)'),
-    ({'policy_version': np.zeros(4)}, 'policy_version has shape'),
-    ({'tokens': np.zeros((4, 2))}, r'tokens have shape \(4, 2\), expected \[4, at least 3\]'),
-    ({'rewards': np.array([1, np.nan, np.inf, 2])}, '2 of 4 rewards are not finite'),
-    ({'logprobs': np.full((4, 3), -np.inf)}, '12 of 12 logprobs are not finite'),
-    ({'prompt_id': np.zeros(3)}, 'prompt_id has shape'),
-    ({'logprobs': np.zeros((0, 3))}, 'at least one row')])
+    ({'mask': np.ones((2, 2, 2))}, r'mask has shape \(2, 2, 2\)'),
+    ({'policy_version': np.zeros((2, 2))}, 'policy_version has shape'),
+    ({'tokens': np.zeros((2, 2, 2))}, r'tokens have shape \(2, 2, 2\), expected \[2, 2, at least 3\]'),
+    ({'rewards': np.zeros(4)}, r'rewards have shape \(4,\), expected \(2, 2\), one a completion'),
+    ({'rewards': np.array([[1, np.nan], [np.inf, 2]])}, '2 of 4 rewards are not finite'),
+    ({'logprobs': np.full((2, 2, 3), -np.inf)}, '12 of 12 logprobs are not finite'),
+    ({'logprobs': np.zeros((4, 3))}, r'logprobs have shape \(4, 3\), expected \[prompts, completions, response tokens'),
+    ({'prompt_id': np.zeros(2)}, r'prompt_id has shape \(2,\), expected \[2, 2, ...\]'),
+    ({'logprobs': np.zeros((2, 0, 3))}, 'at least one completion')])
 def test_a_bad_field_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         batch_lib.check(full(**changes))
@@ -392,8 +394,8 @@ def test_a_bad_field_is_named(changes, message):
 
 
 def test_hidden_logprobs_may_be_anything():
-    mask = np.ones((4, 3), bool)
-    mask[:, 2] = False
+    mask = np.ones((2, 2, 3), bool)
+    mask[..., 2] = False
     batch_lib.check(full(mask=mask, logprobs=np.where(mask, -1.0, -np.inf)))
 
 
@@ -409,19 +411,14 @@ def test_batches_survive_json_bit_for_bit():
 
 def test_minibatches_keep_groups_whole():
     prompts, samples = 6, 3
-    rows = np.arange(prompts * samples)
-    batch = {'rewards': rows.astype(np.float32), 'prompt': np.tile(np.arange(prompts), samples),
-             'sample': np.repeat(np.arange(samples), prompts)}
+    batch = {'rewards': np.arange(18, dtype=np.float32).reshape(prompts, samples),
+             'prompt': np.repeat(np.arange(prompts)[:, None], samples, 1)}
     for rng in (None, np.random.default_rng(0)):
-        parts = list(batch_lib.minibatches(batch, samples, 2, rng=rng))
-        assert sorted(np.concatenate([p['rewards'] for p in parts])) == rows.tolist()
+        parts = list(batch_lib.minibatches(batch, 2, rng=rng))
+        assert [p['prompt'].shape for p in parts] == [(3, samples)] * 2
+        assert sorted(np.concatenate([p['prompt'][:, 0] for p in parts])) == list(range(prompts))
         for p in parts:
-            groups = p['prompt'].reshape(samples, -1)
-            assert (groups == groups[0]).all()
-            assert (p['sample'].reshape(samples, -1) == np.arange(samples)[:, None]).all()
-    first = next(batch_lib.minibatches(batch, samples, 2))
-    assert first['prompt'].tolist() == [0, 1, 2] * 3
+            np.testing.assert_array_equal(p['rewards'], batch['rewards'][p['prompt'][:, 0]])
+    assert next(batch_lib.minibatches(batch, 2))['prompt'][:, 0].tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match='num_minibatches=4 does not divide the 6 prompts'):
-        next(batch_lib.minibatches(batch, samples, 4))
-    with pytest.raises(ValueError, match='num_samples=5 does not divide the 18 rows'):
-        next(batch_lib.minibatches(batch, 5, 1))
+        next(batch_lib.minibatches(batch, 4))

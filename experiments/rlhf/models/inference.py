@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -136,10 +135,8 @@ class Policy:
 
         def run(index, tokens, mask):
             keys = responses.sample_keys(key, index, num_samples)
-            drawn = generate_lib.generate(self.module, self.params, tokens, mask, keys, sampling,
-                                          num_samples=num_samples)
-            by_prompt = lambda x: jnp.swapaxes(x.reshape(num_samples, -1, x.shape[-1]), 0, 1)
-            return jax.tree.map(by_prompt, drawn)
+            return generate_lib.generate(self.module, self.params, tokens, mask, keys, sampling,
+                                         num_samples=num_samples)
 
         drawn = self._in_batches(run, (np.arange(len(tokens)), tokens, mask), batch_size, progress)
         shape = drawn.mask.shape[:2]

@@ -1,10 +1,11 @@
 """What the policy algorithms make of a rollout batch: rows to train on, and the loss of some of them.
 
-A batch and its rows have prompts on their leading axis and completions on the second, [B, K, ...], so that a part of
-the rows always holds whole groups. `prepare` sees the whole batch once, before its first update: whatever a loss needs
-from other completions (baselines, pairs, whitening) is a column of the rows then, and the loss of any part of them is
-just a mean over that part. `weights` says how much each prompt counts in that mean, so that microbatches of unequal
-content add up to the loss of all (but for PPO's critic with `after_eos`, which counts a position more in some rows).
+A batch is [B, K, ...]; its rows are [B, C, ...], the C completions of each prompt that are trained on; a part of the
+rows is [b, C, ...]. Prompts lead, so that a part always holds whole groups. `prepare` sees the whole batch once, before
+its first update: whatever a loss needs from other completions (baselines, pairs, whitening) is a column of the rows
+then, and the loss of any part of them is just a mean over that part. `weights` says how much each prompt counts in that
+mean, so that microbatches of unequal content add up to the loss of all (but for PPO's critic with `after_eos`, which
+counts a position more in some rows).
 """
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from rlhf_jax import advantages as advantages_lib
 from rlhf_jax import kl as kl_lib
 from rlhf_jax import losses, masked
 from rlhf_jax.logprobs import sequence_logprobs
+from rlhf_jax.responses import pick
 
 Array = jax.Array
 Rows = dict[str, Array]
@@ -44,33 +46,15 @@ class Algorithm(NamedTuple):
 TEXT = ('tokens', 'prompt_mask', 'mask')  # what a forward pass reads
 
 
-# ---- Axes ------------------------------------------------------------------------------------------------------------
-
-def k_major(x: Array) -> Array:
-    """[B, K, ...] -> [K B, ...], the order of `rlhf_jax`."""
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-
-def by_prompt(x: Array, num_samples: int) -> Array:
-    """Inverse of `k_major`."""
-    return x.reshape(num_samples, -1, *x.shape[1:]).swapaxes(0, 1)
-
-
-def flat(x: Array) -> Array:
-    """[b, C, ...] -> [b C, ...], where the order does not matter."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def pick(x: Array, index: Array) -> Array:
-    """Of [B, K, ...] the completions `index` [B, C] -> [B, C, ...]."""
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), 1)
-
+# ---- Weights of prompts ----------------------------------------------------------------------------------------------
 
 def count_tokens(_, rows: Rows) -> Array:
+    """How many tokens of each prompt's completions count: float32 [B]."""
     return rows['mask'].sum((1, 2)).astype(jnp.float32)
 
 
 def count_prompts(_, rows: Rows) -> Array:
+    """One for each prompt: float32 [B]."""
     return jnp.ones(rows['mask'].shape[0], jnp.float32)
 
 
@@ -78,7 +62,7 @@ def count_prompts(_, rows: Rows) -> Array:
 
 def drift(settings: Any, batch: Rows, ref: Array) -> tuple[Array, Metrics]:
     """KL of each token under its estimator, [B, K, L], and its measures: nats a response and a token, by k1."""
-    total = kl_lib.sequence_kl(flat(batch['logprobs']), flat(ref), flat(batch['mask']))
+    total = kl_lib.sequence_kl(batch['logprobs'], ref, batch['mask'])
     kl = kl_lib.estimate(masked.zeroed(batch['logprobs'], batch['mask']), masked.zeroed(ref, batch['mask']),
                          settings.kl_estimator)
     return kl, {'kl': total.mean(), 'kl_per_token': total.sum() / jnp.maximum(batch['mask'].sum(), 1)}
@@ -87,10 +71,9 @@ def drift(settings: Any, batch: Rows, ref: Array) -> tuple[Array, Metrics]:
 # ---- Online DPO, Best-of-N -------------------------------------------------------------------------------------------
 
 def _prepare_dpo(settings, batch, scorers, _):
-    num_samples = settings.num_samples
-    best, worst, counts = losses.best_worst(k_major(batch['rewards']), num_samples, ties=settings.ties)
-    index = jnp.stack([best, worst], 1) // batch['rewards'].shape[0]  # rows of a K-major batch -> completions
-    rows = {name: pick(batch[name], index) for name in (*TEXT, 'logprobs')}
+    best, worst, counts = losses.best_worst(batch['rewards'], ties=settings.ties)
+    pair = jnp.stack([best, worst], 1)
+    rows = {name: pick(batch[name], pair) for name in (*TEXT, 'logprobs')}
     ref = scorers.reference(rows)
     _, metrics = drift(settings, rows, ref)
     gap = batch['rewards'].max(1) - batch['rewards'].min(1)
@@ -99,9 +82,10 @@ def _prepare_dpo(settings, batch, scorers, _):
 
 
 def _dpo(settings, logprobs, _, rows):
-    s = sequence_logprobs(logprobs, rows['mask'])
-    return losses.dpo(s[:, 0], s[:, 1], rows['ref'][:, 0], rows['ref'][:, 1], beta=settings.beta,
-                      loss_type=settings.loss_type, weights=rows['counts'])
+    chosen, rejected = sequence_logprobs(logprobs, rows['mask']).T
+    ref_chosen, ref_rejected = rows['ref'].T
+    return losses.dpo(chosen, rejected, ref_chosen, ref_rejected, beta=settings.beta, loss_type=settings.loss_type,
+                      weights=rows['counts'])
 
 
 def _prepare_best_of_n(settings, batch, scorers, _):
@@ -112,18 +96,17 @@ def _prepare_best_of_n(settings, batch, scorers, _):
 
 
 def _best_of_n(settings, logprobs, _, rows):
-    loss, metrics = losses.best_of_n(flat(logprobs), flat(rows['mask']), flat(rows['rewards']), 1)
+    loss, metrics = losses.best_of_n(logprobs, rows['mask'], rows['rewards'])
     return loss, {'nll': loss, 'best_logprob': -loss}
 
 
 # ---- RLOO, GRPO ------------------------------------------------------------------------------------------------------
 
 def _penalized(settings, batch, scorers, coefficient):
-    """Rewards [K B] less the price of their KL, the reference's log-probabilities and metrics."""
+    """Rewards [B, K] less the price of their KL, the reference's log-probabilities and metrics."""
     ref = scorers.reference(batch)
     kl, metrics = drift(settings, batch, ref)
-    scores = kl_lib.penalized_scores(k_major(batch['rewards']), k_major(kl), k_major(batch['mask']), coefficient)
-    return scores, ref, metrics
+    return kl_lib.penalized_scores(batch['rewards'], kl, batch['mask'], coefficient), ref, metrics
 
 
 def _with_weights(settings, rows, scorers, level):
@@ -137,40 +120,35 @@ def _with_weights(settings, rows, scorers, level):
 
 def _prepare_rloo(settings, batch, scorers, coefficient):
     scores, _, metrics = _penalized(settings, batch, scorers, coefficient)
-    advantages = by_prompt(advantages_lib.leave_one_out(scores, settings.num_samples), settings.num_samples)
-    rows = {name: batch[name] for name in (*TEXT, 'logprobs')} | {'advantages': advantages}
+    rows = {name: batch[name] for name in (*TEXT, 'logprobs')} | {'advantages': advantages_lib.leave_one_out(scores)}
     return _with_weights(settings, rows, scorers, 'sequence'), metrics
 
 
 def _rloo(settings, logprobs, _, rows):
-    weights = flat(rows['weights']) if 'weights' in rows else None
-    return losses.rloo(flat(logprobs), flat(rows['advantages']), flat(rows['mask']), weights=weights)
+    return losses.rloo(logprobs, rows['advantages'], rows['mask'], weights=rows.get('weights'))
 
 
 def _prepare_proximal_rloo(settings, batch, scorers, coefficient):
     scores, _, metrics = _penalized(settings, batch, scorers, coefficient)
-    advantages = by_prompt(advantages_lib.leave_one_out(scores, settings.num_samples), settings.num_samples)
-    return {name: batch[name] for name in (*TEXT, 'logprobs')} | {'advantages': advantages}, metrics
+    rows = {name: batch[name] for name in (*TEXT, 'logprobs')} | {'advantages': advantages_lib.leave_one_out(scores)}
+    return rows, metrics
 
 
 def _proximal_rloo(settings, logprobs, _, rows):
-    return losses.proximal_rloo(flat(logprobs), flat(rows['logprobs']), flat(rows['advantages']), flat(rows['mask']),
-                                clip=settings.clip)
+    return losses.proximal_rloo(logprobs, rows['logprobs'], rows['advantages'], rows['mask'], clip=settings.clip)
 
 
 def _prepare_grpo(settings, batch, scorers, coefficient):
     scores, ref, metrics = _penalized(settings, batch, scorers, coefficient)
-    advantages = advantages_lib.group_normalized(scores, settings.num_samples, scale=settings.scale_rewards)
     rows = {name: batch[name] for name in (*TEXT, 'logprobs')}
-    rows |= {'advantages': by_prompt(advantages, settings.num_samples), 'ref': ref}
+    rows |= {'advantages': advantages_lib.group_normalized(scores, scale=settings.scale_rewards), 'ref': ref}
     return _with_weights(settings, rows, scorers, 'token'), metrics
 
 
 def _grpo(settings, logprobs, _, rows):
-    return losses.grpo(flat(logprobs), flat(rows['logprobs']), flat(rows['advantages']), flat(rows['mask']),
-                       ref_logprobs=flat(rows['ref']), beta=settings.ref_beta, clip=settings.clip,
-                       clip_high=settings.clip_high or None, mean_over=settings.mean_over,
-                       weights=flat(rows['weights']) if 'weights' in rows else None)
+    return losses.grpo(logprobs, rows['logprobs'], rows['advantages'], rows['mask'], ref_logprobs=rows['ref'],
+                       beta=settings.ref_beta, clip=settings.clip, clip_high=settings.clip_high or None,
+                       mean_over=settings.mean_over, weights=rows.get('weights'))
 
 
 def _count_grpo(settings, rows):
@@ -181,32 +159,29 @@ def _count_grpo(settings, rows):
 
 def _prepare_ppo(settings, batch, scorers, coefficient):
     kl, metrics = drift(settings, batch, scorers.reference(batch))
-    mask, scores = flat(batch['mask']), flat(batch['rewards'])
+    mask = batch['mask']
     values_mask = kl_lib.value_mask(mask, after_eos=settings.after_eos)
-    values = masked.zeroed(flat(scorers.values(batch)), values_mask)
-    rewards = kl_lib.token_rewards(scores, flat(kl), mask, coefficient, after_eos=settings.after_eos)
+    values = masked.zeroed(scorers.values(batch), values_mask)
+    rewards = kl_lib.token_rewards(batch['rewards'], kl, mask, coefficient, after_eos=settings.after_eos)
     advantages, returns = advantages_lib.gae(rewards, values, gamma=settings.gamma, lam=settings.lam)
     advantages = advantages_lib.whiten(advantages, mask) if settings.whiten else masked.zeroed(advantages, mask)
-    columns = {'advantages': advantages, 'returns': returns, 'old_values': values, 'values_mask': values_mask}
-    shape = batch['mask'].shape
     rows = {name: batch[name] for name in (*TEXT, 'logprobs')}
-    rows |= {name: x.reshape(shape) for name, x in columns.items()}
+    rows |= {'advantages': advantages, 'returns': returns, 'old_values': values, 'values_mask': values_mask}
     if settings.correction == 'decoupled':
         rows['proximal'] = scorers.policy(batch)
     return _with_weights(settings, rows, scorers, 'token'), metrics | {'return': masked.mean(returns, values_mask)}
 
 
 def _ppo(settings, logprobs, values, rows):
-    new, mask, advantages = flat(logprobs), flat(rows['mask']), flat(rows['advantages'])
+    mask, advantages = rows['mask'], rows['advantages']
     bounds = dict(clip=settings.clip, clip_high=settings.clip_high or None)
     if settings.correction == 'decoupled':
-        loss, metrics = losses.decoupled_ppo(new, flat(rows['proximal']), flat(rows['logprobs']), advantages, mask,
+        loss, metrics = losses.decoupled_ppo(logprobs, rows['proximal'], rows['logprobs'], advantages, mask,
                                              cap=settings.correction_cap, **bounds)
     else:
-        weights = flat(rows['weights']) if 'weights' in rows else None
-        loss, metrics = losses.ppo(new, flat(rows['logprobs']), advantages, mask, weights=weights, **bounds)
-    critic, more = losses.value_loss(flat(values), flat(rows['old_values']), flat(rows['returns']),
-                                     flat(rows['values_mask']), clip=settings.value_clip or None)
+        loss, metrics = losses.ppo(logprobs, rows['logprobs'], advantages, mask, weights=rows.get('weights'), **bounds)
+    critic, more = losses.value_loss(values, rows['old_values'], rows['returns'], rows['values_mask'],
+                                     clip=settings.value_clip or None)
     return loss + settings.value_coefficient * critic, metrics | more | {'value_loss': critic}
 
 

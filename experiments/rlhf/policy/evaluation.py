@@ -210,17 +210,15 @@ class HeldOutPrompts:
             for index in range(-(-self._num // size)):
                 keep = min(size, self._num - index * size)  # prompts of the next epoch fill the last batch up
                 batch = self._generate(weights, index=index, version=0)
-                by_prompt = {name: x.reshape(num_samples, size, *x.shape[1:]).swapaxes(0, 1)
-                             for name, x in batch.items()}
-                placed = {name: jax.device_put(by_prompt[name], mesh_lib.batch_sharding(self._mesh))
+                placed = {name: jax.device_put(batch[name], mesh_lib.batch_sharding(self._mesh))
                           for name in ('tokens', 'prompt_mask', 'mask')}
-                found = {name: by_prompt[name] for name in ('rewards', 'gold', 'ended', 'replaced') if name in batch}
-                found |= {'length': by_prompt['mask'].sum(-1)} | jax.device_get(self._measure(state, placed))
+                found = {name: batch[name] for name in ('rewards', 'gold', 'ended', 'replaced') if name in batch}
+                found |= {'length': batch['mask'].sum(-1)} | jax.device_get(self._measure(state, placed))
                 parts.append({name: x[:keep] for name, x in found.items()})
                 rows += [row for row in self._generate.rows(index)[:keep] for _ in range(num_samples)]
-                length = by_prompt['mask'].shape[-1]
+                length = batch['mask'].shape[-1]
                 texts += text_arrays.decoded(self._generate.tokenizer, *(
-                    x[:keep].reshape(-1, length) for x in (by_prompt['tokens'][..., -length:], by_prompt['mask'])))[0]
+                    x[:keep].reshape(-1, length) for x in (batch['tokens'][..., -length:], batch['mask'])))[0]
         out = {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}
         out |= {'reward': out.pop('rewards'), 'kl_per_token': out['kl'] / out['length']}
         if self._task.metrics is not None:

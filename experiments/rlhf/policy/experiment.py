@@ -245,9 +245,10 @@ def make_forward(config: ml_collections.ConfigDict, algorithm: algorithms.Algori
     shared = algorithm.critic and config.algorithm.critic == 'shared'
 
     def forward(params, rows):
-        tokens, response = algorithms.flat(rows['tokens']), algorithms.flat(rows['mask'])
-        mask = jnp.concatenate([algorithms.flat(rows['prompt_mask']), response], 1)
-        length = response.shape[1]
+        shape = rows['mask'].shape
+        texts = lambda x: x.reshape(-1, x.shape[-1])  # a model reads completions one a row
+        tokens, mask = texts(rows['tokens']), texts(jnp.concatenate([rows['prompt_mask'], rows['mask']], -1))
+        length = shape[-1]
         span = slice(-length - 1, -1)  # each token is predicted one position before it
         out = module.apply({'params': params['policy']}, tokens, mask=mask, at=span,
                            output='both' if shared else 'logits')
@@ -257,7 +258,6 @@ def make_forward(config: ml_collections.ConfigDict, algorithm: algorithms.Algori
             values = heads.ScalarHead(True).apply({'params': params['value']['value_head']}, values)
         elif critic is not None:
             values = critic.apply({'params': params['value']}, tokens, mask=mask)[:, span]
-        shape = rows['mask'].shape
         return logprobs.reshape(shape), None if values is None else values.reshape(shape)
 
     return forward

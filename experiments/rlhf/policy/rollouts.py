@@ -8,7 +8,7 @@ same batches for the same versions.
 import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -123,7 +123,7 @@ def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Dev
     mesh, num_samples = generator_mesh(config, devices=devices), config.algorithm.num_samples
     decoding, batch = Decoding(config, mesh), mesh_lib.batch_sharding(mesh)
     prompts, sampling = (config.batch_size, config.sampling.max_prompt), sampling_of(config, 0, 0)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.batch_size * num_samples))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (config.batch_size, num_samples)))
     program = jax.jit(
         lambda params, tokens, mask, keys: generate_lib.generate(decoding.module, params, tokens, mask, keys, sampling,
                                                                  num_samples=num_samples),
@@ -186,7 +186,7 @@ class Generator:
         return index * self._config.batch_size + np.arange(self._config.batch_size)
 
     def __call__(self, params: Any, *, index: int, version: int) -> Mapping[str, np.ndarray]:
-        """A batch of B prompts and K completions of each, K-major: see `rlhf_jax.rollout.batch`."""
+        """A batch of B prompts and K completions of each, [B, K, ...]: see `rlhf_jax.rollout.batch`."""
         # All of it, keys and reward models too: without a thread of its own this runs under the learner's mesh.
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
             num_samples, draws = self._config.algorithm.num_samples, self._draws(index)
@@ -196,9 +196,7 @@ class Generator:
             # By the draw, not the prompt: one that comes twice (a small set, the seam of two epochs) is answered anew.
             keys = responses.sample_keys(jax.random.key(self._config.seed), draws, num_samples, version)
             drawn, versions = self._draw(params, version, tokens, mask, keys)
-            rows = [self._rows[i] for _ in range(num_samples) for i in ids]
-            return finish(self.tokenizer, self._scorer, np.tile(tokens, (num_samples, 1)),
-                          np.tile(mask, (num_samples, 1)), drawn, rows) | versions
+            return finish(self.tokenizer, self._scorer, tokens, mask, drawn, [self._rows[i] for i in ids]) | versions
 
     def _draw(self, params, version, tokens, mask, keys):
         r, num_samples = self._config.rollout, self._config.algorithm.num_samples
@@ -215,7 +213,7 @@ class Generator:
                 held[:] = self._weights.fetch(found), found
             return tuple(held)
         drawn = refill.generate_refilled(self._module, newest, tokens, mask, keys, self._sampling,
-                                         slots=r.slots or len(keys), chunk=r.chunk or 16, num_samples=num_samples)
+                                         slots=r.slots or keys.size, chunk=r.chunk or 16, num_samples=num_samples)
         drawn = jax.device_get(drawn)
         # Past the end of a response no version is meant; the newest there is keeps minima over tokens right.
         return drawn, {'policy_version': np.where(drawn.mask, drawn.versions, held[1]).astype(np.int32)}
@@ -249,24 +247,43 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: A
     return tokens, rows
 
 
-def finish(tokenizer: Any, scorer: Any, tokens: np.ndarray, mask: np.ndarray, drawn: Any,
-           rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Samples (of prompts [N, P] as they stand) with their rewards."""
-    said, ended = text_arrays.decoded(tokenizer, drawn.tokens, drawn.mask)
-    whole = np.concatenate([tokens, drawn.tokens], 1)
-    scored = scorer(rewards.Completions(said, rows, whole, np.concatenate([mask, drawn.mask], 1), ended))
-    return {'tokens': whole, 'prompt_mask': mask, 'mask': drawn.mask, 'logprobs': drawn.logprobs, 'ended': ended,
-            **scored}
+def finish(tokenizer: Any, scorer: rewards.Scorer, prompts: np.ndarray, prompt_mask: np.ndarray,
+           samples: generate_lib.Samples, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """A rollout batch: completions, each with its prompt, and their rewards.
+
+    Args:
+        prompts, prompt_mask: int32 and bool [B, P].
+        samples: arrays [B, K, L].
+        rows: of the data set, B.
+
+    Returns:
+        Arrays [B, K, ...]; see `rlhf_jax.rollout.batch`.
+    """
+    num_prompts, num_samples = samples.mask.shape[:2]
+    for_each_sample = lambda x: np.repeat(x[:, None], num_samples, 1)
+    tokens = np.concatenate([for_each_sample(prompts), samples.tokens], -1)
+    prompt_mask = for_each_sample(prompt_mask)
+    mask = np.concatenate([prompt_mask, samples.mask], -1)
+    flat = lambda x: x.reshape(num_prompts * num_samples, -1)  # rewards are of a list of completions
+    texts, ended = text_arrays.decoded(tokenizer, flat(samples.tokens), flat(samples.mask))
+    scored = scorer(rewards.Completions(texts, [row for row in rows for _ in range(num_samples)], flat(tokens),
+                                        flat(mask), ended))
+    grouped = {name: x.reshape(num_prompts, num_samples) for name, x in (scored | {'ended': ended}).items()}
+    return {'tokens': tokens, 'prompt_mask': prompt_mask, 'mask': samples.mask, 'logprobs': samples.logprobs} | grouped
 
 
 # ---- The stream ------------------------------------------------------------------------------------------------------
 
 class Rollouts:
-    """A `RolloutStream` as the runner's loop knows streams: prompt-major batches, and told every new state."""
+    """A `RolloutStream` as the runner's loop knows streams; `publish` hands it the weights of every new state.
 
-    def __init__(self, stream: RolloutStream, convert: Any, num_samples: int, num_steps: int):
-        self._stream, self._convert = stream, convert
-        self._num_samples, self._num_steps = num_samples, num_steps
+    Args:
+        convert: the policy's parameters -> weights for decoding.
+        num_steps: of the run; nothing is published after the last.
+    """
+
+    def __init__(self, stream: RolloutStream, convert: Callable[[Any], Any], num_steps: int):
+        self._stream, self._convert, self._num_steps = stream, convert, num_steps
 
     def publish(self, version: int, state: Any) -> None:
         """Before the first batch, and after every step but the last."""
@@ -284,10 +301,7 @@ class Rollouts:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch = next(self._stream)
-        by_prompt = lambda x: np.ascontiguousarray(
-            x.reshape(self._num_samples, -1, *x.shape[1:]).swapaxes(0, 1))
-        return {name: by_prompt(x) for name, x in batch.items()}
+        return next(self._stream)
 
     def get_state(self) -> dict:
         return self._stream.get_state()
@@ -324,4 +338,4 @@ def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | 
     threaded = r.threaded and not shared
     stream = RolloutStream(generate, weights, max_staleness=r.max_staleness, threaded=threaded, newest=r.newest,
                            num_batches=config.num_steps, timeout=r.timeout or None)
-    return Rollouts(stream, decoding.convert, config.algorithm.num_samples, config.num_steps)
+    return Rollouts(stream, decoding.convert, config.num_steps)
