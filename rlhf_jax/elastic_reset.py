@@ -1,4 +1,4 @@
-"""Elastic Reset (arXiv 2312.07551) and the methods it is compared with, as functions on parameter trees.
+"""Elastic Reset (arXiv 2312.07551) and the methods it is compared with, as functions on parameters of any pytree type.
 
     on a tick:   ema <- decay ema + (1 - decay) params       no bias correction, no warm-up
     on a reset:  params <- ema;  then ema <- init             the optimizer and the critic stay as they are
@@ -7,18 +7,18 @@ What is deployed and evaluated is the online policy, never the average. When to 
 the training loop announces; a decay means nothing without its tick (`kept_fraction`). For a loop of optimizer steps:
 
     config = ElasticReset(decay=0.995, period=1000)
-    elastic = init(config, params)
+    elastic = init(config, params)                            # a dict, a FrozenDict, an nnx.State, lists of layers, ...
     ...
     due = config.due('step', k)                               # k counts steps from 0
     if any(due):
         elastic, params, opt_state = apply(config, elastic, params, opt_state, due)
 
-Only what the policy owns is averaged and reset: all of `params` by default, the LoRA factors (A and B by themselves)
-where only those are trained, without the value head where `policy` leaves it out.
+Only the floating parameters of the policy are averaged and reset: all of `params` by default, the LoRA factors (A and B
+by themselves) where only those are trained, without the value head where `policy` leaves it out.
 """
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -78,8 +78,9 @@ class ElasticReset:
         reset_optimizer: whether a reset of the policy also forgets the optimizer's moments (not its schedule).
         reset_critic: whether it also puts the critic back to its initial values.
         kl_reference: what the KL penalty compares with: 'init', or 'ema', as the released IMDB code has it.
-        policy, critic: regexes that fully match the paths (`a/b/kernel`) of the policy's and the critic's parameters.
-            A path that both match belongs to the critic.
+        policy, critic: regexes that fully match the paths of the policy's and the critic's parameters: `a/b/kernel` in
+            nested dicts, `layers/0/kernel` with a list between, `layers/0/kernel/value` in an `nnx.State`. A path that
+            both match belongs to the critic.
     """
     period: int | None = None
     decay: float = 0.995
@@ -134,11 +135,11 @@ class ElasticReset:
         Raises:
             ValueError: a period is set and none falls within the run.
         """
-        found = [k for k in range(count) if self.due(self.reset_on, k).reset]
-        if self.period is not None and self.reset_to != 'none' and not found:
+        resets = [k for k in range(count) if self.due(self.reset_on, k).reset]
+        if self.period is not None and self.reset_to != 'none' and not resets:
             raise ValueError(f'elastic.period={self.period} is longer than the run of {count} {self.reset_on}s: '
                              'it would never reset')
-        return found
+        return resets
 
 
 def method(name: str, period: int, **settings: Any) -> ElasticReset:
@@ -188,9 +189,11 @@ def released(task: str) -> ElasticReset:
 class Elastic:
     """What a run carries besides parameters and optimizer; part of its checkpoint.
 
+    Whatever type of tree the parameters are, these are nested dicts that hold the policy's paths only (`select`).
+
     Attributes:
-        init: the policy's initial parameters, float32 (float64 stays): a nested dict with the policy's paths only. A
-            copy: the parameters it was made from may be donated.
+        init: the policy's initial parameters, float32 (float64 stays). A copy: the parameters it was made from may be
+            donated.
         ema: their average, of the same structure. float32 even over bfloat16 parameters, whose spacing is coarser than
             a tick's increment: in bfloat16 the average would not move at all.
         critic: initial parameters of the critic, in their own dtype; empty unless it is to be reset.
@@ -201,7 +204,7 @@ class Elastic:
 
 
 def init(config: ElasticReset, params: Tree) -> Elastic:
-    """The state at the start of a run whose initial policy (and critic) is `params`, a nested dict.
+    """The state at the start of a run whose initial policy (and critic) is `params`, any pytree of arrays.
 
     Raises:
         ValueError: no parameter belongs to the policy, or none to a critic that is to be reset.
@@ -232,6 +235,18 @@ def apply(config: ElasticReset, elastic: Elastic, params: Tree, opt_state: Tree,
     params, opt_state = _when(due.reset, lambda s: _reset(config, elastic, *s), (params, opt_state))
     elastic = _when(due.reset_ema, lambda e: e.replace(ema=jax.tree.map(jnp.copy, e.init)), elastic)
     return elastic, params, opt_state
+
+
+def apply_measured(config: ElasticReset, elastic: Elastic, params: Tree, opt_state: Tree,
+                   due: Due) -> tuple[Elastic, Tree, Tree, Array]:
+    """`apply`, and `kept` as it is between the tick and the reset, whether or not a reset is due.
+
+    Returns:
+        `(elastic, params, opt_state, kept)`.
+    """
+    elastic, params, opt_state = apply(config, elastic, params, opt_state, due._replace(reset=False, reset_ema=False))
+    measured = kept(elastic, params)
+    return *apply(config, elastic, params, opt_state, due._replace(tick=False)), measured
 
 
 def tick(elastic: Elastic, params: Tree, decay: float | Array) -> Elastic:
@@ -265,8 +280,8 @@ def forget_moments(opt_state: Tree) -> Tree:
 def at_boundary(opt_state: Tree) -> bool | Array:
     """Whether no gradients are half accumulated in `opt_state`; True without `optax.MultiSteps`."""
     is_multi = lambda s: isinstance(s, optax.MultiStepsState)
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_multi) if is_multi(s)]
-    return jnp.all(jnp.stack([s.mini_step == 0 for s in found])) if found else True
+    states = [s for s in jax.tree.leaves(opt_state, is_leaf=is_multi) if is_multi(s)]
+    return jnp.all(jnp.stack([s.mini_step == 0 for s in states])) if states else True
 
 
 # ---- Measures and the post-hoc baseline ----------------------------------------------------------------------------
@@ -312,37 +327,54 @@ def interpolate(init: Tree, params: Tree, alpha: float | Array) -> Tree:
 
 # ---- Parts of a parameter tree -------------------------------------------------------------------------------------
 
-def select(params: Mapping[str, Any], pattern: str, *, without: str = '') -> dict:
-    """The nested dict of those parameters whose path fully matches `pattern` and does not match `without`."""
-    def walk(tree, path):
-        out = {}
-        for name, sub in tree.items():
-            here = (*path, name)
-            if isinstance(sub, Mapping):
-                if chosen := walk(sub, here):
-                    out[name] = chosen
-            elif re.fullmatch(pattern, '/'.join(here)) and not (without and re.fullmatch(without, '/'.join(here))):
-                out[name] = sub
-        return out
-    return walk(params, ())
+def select(params: Tree, pattern: str, *, without: str = '') -> dict:
+    """The floating parameters whose path fully matches `pattern` and not `without`: a nested dict of their paths.
+
+    Args:
+        params: any pytree of arrays; counters, PRNG keys and the like are never selected.
+    """
+    part: dict = {}
+    for path, x in _paths(params).items():
+        name = '/'.join(path)
+        if _is_floating(x) and re.fullmatch(pattern, name) and not (without and re.fullmatch(without, name)):
+            node = part
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = x
+    return part
 
 
-def merge(params: Mapping[str, Any], part: Mapping[str, Any]) -> dict:
-    """`params` with copies of the parameters that `part` holds, in the dtype that `params` has them."""
-    def one(name, sub):
-        if isinstance(sub, Mapping):
-            return merge(sub, part.get(name, {}))
-        return jnp.array(part[name], sub.dtype, copy=True) if name in part else sub
-    return {name: one(name, sub) for name, sub in params.items()}
+def merge(params: Tree, part: dict) -> Tree:
+    """`params`, whatever their type, with copies of the parameters in `part` (of `select`), in the dtype of `params`."""
+    replaced = _paths(part)
+
+    def one(path, x):
+        path = _names(path)
+        return jnp.array(replaced[path], x.dtype, copy=True) if path in replaced else x
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _subset(params: Mapping[str, Any], like: Mapping[str, Any]) -> dict:
-    return {name: _subset(params[name], sub) if isinstance(sub, Mapping) else params[name]
-            for name, sub in like.items()}
+def _subset(params: Tree, like: dict) -> dict:
+    """Those of `params` whose paths `like` holds, as a nested dict."""
+    paths = _paths(params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: paths[_names(path)], like)
 
 
-def _map_subset(f: Callable[..., Array], part: Tree, params: Tree) -> Tree:
+def _map_subset(f: Callable[..., Array], part: dict, params: Tree) -> dict:
     return jax.tree.map(f, part, _subset(params, part))
+
+
+def _paths(tree: Tree) -> dict[tuple[str, ...], Any]:
+    return {_names(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A key path as names, one a level; a tree that is a single array has the path ('',)."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path) or ('',)
+
+
+def _is_floating(x: Any) -> bool:
+    return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _wide(dtype: Any) -> Any:

@@ -1,11 +1,13 @@
 """Elastic Reset: traces, schedules, what a reset touches and what it does not, baselines."""
 import dataclasses
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from rlhf_jax import elastic_reset as er
 
@@ -188,6 +190,81 @@ def test_the_average_moves_in_float32_where_it_would_freeze_in_bfloat16():
     same(new, low)
 
 
+# Parameters of any type
+
+def layers(seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return [{'kernel': draw(2, 3), 'bias': draw(3)}, {'kernel': draw(3, 1), 'bias': draw(1)}]
+
+
+class Pair(nnx.Module):
+    """Two layers in a list, and state that is no parameter: a counter and a PRNG key."""
+
+    def __init__(self, values):
+        self.layers = nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(0))])
+        for layer, value in zip(self.layers, values):
+            layer.kernel.value, layer.bias.value = value['kernel'], value['bias']
+        self.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(1))
+
+
+TREES = {
+    'nested dict': (lambda x: {'layers': {str(i): layer for i, layer in enumerate(x)}},
+                    lambda tree: [tree['layers']['0'], tree['layers']['1']]),
+    'list': (lambda x: {'layers': list(x)}, lambda tree: tree['layers']),
+    'tuple': (lambda x: tuple(x), lambda tree: list(tree)),
+    'FrozenDict': (lambda x: flax.core.freeze({'layers': tuple(x)}), lambda tree: [
+        flax.core.unfreeze(layer) for layer in tree['layers']]),
+    'nnx.State': (lambda x: nnx.state(Pair(x)), lambda tree: [
+        {name: tree['layers'][i][name][...] for name in ('kernel', 'bias')} for i in (0, 1)]),
+}
+
+
+def trained_on(kind, config, tx, steps=6):
+    """The layers after a loop of one's own, one jitted step at a time, and the tree that held them."""
+    wrap, unwrap = TREES[kind]
+    params = wrap(layers())
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+    tx = optax.masked(tx, jax.tree.map(is_float, params))
+    elastic, opt_state = er.init(config, params), tx.init(params)
+
+    @jax.jit
+    def step(elastic, params, opt_state, k):
+        grads = jax.tree.map(lambda x: x - 3 if is_float(x) else x, params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = jax.tree.map(lambda p, u: p + u if is_float(p) else p, params, updates)
+        return er.apply(config, elastic, params, opt_state, config.due('step', k))
+    for k in range(steps):
+        elastic, params, opt_state = step(elastic, params, opt_state, k)
+    return unwrap(params), params, elastic
+
+
+@pytest.mark.parametrize('kind', [kind for kind in TREES if kind != 'nested dict'])
+def test_parameters_of_any_type_are_averaged_and_reset(kind):
+    """As the same numbers in nested dicts are; what is no floating parameter is left alone, and the type stays."""
+    config, tx = er.ElasticReset(period=3, decay=.8), optax.adam(.1)
+    want, _, _ = trained_on('nested dict', config, tx)
+    got, tree, elastic = trained_on(kind, config, tx)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    start = TREES[kind][0](layers())
+    assert jax.tree.structure(tree) == jax.tree.structure(start)
+    assert er.kept(elastic, tree) == 0  # the average has just been reset
+    same(TREES[kind][1](er.reference(config, elastic, tree)), layers())
+    if kind == 'nnx.State':
+        assert tree['dropout']['rngs']['count'][...] == start['dropout']['rngs']['count'][...]
+        assert set(elastic.ema) == {'layers'}
+
+
+def test_paths_name_positions_too():
+    config = er.ElasticReset(period=1, policy='layers/1/.*', critic='layers/0/bias', reset_critic=True)
+    elastic = er.init(config, {'layers': layers()})
+    assert elastic.ema.keys() == {'layers'} and elastic.ema['layers'].keys() == {'1'}
+    moved = {'layers': jax.tree.map(lambda x: x + 1, layers())}
+    _, new, _ = er.apply(config, elastic, moved, (), NOW)
+    same(new['layers'][1], layers()[1])
+    same(new['layers'][0], {'kernel': moved['layers'][0]['kernel'], 'bias': layers()[0]['bias']})
+
+
 # KL reference
 
 def test_kl_reference():
@@ -217,6 +294,16 @@ def test_compared_methods_differ_where_they_should():
         assert er.reference(config, elastic, params)['x'] == (k + 1) // period * period
     with pytest.raises(ValueError, match="method='warp'"):
         er.method('warp', period)
+
+
+def test_what_is_kept_is_measured_between_tick_and_reset():
+    config = er.ElasticReset(period=2, decay=.8)
+    elastic, params, opt_state, start = trained(config)
+    for due in (er.Due(True, False, False), er.Due(True, True, True)):
+        want = er.kept(er.tick(elastic, params, config.decay), params)
+        *got, kept = er.apply_measured(config, elastic, params, opt_state, due)
+        same(tuple(got), er.apply(config, elastic, params, opt_state, due))
+        assert 0 < kept == want < 1
 
 
 # Measures
