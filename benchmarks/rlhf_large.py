@@ -48,7 +48,7 @@ def roofline(sizes: Any, run: Any) -> tuple[Times, list[Figure]]:
                 note=f'of {peak / 1e12:.3g} TB/s; {batch * new / statistics.median(here["ours"]):.0f} tokens/s with '
                      f'prefill, {prompt} + {new} tokens'))
             times |= {f'{name}: {k}': v for k, v in here.items()}
-        del params
+        params = None
     return times, figures
 
 
@@ -72,7 +72,7 @@ def learner(sizes: Any, run: Any) -> tuple[Times, list[Figure]]:
             note=f'of {peak / 1e12:.3g} TFLOP/s in bfloat16; {large["rows"]} rows of {large["context"]}, '
                  f'{1e3 * statistics.median(here["ours"]):.4g} ms'))
         times |= {f'{name}: {k}': v for k, v in here.items()}
-        del work, made, reference
+        work = made = reference = None
     return times, figures
 
 
@@ -89,7 +89,7 @@ def iteration(sizes: Any, run: Any) -> tuple[Times, list[Figure]]:
         score = jax.jit(lambda p, tokens, mask: heads.at_last_token(
             reward.apply({'params': p}, tokens, mask=mask), mask))
         work = rlhf_policy.Learner(module, params, reference)
-        del params
+        params = None
         tokens, mask = jax.device_put(rlhf_policy.prompts(module, rows // 2, prompt))
         twice = lambda x: jnp.repeat(x[:, None], 2, 1)
         held: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def iteration(sizes: Any, run: Any) -> tuple[Times, list[Figure]]:
         if not np.isfinite(jax.device_get(held['batch']['rewards'])).all():
             raise FloatingPointError(f'{name}: rewards are not finite')
         times |= {f'{name}: {k}': v for k, v in here.items()}
-        del work, reference, reward_params
+        work = reference = reward_params = None
     return times, figures
 
 

@@ -345,7 +345,7 @@ def select(params: Tree, pattern: str, *, without: str = '') -> dict:
 
 
 def merge(params: Tree, part: dict) -> Tree:
-    """`params`, whatever their type, with copies of the parameters in `part` (of `select`), in the dtype of `params`."""
+    """`params`, whatever their type, with copies of the parameters in `part`, which keep the dtype of `params`."""
     replaced = _paths(part)
 
     def one(path, x):
