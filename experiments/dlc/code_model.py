@@ -14,7 +14,7 @@ from dlc_jax.diffusion import discrete
 from dlc_jax.models import sedd
 from experiments.dlc.data.codestore import open_code_store
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, optim
+from experiments.runtime import modules, optim, placement
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from experiments.runtime.stream import ArrayBatches
@@ -64,13 +64,14 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     return Experiment(init, loss, step, sedd.PARTITION_RULES,
                       {'codes': jax.ShapeDtypeStruct((config.batch_size, m.num_codes), jnp.int32)},
-                      lambda: open_batches(config), sampler=lambda p, k: sample(config, p, k, config.batch_size))
+                      lambda: open_batches(config, placement.share_of(mesh)),
+                      sampler=lambda p, k: sample(config, p, k, config.batch_size))
 
 
-def open_batches(config: ml_collections.ConfigDict) -> ArrayBatches:
+def open_batches(config: ml_collections.ConfigDict, share: placement.Share = placement.WHOLE) -> ArrayBatches:
     store = open_code_store(config.data.path, num_codes=config.model.num_codes, vocab_size=config.model.vocab_size)
     return ArrayBatches({'codes': store.array('codes')}, config.batch_size, seed=config.seed,
-                        process_index=jax.process_index(), process_count=jax.process_count(), casts={'codes': np.int32})
+                        share=share, casts={'codes': np.int32})
 
 
 def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: int) -> jax.Array:

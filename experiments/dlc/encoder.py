@@ -20,7 +20,7 @@ from dlc_jax.ssl import augment, dino, ibot, koleo, masking
 from experiments.dlc.data import batches as batches_lib
 from experiments.dlc.data import sources
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, optim, partition, storage
+from experiments.runtime import modules, optim, partition, placement, storage
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 
@@ -197,7 +197,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         source = sources.image_source(d, d.split)
         return batches_lib.ssl_batches(
             source, make_multicrop(config), block_masking, config.batch_size, groups=groups, seed=config.seed,
-            process_index=jax.process_index(), process_count=jax.process_count(), num_workers=d.num_workers)
+            share=placement.share_of(mesh), num_workers=d.num_workers)
 
     rules = partition.prefixed('encoder', sem.PARTITION_RULES) + tuple(
         rule for name in dict.fromkeys(heads) for rule in partition.prefixed(name, dino.PARTITION_RULES))

@@ -15,7 +15,7 @@ from dlc_jax.diffusion import gaussian
 from dlc_jax.models import dit
 from experiments.dlc.data.codestore import open_code_store
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, optim
+from experiments.runtime import modules, optim, placement
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from experiments.runtime.stream import ArrayBatches
@@ -78,11 +78,11 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         cond = None if spec is None else jnp.zeros(spec.shape, spec.dtype)
         return sample(config, params, key, config.batch_size, cond)
 
-    return Experiment(init, loss, step, dit.PARTITION_RULES, batch_spec, lambda: open_batches(config),
-                      sampler=sample_once)
+    return Experiment(init, loss, step, dit.PARTITION_RULES, batch_spec,
+                      lambda: open_batches(config, placement.share_of(mesh)), sampler=sample_once)
 
 
-def open_batches(config: ml_collections.ConfigDict) -> ArrayBatches:
+def open_batches(config: ml_collections.ConfigDict, share: placement.Share = placement.WHOLE) -> ArrayBatches:
     """Latents (as stored) or images (scaled to [-1, 1]) with their condition, from a code store.
 
     Raises:
@@ -102,8 +102,7 @@ def open_batches(config: ml_collections.ConfigDict) -> ArrayBatches:
         raise ValueError(f'{config.data.path}: embeddings have {arrays["cond"].shape[1]} dimensions but '
                          f'model.embedding_dim={m.embedding_dim}')
     casts = {'x': to_model_range, 'cond': np.float32 if m.condition == 'embedding' else np.int32}
-    return ArrayBatches(arrays, config.batch_size, seed=config.seed, process_index=jax.process_index(),
-                        process_count=jax.process_count(), casts=casts)
+    return ArrayBatches(arrays, config.batch_size, seed=config.seed, share=share, casts=casts)
 
 
 def to_model_range(x: np.ndarray) -> np.ndarray:

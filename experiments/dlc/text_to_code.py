@@ -21,7 +21,7 @@ from dlc_jax import convert, text_to_code
 from dlc_jax.diffusion.remasking import Sampling
 from experiments.dlc.data import captions as captions_lib
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, optim, partition, storage
+from experiments.runtime import modules, optim, partition, placement, storage
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from rlhf_jax.weights import files
@@ -104,15 +104,18 @@ def build(config: Config, mesh: Mesh) -> Experiment:
         return (state.replace(step=state.step + 1, params=params, opt_state=opt_state),
                 metrics | {'loss': value, 'grad_norm': norm})
 
+    share = placement.share_of(mesh)
+
     def open_batches():
         if config.pretrained:
             open_pretrained(config)
-        return captions_lib.open_batches(config.data.path, config, words)
+        return captions_lib.open_batches(config.data.path, config, words, share)
 
     def hooks(writer):
         if not config.eval_every:
             return ()
-        return (HeldOut(config, mesh, captions_lib.open_batches(config.data.heldout, config, words), loss, writer),)
+        heldout = captions_lib.open_batches(config.data.heldout, config, words, share)
+        return (HeldOut(config, mesh, heldout, loss, writer),)
 
     def sampler_program(devices):
         """As `modules.Batched` lays it out: a device holds a share of the parameters and samples some of the rows."""

@@ -50,18 +50,30 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
     # Axes may split those of the torus: tensor=2 on a 4x4 slice has no other place.
-    num_slices = len({getattr(d, 'slice_index', 0) for d in devices})
+    # JAX numbers the nodes of a GPU cluster as slices too; there the plain order keeps the inner axes within a node.
+    tpu = devices[0].platform == 'tpu'
+    num_slices = len({getattr(d, 'slice_index', 0) for d in devices}) if tpu else 1
     if num_slices > 1:
         if shape['data'] % num_slices:
-            raise ValueError(f"mesh: data={shape['data']} must be a multiple of the {num_slices} slices")
+            raise ValueError(f"mesh: data={shape['data']} must be a multiple of the {num_slices} slices; set "
+                             f'--config.mesh.data={num_slices}')
         inner = (shape['data'] // num_slices, shape['fsdp'], shape['tensor'])
         grid = mesh_utils.create_hybrid_device_mesh(inner, (num_slices, 1, 1), devices,
                                                     allow_split_physical_axes=True)
-    elif devices[0].platform == 'tpu' and len(devices) > 1:
-        grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    elif tpu and len(devices) > 1:
+        grid = _on_torus(tuple(shape.values()), devices)
     else:
         grid = np.asarray(devices).reshape(tuple(shape.values()))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _on_torus(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Devices of a TPU slice so that neighbours of the mesh are neighbours on the chips' torus; in plain order where
+    they make no torus, as a slice less the chips that generate does not."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError):
+        return np.asarray(devices).reshape(shape)
 
 
 def batch_shards(mesh: Mesh) -> int:

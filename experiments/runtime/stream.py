@@ -4,12 +4,40 @@ A stream is an iterator of `dict[str, np.ndarray]` holding this process's rows, 
 only state is `position`, the number of rows that all processes together have drawn; what comes next is a function of
 (seed, position), and, row for row of the global batch, not of the number of processes.
 """
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The parts of each global batch that one process provides.
+
+    Attributes:
+        parts: which of the `count` equal parts, ascending.
+        count: parts a batch has.
+    """
+    parts: tuple[int, ...] = (0,)
+    count: int = 1
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Positions int64 [n] within a batch of `batch_size` rows, ascending.
+
+        Raises:
+            ValueError: the batch cannot be divided into the parts.
+        """
+        if batch_size < 1 or batch_size % self.count:
+            raise ValueError(f'batch_size={batch_size} is not divisible into {self.count} parts (mesh data x fsdp); '
+                             'use a multiple')
+        size = batch_size // self.count
+        return np.concatenate([part * size + np.arange(size) for part in self.parts])
+
+
+WHOLE = Share()
 
 
 class EpochOrder:
@@ -44,17 +72,19 @@ class EpochOrder:
 
 
 class Stream:
-    """An endless iterator with a position; a subclass gives `_draw`, the batch at the current position."""
+    """An endless iterator with a position; a subclass gives `_draw`, the batch at the current position.
 
-    def __init__(self, batch_size: int, process_index: int = 0, process_count: int = 1):
-        if batch_size < 1 or batch_size % process_count:
-            raise ValueError(f'batch_size={batch_size} is not divisible by {process_count} processes; use a multiple')
-        self._batch_size, self._rows = batch_size, batch_size // process_count
-        self._first, self._position = process_index * self._rows, 0
+    Args:
+        batch_size: rows over all processes.
+        share: which of them this process provides.
+    """
+
+    def __init__(self, batch_size: int, share: Share = WHOLE):
+        self._batch_size, self._rows, self._position = batch_size, share.rows(batch_size), 0
 
     def _positions(self) -> np.ndarray:
         """Positions of this process's rows."""
-        return self._position + self._first + np.arange(self._rows)
+        return self._position + self._rows
 
     def _draw(self) -> Batch:
         raise NotImplementedError
@@ -81,14 +111,14 @@ class ArrayBatches(Stream):
         arrays: name -> [N, ...]; all of one length.
         batch_size: rows over all processes.
         seed: of the order.
+        share: which rows of a batch this process provides.
         drop_last: end each epoch before its incomplete batch. Otherwise a batch may run into the next epoch.
         casts: name -> dtype, or function of the gathered rows.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], batch_size: int, *, seed: int, process_index: int = 0,
-                 process_count: int = 1, drop_last: bool = False,
-                 casts: Mapping[str, Callable[[np.ndarray], np.ndarray] | Any] | None = None):
-        super().__init__(batch_size, process_index, process_count)
+    def __init__(self, arrays: Mapping[str, np.ndarray], batch_size: int, *, seed: int, share: Share = WHOLE,
+                 drop_last: bool = False, casts: Mapping[str, Callable[[np.ndarray], np.ndarray] | Any] | None = None):
+        super().__init__(batch_size, share)
         lengths = {name: len(array) for name, array in arrays.items()}
         count = min(lengths.values(), default=0)
         if len(set(lengths.values())) != 1 or count == 0:

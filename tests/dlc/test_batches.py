@@ -12,6 +12,7 @@ from dlc_jax.ssl.masking import BlockMasking
 from experiments.dlc.data.batches import SmallMultiCrop, eval_batches, image_batches, ssl_batches
 from experiments.dlc.data.images import ArrayImages, FakeImages, Unreadable
 from experiments.runtime.stream import ArrayBatches, EpochOrder
+from experiments.runtime.stream import Share
 
 CROPS = MultiCrop(global_size=8, local_size=4, num_local=2)
 MASKING = BlockMasking(grid=4, min_patches=1)
@@ -84,7 +85,7 @@ def test_resumes_exactly_anywhere(name):
 def test_processes_share_out_the_global_batch(name):
     whole = take(STREAMS[name](), 4)
     for count in (2, 4):
-        parts = [take(STREAMS[name](process_index=p, process_count=count), 4) for p in range(count)]
+        parts = [take(STREAMS[name](share=Share((p,), count)), 4) for p in range(count)]
         assert_same([{k: np.concatenate([part[i][k] for part in parts]) for k in whole[i]} for i in range(4)], whole)
 
 
@@ -157,9 +158,9 @@ def test_memory_mapped_rows_and_casts(tmp_path):
     (lambda: ArrayBatches({'a': np.zeros(3), 'b': np.zeros(4)}, 2, seed=0), "'a': 3, 'b': 4"),
     (lambda: ArrayBatches({}, 2, seed=0), 'one length'),
     (lambda: ArrayBatches({'a': np.zeros(3)}, 4, seed=0, drop_last=True), 'batch_size=4'),
-    (lambda: ArrayBatches({'a': np.zeros(9)}, 4, seed=0, process_count=3), 'batch_size=4 is not divisible by 3'),
+    (lambda: ArrayBatches({'a': np.zeros(9)}, 4, seed=0, share=Share((0,), 3)), 'batch_size=4 is not divisible into 3'),
     (lambda: ssl_batches(fake(), CROPS, MASKING, 8, groups=3, seed=0), 'groups=3'),
-    (lambda: ssl_batches(fake(), CROPS, MASKING, 8, groups=2, seed=0, process_count=4), 'groups=2'),
+    (lambda: ssl_batches(fake(), CROPS, MASKING, 8, groups=2, seed=0, share=Share((0,), 4)), 'groups=2'),
     (lambda: ssl_batches(fake(), CROPS, BlockMasking(grid=3), 8, groups=1, seed=0), 'global_size=8'),
     (lambda: ssl_batches(fake(), CROPS, MASKING, 8, groups=1, seed=0, vectorized=True), 'in_memory'),
     (lambda: eval_batches(fake(), CenterCrop(4), 8, process_count=3), 'batch_size=8'),

@@ -12,6 +12,7 @@ from dlc_jax import text_to_code
 from experiments import encode
 from experiments.dlc.data import captions, codestore, digit_pairs, sources
 from experiments.dlc.text_to_code import make_words
+from experiments.runtime.stream import Share
 
 META = dict(num_codes=4, vocab_size=8, captions=True)
 TEXTS = ['a one above a two', 'a\nthree  under a four', 'a zero on top of a five', 'a six below a nine',
@@ -162,7 +163,7 @@ def test_batches_are_rows_of_the_store_and_continue_anywhere(config, caplog):
     again.set_state({'position': 4})
     for name, value in next(again).items():
         np.testing.assert_array_equal(value, seen[2][name])
-    halves = [captions.CaptionedCodes(config.data.path, config, tokenizer, words, process_index=i, process_count=2)
+    halves = [captions.CaptionedCodes(config.data.path, config, tokenizer, words, share=Share((i,), 2))
               for i in range(2)]
     np.testing.assert_array_equal(np.concatenate([next(half)['captions'] for half in halves]), seen[0]['captions'])
 

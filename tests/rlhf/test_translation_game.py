@@ -20,6 +20,7 @@ from experiments.rlhf.translation.synthetic import rows as synthetic
 from experiments.runtime import launch, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import read_metrics
+from experiments.runtime.stream import Share
 from rlhf_jax.tasks.translation import BOS, EOS, PAD, UNK
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -180,7 +181,7 @@ def test_epochs_hold_every_row_and_a_position_is_enough():
     state, following = stream.get_state(), [next(stream) for _ in range(30)]
     again = data.LengthBatches(corpus, shapes, seed=1)
     again.set_state(json.loads(json.dumps(state)))
-    parts = [data.LengthBatches(corpus, shapes, seed=1, process_index=i, process_count=2) for i in range(2)]
+    parts = [data.LengthBatches(corpus, shapes, seed=1, share=Share((i,), 2)) for i in range(2)]
     for part in parts:
         part.set_state(state)
     for batch in following:

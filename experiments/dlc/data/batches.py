@@ -17,7 +17,7 @@ import numpy as np
 from dlc_jax.ssl.augment import MultiCrop
 from dlc_jax.ssl.masking import BlockMasking, pack_masks
 from experiments.dlc.data.images import ImageSource
-from experiments.runtime.stream import Batch, EpochOrder, Stream
+from experiments.runtime.stream import WHOLE, Batch, EpochOrder, Share, Stream
 
 # Streams of random numbers that must not coincide.
 AUGMENT, MASK = 1, 2
@@ -73,22 +73,24 @@ class ImageStream(Stream):
     """
 
     def __init__(self, source: ImageSource, transform: Callable[[np.random.Generator, np.ndarray], Batch],
-                 finish: Callable[[Batch, int], Batch], batch_size: int, *, seed: int, process_index: int = 0,
-                 process_count: int = 1, **parallel: int | None):
-        super().__init__(batch_size, process_index, process_count)
+                 finish: Callable[[Batch, int], Batch], batch_size: int, *, seed: int, share: Share = WHOLE,
+                 **parallel: int | None):
+        super().__init__(batch_size, share)
         self._source, self._transform, self._finish, self._seed = source, transform, finish, seed
         self._order, self._parallel, self._batches = EpochOrder(len(source), seed), parallel, None
 
     def _open(self) -> Iterator[Batch]:
         source, transform, order, seed, finish = self._source, self._transform, self._order, self._seed, self._finish
-        start, step, rows, first = self._position, self._batch_size, self._rows, self._first
+        start, step, rows = self._position, self._batch_size, self._rows
 
         def row(k: int) -> Batch:
-            position = start + k // rows * step + first + k % rows
+            batch_number, row_in_batch = divmod(k, len(rows))
+            position = start + batch_number * step + int(rows[row_in_batch])
             item = source[int(order(np.array([position]))[0])]
             arrays = transform(np.random.default_rng((seed, AUGMENT, position)), item['image'])
             return arrays | {'label': np.int32(item['label'])}
-        return read_parallel(source, row, lambda batch, i: finish(batch, start + i * step), rows, **self._parallel)
+        return read_parallel(source, row, lambda batch, i: finish(batch, start + i * step), len(rows),
+                             **self._parallel)
 
     def _draw(self) -> Batch:
         if self._batches is None:
@@ -107,7 +109,7 @@ class GroupMasks:
     """Adds `masks`, `mask_indices` and `mask_weights` to a batch, drawn group by group from (seed, position, group)."""
     masking: BlockMasking
     seed: int
-    groups: range
+    groups: tuple[int, ...]  # this process's, of the whole batch
     group_size: int  # images
 
     def __call__(self, batch: Batch, position: int) -> Batch:
@@ -124,8 +126,8 @@ class SmallMultiCrop(Stream):
     """`ssl_batches` of small images that are all in memory: the whole batch in a few numpy calls, no grain."""
 
     def __init__(self, images: np.ndarray, multicrop: MultiCrop, finish: GroupMasks, batch_size: int, *, seed: int,
-                 process_index: int, process_count: int):
-        super().__init__(batch_size, process_index, process_count)
+                 share: Share):
+        super().__init__(batch_size, share)
         self._images, self._multicrop, self._finish, self._seed = images, multicrop, finish, seed
         self._order = EpochOrder(len(images), seed)
 
@@ -133,14 +135,14 @@ class SmallMultiCrop(Stream):
         # Drawn for the global batch, so that a row's crops do not depend on which process makes them.
         rng = np.random.default_rng((self._seed, AUGMENT, self._position))
         views = self._multicrop.sample(rng, self._batch_size, self._images.shape[1:3])
-        mine = type(views)(*(x[self._first:self._first + self._rows] for x in views))
+        mine = type(views)(*(x[self._rows] for x in views))
         whole, small = self._multicrop.apply_batch(self._images[self._order(self._positions())], mine)
         return self._finish({'global_crops': whole, 'local_crops': small}, self._position)
 
 
 def ssl_batches(source: ImageSource, multicrop: MultiCrop, masking: BlockMasking, batch_size: int, *, groups: int,
-                seed: int, process_index: int = 0, process_count: int = 1, num_threads: int | None = None,
-                num_workers: int = 0, vectorized: bool | None = None) -> Stream:
+                seed: int, share: Share = WHOLE, num_threads: int | None = None, num_workers: int = 0,
+                vectorized: bool | None = None) -> Stream:
     """Batches for the encoder's objective.
 
     Args:
@@ -159,27 +161,26 @@ def ssl_batches(source: ImageSource, multicrop: MultiCrop, masking: BlockMasking
     Raises:
         ValueError: batch, groups, processes and grid do not fit together.
     """
-    if groups < 1 or batch_size % groups or groups % process_count:
+    if groups < 1 or batch_size % groups or groups % share.count:
         raise ValueError(f'groups={groups} must divide batch_size={batch_size} and be a multiple of the '
-                         f'{process_count} process(es)')
+                         f'{share.count} parts that the mesh divides a batch into')
     if any(multicrop.global_size % side for side in masking.sides):
         raise ValueError(f'global_size={multicrop.global_size} cannot be divided into the {masking.sides} patches of '
                          'the masks')
-    share = groups // process_count
-    finish = GroupMasks(masking, seed, range(process_index * share, (process_index + 1) * share), batch_size // groups)
-    process = dict(seed=seed, process_index=process_index, process_count=process_count)
+    finish = GroupMasks(masking, seed, tuple(share.rows(groups).tolist()), batch_size // groups)
+    common = dict(seed=seed, share=share)
     images = getattr(source, 'images', None)
     if vectorized is None:
         vectorized = images is not None and max(images.shape[1:3]) <= VECTORIZED_PIXELS
     if vectorized:
         if images is None:
             raise ValueError('vectorized=True needs a source in memory; set data.in_memory=True')
-        return SmallMultiCrop(images, multicrop, finish, batch_size, **process)
+        return SmallMultiCrop(images, multicrop, finish, batch_size, **common)
 
     def crops(rng: np.random.Generator, image: np.ndarray) -> Batch:
         whole, small = multicrop(rng, image)
         return {'global_crops': whole, 'local_crops': small}
-    return ImageStream(source, crops, finish, batch_size, num_threads=num_threads, num_workers=num_workers, **process)
+    return ImageStream(source, crops, finish, batch_size, num_threads=num_threads, num_workers=num_workers, **common)
 
 
 # ---- Labelled images, and one pass over a data set -----------------------------------------------------------------
@@ -190,16 +191,14 @@ def named(arrays: Any) -> Batch:
 
 
 def image_batches(source: ImageSource, transform: Callable[[np.random.Generator, np.ndarray], Any], batch_size: int, *,
-                  seed: int, process_index: int = 0, process_count: int = 1, num_threads: int | None = None,
-                  num_workers: int = 0) -> Stream:
+                  seed: int, share: Share = WHOLE, num_threads: int | None = None, num_workers: int = 0) -> Stream:
     """Endless `image` [B, ...] and `label` [B] int32, for pixel models and linear probes.
 
     Args:
         transform: (rng, image) -> array, or dict of arrays to use in place of `image`.
     """
     return ImageStream(source, lambda rng, image: named(transform(rng, image)), lambda batch, position: batch,
-                       batch_size, seed=seed, process_index=process_index, process_count=process_count,
-                       num_threads=num_threads, num_workers=num_workers)
+                       batch_size, seed=seed, share=share, num_threads=num_threads, num_workers=num_workers)
 
 
 def eval_batches(source: ImageSource, transform: Callable[[np.ndarray], Any], batch_size: int, *, start: int = 0,

@@ -6,11 +6,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from dlc_jax import text_to_code
+from experiments.runtime import placement
 from experiments.dlc.data.codestore import open_code_store
 from experiments.dlc.data.image_files import FolderImages
 from experiments.dlc.data.images import ImageSource
@@ -149,7 +149,7 @@ class CaptionedCodes(ArrayBatches):
         return {'captions': tokens, 'caption_mask': mask}
 
 
-def open_batches(path: str, config: ml_collections.ConfigDict, words: text_to_code.Words) -> CaptionedCodes:
+def open_batches(path: str, config: ml_collections.ConfigDict, words: text_to_code.Words,
+                 share: placement.Share = placement.WHOLE) -> CaptionedCodes:
     """This process's stream of the store `path`."""
-    return CaptionedCodes(path, config, open_tokenizer(config), words, process_index=jax.process_index(),
-                          process_count=jax.process_count())
+    return CaptionedCodes(path, config, open_tokenizer(config), words, share=share)

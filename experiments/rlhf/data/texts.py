@@ -8,10 +8,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
+from experiments.runtime import placement
 from experiments.runtime.stream import ArrayBatches
 
 log = logging.getLogger(__name__)
@@ -154,10 +154,10 @@ def _short_enough(items: list[Any], max_length: int, lengths: Sequence[int], wha
 
 # ---- Streams ---------------------------------------------------------------------------------------------------------
 
-def batches(arrays: Arrays, config: ml_collections.ConfigDict) -> ArrayBatches:
+def batches(arrays: Arrays, config: ml_collections.ConfigDict,
+            share: placement.Share = placement.WHOLE) -> ArrayBatches:
     """Endless batches of this process's rows, shuffled anew each epoch."""
-    return ArrayBatches(arrays, config.batch_size, seed=config.seed, process_index=jax.process_index(),
-                        process_count=jax.process_count())
+    return ArrayBatches(arrays, config.batch_size, seed=config.seed, share=share)
 
 
 def in_order(arrays: Arrays, rows: int) -> list[tuple[Arrays, int]]:

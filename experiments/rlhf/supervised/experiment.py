@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from experiments.rlhf.data import tasks, texts
 from experiments.rlhf.models import adapters, architecture, loading
 from experiments.rlhf.models.tokenizer import tokenizer_of
-from experiments.runtime import optim
+from experiments.runtime import optim, placement
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
@@ -123,8 +123,10 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
                         lambda state, batch: objective.rows(state.params, reference(state.params, state.extra), batch),
                         objective.reduce, writer),)
 
-    return Experiment(init, loss, step, architecture.rules(config.model, objective.prefix), objective.batch,
-                      lambda: texts.batches(objective.open(config, config.data.split), config),
+    def open_batches():
+        return texts.batches(objective.open(config, config.data.split), config, placement.share_of(mesh))
+
+    return Experiment(init, loss, step, architecture.rules(config.model, objective.prefix), objective.batch, open_batches,
                       warm_start=warm_start if config.weights else None, hooks=hooks)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from experiments.rlhf.translation import data as data_lib
 from experiments.rlhf.translation import evaluation
-from experiments.runtime import launch, modules, optim, storage
+from experiments.runtime import launch, modules, optim, placement, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.experiment import Experiment
@@ -72,10 +72,10 @@ def batch_spec(config: ml_collections.ConfigDict, languages: tuple[str, ...], un
     return spec | {f'{language}_length': jax.ShapeDtypeStruct((rows,), jnp.int32) for language in languages}
 
 
-def open_batches(config: ml_collections.ConfigDict, languages: tuple[str, ...], unit: int) -> data_lib.LengthBatches:
+def open_batches(config: ml_collections.ConfigDict, languages: tuple[str, ...], unit: int,
+                 share: placement.Share = placement.WHOLE) -> data_lib.LengthBatches:
     corpus = data_lib.open_corpus(config, config.data.train, languages)
-    return data_lib.LengthBatches(corpus, data_lib.batch_shapes(config, unit), seed=config.seed,
-                                  process_index=jax.process_index(), process_count=jax.process_count())
+    return data_lib.LengthBatches(corpus, data_lib.batch_shapes(config, unit), seed=config.seed, share=share)
 
 
 def checksums(config: ml_collections.ConfigDict, languages: tuple[str, ...]) -> Array:
@@ -118,7 +118,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         return evaluation.hooks(config, writer, lambda: evaluation.AgentEvaluation(config, model))
 
     return Experiment(init, loss, step, seq2seq.PARTITION_RULES, batch_spec(config, languages, unit),
-                      lambda: open_batches(config, languages, unit),
+                      lambda: open_batches(config, languages, unit, placement.share_of(mesh)),
                       warm_start=lambda state: state.replace(extra={'vocabulary': checksums(config, languages)}),
                       hooks=hooks)
 

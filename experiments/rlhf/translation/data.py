@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 
 from experiments.rlhf.translation import synthetic as translation_synthetic
+from experiments.runtime.stream import WHOLE, Share
 from rlhf_jax.tasks import rows as rows_lib
 from rlhf_jax.tasks import translation
 
@@ -225,18 +226,15 @@ class LengthBatches:
         languages: None: all.
     """
 
-    def __init__(self, corpus: Corpus, shapes: Sequence[tuple[int, int]], *, seed: int, process_index: int = 0,
-                 process_count: int = 1, languages: Sequence[str] | None = None):
+    def __init__(self, corpus: Corpus, shapes: Sequence[tuple[int, int]], *, seed: int, share: Share = WHOLE,
+                 languages: Sequence[str] | None = None):
         languages = tuple(languages or corpus.tokens)
         self._tokens = {language: corpus.tokens[language] for language in languages}
         self._lengths = {language: corpus.lengths[language] for language in languages}
         longest = np.max(list(self._lengths.values()), axis=0)
         self._shapes, self._seed = list(shapes), seed
         self._shape_of = np.searchsorted([length for _, length in shapes], longest)
-        self._process = process_index, process_count
-        bad = next((rows for rows, _ in shapes if rows % process_count), None)
-        if bad:
-            raise ValueError(f'batch_size: a batch of {bad} rows is not divisible by {process_count} processes')
+        self._mine = {rows: share.rows(rows) for rows, _ in shapes}  # rows of a batch -> this process's
         self._position, self._epoch, self._plan = 0, -1, []
 
     def _plan_of(self, epoch: int) -> list[tuple[int, np.ndarray]]:
@@ -264,8 +262,7 @@ class LengthBatches:
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._plan_of(epoch)
         shape, rows = self._plan[index]
-        process, count = self._process
-        rows = rows[len(rows) // count * process:len(rows) // count * (process + 1)]
+        rows = rows[self._mine[len(rows)]]
         self._position += 1
         batch = {language: x[rows, :self._shapes[shape][1]] for language, x in self._tokens.items()}
         return batch | {f'{language}_length': x[rows] for language, x in self._lengths.items()}

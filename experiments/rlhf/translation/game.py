@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from experiments.rlhf.translation import agent as agents
 from experiments.rlhf.translation import data as data_lib
 from experiments.rlhf.translation import evaluation
-from experiments.runtime import optim, partition
+from experiments.runtime import optim, partition, placement
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
@@ -181,7 +181,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     if pairs:
         for name, pair in agents.PAIRS.items():
             spec |= {f'{name}_{key}': x for key, x in agents.batch_spec(one_length(config), pair, unit).items()}
-    return Experiment(init, loss, step, RULES, spec, lambda: open_batches(config, languages, unit),
+    return Experiment(init, loss, step, RULES, spec,
+                      lambda: open_batches(config, languages, unit, placement.share_of(mesh)),
                       warm_start=warm_start, hooks=hooks)
 
 
@@ -195,8 +196,9 @@ def one_length(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return one
 
 
-def open_batches(config: ml_collections.ConfigDict, languages: tuple[str, ...], unit: int) -> Any:
-    own = agents.open_batches(config, languages, unit)
+def open_batches(config: ml_collections.ConfigDict, languages: tuple[str, ...], unit: int,
+                 share: placement.Share = placement.WHOLE) -> Any:
+    own = agents.open_batches(config, languages, unit, share)
     if not config.pairs.every:
         return own
     streams = {'': own}
@@ -207,7 +209,7 @@ def open_batches(config: ml_collections.ConfigDict, languages: tuple[str, ...], 
         with one.unlocked():
             one.vocabulary.paths = tuple(config.vocabulary.paths) or (config.data.path,)
             one.data.path = config.pairs[name]
-        streams[f'{name}_'] = agents.open_batches(one, pair, unit)
+        streams[f'{name}_'] = agents.open_batches(one, pair, unit, share)
     return Together(streams)
 
 
