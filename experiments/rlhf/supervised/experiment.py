@@ -126,7 +126,8 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
     def open_batches():
         return texts.batches(objective.open(config, config.data.split), config, placement.share_of(mesh))
 
-    return Experiment(init, loss, step, architecture.rules(config.model, objective.prefix), objective.batch, open_batches,
+    rules = architecture.rules(config.model, objective.prefix)
+    return Experiment(init, loss, step, rules, objective.batch, open_batches,
                       warm_start=warm_start if config.weights else None, hooks=hooks)
 
 
