@@ -46,30 +46,34 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all). Slices joined by a data-centre network are laid along `data`."""
+    """A mesh over `devices` (default: all). Slices joined by a data-centre network are laid along `data`.
+
+    Raises:
+        ValueError: sizes that do not fit the devices or the slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
-    # Axes may split those of the torus: tensor=2 on a 4x4 slice has no other place.
-    # JAX numbers the nodes of a GPU cluster as slices too; there the plain order keeps the inner axes within a node.
-    tpu = devices[0].platform == 'tpu'
-    num_slices = len({getattr(d, 'slice_index', 0) for d in devices}) if tpu else 1
+    return Mesh(device_grid(tuple(shape.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_grid(shape: tuple[int, int, int], devices: list[jax.Device]) -> np.ndarray:
+    """`devices` in the order of a mesh of that shape, [data, fsdp, tensor].
+
+    On a TPU slice neighbours of the mesh are neighbours on the chips' torus, and axes may split those of the torus:
+    tensor=2 on a 4x4 slice has no other place. Chips that make no torus, as a slice less those that generate, and all
+    other devices are taken in plain order, which keeps the inner axes within a host. (JAX numbers the nodes of a GPU
+    cluster as slices, which they are not.)
+    """
+    if devices[0].platform != 'tpu' or len(devices) == 1:
+        return np.asarray(devices).reshape(shape)
+    num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
     if num_slices > 1:
-        if shape['data'] % num_slices:
-            raise ValueError(f"mesh: data={shape['data']} must be a multiple of the {num_slices} slices; set "
+        data, fsdp, tensor = shape
+        if data % num_slices:
+            raise ValueError(f'mesh: data={data} must be a multiple of the {num_slices} slices; set '
                              f'--config.mesh.data={num_slices}')
-        inner = (shape['data'] // num_slices, shape['fsdp'], shape['tensor'])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (num_slices, 1, 1), devices,
+        return mesh_utils.create_hybrid_device_mesh((data // num_slices, fsdp, tensor), (num_slices, 1, 1), devices,
                                                     allow_split_physical_axes=True)
-    elif tpu and len(devices) > 1:
-        grid = _on_torus(tuple(shape.values()), devices)
-    else:
-        grid = np.asarray(devices).reshape(tuple(shape.values()))
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _on_torus(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    """Devices of a TPU slice so that neighbours of the mesh are neighbours on the chips' torus; in plain order where
-    they make no torus, as a slice less the chips that generate does not."""
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError):

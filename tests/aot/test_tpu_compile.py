@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from configs.dlc import base, code_model_imagenet, generator_imagenet
-from configs.rlhf import tldr
+from configs.rlhf import gsm8k, tldr
 from experiments import compile as aot
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
-from experiments.train import build
+from experiments.train import build, mesh_of
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="pip install -e '.[tpu]'")
 
@@ -69,6 +69,31 @@ def test_a_policy_trains_and_samples_in_its_share_of_the_slice():
     assert not reports['sampler']['collectives'] or max(
         entry['largest_bytes'] for entry in reports['sampler']['collectives'].values()) < 2 ** 20
     assert reports['sampler']['arguments'] < 2.2 * (2 * table + 14 * 1024 ** 2)  # in bfloat16, and nothing else
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('topology', ['v5e-4', 'v5e-8', 'v6e-8', 'v5e-16', 'v5p-16'])
+def test_a_slice_less_the_chip_that_generates_still_makes_a_mesh(topology):
+    """3 of 4 chips make no torus; they are taken in plain order."""
+    for config in (tldr.get_config('online_dpo_410m_async'), gsm8k.get_config('online_dpo_async')):
+        devices = aot.tpu_slice(topology).devices
+        mesh = mesh_of(config, devices)
+        assert set(mesh.devices.flat) == set(devices[:-1]) and mesh_lib.batch_shards(mesh) == len(devices) - 1
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('file, name', [(tldr, 'online_dpo_410m_async'), (gsm8k, 'rloo_async')])
+def test_asynchronous_programs_compile_for_the_smallest_slice(file, name):
+    config, target = file.get_config(name), aot.tpu_slice('v5e-4')
+    config.model.update(dict(depth=1, width=256, num_heads=4, hidden=512))
+    config.batch_size, config.accumulate = 12, 1
+    config.sampling.update(dict(max_prompt=64, max_new_tokens=8))
+    reports = dict(aot.compile_config(config, target, fast=True))
+    assert {program: report['mesh'] for program, report in reports.items()} == {
+        'step': dict(data=3, fsdp=1, tensor=1), 'sampler': dict(data=1, fsdp=1, tensor=1)}
+    assert all(report['fits'] for report in reports.values())
 
 
 @needs_libtpu

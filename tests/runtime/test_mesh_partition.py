@@ -47,3 +47,19 @@ def test_uncovered_and_indivisible_parameters_are_named():
         partition.param_shardings({'a': {'scale': jnp.zeros(8)}}, RULES, mesh)
     with pytest.raises(ValueError, match=r'a/kernel \(6, 4\): 6 is not divisible by the 8'):
         partition.param_shardings({'a': {'kernel': jnp.zeros((6, 4))}}, RULES, mesh)
+
+
+def test_nodes_of_a_gpu_cluster_are_no_slices():
+    """JAX gives GPUs of different nodes different slice numbers; the default mesh lies over all of them."""
+    class Gpu:
+        platform, slice_index = 'gpu', 0
+
+        def __init__(self, i):
+            self.id, self.slice_index, self.process_index = i, i // 8, i // 8
+    devices = [Gpu(i) for i in range(16)]
+    grid = mesh_lib.device_grid((1, 16, 1), devices)
+    assert [d.id for d in grid.flat] == list(range(16))
+    for device in devices:
+        device.platform = 'tpu'
+    with pytest.raises(ValueError, match=r'data=1 must be a multiple of the 2 slices; set --config.mesh.data=2'):
+        mesh_lib.device_grid((1, 16, 1), devices)
