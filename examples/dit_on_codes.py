@@ -1,8 +1,8 @@
 """A DiT conditioned on codes, in a plain optax loop: `python examples/dit_on_codes.py`.
 
 The images are scikit-learn's handwritten digits, 8 x 8 pixels. The code of one is the brightness of its sixteen blocks
-of 2 x 2 pixels in eight grades, 16 tokens of 8 values; put the codes of your own encoder in its place. Prints how far the
-blocks of generated images are from the code they were made from, and from the code of another image.
+of 2 x 2 pixels in eight grades, 16 tokens of 8 values; put the codes of your own encoder in its place. Prints how far
+the blocks of generated images are from the code they were made from, and from the code of another image.
 """
 import argparse
 
