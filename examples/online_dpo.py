@@ -30,7 +30,7 @@ def open_model(folder: str | None):
         settings = read_config(folder)
         module, params = convert.from_torch(settings['model_type'], load_state_dict(folder), config=settings)
         return module, params, tokenizers.JsonTokenizer(folder)
-    module = GPTNeoX(vocab_size=264, width=64, depth=2, num_heads=4, max_length=128)
+    module = GPTNeoX(vocab_size=259, width=64, depth=2, num_heads=4, max_length=128)
     params = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))['params']
     return module, params, tokenizers.ByteTokenizer()
 

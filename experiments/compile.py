@@ -5,8 +5,10 @@
     python -m experiments.compile --config=configs/rlhf/tldr.py:online_dpo_1b --topology=v5e-16
     python -m experiments.compile --all --topology=v5e-16
 
-Prints, for one chip, bytes against HBM, matrix products against peak, and collectives. Needs no TPU and no data. A
-program that does not fit ends the command with status 2.
+Prints, for one chip, bytes against HBM, matrix products against peak, the time that the compiler's cycle counts add up
+to, and collectives with their loops counted. Needs no TPU and no data. A program that does not fit ends the command
+with status 2. It looks at one program at a time: what shares the chips with it (a policy's sampler beside its learner)
+comes on top.
 """
 import dataclasses
 import json
@@ -27,58 +29,16 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import flax.linen as nn
 import jax
 import ml_collections
-from jax.experimental.topologies import get_topology_desc
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 
-from experiments.runtime import launch, partition
+from experiments.runtime import compiler, hlo, launch, partition
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.slices import GIB, Slice, tpu_slice
 from experiments.train import build, mesh_of
 
 PAPER = (*(f'configs/dlc/{name}_imagenet.py:L512' for name in ('encoder', 'generator', 'code_model')),
          'configs/dlc/text_to_code_llada.py:L512')
-
-# Names count chips for v5e and v6e but TensorCores, two a chip, for v4 and v5p, as Google Cloud does.
-_FLAT = {4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'}
-_CUBE = {8: '2x2x1', 16: '2x2x2', 32: '2x2x4', 64: '2x4x4', 128: '4x4x4', 256: '4x4x8', 512: '4x8x8'}
-GENERATIONS = {  # grid of each slice, HBM GiB a chip, peak bf16 TFLOP/s a chip
-    'v4': (_CUBE, 32, 275),
-    'v5e': (_FLAT, 16, 197),
-    'v5p': (_CUBE, 95, 459),
-    'v6e': (_FLAT, 32, 918),
-}
-GIB = 2 ** 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """A TPU slice by name: its chips, and one chip's memory and peak."""
-    name: str
-    devices: tuple
-    hbm_bytes: int
-    peak_flops: float
-
-
-def tpu_slice(name: str) -> Slice:
-    """The slice `name`, such as 'v5e-16'.
-
-    Raises:
-        ValueError: no such slice, or no TPU compiler installed.
-    """
-    match = re.fullmatch(r'(v\w+)-(\d+)', name)
-    if not match or match[1] not in GENERATIONS:
-        raise ValueError(f'--topology={name!r}: write GENERATION-SIZE with a generation of {tuple(GENERATIONS)}, '
-                         'such as v5e-16')
-    grids, gib, tflops = GENERATIONS[match[1]]
-    if int(match[2]) not in grids:
-        raise ValueError(f'--topology={name!r}: sizes of {match[1]} are {tuple(grids)}')
-    options = {'chip_config_name': 'megacore'} if match[1] == 'v4' else {}  # one device a chip, not one a core
-    try:
-        topology = get_topology_desc(platform='tpu', topology_name=f'{match[1]}:{grids[int(match[2])]}', **options)
-    except Exception as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"no TPU compiler for {name}: pip install -e '.[tpu]' ({why})") from error
-    return Slice(name, tuple(topology.devices), gib * GIB, tflops * 1e12)
 
 
 def matmul_flops(jaxpr: Any) -> float:
@@ -100,38 +60,19 @@ def matmul_flops(jaxpr: Any) -> float:
     return total
 
 
-def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """{kind: {'count', 'largest_bytes'}} of a compiled program's text; one in a loop counts once."""
-    kinds, seen = {}, set()
-    for shape, kind, channel in re.findall(
-            r' = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*?'
-            r'channel_id=(\d+)', hlo):
-        if channel not in seen:  # an asynchronous one is written down as often as it has stages
-            seen.add(channel)
-            sizes = [_BYTES.get(dtype, 4) * math.prod(map(int, filter(None, dims.split(','))))
-                     for dtype, dims in re.findall(r'([a-z]+\d*)\[([\d,]*)\]', shape)]
-            entry = kinds.setdefault(kind, {'count': 0, 'largest_bytes': 0})
-            entry['count'] += 1
-            entry['largest_bytes'] = max(entry['largest_bytes'], *sizes)
-    return kinds
-
-
-_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8, 'f64': 8}
-
-
-def compile_program(jitted: Any, args: tuple, mesh: Mesh, target: Slice, *, fast: bool = False) -> dict[str, Any]:
+def compile_program(jitted: Any, args: tuple, mesh: Mesh, target: Slice, *,
+                    options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What the compiler says of one program, for one chip. Of one that does not fit: only how much it would need.
 
-    `fast`: tell the compiler not to look for the fastest program.
+    `options`: of the compiler, as in `experiments.runtime.compiler`.
     """
-    options = {'exec_time_optimization_effort': -1.0} if fast else None
     started = time.monotonic()
     with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
         traced = jitted.trace(*args)
         report = {'mesh': dict(mesh.shape), 'hbm_bytes': target.hbm_bytes,
                   'flops': matmul_flops(traced.jaxpr) / mesh.devices.size}
         try:
-            executable = traced.lower().compile(compiler_options=options)
+            executable = traced.lower().compile(compiler_options=dict(options) if options else None)
         except jax.errors.JaxRuntimeError as error:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
@@ -143,7 +84,11 @@ def compile_program(jitted: Any, args: tuple, mesh: Mesh, target: Slice, *, fast
                        'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,  # without donated ones
                        'program': memory.generated_code_size_in_bytes}
             report['bytes'] = sum(report[part] for part in ('arguments', 'temporaries', 'outputs', 'program'))
-            report['collectives'] = collectives(executable.as_text())
+            costs = hlo.costs(executable.as_text())
+            report['collectives'] = {kind: dataclasses.asdict(entry) for kind, entry in costs.collectives.items()}
+            report['seconds_by_cycles'] = costs.cycles / target.clock if target.clock else 0.0
+            network = sum(entry.bytes for entry in costs.collectives.values())
+            report['seconds_on_network'] = network / target.ici_bytes if target.ici_bytes else 0.0
     return report | {'fits': 'arguments' in report and report['bytes'] <= target.hbm_bytes,
                      'seconds_at_peak': report['flops'] / target.peak_flops,
                      'compile_seconds': time.monotonic() - started}
@@ -160,24 +105,26 @@ def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: st
     mesh = mesh_of(config, target.devices)
     experiment = build(config, mesh)
     state = jax.eval_shape(experiment.init, jax.random.key(0))
+    effort = compiler.FAST if fast else None
     if only in (None, 'step'):
         shardings, batch = partition.state_shardings(state, experiment.rules, mesh), mesh_lib.batch_sharding(mesh)
         step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, batch),
                        out_shardings=(shardings, mesh_lib.replicated(mesh)))
-        yield 'step', compile_program(step, (state, dict(experiment.batch)), mesh, target, fast=fast)
+        yield 'step', compile_program(step, (state, dict(experiment.batch)), mesh, target,
+                                      options=compiler.options('tpu', fast=fast))
     if only in (None, 'sampler') and experiment.sampler_program:
         sampler, args, mesh = experiment.sampler_program(target.devices)
-        yield 'sampler', compile_program(sampler, args, mesh, target, fast=fast)
+        yield 'sampler', compile_program(sampler, args, mesh, target, options=effort)
     elif only in (None, 'sampler') and experiment.sampler:
         mesh = mesh_lib.make_mesh({'data': -1}, target.devices)
         sampler = jax.jit(experiment.sampler, in_shardings=mesh_lib.replicated(mesh),
                           out_shardings=mesh_lib.batch_sharding(mesh))
         key = jax.eval_shape(jax.random.key, 0)
-        yield 'sampler', compile_program(sampler, (state.params, key), mesh, target, fast=fast)
+        yield 'sampler', compile_program(sampler, (state.params, key), mesh, target, options=effort)
 
 
-def describe(name: str, report: Mapping[str, Any], target: Slice) -> str:
-    """A report as the command prints it."""
+def describe(name: str, report: Mapping[str, Any], target: Slice, *, fast: bool = False) -> str:
+    """A report as the command prints it; the expected time is left out of a `fast` one, whose program is slower."""
     gib = lambda part: f'{report[part] / GIB:.2f}'
     shape = ', '.join(f'{axis}={size}' for axis, size in report['mesh'].items())
     lines = [f'{name} on {target.name}: {len(target.devices)} chips, mesh {shape}; compiled in '
@@ -188,9 +135,16 @@ def describe(name: str, report: Mapping[str, Any], target: Slice) -> str:
                 f'{gib("program")}' if 'arguments' in report else ': DOES NOT FIT'),
              f'  compute  {report["flops"] / 1e12:.2f} TFLOP a chip in matrix products, '
              f'{report["seconds_at_peak"]:.4f} s at the peak of {target.peak_flops / 1e12:.0f} TFLOP/s']
-    found = [f'{e["count"]} {kind} (largest {e["largest_bytes"] / 2 ** 20:.2f} MiB)'
-             for kind, e in report.get('collectives', {}).items()]
-    return '\n'.join(lines + ['  network  ' + (', '.join(found) or 'no collectives')] * ('collectives' in report))
+    if report.get('seconds_by_cycles') and not fast:
+        seconds = report['seconds_by_cycles']
+        lines.append(f'  time     {seconds:.4f} s by the cycles that the compiler expects, '
+                     f'{report["seconds_at_peak"] / seconds:.0%} of the peak')
+    if 'collectives' in report:
+        runs = [f'{e["runs"]} {kind} (largest {e["largest_bytes"] / 2 ** 20:.2f} MiB)'
+                for kind, e in report['collectives'].items()]
+        seconds = f'; {report["seconds_on_network"]:.4f} s at the bandwidth of the links'
+        lines.append('  network  ' + (', '.join(runs) + seconds if runs else 'no collectives'))
+    return '\n'.join(lines)
 
 
 def main() -> None:
@@ -199,7 +153,8 @@ def main() -> None:
     p.add_argument('--topology', default='v5e-16', help='GENERATION-SIZE, such as v5e-16, v6e-64, v5p-128')
     p.add_argument('--only', choices=('step', 'sampler'), help='one of the two programs')
     p.add_argument('--fast', action='store_true',
-                   help='compile in a quarter of the time to a slower program; its memory is about the same')
+                   help='compile in a quarter of the time to a slower program: its time means nothing, its memory is '
+                        'about the same but for samplers, which it understates')
     p.add_argument('--json', metavar='FILE', help='also write the reports there')
     args, config = launch.parse(p, default_config=PAPER[0] if '--all' in sys.argv else None)
     target = tpu_slice(args.topology)
@@ -210,14 +165,15 @@ def main() -> None:
     for path, config in configs.items():
         for program, report in compile_config(config, target, only=args.only, fast=args.fast):
             reports[f'{path} {program}'] = report
-            print(describe(f'{path} {program}', report, target), flush=True)
+            print(describe(f'{path} {program}', report, target, fast=args.fast), flush=True)
             if args.json:
                 with open(args.json, 'w') as file:
                     json.dump({'topology': target.name, 'programs': reports}, file, indent=1)
     full = [name for name, report in reports.items() if not report['fits']]
     if full:
-        raise ValueError(f'{full[0]} does not fit {target.name}: raise mesh.fsdp or accumulate, set model.remat, lower '
-                         'batch_size, or take a larger slice')
+        advice = ('raise mesh.fsdp or accumulate, set model.remat, lower batch_size' if full[0].endswith(' step') else
+                  'lower the rows sampled at a time (batch_size; rollout.slots of a policy), raise rollout.mesh.fsdp')
+        raise ValueError(f'{full[0]} does not fit {target.name}: {advice}, or take a larger slice')
 
 
 if __name__ == '__main__':

@@ -10,8 +10,8 @@ import pytest
 from configs.dlc import base, code_model_imagenet, generator_imagenet
 from configs.rlhf import gsm8k, tldr
 from experiments import compile as aot
+from experiments.runtime import compiler, hlo, partition, slices
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import partition
 from experiments.train import build, mesh_of
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="pip install -e '.[tpu]'")
@@ -21,7 +21,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, re
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize('topology, chips', [('v5e-16', 16), ('v4-16', 8)])
 def test_step_and_sampler_fit_and_the_state_is_split(topology, chips):
-    config, target = code_model_imagenet.get_config('L512'), aot.tpu_slice(topology)
+    config, target = code_model_imagenet.get_config('L512'), slices.tpu_slice(topology)
     assert len(target.devices) == chips
     experiment = build(config, mesh_lib.make_mesh(config.mesh, target.devices))
     state = jax.eval_shape(experiment.init, jax.random.key(0))
@@ -31,7 +31,7 @@ def test_step_and_sampler_fit_and_the_state_is_split(topology, chips):
     assert set(reports) == {'step', 'sampler'}
     for name, report in reports.items():
         assert report['fits'] and 0 < report['bytes'] < target.hbm_bytes
-        assert f'GiB a chip of {target.hbm_bytes // aot.GIB}' in aot.describe(name, report, target)
+        assert f'GiB a chip of {target.hbm_bytes // slices.GIB}' in aot.describe(name, report, target)
     step, sampler = reports['step'], reports['sampler']
     # Parameters, both moments and EMA: a chip holds its share, padded to tiles of 128 where 16 chips leave 64 columns
     # of 1024. The donated state is returned in place.
@@ -59,7 +59,7 @@ def test_a_policy_trains_and_samples_in_its_share_of_the_slice():
     config.batch_size, config.accumulate = 64, 2
     config.sampling.update(dict(max_prompt=64, max_new_tokens=8))
     config.rollout.update(dict(max_staleness=1, devices=8))
-    target = aot.tpu_slice('v5e-16')
+    target = slices.tpu_slice('v5e-16')
     reports = dict(aot.compile_config(config, target, fast=True))
     assert {name: report['mesh'] for name, report in reports.items()} == {
         'step': dict(data=1, fsdp=8, tensor=1), 'sampler': dict(data=8, fsdp=1, tensor=1)}
@@ -77,7 +77,7 @@ def test_a_policy_trains_and_samples_in_its_share_of_the_slice():
 def test_a_slice_less_the_chip_that_generates_still_makes_a_mesh(topology):
     """3 of 4 chips make no torus; they are taken in plain order."""
     for config in (tldr.get_config('online_dpo_410m_async'), gsm8k.get_config('online_dpo_async')):
-        devices = aot.tpu_slice(topology).devices
+        devices = slices.tpu_slice(topology).devices
         mesh = mesh_of(config, devices)
         assert set(mesh.devices.flat) == set(devices[:-1]) and mesh_lib.batch_shards(mesh) == len(devices) - 1
 
@@ -86,7 +86,7 @@ def test_a_slice_less_the_chip_that_generates_still_makes_a_mesh(topology):
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize('file, name', [(tldr, 'online_dpo_410m_async'), (gsm8k, 'rloo_async')])
 def test_asynchronous_programs_compile_for_the_smallest_slice(file, name):
-    config, target = file.get_config(name), aot.tpu_slice('v5e-4')
+    config, target = file.get_config(name), slices.tpu_slice('v5e-4')
     config.model.update(dict(depth=1, width=256, num_heads=4, hidden=512))
     config.batch_size, config.accumulate = 12, 1
     config.sampling.update(dict(max_prompt=64, max_new_tokens=8))
@@ -94,6 +94,21 @@ def test_asynchronous_programs_compile_for_the_smallest_slice(file, name):
     assert {program: report['mesh'] for program, report in reports.items()} == {
         'step': dict(data=3, fsdp=1, tensor=1), 'sampler': dict(data=1, fsdp=1, tensor=1)}
     assert all(report['fits'] for report in reports.values())
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_gathered_weights_are_no_loop_of_small_products():
+    """Without the options of steps, the weights of a sharded network arrive in a loop of permutes, slice by slice."""
+    target = slices.tpu_slice('v5e-16')
+    mesh = mesh_lib.make_mesh({'fsdp': -1}, target.devices)
+    rows, weights = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (('fsdp',), ('fsdp', None)))
+    program = jax.jit(lambda x, w: jnp.tanh(x @ w), in_shardings=(rows, weights), out_shardings=rows)
+    args = (jax.ShapeDtypeStruct((65536, 1152), jnp.bfloat16), jax.ShapeDtypeStruct((1152, 4608), jnp.bfloat16))
+    by = {name: aot.compile_program(program, args, mesh, target, options=options)['collectives']
+          for name, options in (('default', None), ('steps', compiler.options('tpu')))}
+    assert by['default']['collective-permute']['runs'] >= 15
+    assert 'collective-permute' not in by['steps'] and by['steps']['all-gather']['runs'] >= 1
 
 
 @needs_libtpu
@@ -113,7 +128,7 @@ def test_a_mesh_that_cannot_fit_is_reported(monkeypatch, capsys):
     ('v5e-16', dict(fsdp=-1, tensor=2)), ('v5e-64', dict(data=2, fsdp=-1, tensor=2)),
     ('v5p-128', dict(fsdp=-1, tensor=8))])
 def test_every_axis_finds_its_place_in_a_slice(topology, sizes):
-    devices = aot.tpu_slice(topology).devices
+    devices = slices.tpu_slice(topology).devices
     mesh = mesh_lib.make_mesh(sizes, devices)
     assert set(mesh.devices.flat) == set(devices) and mesh.shape['tensor'] == sizes['tensor']
 
@@ -125,15 +140,15 @@ def test_every_axis_finds_its_place_in_a_slice(topology, sizes):
 ])
 def test_unknown_slices_are_named(name, message):
     with pytest.raises(ValueError, match=message):
-        aot.tpu_slice(name)
+        slices.tpu_slice(name)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
     def missing(**_):
         raise RuntimeError('Unable to find libtpu\nand more lines')
-    monkeypatch.setattr(aot, 'get_topology_desc', missing)
+    monkeypatch.setattr(slices, 'get_topology_desc', missing)
     with pytest.raises(ValueError, match=r"v5e-16: pip install -e '\.\[tpu\]' \(Unable to find libtpu\)$"):
-        aot.tpu_slice('v5e-16')
+        slices.tpu_slice('v5e-16')
 
 
 def test_flops_count_loops_branches_and_recomputation():
@@ -153,19 +168,6 @@ def test_flops_count_loops_branches_and_recomputation():
     assert count(conv) == 2 * (4 * 4 * 5) * (3 * 3 * 3)
 
 
-def test_collectives_are_counted_once_each_with_their_size():
-    hlo = '''
-  %a.1 = bf16[256,128]{1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={0}
-  %a.2 = bf16[256,128]{1,0:T(8,128)} all-gather(%p.2), channel_id=7, dimensions={0}
-  %b = (f32[4,2]{1,0}, pred[]) all-reduce(%x, %y), channel_id=8, to_apply=%add
-  %c = (f32[16]{0}, f32[16]{0}, u32[]) collective-permute-start(%z), channel_id=9, source_target_pairs={{0,1}}
-  %d = f32[99] fusion(%z), kind=kLoop
-'''
-    assert aot.collectives(hlo) == {
-        'all-gather': {'count': 1, 'largest_bytes': 256 * 128 * 2}, 'all-reduce': {'count': 1, 'largest_bytes': 32},
-        'collective-permute': {'count': 1, 'largest_bytes': 64}}
-
-
 def test_no_logits_of_the_encoder_cross_devices():
     """Prototype and SEM logits are the largest arrays of its step; each stays where it was computed."""
     config = base.encoder()
@@ -179,7 +181,7 @@ def test_no_logits_of_the_encoder_cross_devices():
     shardings = partition.state_shardings(state, experiment.rules, mesh)
     step = jax.jit(experiment.step, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)))
     with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-        found = aot.collectives(step.lower(state, dict(experiment.batch)).compile(
-            compiler_options={'xla_backend_optimization_level': 0}).as_text())
+        found = hlo.costs(step.lower(state, dict(experiment.batch)).compile(
+            compiler_options={'xla_backend_optimization_level': 0}).as_text()).collectives
     matrix = 8 * 8192 * 4  # of the prototypes: gathered, and its gradient summed
-    assert found and max(entry['largest_bytes'] for entry in found.values()) <= matrix, found
+    assert found and max(entry.largest_bytes for entry in found.values()) <= matrix, found
