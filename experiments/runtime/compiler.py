@@ -1,4 +1,4 @@
-"""Compiler options of training steps where the defaults of XLA cost much: those of a run and of `experiments.compile`."""
+"""Compiler options of training steps: one place for a run and for `experiments.compile`."""
 from typing import Any
 
 # On TPU, XLA splits a matrix product with a gathered weight into a loop of products with slices of it as they arrive
