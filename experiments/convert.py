@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--dst', required=True, metavar='DIR', help='written there; must be empty or new')
     p.add_argument('--reverse', action='store_true', help='from a work directory to released names')
     p.add_argument('--adapter', action='store_true', help='of a language model, the LoRA adapter alone')
+    p.add_argument('--base', metavar='NAME|DIR', help='of --adapter, the model it belongs to (default: the Hugging '
+                   'Face folder that the run started from)')
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), help='of the tensors written, of a language model or '
                    'llada (default: as they are)')
     p.add_argument('--hf', action='store_true', help='of a dinov2 written: names and config of transformers')
@@ -72,6 +74,8 @@ def check_flags(args: argparse.Namespace, overrides: bool) -> None:
                          '--reverse writes one')
     if args.adapter and args.kind not in LANGUAGE:
         raise ValueError(f'--adapter: a {args.kind} has none; leave it out')
+    if args.base and not args.adapter:
+        raise ValueError('--base: only an --adapter has one; leave it out')
     if args.dtype and args.kind not in FOLDERS:
         raise ValueError(f'--dtype: a {args.kind} is written in float32; leave it out')
     if args.hf and args.kind != 'dinov2':
@@ -119,7 +123,8 @@ def main() -> None:
     check_flags(args, any(a.startswith('--config') for a in argv))
     launch.initialize(args)
     if args.kind in LANGUAGE:
-        print(language.export(args.kind, args.src, args.dst, adapter=args.adapter, dtype=args.dtype or 'float32'))
+        print(language.export(args.kind, args.src, args.dst, adapter=args.adapter, base=args.base,
+                              dtype=args.dtype or 'float32'))
         return
     if args.kind == 'llada':
         print(llada.write(args.src, args.dst, reverse=args.reverse, dtype=args.dtype, key=args.key))

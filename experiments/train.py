@@ -43,7 +43,15 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> experiment_lib.Exper
         raise ValueError(f'experiment={config.experiment!r} is not one of {sorted(EXPERIMENTS)}')
     experiment_lib.check_numbers(config)
     experiment_lib.check_batch(config, mesh)
+    complete(config)
     return importlib.import_module(EXPERIMENTS[config.experiment]).build(config, mesh)
+
+
+def complete(config: ml_collections.ConfigDict) -> None:
+    """Reads what `config` leaves to a folder that it names, so that the config of a run says it itself."""
+    if config.get('weights') and config.model.get('size') == 'weights':
+        from experiments.rlhf.models.loading import complete as complete_model
+        complete_model(config)
 
 
 def mesh_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,5 +1,6 @@
 """Every field of the language experiments, with its unit. A config file starts from one of these and changes lines."""
 import ml_collections
+from ml_collections import config_dict
 
 from configs.parts import adamw, precision, runner, schedule
 
@@ -7,10 +8,19 @@ ConfigDict = ml_collections.ConfigDict
 
 
 def model(kind: str, size: str, **fields) -> dict:
-    """A decoder: `kind` gpt2 | gpt_neox | llama, `size` of its table."""
+    """A decoder: `kind` gpt2 | gpt_neox | llama | mistral | qwen2 | qwen3; `size` of its table, or 'weights': what is
+    not set here is read from the config.json of `weights`."""
+    unset = lambda: config_dict.placeholder(bool)  # None
     return dict(
         kind=kind, size=size,
-        vocab_size=0, width=0, depth=0, num_heads=0, num_kv_heads=0, hidden=0, max_length=0,  # 0: as the size says
+        # 0, '' and None mean: as the size says. A kind has some of these fields.
+        vocab_size=0, width=0, depth=0, num_heads=0, num_kv_heads=0, head_dim=0, hidden=0, max_length=0,
+        activation='', eps=0.0, tied=unset(),
+        attention_bias=unset(), qkv_bias=unset(), mlp_bias=unset(), qk_norm=unset(), parallel=unset(),
+        window=0,  # tokens that a token sees, itself included; -1: all
+        rope_base=0.0, rotary_fraction=0.0,
+        # kind: none | linear | llama3
+        rope_scaling=dict(kind='', factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192),
         init_std=0.02,  # of fresh weights
         **precision(),
     ) | fields
@@ -24,6 +34,7 @@ def _language(experiment: str, **sections) -> ConfigDict:
         tokenizer='bytes',  # bytes | a tokenizer.json or its folder
         bos=False,  # every text begins with the tokenizer's BOS
         weights='',  # to start from: a Hugging Face folder, or the work directory of an earlier stage; '': fresh
+        adapter='',  # of PEFT, a folder: merged into `weights` before anything else
         data=dict(
             task='arithmetic',  # see experiments.rlhf.data.tasks
             path='',  # file or folder on disk, or tfds:NAME; '': embedded, where the task is

@@ -41,7 +41,7 @@ def read_json(file: Any) -> Mapping[str, Any]:
     """
     try:
         values = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{file}: damaged ({error}); mend it or take it away') from None
     return values if isinstance(values, Mapping) else {}
 

@@ -25,7 +25,7 @@ from rlhf_jax.weights.rules import Rule, dense, linear
 from rlhf_jax.weights.state_dict import Renamed, without_prefixes
 from rlhf_jax.models import heads
 
-KINDS = ('gpt2', 'gpt_neox', 'llama')  # each is a file beside this one
+KINDS = ('gpt2', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'qwen3')  # each is a file beside this one
 
 # Of TRL's models with a value head, and of those of arXiv 2403.17031.
 _WRAPPERS = ('pretrained_model.', 'lm_backbone.')
@@ -71,6 +71,8 @@ def module_of(kind: str, config: Mapping[str, Any], **fields: Any) -> Any:
         ValueError: unknown kind, or a setting that the model does not have.
     """
     file = _file(kind)
+    if config.get('quantization_config'):
+        raise ValueError('convert: config has a quantization_config; give the weights before they were quantised')
     return file.MODULE(**file.fields_of(config) | fields)
 
 
@@ -80,11 +82,16 @@ def to_torch(kind: str, module: Any, params: Mapping[str, Any]) -> dict[str, np.
     return dict(tensors(kind, module, params))
 
 
-def tensors(kind: str, module: Any, params: Mapping[str, Any], *, dtype: Any = np.float32) -> Renamed:
-    """The same, each tensor made when it is asked for, in `dtype`."""
+def tensors(kind: str, module: Any, params: Mapping[str, Any], *, dtype: Any = np.float32,
+            tied: bool = True) -> Renamed:
+    """The same, each tensor made when it is asked for, in `dtype`.
+
+    Args:
+        tied: with a head that is the embedding table once more, as a PyTorch module has it; files do without.
+    """
     file = _file(kind)
     table, outer = _tables(file, module)
-    return Renamed(rules.Tensors(params, table, dtype), lambda name: _long_name(name, file, outer))
+    return Renamed(rules.Tensors(params, table, dtype, tied=tied), lambda name: _long_name(name, file, outer))
 
 
 def tensor_shapes(kind: str, module: Any) -> dict[str, tuple[int, ...]]:

@@ -28,8 +28,9 @@ ANY_HEAD = (Tied('lm_head.weight', 'wte.weight'),)
 _SETTINGS = (
     Setting('vocab_size', 'vocab_size'), Setting('width', 'n_embd'), Setting('depth', 'n_layer'),
     Setting('num_heads', 'n_head'), Setting('max_length', 'n_positions', 1024),
-    Setting('tied', 'tie_word_embeddings', True), Setting('activation', 'activation_function', 'gelu_new'),
-    Setting('eps', 'layer_norm_epsilon', 1e-5), Setting('init_std', 'initializer_range', 0.02))
+    Setting('tied', 'tie_word_embeddings', True, 'bool'),
+    Setting('activation', 'activation_function', 'gelu_new', 'activation'),
+    Setting('eps', 'layer_norm_epsilon', 1e-5, 'real'), Setting('init_std', 'initializer_range', 0.02, 'real'))
 
 
 def head_rules(module: MODULE) -> tuple[Rule | Tied, ...]:
@@ -48,7 +49,8 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get(name, only) != only:
             raise ValueError(f'convert: config has {name}={config[name]!r}, but only {only!r} is supported')
     fields = settings.fields_of(config, _SETTINGS)
-    return fields | {'hidden': config.get('n_inner') or 4 * fields['width']}
+    hidden = settings.checked('n_inner', config.get('n_inner') or 4 * fields['width'], 'size')
+    return fields | {'hidden': hidden}
 
 
 def config_of(module: MODULE) -> dict[str, Any]:

@@ -28,8 +28,10 @@ RENAMED = {'lm_head.weight': 'embed_out.weight'}  # in the memory of transformer
 ANY_HEAD = (Tied('embed_out.weight', 'embed_in.weight'),)
 
 _SETTINGS = (
-    *COMMON, Setting('parallel', 'use_parallel_residual', True), Setting('attention_bias', 'attention_bias', True),
-    Setting('activation', 'hidden_act', 'gelu'), Setting('eps', 'layer_norm_eps', 1e-5))
+    *COMMON, Setting('parallel', 'use_parallel_residual', True, 'bool'),
+    Setting('attention_bias', 'attention_bias', True, 'bool'),
+    Setting('activation', 'hidden_act', 'gelu', 'activation'), Setting('eps', 'layer_norm_eps', 1e-5, 'real'),
+    Setting('rotary_fraction', 'rotary_pct', 0.25, 'share'))
 
 
 def head_rules(module: MODULE) -> tuple[Rule | Tied, ...]:
@@ -43,12 +45,11 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting that the module does not have.
     """
-    rotary = {'rotary_fraction': config.get('rotary_pct', 0.25)}
-    return settings.fields_of(config, _SETTINGS) | rotary | rope_fields(config, base_name='rotary_emb_base')
+    return settings.fields_of(config, _SETTINGS) | rope_fields(config, base_name='rotary_emb_base')
 
 
 def config_of(module: MODULE) -> dict[str, Any]:
     """`config.json` of the module."""
     return {'model_type': 'gpt_neox', 'architectures': ['GPTNeoXForCausalLM'], **settings.config_of(module, _SETTINGS),
-            'intermediate_size': module.hidden or 4 * module.width, 'rotary_pct': module.rotary_fraction,
+            'intermediate_size': module.hidden or 4 * module.width,
             **rope_settings(module, base_name='rotary_emb_base')}

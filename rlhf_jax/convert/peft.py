@@ -14,12 +14,14 @@ import jax
 import numpy as np
 
 from rlhf_jax.convert import KINDS
+from rlhf_jax.convert.settings import checked
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import Rule, linear
 from rlhf_jax.weights.state_dict import Renamed
 from rlhf_jax.models import heads, lora
 
 _OUTER = 'base_model.model.'
+_CHANGES_BASE = ('pissa', 'olora', 'corda', 'loftq')  # ways to initialise that subtract the start from the base
 _SCORE = Rule('score.weight', 'score_head/kernel', linear())
 
 
@@ -128,12 +130,18 @@ def _short_name(name: str, prefix: str) -> str:
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    for name, only in (('use_dora', False), ('bias', 'none'), ('rank_pattern', {}), ('alpha_pattern', {})):
+    for name, only in (('peft_type', 'LORA'), ('use_dora', False), ('bias', 'none'), ('lora_bias', False),
+                       ('rank_pattern', {}), ('alpha_pattern', {}), ('layer_replication', None)):
         if (config.get(name) or only) != only:
-            raise ValueError(f'convert: adapter_config has {name}={config[name]!r}, but only {only!r} is supported')
-    for name in ('r', 'lora_alpha'):
+            raise ValueError(f'convert: adapter_config has {name}={config[name]!r:.60}, but only {only!r} is supported')
+    start = config.get('init_lora_weights', True)
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        raise ValueError(f'convert: adapter_config has init_lora_weights={start!r:.60}, which changes the base model '
+                         'too; convert it to a plain LoRA with PEFT (path_initial_model_for_weight_conversion)')
+    for name, type_ in (('r', 'size'), ('lora_alpha', 'real')):
         if name not in config:
             raise ValueError(f'convert: adapter_config has no {name}')
+        checked(name, config[name], type_)
 
 
 def _file(kind: str) -> Any:

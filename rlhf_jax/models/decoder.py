@@ -84,8 +84,12 @@ def positions_of(mask: Array) -> Array:
     return jnp.maximum(count - start, 0)
 
 
-def prepare(tokens: Array, mask: Array | None, positions: Array | None, cache: Cache | None) -> tuple[Array, Context]:
+def prepare(tokens: Array, mask: Array | None, positions: Array | None, cache: Cache | None, *,
+            window: int = 0) -> tuple[Array, Context]:
     """Positions of the tokens, and the context of the blocks without its rotary part.
+
+    Args:
+        window: a token sees itself and the `window` - 1 tokens of its sequence before it, padding not counted; 0: all.
 
     Raises:
         ValueError: shapes that do not agree.
@@ -103,6 +107,9 @@ def prepare(tokens: Array, mask: Array | None, positions: Array | None, cache: C
             default = positions_of(mask)
             visible = (mask[:, :, None] == mask[:, None, :]) & (mask[:, None, :] != 0)
             visible = visible[:, None]
+        if 0 < window < length:  # a shorter row lies within it
+            near = (default[:, :, None] - default[:, None, :] < window)[:, None]
+            visible = near if visible is None else visible & near
         return (default if positions is None else positions), Context(mask=visible)
 
     if batch != cache.mask.shape[0] or length > cache.length:
@@ -115,6 +122,9 @@ def prepare(tokens: Array, mask: Array | None, positions: Array | None, cache: C
     own = index[:, None] + jnp.arange(length)  # slot of each query
     new_mask = _written(cache, there).mask
     visible = new_mask[:, None, :] & (slots <= own[..., None])
+    if 0 < window < cache.length:
+        count = jnp.cumsum(new_mask, 1, dtype=jnp.int32)
+        visible &= jnp.take_along_axis(count, own, 1)[..., None] - count[:, None, :] < window
     return positions, Context(mask=visible[:, None], index=cache.index)
 
 
@@ -261,6 +271,7 @@ class Decoder(nn.Module, kw_only=True):
     param_dtype: Any = jnp.float32
 
     norm = layers.LayerNorm
+    window = 0  # see `prepare`; a field of the families that have one
 
     def block(self) -> Callable[..., nn.Module]:
         """Class of the blocks with its fields given, see `run_blocks`."""
@@ -303,7 +314,7 @@ class Decoder(nn.Module, kw_only=True):
         self.check(cache)
         table = self.param('embed', nn.initializers.normal(self.init_std), (self.vocab_size, self.width),
                            self.param_dtype)
-        positions, context = prepare(tokens, mask, positions, cache)
+        positions, context = prepare(tokens, mask, positions, cache, window=self.window)
         x, context = self.place(layers.embed(table, tokens, dtype=self.dtype), positions, context)
         x, cache = run_blocks(self.block(), self.depth, x, context, cache=cache, mask=mask, cache_length=cache_length,
                               stacked=self.stacked, remat=self.remat, unroll=self.unroll)

@@ -1,7 +1,9 @@
-"""LLaMA 1, 2 and 3.x (arXiv 2302.13971, 2307.09288, 2407.21783), and what has its shape: TinyLlama, Rho-1B, LLaDA.
+"""LLaMA 1, 2 and 3.x (arXiv 2302.13971, 2307.09288, 2407.21783), and what has its shape.
 
-RMS norm, rotary positions, gated MLP, from LLaMA 2-70B on grouped queries. LLaDA (arXiv 2502.09992), a masked-diffusion
-language model, is the same network with `causal=False`. How it is called is in `decoder.py`.
+RMS norm, rotary positions, gated MLP, from LLaMA 2-70B on grouped queries. TinyLlama and Rho-1B are sizes of it. LLaDA
+(arXiv 2502.09992), a masked-diffusion language model, is the same network with `causal=False`; Mistral has a window,
+Qwen2 biases and Qwen3 norms of queries and keys (`mistral.py`, `qwen2.py`, `qwen3.py`). How it is called is in
+`decoder.py`.
 """
 import functools
 from typing import Any
@@ -62,8 +64,10 @@ class Block(nn.Module):
     hidden: int
     activation: str
     causal: bool
-    attention_bias: bool
+    qkv_bias: bool
+    out_bias: bool
     mlp_bias: bool
+    qk_norm: bool
     eps: float
     attention_impl: str
     init_std: float
@@ -76,8 +80,8 @@ class Block(nn.Module):
         x = nn.with_logical_constraint(x, ('batch', 'tokens', 'embed'))
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         norm = functools.partial(layers.RMSNorm, self.eps, **types)
-        attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, self.causal, self.attention_bias,
-                         self.attention_impl, self.init_std, name='attn', **types)
+        attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, self.causal, self.qkv_bias, self.out_bias,
+                         self.eps if self.qk_norm else None, self.attention_impl, self.init_std, name='attn', **types)
         h, kv = attn(norm(name='attn_norm')(x), context, kv)
         x = x + h
         mlp = GatedMlp(self.hidden, self.activation, self.mlp_bias, self.init_std, name='mlp', **types)
@@ -86,12 +90,15 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Parameters: `q` kernel [D, H, hd], `k` and `v` [D, Hkv, hd], `o` [H, hd, D]."""
+    """Parameters: `q` kernel [D, H, hd], `k` and `v` [D, Hkv, hd], `o` [H, hd, D]; with `norm_eps`, `q_norm` and
+    `k_norm` scale [hd], of norms over each head before it is rotated."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
     causal: bool
-    use_bias: bool
+    qkv_bias: bool
+    out_bias: bool
+    norm_eps: float | None
     impl: str
     init_std: float
     dtype: Any
@@ -99,13 +106,17 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, context: decoder.Context, kv: Any) -> tuple[Array, Any]:
-        dense = functools.partial(layers.Dense, use_bias=self.use_bias, init_std=self.init_std, dtype=self.dtype,
-                                  param_dtype=self.param_dtype)
-        q = layers.rope(dense((self.num_heads, self.head_dim), name='q')(x), context.rotary)
-        k = layers.rope(dense((self.num_kv_heads, self.head_dim), name='k')(x), context.rotary)
-        v = dense((self.num_kv_heads, self.head_dim), name='v')(x)
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        dense = functools.partial(layers.Dense, init_std=self.init_std, **types)
+        q = dense((self.num_heads, self.head_dim), use_bias=self.qkv_bias, name='q')(x)
+        k = dense((self.num_kv_heads, self.head_dim), use_bias=self.qkv_bias, name='k')(x)
+        v = dense((self.num_kv_heads, self.head_dim), use_bias=self.qkv_bias, name='v')(x)
+        if self.norm_eps is not None:
+            q = layers.RMSNorm(self.norm_eps, name='q_norm', **types)(q)
+            k = layers.RMSNorm(self.norm_eps, name='k_norm', **types)(k)
+        q, k = layers.rope(q, context.rotary), layers.rope(k, context.rotary)
         out, kv = decoder.attend(q, k, v, context, kv, causal=self.causal, impl=self.impl)
-        return dense(x.shape[-1], inputs=2, name='o')(out), kv
+        return dense(x.shape[-1], inputs=2, use_bias=self.out_bias, name='o')(out), kv
 
 
 class GatedMlp(nn.Module):
@@ -135,7 +146,10 @@ class Llama(decoder.Decoder, kw_only=True):
         head_dim: 0: width / num_heads.
         rope_base, rope_scaling: see `layers.rope_frequencies`.
         causal: a token does not see later ones.
+        window: a token sees itself and the `window` - 1 tokens before it; 0: all.
         attention_bias, mlp_bias: the projections of either have one.
+        qkv_bias: those of query, key and value have one, whether or not the output projection has.
+        qk_norm: queries and keys are normed head by head, with one scale for all heads.
     """
     hidden: int
     num_kv_heads: int = 0
@@ -143,8 +157,11 @@ class Llama(decoder.Decoder, kw_only=True):
     rope_base: float = 10000.0
     rope_scaling: layers.RopeScaling | None = None
     causal: bool = True
+    window: int = 0
     attention_bias: bool = False
+    qkv_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     activation: str = 'silu'
     eps: float = 1e-6
 
@@ -156,14 +173,14 @@ class Llama(decoder.Decoder, kw_only=True):
             raise ValueError(f'Llama: num_heads {self.num_heads} is not a multiple of num_kv_heads {kv_heads}')
         if not self.head_dim:
             super().check(cache)
-        if cache is not None and not self.causal:
-            raise ValueError('Llama: a model that is not causal has no use for a cache')
+        if not self.causal and (cache is not None or self.window):
+            raise ValueError('Llama: a model that is not causal has no use for a cache or a window')
 
     def block(self) -> Any:
         return functools.partial(
             Block, self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim or self.width // self.num_heads,
-            self.hidden, self.activation, self.causal, self.attention_bias, self.mlp_bias, self.eps,
-            self.attention_impl, self.init_std, self.dtype, self.param_dtype)
+            self.hidden, self.activation, self.causal, self.qkv_bias or self.attention_bias, self.attention_bias,
+            self.mlp_bias, self.qk_norm, self.eps, self.attention_impl, self.init_std, self.dtype, self.param_dtype)
 
     def place(self, x: Array, positions: Array, context: decoder.Context) -> tuple[Array, decoder.Context]:
         frequencies = layers.rope_frequencies(self.head_dim or self.width // self.num_heads, self.rope_base,

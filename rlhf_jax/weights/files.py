@@ -98,15 +98,16 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def _only_file(directory: pathlib.Path) -> pathlib.Path:
-    """The file of weights in `directory`: an index of shards, or the only file of the first suffix there is."""
-    for pattern in ('*.safetensors' + _INDEX_SUFFIX, '*' + _INDEX_SUFFIX, '*.safetensors', '*.bin', '*.pth', '*.pt'):
-        candidates = sorted(file for file in directory.glob(pattern) if not _BESIDE_WEIGHTS.fullmatch(file.name))
+    """The file of weights in `directory`: an index of shards, or the only file of the first suffix there is. What lies
+    beside weights counts where there is nothing else, such as an adapter alone."""
+    patterns = ('*.safetensors' + _INDEX_SUFFIX, '*' + _INDEX_SUFFIX, '*.safetensors', '*.bin', '*.pth', '*.pt')
+    for beside, pattern in [(beside, pattern) for beside in (False, True) for pattern in patterns]:
+        candidates = sorted(file for file in directory.glob(pattern)
+                            if bool(_BESIDE_WEIGHTS.fullmatch(file.name)) == beside)
         if len(candidates) > 1:
             raise ValueError(f'{directory}: holds {len(candidates)} files {pattern}; name one of them')
         if candidates:
             return candidates[0]
-    if (directory / 'adapter_config.json').exists():
-        raise FileNotFoundError(f'{directory}: a PEFT adapter without its base model; give the folder of that model')
     raise FileNotFoundError(f'{directory}: no .safetensors, .bin, .pth or .pt file in it')
 
 

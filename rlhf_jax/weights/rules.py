@@ -275,6 +275,7 @@ class Tensors(Mapping):
     Args:
         params: arrays, of numpy or jax. Of `ShapeDtypeStruct`s there is nothing but `specs`.
         dtype: of the tensors.
+        tied: with the copies that `Tied` rules make; files do without them.
 
     Attributes:
         specs: {name: ShapeDtypeStruct}, known without making any.
@@ -283,14 +284,14 @@ class Tensors(Mapping):
         ValueError: a parameter without a rule.
     """
 
-    def __init__(self, params: Mapping[str, Any], rules: Rules, dtype: Any = np.float32):
+    def __init__(self, params: Mapping[str, Any], rules: Rules, dtype: Any = np.float32, *, tied: bool = True):
         flat = flatten(params)
         self._dtype, self._makers, used = np.dtype(dtype), {}, set()
         self.specs: dict[str, jax.ShapeDtypeStruct] = {}
         for rule in rules:
             if isinstance(rule, Fixed) and rule.value is not None:
                 self._add(rule.torch, rule.value.shape, lambda value=rule.value: value)
-            elif isinstance(rule, Tied):
+            elif isinstance(rule, Tied) and tied:
                 self._add(rule.torch, self.specs[rule.same].shape, self._makers[rule.same])
             elif isinstance(rule, Rule) and rule.flax in flat:
                 used.add(rule.flax)

@@ -114,6 +114,9 @@ def test_evaluate_and_sample(runs, monkeypatch, capsys):
     (convert_command.main, ('--reverse', '--kind=llama', '--src={policy}', '--dst={policy}/new'), 'holds a gpt2'),
     (convert_command.main, ('--reverse', '--kind=gpt2', '--adapter', '--src={sft}', '--dst={policy}/new'),
      'was trained without one'),
+    (convert_command.main, ('--reverse', '--kind=gpt2', '--base=x', '--src={sft}', '--dst={policy}/new'),
+     '--base: only an --adapter has one'),
+    (sample_command.main, ('--policy={sft}', '--prompt=a', '--adapter={sft}'), 'no adapter_config.json there'),
 ])
 def test_mistakes_are_one_line(runs, monkeypatch, capsys, main, args, message):
     with pytest.raises(SystemExit):
@@ -163,11 +166,26 @@ def test_export_merges_the_adapter_or_writes_it(runs, monkeypatch, capsys, tmp_p
 
     command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', '--adapter', f'--src={source}',
             f'--dst={tmp_path / "b"}')
+    assert 'no base_model_name_or_path' in capsys.readouterr().out  # it started from a run, which PEFT cannot load
     tensors = files.load_state_dict(tmp_path / 'b' / 'adapter_model.safetensors')
     plain = loading.load_policy(runs / 'sft')[1]
-    adapted = peft.from_torch('gpt2', tensors, module, plain,
-                              config=json.loads((tmp_path / 'b' / 'adapter_config.json').read_text()))
+    settings = json.loads((tmp_path / 'b' / 'adapter_config.json').read_text())
+    assert settings['base_model_name_or_path'] is None
+    adapted = peft.from_torch('gpt2', tensors, module, plain, config=settings)
     jax.tree.map(np.testing.assert_array_equal, adapted['blocks']['attn']['qkv'], params['blocks']['attn']['qkv'])
+    # With its base as a folder, the adapter is sampled by flag as the run itself is.
+    command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', f'--src={runs / "sft"}',
+            f'--dst={tmp_path / "base"}')
+    command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', '--adapter', f'--base={tmp_path / "base"}',
+            f'--src={source}', f'--dst={tmp_path / "c"}')
+    settings = json.loads((tmp_path / 'c' / 'adapter_config.json').read_text())
+    assert settings['base_model_name_or_path'] == str(tmp_path / 'base')
+    capsys.readouterr()
+    shown = []
+    for args in ((f'--policy={source}',), (f'--policy={tmp_path / "base"}', f'--adapter={tmp_path / "c"}')):
+        command(sample_command.main, monkeypatch, *args, '--tokenizer=bytes', '--prompt=3+4=', '--max_new_tokens=6')
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
 
 
 def test_transformers_loads_what_is_exported(runs, monkeypatch, tmp_path):

@@ -20,8 +20,14 @@ CONFIGS = {
     'llama-biases': lambda: transformers.LlamaConfig(
         **TINY, num_key_value_heads=1, head_dim=6, attention_bias=True, mlp_bias=True,
         rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=2.0)),
+    'mistral': lambda: transformers.MistralConfig(**TINY, num_key_value_heads=2, sliding_window=3, head_dim=10),
+    'qwen2': lambda: transformers.Qwen2Config(
+        **TINY, num_key_value_heads=2, tie_word_embeddings=True, use_sliding_window=True, sliding_window=4,
+        max_window_layers=0),
+    'qwen3': lambda: transformers.Qwen3Config(**TINY, num_key_value_heads=2, head_dim=12),
 }
-KINDS = {name: {'gpt2': 'gpt2', 'pythia': 'gpt_neox', 'neox-serial': 'gpt_neox'}.get(name, 'llama') for name in CONFIGS}
+KINDS = {name: name for name in CONFIGS} | {
+    'pythia': 'gpt_neox', 'neox-serial': 'gpt_neox', 'llama3': 'llama', 'llama-biases': 'llama'}
 
 
 # What writes to the residual stream: 0.02 of the rest, so that its variance is near the norms' epsilon, without which
@@ -34,7 +40,8 @@ def twin(name, cls='ForCausalLM', *, seed=0, **fields):
     """A model of `transformers` whose tensors are all Normal, scales of norms about 1."""
     config = CONFIGS[name]()
     config.update(fields | dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0) if name == 'gpt2' else fields)
-    family = {'gpt2': 'GPT2', 'gpt_neox': 'GPTNeoX', 'llama': 'Llama'}[KINDS[name]]
+    family = {'gpt2': 'GPT2', 'gpt_neox': 'GPTNeoX', 'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2',
+              'qwen3': 'Qwen3'}[KINDS[name]]
     cls = 'LMHeadModel' if family == 'GPT2' and cls == 'ForCausalLM' else cls
     config._attn_implementation = 'eager'
     model = getattr(transformers, family + cls)(config).eval()

@@ -3,7 +3,7 @@ import pytest
 
 from hf_twins import file_name, torch, transformers
 from rlhf_jax import convert
-from rlhf_jax.models import gpt2, gpt_neox, llama
+from rlhf_jax.models import gpt2, gpt_neox, llama, mistral, qwen2, qwen3
 
 PYTHIA = dict(max_position_embeddings=2048, rotary_pct=0.25)
 CASES = {
@@ -26,6 +26,15 @@ CASES = {
         max_position_embeddings=131072, rope_parameters=dict(
             rope_type='llama3', rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
             original_max_position_embeddings=8192))),
+    'mistral-7b-v0.1': ('mistral', llama.Llama(**mistral.SIZES['7B-v0.1']), lambda: transformers.MistralConfig(
+        rms_norm_eps=1e-5, max_position_embeddings=32768)),
+    'qwen2.5-0.5b': ('qwen2', llama.Llama(**qwen2.SIZES['2.5-0.5B']), lambda: transformers.Qwen2Config(
+        vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        intermediate_size=4864, tie_word_embeddings=True, rope_parameters=dict(rope_type='default', rope_theta=1e6))),
+    'qwen3-0.6b': ('qwen3', llama.Llama(**qwen3.SIZES['0.6B']), lambda: transformers.Qwen3Config(
+        vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        intermediate_size=3072, tie_word_embeddings=True, max_position_embeddings=40960,
+        rope_parameters=dict(rope_type='default', rope_theta=1e6))),
 }
 
 

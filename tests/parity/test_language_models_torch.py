@@ -124,6 +124,44 @@ def test_unsupported_settings_are_named():
         convert.from_torch('bert', {}, config={})
 
 
+@pytest.mark.parametrize('kind, changed, message', [
+    ('qwen2', {'use_sliding_window': True, 'max_window_layers': 1, 'layer_types': None}, 'in some layers only'),
+    ('qwen2', {'layer_types': ['full_attention', 'sliding_attention']}, 'in some layers only'),
+    ('qwen2', {'layer_types': ['chunked_attention'] * 2}, "layer_types of 'chunked_attention'"),
+    ('qwen2', {'rope_parameters': {'rope_type': 'default', 'mrope_section': [2, 1, 1]}}, 'parts of the model'),
+    ('qwen3', {'rope_parameters': {'rope_type': 'yarn', 'factor': 4.0}}, "type 'yarn'"),
+    ('qwen3', {'rope_parameters': {'full_attention': {'rope_type': 'default'}}}, 'parts of the model'),
+    ('mistral', {'rope_parameters': None, 'rope_scaling': {'type': 'dynamic', 'factor': 4.0}}, "type 'dynamic'"),
+    ('mistral', {'rope_scaling': {'type': 'dynamic', 'factor': 4.0}}, 'rope_scaling and rope_parameters of different'),
+    ('llama', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor; this family rotates whole heads'),
+    ('llama', {'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config'),
+])
+def test_what_a_family_does_not_have_is_named(kind, changed, message):
+    with pytest.raises(ValueError, match=message):
+        convert.module_of(kind, twin(kind).config.to_dict() | changed)
+
+
+def test_windows_of_configs():
+    mistral, qwen = (twin(kind).config.to_dict() for kind in ('mistral', 'qwen2'))
+    del qwen['layer_types']
+    assert convert.module_of('mistral', mistral | {'sliding_window': None}).window == 0
+    del mistral['sliding_window']
+    assert convert.module_of('mistral', mistral).window == transformers.MistralConfig().sliding_window == 4096
+    assert convert.module_of('qwen2', qwen | {'use_sliding_window': False}).window == 0
+    assert convert.module_of('qwen2', qwen | {'max_window_layers': 2}).window == 0
+    assert convert.module_of('qwen2', qwen).window == 4
+
+
+def test_partly_rotated_heads_under_either_key():
+    config = twin('pythia').config.to_dict()
+    del config['rope_parameters']
+    config.pop('rotary_pct', None)
+    assert convert.module_of('gpt_neox', config).rotary_fraction == 0.25
+    for changed in ({'rotary_pct': 0.5}, {'partial_rotary_factor': 0.5},
+                    {'rotary_pct': 0.25, 'rope_parameters': {'partial_rotary_factor': 0.5}}):
+        assert convert.module_of('gpt_neox', config | changed).rotary_fraction == 0.5
+
+
 def test_names_of_transformers_5():
     original = twin('pythia')
     weights = {name: x.numpy() for name, x in original.state_dict().items()}
@@ -140,7 +178,7 @@ def test_a_head_that_is_not_what_the_config_ties_it_to():
         convert.from_torch('llama', weights, config=original.config.to_dict())
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'pythia', 'llama3'])
+@pytest.mark.parametrize('name', ['gpt2', 'pythia', 'llama3', 'qwen2'])
 def test_reward_model(name):
     original = twin(name, 'ForSequenceClassification', num_labels=1, pad_token_id=66)
     weights = state_dict(original)

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from rlhf_jax import convert
+from rlhf_jax.convert import settings
 from rlhf_jax.weights import files
 from tiny_models import MODELS as TINY
 
@@ -83,7 +84,8 @@ def test_saved_files_open_again(tmp_path):
 
 
 @pytest.mark.parametrize('weights, beside', [
-    ('pytorch_model.bin', ('training_args.bin', 'optimizer.pt', 'scheduler.pt', 'rng_state_0.pth')),
+    ('pytorch_model.bin', ('adapter_model.safetensors', 'training_args.bin', 'optimizer.pt', 'scheduler.pt',
+                           'rng_state_0.pth')),
     ('model.safetensors', ('adapter_model.safetensors', 'consolidated.safetensors', 'pytorch_model.bin')),
     ('model.safetensors.index.json', ('consolidated.safetensors', 'training_args.bin')),
 ])
@@ -101,18 +103,20 @@ def test_a_folder_as_trainers_leave_it(tmp_path, weights, beside):
     np.testing.assert_array_equal(files.load_state_dict(tmp_path)['a'], TENSORS['a'])
 
 
-def test_an_adapter_alone_is_no_model(tmp_path):
+def test_an_adapter_alone_is_read(tmp_path):
     save_file(TENSORS, tmp_path / 'adapter_model.safetensors')
-    (tmp_path / 'adapter_config.json').write_text('{}')
-    with pytest.raises(FileNotFoundError, match='a PEFT adapter without its base model'):
-        files.load_state_dict(tmp_path)
+    check(files.load_state_dict(tmp_path))
+
+
+RELATIVES = dict(mistral=dict(window=8), qwen2=dict(qkv_bias=True, window=8), qwen3=dict(qk_norm=True))
+MODULES = TINY | {kind: TINY['llama'].clone(**fields) for kind, fields in RELATIVES.items()}
 
 
 @pytest.mark.parametrize('kind', convert.KINDS)
 def test_settings_of_a_config(kind):
-    module = convert.module_of(kind, convert.config_of(kind, TINY[kind]))
-    assert convert.config_of(kind, module) == convert.config_of(kind, TINY[kind])
-    config = convert.config_of(kind, TINY[kind])
+    module = convert.module_of(kind, convert.config_of(kind, MODULES[kind]))
+    assert convert.config_of(kind, module) == convert.config_of(kind, MODULES[kind])
+    config = convert.config_of(kind, MODULES[kind])
     # What transformers leaves out, or writes as null, is its default.
     eps = next(key for key in config if 'norm' in key and 'eps' in key)
     assert convert.module_of(kind, config | {eps: None}) == convert.module_of(
@@ -123,3 +127,47 @@ def test_settings_of_a_config(kind):
     name = 'activation_function' if kind == 'gpt2' else 'hidden_act'
     with pytest.raises(ValueError, match=f"config has {name}='swish', not one of"):
         convert.module_of(kind, config | {name: 'swish'})
+
+
+@pytest.mark.parametrize('kind', RELATIVES)
+def test_a_module_of_another_family_is_not_exported(kind):
+    for other in {'llama', *RELATIVES} - {kind}:
+        with pytest.raises(ValueError, match=f'transformers has no {other} with'):
+            convert.config_of(other, MODULES[kind].clone(qkv_bias=other == 'qwen2' or MODULES[kind].qkv_bias,
+                                                         qk_norm=other == 'qwen3' or MODULES[kind].qk_norm,
+                                                         mlp_bias=other in ('mistral', 'qwen2', 'qwen3')))
+    lacking = MODULES[kind].clone(qkv_bias=False, qk_norm=False)
+    if kind == 'mistral':
+        assert convert.config_of(kind, lacking)['sliding_window'] == 8
+    else:
+        with pytest.raises(ValueError, match=f'transformers has no {kind} without'):
+            convert.config_of(kind, lacking)
+
+
+@pytest.mark.parametrize('kind', convert.KINDS)
+def test_odd_values_in_a_config_are_one_line_or_harmless(kind):
+    config = convert.config_of(kind, MODULES[kind])
+    for key in config:
+        for value in ('x', [], {}, {'a': 1}, -1, 0, 2.5, 10 ** 30, True, None, 'a\n' * 99, float('nan'), [1], 10 ** 9):
+            try:
+                module = convert.module_of(kind, config | {key: value})
+            except ValueError as error:
+                assert str(error).isprintable() and len(str(error)) < 300, (key, value)
+            else:
+                assert module.vocab_size == 19 or key == 'vocab_size'
+
+
+@pytest.mark.parametrize('value, ids', [(2, (2,)), ([128001, 128009], (128001, 128009)), (None, ()), ([], ())])
+def test_special_tokens_of_a_config(value, ids):
+    assert settings.token_ids({'eos_token_id': value}, 'eos') == ids
+    assert settings.token_ids({}, 'eos') == ()
+    for wrong in ('2', [None], -1, True, {'a': 1}):
+        with pytest.raises(ValueError, match='eos_token_id='):
+            settings.token_ids({'eos_token_id': wrong}, 'eos')
+
+
+def test_special_tokens_of_the_released_gpt2(shared_data):
+    config = files.read_config(shared_data / 'weights' / 'gpt2_release_files')
+    assert settings.token_ids(config, 'eos') == settings.token_ids(config, 'bos') == (50256,)
+    module = convert.module_of('gpt2', config)
+    assert (module.width, module.tied, module.activation) == (768, True, 'gelu_tanh')

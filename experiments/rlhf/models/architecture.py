@@ -1,4 +1,5 @@
 """The language models that a config's `model` describes: module, partition rules, fresh parameters."""
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,12 +9,19 @@ import ml_collections
 import numpy as np
 
 from experiments.runtime import launch, modules, partition
-from rlhf_jax.models import gpt2, gpt_neox, heads, llama, lora
+from rlhf_jax.models import gpt2, gpt_neox, heads, layers, llama, lora, mistral, qwen2, qwen3
 
 Params = dict[str, Any]
 Config = ml_collections.ConfigDict
 
-KINDS = {'gpt2': (gpt2, gpt2.GPT2), 'gpt_neox': (gpt_neox, gpt_neox.GPTNeoX), 'llama': (llama, llama.Llama)}
+KINDS = {'gpt2': (gpt2, gpt2.GPT2), 'gpt_neox': (gpt_neox, gpt_neox.GPTNeoX), 'llama': (llama, llama.Llama),
+         'mistral': (mistral, llama.Llama), 'qwen2': (qwen2, llama.Llama), 'qwen3': (qwen3, llama.Llama)}
+FROM_WEIGHTS = 'weights'  # a `model.size`: fields are those of `config.weights`, see `loading.complete`
+# Fields of a `model` config that are 0, '' or None where the size decides.
+_OF_SIZE = ('vocab_size', 'width', 'depth', 'num_heads', 'num_kv_heads', 'head_dim', 'hidden', 'max_length',
+            'activation', 'eps', 'tied', 'attention_bias', 'qkv_bias', 'mlp_bias', 'qk_norm', 'parallel', 'window',
+            'rope_base', 'rotary_fraction', 'rope_scaling')
+_ALL_TOKENS = -1  # `model.window` of a model without one
 # How a model computes, not what it computes: may differ from the weights' own config.
 _MANNER = ('dtype', 'param_dtype', 'remat', 'unroll', 'attention_impl', 'stacked', 'init_std', 'parent', 'name')
 # What 0 stands for in a field.
@@ -32,19 +40,52 @@ def family(model: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def family_name(module: Any) -> str:
-    """The `model.kind` of a decoder."""
+    """The first `model.kind` of which a decoder is; relatives of LLaMA share module and partition rules with it."""
     return next(kind for kind, (_, cls) in KINDS.items() if isinstance(module, cls))
 
 
 def decoder(model: Mapping[str, Any]) -> Any:
-    """The decoder that a `model` config describes."""
+    """The decoder that a `model` config describes.
+
+    Raises:
+        ValueError: an unknown kind, size or field, or fields that are yet to be read from `weights`.
+    """
     file, cls = family(model)
-    fields = {name: value for name, value in dict(model).items() if name != 'kind'}
-    known = cls.__dataclass_fields__
-    for name in ('num_kv_heads', 'hidden', 'max_length'):
-        if name not in known and not fields.get(name):
-            fields.pop(name, None)
-    return modules.build(cls, file.SIZES, fields)
+    fields = {name: value for name, value in dict(model).items() if name != 'kind' and name not in unset(model)}
+    if fields['size'] == FROM_WEIGHTS and set(_OF_SIZE) & set(cls.__dataclass_fields__) & set(unset(model)):
+        raise ValueError("model.size='weights': weights is empty; name the folder that says what the model is")
+    if fields.get('window') == _ALL_TOKENS:
+        fields['window'] = 0
+    if 'rope_scaling' in fields:
+        scaling = dict(fields['rope_scaling'])
+        fields['rope_scaling'] = None if scaling['kind'] == 'none' else layers.RopeScaling(**scaling)
+    return modules.build(cls, {**file.SIZES, FROM_WEIGHTS: {}}, fields)
+
+
+def unset(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields of a `model` config that leave it to the size."""
+    def left(value: Any) -> bool:
+        value = value['kind'] if isinstance(value, Mapping) or hasattr(value, 'to_dict') else value
+        return value is None or not (value or isinstance(value, bool))
+    return tuple(name for name in _OF_SIZE if name in model and left(model[name]))
+
+
+def fill(model: Config, module: Any) -> None:
+    """Sets the fields that a `model` config leaves open to those of `module`."""
+    for name in unset(model):
+        if name not in module.__dataclass_fields__:
+            continue
+        value = getattr(module, name)
+        if name == 'window':
+            value = value or _ALL_TOKENS
+        elif name == 'rope_scaling':
+            value = {'kind': 'none'} if value is None else dataclasses.asdict(value)
+        elif name in _IMPLIED:
+            value = _meant(module, name)
+        if isinstance(value, dict):
+            model[name].update(value)
+        else:
+            model[name] = value
 
 
 def reward_model(model: Mapping[str, Any]) -> heads.RewardModel:

@@ -14,6 +14,7 @@ def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser
     p = launch.parser(description, config='data, sampling and rewards of a policy run' if config else None)
     p.add_argument('--policy', required=True, metavar='RUN|HF_FOLDER')
     p.add_argument('--tokenizer', metavar='FILE', help='tokenizer.json or its folder, where the policy has none')
+    p.add_argument('--adapter', metavar='DIR', help='of PEFT, merged into the policy')
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), help='to compute in (default: as its config says)')
     p.add_argument('--tensor', type=int, default=1, metavar='N', help='devices that share one copy of the weights')
     p.add_argument('--num_samples', type=int, default=1, metavar='K', help='responses to each prompt')
@@ -39,7 +40,7 @@ def check(args: argparse.Namespace) -> None:
 def load(path: str, args: argparse.Namespace) -> Policy:
     mesh = mesh_lib.make_mesh({'data': -1, 'tensor': args.tensor})
     named = ml_collections.ConfigDict(dict(tokenizer=args.tokenizer)) if args.tokenizer else None
-    return Policy.load(path, named, dtype=args.dtype or '', mesh=mesh)
+    return Policy.load(path, named, dtype=args.dtype or '', adapter=args.adapter or '', mesh=mesh)
 
 
 def sampling(policy: Policy, args: argparse.Namespace, config: Mapping[str, Any] | None) -> Any:

@@ -90,17 +90,18 @@ class Policy:
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: ml_collections.ConfigDict | None = None, *, dtype: str = '',
-             mesh: Mesh | None = None) -> 'Policy':
+             adapter: str = '', mesh: Mesh | None = None) -> 'Policy':
         """The policy in `path`: a work directory of sft, dpo or policy, or a Hugging Face folder with its tokenizer.
 
         Args:
             config: of another run whose tokenizer is to be used (a folder without one).
             dtype: to compute in; '': as its own config says, float32 for a folder.
+            adapter: folder of a PEFT adapter, merged into the weights.
 
         Raises:
             FileNotFoundError, ValueError: nothing there, no language model, no tokenizer, or one without an EOS.
         """
-        module, params, own = loading.load_policy(path, dtype)
+        module, params, own = loading.load_policy(path, dtype, adapter)
         config = config or own
         if config is not None:
             tokenizer = open_tokenizer(config.tokenizer)

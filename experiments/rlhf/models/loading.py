@@ -1,5 +1,6 @@
 """Weights of language models: from a work directory, or from a Hugging Face folder."""
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,10 @@ from experiments.rlhf.models import adapters, architecture
 from experiments.runtime import folders, launch, modules, storage
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax import convert
+from rlhf_jax.convert import peft
 from rlhf_jax.models import heads
 from rlhf_jax.weights import files
+from rlhf_jax.weights.json_file import read_json
 
 Params = dict[str, Any]
 Config = ml_collections.ConfigDict
@@ -31,7 +34,7 @@ def is_run(path: str | os.PathLike) -> bool:
 
 def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None) -> Params:
     """Parameters of `architecture.decoder(config.model)`, float32, from a Hugging Face folder or a work directory of
-    sft, dpo or policy; adapters are merged.
+    sft, dpo or policy; its adapter and `config.adapter`, one of PEFT, are merged.
 
     Args:
         shardings: a tree of them; None: on the host.
@@ -39,7 +42,51 @@ def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None)
     Raises:
         FileNotFoundError, ValueError: nothing there, or weights of another model, with the field that differs.
     """
-    return _load(path, config, architecture.decoder(config.model), POLICIES, shardings)
+    module = architecture.decoder(config.model)
+    params = _load(path, config, module, POLICIES, shardings)
+    if not config.get('adapter'):
+        return params
+    params = with_peft(config.adapter, config.model.kind, module, params)
+    return params if shardings is None else jax.device_put(params, shardings)
+
+
+def with_peft(path: str | os.PathLike, kind: str, module: Any, params: Params) -> Params:
+    """`params` of `module`, with the adapter of PEFT in the folder `path` merged into them.
+
+    Raises:
+        FileNotFoundError, ValueError: no adapter there, a kind of it that is not supported, or one of another model.
+    """
+    folder = pathlib.Path(storage.local_copy(path))
+    if not (folder / 'adapter_config.json').exists():
+        raise FileNotFoundError(f'adapter={path}: no adapter_config.json there; give the folder of a PEFT adapter')
+    settings = read_json(folder / 'adapter_config.json')
+    file = next((folder / name for name in ('adapter_model.safetensors', 'adapter_model.bin')
+                 if (folder / name).exists()), folder / 'adapter_model.safetensors')
+    try:
+        adapted = peft.from_torch(kind, files.load_state_dict(file), module, params, config=settings)
+    except ValueError as error:
+        raise ValueError(f'adapter={path}: {str(error).removeprefix("convert: ")}') from None
+    return adapters.merged(adapted)
+
+
+def complete(config: Config) -> None:
+    """Where `config.model.size` is 'weights', sets the fields of `config.model` that are open to those of the model in
+    `config.weights`, from its config.json alone.
+
+    Raises:
+        FileNotFoundError, ValueError: no model there, or one of another kind.
+    """
+    if config.model.size != architecture.FROM_WEIGHTS or not config.weights:
+        return
+    settings = folders.read_settings(config.weights, field='weights=')
+    if folders.names_experiment(settings):
+        trained = launch.read_config(config.weights)
+        kind, module = trained.model.kind, architecture.decoder(trained.model)
+    else:
+        kind, module = settings.get('model_type'), _module_of(storage.resolve(config.weights), settings)
+    if kind != config.model.kind:
+        raise ValueError(f'model.kind={config.model.kind!r}, but weights={config.weights} are of a {kind!r}')
+    architecture.fill(config.model, module)
 
 
 def load_trained(path: str | os.PathLike, kinds: tuple[str, ...] = (*POLICIES, 'reward_model'),
@@ -59,26 +106,30 @@ def load_trained(path: str | os.PathLike, kinds: tuple[str, ...] = (*POLICIES, '
     return module, _restore(path, own, module), own
 
 
-def load_policy(path: str | os.PathLike, dtype: str = '') -> tuple[Any, Params, Config | None]:
+def load_policy(path: str | os.PathLike, dtype: str = '', adapter: str = '') -> tuple[Any, Params, Config | None]:
     """Module, float32 parameters on the host, adapters merged, and config of a policy as it lies there: a work
     directory of sft, dpo or policy; or a Hugging Face folder, which has no config.
 
     Args:
         dtype: to compute in; '': as the run's config says, float32 for a folder.
+        adapter: folder of a PEFT adapter to merge as well.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no language model.
     """
     if is_run(path):
-        module, params, own = load_trained(path, POLICIES, dtype)
-        return module, adapters.merged(params), own
+        module, params, trained = load_trained(path, POLICIES, dtype)
+        params = adapters.merged(params)
+        params = with_peft(adapter, trained.model.kind, module, params) if adapter else params
+        return module, params, trained
     folder = storage.resolve(path)
     saved = files.read_config(folder)
     fields = {'dtype': modules.dtype(dict(dtype=dtype or 'float32'))}
     module, params = _open_folder(folder, saved, **fields)
     if isinstance(module, heads.RewardModel):
         raise ValueError(f'{path}: holds a reward model, not a policy')
-    return getattr(module, 'backbone', module), params.get('backbone', params), None
+    module, params = getattr(module, 'backbone', module), params.get('backbone', params)
+    return module, with_peft(adapter, saved['model_type'], module, params) if adapter else params, None
 
 
 def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tuple[Any, Params]:
@@ -113,8 +164,11 @@ def filled(fresh: Mapping[str, Any], loaded: Mapping[str, Any]) -> Params:
 
 def _module_of(folder: Any, saved: Mapping[str, Any], **fields: Any) -> Any:
     """The module of the config.json `saved` in `folder`, which an error names."""
+    kind = saved.get('model_type')
+    if kind not in convert.KINDS:
+        raise ValueError(f'{folder}/config.json: model_type={kind!r:.60} is not one of {convert.KINDS}')
     try:
-        return convert.module_of(saved.get('model_type'), saved, **fields)
+        return convert.module_of(kind, saved, **fields)
     except ValueError as error:
         raise ValueError(f'{folder}/config.json: {str(error).removeprefix("convert: ")}') from None
 
