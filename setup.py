@@ -47,6 +47,7 @@ setup(
     packages=find_packages(include=['dlc_jax', 'dlc_jax.*', 'rlhf_jax', 'rlhf_jax.*']),
     install_requires=JAX_STACK + [
         'optax>=0.2.8',
+        'chex>=0.1.92',
         'numpy>=2.0',
         'scipy>=1.14',  # jax needs it too
         'pillow>=11',  # dlc_jax.ssl.augment: crops of photographs
@@ -57,7 +58,7 @@ setup(
         'translation': TRANSLATION,
         'runner': RUNNER,
         'test': RUNNER + TRANSLATION + [
-            'chex>=0.1.92', 'packaging>=24',
+            'packaging>=24',
             'pytest>=8', 'pytest-xdist>=3.6', 'pytest-timeout>=2.3', 'hypothesis>=6.100',
             'setuptools>=70.1',  # a test builds the wheel without network
         ],

@@ -72,9 +72,6 @@ def count_distinct(codes: np.ndarray) -> int:
 
 # ---- Distances -----------------------------------------------------------------------------------------------------
 
-def hamming(a: Array, b: Array) -> Array:
-    """Number of positions in which codes [..., L] differ; leading axes broadcast. int32 [...]."""
-    return jnp.sum(a != b, -1, dtype=jnp.int32)
 
 
 @jax.jit

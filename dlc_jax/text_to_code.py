@@ -24,6 +24,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,6 +245,8 @@ def masked_cross_entropy(logits: Array, targets: Array, masked: Array, p: Array,
     Raises:
         ValueError: rows that cannot be divided into groups.
     """
+    chex.assert_equal_shape((targets, masked, maskable))
+    chex.assert_equal_shape_prefix((logits, targets), targets.ndim)
     logits, targets = logits.astype(jnp.float32), jnp.where(masked, targets, 0)
     nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     total = jnp.where(masked, nll / p if objective.weighted else nll, 0.0)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from rlhf_jax.inversion import invert
 from rlhf_jax.models.decoder import split_blocks
 
 Array = jax.Array
@@ -174,18 +175,11 @@ def draw(keys: Array, logits: Array) -> tuple[Array, Array]:
     highest = logits.max(-1, keepdims=True)
     weights = jnp.exp(blocks - highest[..., None]).sum(-1)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    block = _invert(weights, uniform[:, 0])
+    block = invert(weights, uniform[:, 0])
     scores = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0] - highest
-    within = _invert(jnp.exp(scores), uniform[:, 1])
+    within = invert(jnp.exp(scores), uniform[:, 1])
     logprob = jnp.take_along_axis(scores, within[:, None], 1)[:, 0] - jnp.log(weights.sum(-1))
     return block * _BLOCK + within, logprob
-
-
-def _invert(weights: Array, uniform: Array) -> Array:
-    """First index, of those with weight, at which cumulated `weights` [R, n] exceed the share `uniform` [R] of all."""
-    cumulated = jnp.where(weights > 0, jnp.cumsum(weights, -1), 0)
-    exceeds = cumulated > uniform[:, None] * cumulated.max(-1, keepdims=True)
-    return jnp.argmax(exceeds, -1).astype(jnp.int32)
 
 
 def next_token(logits: Array, keys: Array, drawn: Array, sampling: Sampling) -> tuple[Array, Array, Array]:

@@ -8,14 +8,18 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEAVY = {'tensorflow', 'torch', 'wandb', 'transformers', 'diffusers'}
-LIBRARY = {'jax', 'flax', 'optax', 'numpy'}
+LIBRARY = {'jax', 'flax', 'optax', 'chex', 'numpy'}
 EXTRA = {'dlc_jax/preprocess.py': {'PIL'}, 'dlc_jax/ssl/augment.py': {'PIL'},
          'rlhf_jax/rollout/publish.py': {'safetensors'}, 'rlhf_jax/weights/files.py': {'safetensors'},
          'rlhf_jax/tokenizers.py': {'tokenizers'},
          'rlhf_jax/tasks/rows.py': {'pyarrow'}, 'rlhf_jax/tasks/bleu.py': {'sacrebleu'}}
-# The two libraries share LLaDA, which is LLaMA without the causal mask, and the machinery that converts weights.
-BETWEEN_LIBRARIES = {'dlc_jax/__init__.py': ('rlhf_jax',),  # __version__ alone: one source for both
+# The two libraries share LLaDA, which is LLaMA without the causal mask, the machinery that converts weights, and what
+# transformers and samplers of either kind consist of: scanned blocks, rotary positions, draws by inversion.
+BETWEEN_LIBRARIES = {'dlc_jax/__init__.py': ('rlhf_jax.__version__',),
                      'dlc_jax/text_to_code.py': ('rlhf_jax.models.llama',),
+                     'dlc_jax/diffusion/discrete.py': ('rlhf_jax.inversion',),
+                     **{f'dlc_jax/models/{name}.py': ('rlhf_jax.models.layers',)
+                        for name in ('layers', 'dit', 'sedd', 'vit')},
                      'dlc_jax/convert/llada.py': ('rlhf_jax.models.llama', 'rlhf_jax.weights')}
 
 

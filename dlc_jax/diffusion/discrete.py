@@ -12,8 +12,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
+
+from rlhf_jax.inversion import invert
 
 Array = jax.Array
 ScoreFn = Callable[[Array, Array], Array]
@@ -129,6 +132,7 @@ class DiscreteDiffusion:
 
     def corrupt(self, key: Array, x0: Array, t: Array) -> Array:
         """Codes `x0` int [B, L] at time `t` [B]: int32, each token destroyed with probability 1 - exp(-sigma(t))."""
+        chex.assert_shape(t, x0.shape[:1])
         move_key, value_key = jax.random.split(key)
         moved = jax.random.bernoulli(move_key, -jnp.expm1(-self.sigma(t))[:, None], x0.shape, mode='high')
         if self.process == 'absorbing':
@@ -147,6 +151,9 @@ class DiscreteDiffusion:
             xt, x0: int [B, L].
             sigma: [B].
         """
+        chex.assert_equal_shape((xt, x0))
+        chex.assert_shape(log_score, (*xt.shape, self.num_states))
+        chex.assert_shape(sigma, xt.shape[:1])
         log_score, v = log_score.astype(jnp.float32), self.vocab_size
         if self.process == 'absorbing':
             log_r = -jnp.log(jnp.expm1(sigma))[:, None]
@@ -236,11 +243,6 @@ class DiscreteDiffusion:
         remasked = (jnp.arange(self.num_states) == mask).astype(jnp.float32)
         kept = (1 - eta) * here + eta * remasked
         return jnp.where(x[..., None] == mask, jnp.concatenate([jnp.exp(log_weights), stay[..., None]], -1), kept)
-
-    def denoise_probs(self, log_score: Array, x: Array) -> Array:
-        """Rows of the final step from `final_time` to 0, [B, L, V], not normalised where x is the mask."""
-        probs = self.transition_probs(log_score, x, self.final_time, self.final_time)
-        return probs[..., :self.vocab_size]
 
     # ---- Sampling --------------------------------------------------------------------------------------------------
 
@@ -333,7 +335,7 @@ class DiscreteDiffusion:
         return jnp.where(x == self.vocab_size, jumped, jnp.where(back, self.vocab_size, x))
 
     def _first_hitting(self, score_fn: ScoreFn, key: Array, x: Array, tokens: int, temperature: float) -> Array:
-        (batch, length), v = x.shape, self.vocab_size
+        length, v = x.shape[1], self.vocab_size
         calls = network_calls('first_hitting', length, num_steps=0, tokens_per_call=tokens)
         time_key, value_key = jax.random.split(key)
         # Going back in time a position is still masked at t with probability (1 - e^-sigma(t)) / (1 - e^-sigma(1)):
@@ -358,8 +360,8 @@ class DiscreteDiffusion:
 def _draw(key: Array, log_weights: Array, temperature: float) -> Array:
     """One index a row, int32, with probability proportional to exp(log_weights / temperature); 0 if all are -inf.
 
-    The distribution is inverted in two stages, first among blocks of entries, then within the block. That takes two
-    random numbers a row, where Gumbel noise takes one an entry: most of what a step would cost beside the network.
+    Inverted in two stages, see `invert`: random numbers for every entry would be most of what a step costs beside the
+    network.
     """
     x = log_weights / temperature
     top = x.max(-1, keepdims=True)
@@ -368,13 +370,7 @@ def _draw(key: Array, log_weights: Array, temperature: float) -> Array:
     weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % size)])
     weights = weights.reshape(*weights.shape[:-1], -1, size)
     block_key, entry_key = jax.random.split(key)
-    block = _invert(block_key, weights.sum(-1))
-    return block * size + _invert(entry_key, jnp.take_along_axis(weights, block[..., None, None], -2)[..., 0, :])
-
-
-def _invert(key: Array, weights: Array) -> Array:
-    """One index a row of `weights` [..., n], with probability proportional to them; never one whose weight is 0."""
-    total = jnp.cumsum(weights, -1)
-    u = jax.random.uniform(key, total.shape[:-1])[..., None] * total[..., -1:]
-    # A product that rounds up to the whole sum would run past the last entry that has weight.
-    return jnp.sum((total <= u) & (total < total[..., -1:]), -1, dtype=jnp.int32)
+    block_share, entry_share = (jax.random.uniform(k, weights.shape[:-2]) for k in (block_key, entry_key))
+    block = invert(weights.sum(-1), block_share)
+    entries = jnp.take_along_axis(weights, block[..., None, None], -2)[..., 0, :]
+    return block * size + invert(entries, entry_share)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +125,8 @@ class GaussianDiffusion:
 
     def corrupt(self, x0: Array, index: Array, noise: Array) -> Array:
         """A draw from q(x_t | x0): `sqrt(abar) x0 + sqrt(1 - abar) noise`. `index` [B] counts kept steps."""
+        chex.assert_equal_shape((x0, noise))
+        chex.assert_shape(index, x0.shape[:1])
         return (self._at('sqrt_alphas_cumprod', index, x0.ndim) * x0
                 + self._at('sqrt_one_minus_alphas_cumprod', index, x0.ndim) * noise)
 

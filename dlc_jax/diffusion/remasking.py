@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -121,6 +122,7 @@ def propose(logits: Array, gumbel: Array, priority: Array | None, temperature: f
     Returns:
         int32 [...] in 0..V-1 and float32 [...].
     """
+    chex.assert_equal_shape((logits, gumbel))
     value = jnp.argmax(logits + temperature * gumbel if temperature else logits, -1).astype(jnp.int32)
     if priority is not None:
         return value, priority
@@ -137,6 +139,7 @@ def commit(codes: Array, value: Array, confidence: Array, count: Array, *, most:
         count: int32 [], at most `most`, and at most the masks that a row has.
         mask: the value of `codes` that is a mask.
     """
+    chex.assert_equal_shape((codes, value, confidence))
     confidence = jnp.where(codes == mask, confidence, -jnp.inf)
     where = jax.lax.top_k(confidence, most)[1]
     where = jnp.where(jnp.arange(most) < count, where, codes.shape[1])  # past the end: dropped

@@ -21,20 +21,6 @@ def vendi_score(features: np.ndarray) -> float:
     return _from_eigenvalues(np.linalg.eigvalsh((x @ x.T if len(x) <= x.shape[1] else x.T @ x) / len(x)))
 
 
-def vendi_score_of_kernel(kernel: np.ndarray) -> float:
-    """The same for any similarity: `kernel` [N, N], positive semi-definite with ones on its diagonal.
-
-    Raises:
-        ValueError: not such a matrix.
-    """
-    kernel = np.asarray(kernel, np.float64)
-    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1] or not np.allclose(kernel, kernel.T):
-        raise ValueError(f'kernel of shape {kernel.shape} is not a symmetric matrix')
-    if not np.allclose(np.diag(kernel), 1):
-        raise ValueError('kernel: its diagonal must be 1, the similarity of a sample with itself')
-    return _from_eigenvalues(np.linalg.eigvalsh(kernel / len(kernel)))
-
-
 def _from_eigenvalues(values: np.ndarray) -> float:
     values = values[values > 1e-14]  # rounding leaves some around 0
     return float(np.exp(-np.sum(values * np.log(values))))

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dlc_jax.models import layers
+from rlhf_jax.models.layers import scan_blocks
 
 Array = jax.Array
 
@@ -23,7 +24,6 @@ SIZES = {
     'L': dict(width=1024, depth=24, num_heads=16),
     'XL': dict(width=1152, depth=28, num_heads=16),
 }
-PATCH_SIZES = (2, 4, 8)  # in the papers; any that divides the input works
 
 CONDITIONS = ('code', 'class', 'embedding', 'none')
 
@@ -224,7 +224,7 @@ class DiT(nn.Module):
         time_init_std, code_init_std: of the time MLP's weights and of the code table (0: 1 / sqrt(width)). The papers'
             values suit widths near 1000; in a narrow model they leave time and code too faint to be learnt quickly.
         dtype, param_dtype: compute and storage.
-        remat, unroll: see `layers.scan_blocks`.
+        remat, unroll: see `scan_blocks`.
         attention_impl: see `layers.attention`.
     """
     input_size: int
@@ -283,7 +283,7 @@ class DiT(nn.Module):
                                       self.embedding_dim, self.code_init_std, name='cond_embed', **types)
             c = c + embed(cond, drop).astype(self.dtype)
         c = nn.silu(c)
-        blocks = layers.scan_blocks(Block, self.depth, remat=self.remat, unroll=self.unroll, num_broadcast=1)
+        blocks = scan_blocks(Block, self.depth, remat=self.remat, unroll=self.unroll, num_broadcast=1)
         h, _ = blocks(self.num_heads, int(self.width * self.mlp_ratio), attention_impl=self.attention_impl,
                       name='blocks', **types)(h, c)
         out_channels = self.channels * (2 if self.learn_sigma else 1)

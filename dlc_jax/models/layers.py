@@ -14,36 +14,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.models.layers import rope, rope_frequencies, rotary
+
 Array = jax.Array
 Initializer = Callable[..., Array]
 
-REMAT_POLICIES = {
-    'full': None,  # save block inputs only
-    'dots': jax.checkpoint_policies.checkpoint_dots,
-    'dots_no_batch': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-}
-
-
-def scan_blocks(block: type[nn.Module], depth: int, *, remat: str = 'none', unroll: bool = False,
-                num_broadcast: int = 0) -> Callable[..., nn.Module]:
-    """`depth` copies of `block` in sequence, their parameters stacked on a leading axis.
-
-    One traced block instead of `depth` keeps compile time flat in depth; `unroll` trades that back for
-    scheduling across blocks, on the same parameters.
-
-    Args:
-        block: module whose `__call__(x, *broadcast)` returns `(x, None)`.
-        depth: number of blocks.
-        remat: 'none', or a key of `REMAT_POLICIES`.
-        unroll: emit the blocks one after another rather than as a loop.
-        num_broadcast: how many arguments after `x` every block receives unchanged.
-    """
-    if remat != 'none':
-        if remat not in REMAT_POLICIES:
-            raise ValueError(f"remat={remat!r}: choose 'none' or one of {sorted(REMAT_POLICIES)}")
-        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
-    return nn.scan(block, length=depth, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
-                   in_axes=(nn.broadcast,) * num_broadcast, unroll=depth if unroll else 1)
+ROPE_BASE = 10000.0
 
 
 def computed_once(x: Any) -> Any:
@@ -156,22 +132,8 @@ def attention(q: Array, k: Array, v: Array, *, impl: str = 'xla') -> Array:
     return jnp.swapaxes(jnp.einsum('bhqk,bhkd->bhqd', probs, v), 1, 2)
 
 
-@functools.lru_cache(maxsize=None)
-def _rope_frequencies(head_dim: int, base: float) -> tuple[float, ...]:
-    return tuple(base ** (-i / head_dim) for i in range(0, head_dim, 2))
-
-
-def rope(x: Array, *, base: float = 10000.0) -> Array:
-    """Rotary position embedding, halves rotated against each other (GPT-NeoX order). `x`: [B, N, H, D]."""
-    length, head_dim = x.shape[1], x.shape[-1]
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * jnp.asarray(_rope_frequencies(head_dim, base), jnp.float32)
-    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention. Parameters: `qkv` kernel [D, 3, H, D/H], `proj` kernel [H, D/H, D]."""
+    """Multi-head self-attention, with rotary positions if `use_rope`. Parameters: `qkv` kernel [D, 3, H, D/H], `proj` kernel [H, D/H, D]."""
     num_heads: int
     use_bias: bool = True
     use_rope: bool = False
@@ -190,7 +152,9 @@ class Attention(nn.Module):
         qkv = dense((3, self.num_heads, width // self.num_heads), name='qkv')(x)
         q, k, v = (qkv[..., i, :, :] for i in range(3))
         if self.use_rope:
-            q, k = rope(q), rope(k)
+            positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+            angles = rotary(positions, rope_frequencies(width // self.num_heads, ROPE_BASE))
+            q, k = rope(q, angles), rope(k, angles)
         return dense(width, axis=(-2, -1), name='proj')(attention(q, k, v, impl=self.attention_impl))
 
 

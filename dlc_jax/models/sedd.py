@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from dlc_jax.models import layers
+from rlhf_jax.models.layers import scan_blocks
 
 Array = jax.Array
 
@@ -131,7 +132,7 @@ class SEDD(nn.Module):
             only: there every ratio at a masked position has that scale).
         shared_embedding: one token table for all positions, or one a position.
         learned_positions: the absolute position embedding; released SEDD text models have none.
-        remat, unroll: see `layers.scan_blocks`.
+        remat, unroll: see `scan_blocks`.
         attention_impl: see `layers.attention`.
         dtype: of the blocks; sigma features, norms, head and scores are float32.
     """
@@ -177,7 +178,7 @@ class SEDD(nn.Module):
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x = self._embed(tokens).astype(self.dtype)
         cond = SigmaEmbedder(self.cond_dim, name='sigma_embed', **types)(sigma)
-        blocks = layers.scan_blocks(Block, self.depth, remat=self.remat, unroll=self.unroll, num_broadcast=1)
+        blocks = scan_blocks(Block, self.depth, remat=self.remat, unroll=self.unroll, num_broadcast=1)
         x, _ = blocks(self.num_heads, self.mlp_ratio * self.width, self.dropout, train,
                       attention_impl=self.attention_impl, name='blocks', **types)(x, cond)
         log_score = FinalLayer(self.num_states, self.param_dtype, name='final')(x, cond)

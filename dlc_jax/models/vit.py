@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from dlc_jax.models.layers import Attention, LayerNorm, Mlp, scan_blocks
+from dlc_jax.models.layers import Attention, LayerNorm, Mlp
+from rlhf_jax.models.layers import scan_blocks
 
 Array = jax.Array
 
@@ -211,7 +212,7 @@ class VisionTransformer(nn.Module):
             patches and has to grow out of that; short runs from scratch want about the patches' own 0.5.
         drop_path: share of the batch that skips a residual branch when `train` (rng stream 'dropout').
         drop_path_groups: parts of the batch within which those are drawn.
-        remat, unroll: see `layers.scan_blocks`.
+        remat, unroll: see `scan_blocks`.
     """
     width: int
     depth: int

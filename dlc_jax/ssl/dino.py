@@ -5,6 +5,7 @@ After the original's `layers/dino_head.py` and `loss/dino_clstoken_loss.py`. Wit
 """
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,8 @@ def dino_loss(student: Array, teacher: Array, temperature: float | Array = 0.1) 
     The original divides by the number of pairs in all its calls together (18 for 8 local crops and 2 globals, a global
     never being paired with itself): that is left to the caller.
     """
+    chex.assert_rank((student, teacher), 3)
+    chex.assert_equal_shape_suffix((student, teacher), 2)
     return cross_entropy(student, teacher.astype(jnp.float32).sum(0), temperature).mean(-1).sum()
 
 
@@ -138,6 +141,7 @@ def sinkhorn_knopp(logits: Array, temperature: float | Array, *, weights: Array 
     Returns:
         [B, K] float32; rows sum to one.
     """
+    chex.assert_rank(logits, 2)
     scores = logits.astype(jnp.float32) / temperature
     rows, prototypes = scores.shape
     real = jnp.ones((rows, 1), bool) if weights is None else (weights > 0)[:, None]

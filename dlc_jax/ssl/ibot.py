@@ -1,4 +1,5 @@
 """iBOT: the DINO loss on masked patches (arXiv 2111.07832; the original's `loss/ibot_patch_loss.py`)."""
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -17,5 +18,7 @@ def ibot_loss(student: Array, teacher: Array, weights: Array, *, num_crops: int,
         weights: [M], 1 / (number of masked patches in that patch's crop), 0 on padding (`masking.pack_masks`).
         num_crops: global crops in the batch, masked or not.
     """
+    chex.assert_equal_shape((student, teacher))
+    chex.assert_shape(weights, student.shape[:1])
     # Padding points at some real patch, so its loss is finite; the weight of 0 removes it and its gradient.
     return jnp.sum(cross_entropy(student, teacher, temperature) * weights.astype(jnp.float32)) / num_crops

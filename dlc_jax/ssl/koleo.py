@@ -2,6 +2,7 @@
 
 After the original's `loss/koleo_loss.py`.
 """
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +20,7 @@ def koleo_loss(x: Array, *, groups: int = 1, eps: float = 1e-8) -> Array:
     Raises:
         ValueError: `groups` does not divide B, or leaves groups of one row.
     """
+    chex.assert_rank(x, 2)
     if x.shape[0] % groups or x.shape[0] // groups < 2:
         raise ValueError(f'koleo: {x.shape[0]} rows in {groups} groups; every group needs the same number, at least 2 '
                          '(raise batch_size)')

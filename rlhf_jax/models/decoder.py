@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,9 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
     Returns:
         [B, T, H, D], and keys and values: `k` and `v` themselves, or the updated `kv`.
     """
+    chex.assert_rank((q, k, v), 4)
+    chex.assert_equal_shape((k, v))
+    chex.assert_equal_shape((q, k), dims=(0, 1, 3))
     if kv is None:
         out = jax.nn.dot_product_attention(q, k, v, mask=context.mask, is_causal=causal, implementation=impl)
         return out, (k, v)
@@ -338,13 +342,6 @@ def split_blocks(module: Any, params: Mapping[str, Any], dtype: Any = None) -> t
     if dtype is not None:
         out = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, out)
     return module.clone(stacked=False), out
-
-
-def stack_blocks(module: Any, params: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Inverse of `split_blocks`."""
-    out = {name: tree for name, tree in params.items() if not name.startswith('block_')}
-    blocks = [params[f'block_{i}'] for i in range(module.depth)]
-    return module.clone(stacked=True), out | {'blocks': jax.tree.map(lambda *p: jnp.stack(p), *blocks)}
 
 
 def split_rules(rules: Sequence[tuple[str, P]]) -> tuple[tuple[str, P], ...]:

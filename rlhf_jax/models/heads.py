@@ -5,6 +5,7 @@ of the backbone apply to that subtree.
 """
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -79,5 +80,6 @@ def at_last_token(values: Array, mask: Array, *, back: int = 0) -> Array:
         back: so many tokens before it. 1 reproduces a gold reward model whose pad is its eos and which therefore is
             read at the token before eos.
     """
+    chex.assert_equal_shape((values, mask))
     index = jnp.maximum(last_token(mask) - back, 0)
     return jnp.take_along_axis(values, index[:, None], 1)[:, 0]

@@ -1,4 +1,4 @@
-"""Layers that the language models share.
+"""Layers that the language models share; repeated blocks and rotary positions serve the image models too.
 
 Every module takes `dtype` (compute) and `param_dtype` (storage). Normalisation statistics, softmax and rotary angles
 are float32 whatever `dtype` is.
@@ -51,7 +51,7 @@ def scan_blocks(block: type[nn.Module], depth: int, *, remat: str = 'none', unro
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat={remat!r}: choose 'none' or one of {sorted(REMAT_POLICIES)}")
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
-    return nn.scan(block, length=depth, variable_axes={'params': 0}, split_rngs={'params': True},
+    return nn.scan(block, length=depth, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
                    in_axes=(nn.broadcast,) * num_broadcast, unroll=depth if unroll else 1)
 
 

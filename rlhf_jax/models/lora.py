@@ -123,35 +123,10 @@ def join(frozen: Params, adapter: Params) -> dict[str, Any]:
     return out
 
 
-def trainable(params: Params, *, also: Sequence[str] = ()) -> Any:
-    """True for the leaves to train, in a tree like `params`: A and B, and what a regex of `also` matches (heads)."""
-    def one(path, _):
-        name = '/'.join(str(key.key) for key in path)
-        return name.endswith(('/lora_a', '/lora_b')) or any(re.fullmatch(pattern, name) for pattern in also)
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
 def merge(params: Params) -> dict[str, Any]:
     """Kernels with their updates added, and no adapter: the same function up to rounding."""
     return _visit(params, lambda path, layer: {
         name: leaf for name, leaf in layer.items() if name not in LEAVES} | {'kernel': _shifted(path, layer, 1)})
-
-
-def unmerge(merged: Params, params: Params) -> dict[str, Any]:
-    """Inverse of `merge`, up to a rounding of the kernels: `merged` less the updates of `params`, beside them again.
-
-    Where the frozen kernels are still at hand, joining the adapter to them is exact.
-    """
-    def visit(plain, adapted, path=''):
-        if not isinstance(adapted, Mapping):
-            return plain
-        if 'lora_a' in adapted:
-            layer = dict(plain) | {name: adapted[name] for name in LEAVES}
-            return layer | {'kernel': _shifted(path, layer, -1)}
-        return {name: visit(plain[name], sub, f'{path}/{name}' if path else name) for name, sub in adapted.items()}
-
-    return visit(merged, params)
 
 
 def without(params: Params) -> dict[str, Any]:

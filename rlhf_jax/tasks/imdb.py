@@ -5,20 +5,15 @@ sentiment classifier reads both. Drift is the policy's own perplexity on human r
 """
 from collections.abc import Iterable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.tasks.prompts import Tokenize
-
-Array = jax.Array
 
 FIELDS = ('text',)
 PROMPT_LENGTH = 64
 RESPONSE_LENGTH = 48  # exactly: EOS is blocked until then (the sampler's min length)
 POSITIVE = 1  # column of the published classifier's logits
 WINDOW, STRIDE = 1024, 512
-TOP_K = 50  # the published runs sampled from the 50 likeliest tokens, but scored under all of them
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -29,7 +24,7 @@ def halves(text: str) -> tuple[str, str]:
 
 
 def prompt_tokens(text: str, tokenize: Tokenize, max_tokens: int = PROMPT_LENGTH) -> list[int]:
-    """The last `max_tokens` tokens of a review's first half; pad them with `prompts.pad_left`.
+    """The last `max_tokens` tokens of a review's first half.
 
     Raises:
         ValueError: a review of one word has no first half.
@@ -53,14 +48,6 @@ def split(num_rows: int, *, held_out: float = 0.2, seed: int = 0) -> tuple[np.nd
     if not 0 < num_train < num_rows:
         raise ValueError(f'held_out={held_out} of {num_rows} rows leaves a part empty')
     return order[:num_train], order[num_train:]
-
-
-def sentiment(logits: Array, positive: int = POSITIVE) -> Array:
-    """The reward: probability of `positive` by a classifier: logits [N, C] -> float32 [N].
-
-    It reads the prompt with its continuation; where the two are too long for it, they lose their beginning.
-    """
-    return jax.nn.softmax(logits.astype(jnp.float32), -1)[..., positive]
 
 
 def drift_text(texts: Iterable[str]) -> str:

@@ -6,8 +6,6 @@ before it; a trained reward model scores whole conversations, and a judge compar
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 Message = Mapping[str, str]
 
 FIELDS = ('messages',)
@@ -83,26 +81,6 @@ def preference(messages: Sequence[Message], chosen: str, rejected: str, *, templ
     """Two conversations for the reward model that differ in their last answer alone, the better one first."""
     answered = [[*messages, {'role': 'assistant', 'content': answer}] for answer in (chosen, rejected)]
     return chat(answered[0], template=template, eos=eos), chat(answered[1], template=template, eos=eos)
-
-
-def judged(verdicts: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
-    """Reference metrics: `win_rate` against the human answers and `length`, mean tokens of the policy's answers.
-
-    Length stands beside the win rate because judges like long answers.
-
-    Args:
-        verdicts: [N], 1 where the judge prefers the policy's answer, 0 the human one, 0.5 a tie.
-        lengths: int [N].
-
-    Raises:
-        ValueError: other verdicts, or not as many lengths.
-    """
-    verdicts, lengths = np.asarray(verdicts, np.float64), np.asarray(lengths)
-    if verdicts.shape != lengths.shape or verdicts.ndim != 1 or not verdicts.size:
-        raise ValueError(f'verdicts {verdicts.shape} and lengths {lengths.shape} must be one each an answer')
-    if not np.isin(verdicts, (0, 0.5, 1)).all():
-        raise ValueError('verdicts: each must be 0, 0.5 or 1')
-    return {'win_rate': float(verdicts.mean()), 'length': float(lengths.mean())}
 
 
 def _header(role: str) -> str:

@@ -1,4 +1,4 @@
-"""Prompts as token arrays: which are short enough, and how those of different lengths are put side by side.
+"""Prompts as tokens: those that are short enough.
 
 A tokenizer is any function `str -> ints` here; it adds no token of its own at either end.
 """
@@ -35,28 +35,3 @@ def encode(texts: Sequence[str], tokenize: Tokenize, *, max_tokens: int,
     if not kept:
         raise ValueError(f'max_tokens={max_tokens}: none of {len(texts)} prompts is that short')
     return tokens, np.array(kept, np.int32)
-
-
-def pad_left(tokens: Sequence[Sequence[int]], pad: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that end together, so that every response starts at the same place: int32 [N, P], mask bool [N, P].
-
-    The mask comes from lengths and never from `pad`, which a prompt may hold.
-
-    Args:
-        length: P; None: that of the longest.
-
-    Raises:
-        ValueError: a prompt longer than `length`.
-    """
-    longest = max((len(row) for row in tokens), default=0)
-    length = longest if length is None else length
-    for i, row in enumerate(tokens):
-        if len(row) > length:
-            raise ValueError(f'prompt {i} has {len(row)} tokens, more than length={length}')
-    out = np.full((len(tokens), length), pad, np.int32)
-    mask = np.zeros((len(tokens), length), bool)
-    for i, row in enumerate(tokens):
-        if row:
-            out[i, -len(row):] = row
-            mask[i, -len(row):] = True
-    return out, mask

@@ -7,17 +7,8 @@ model trained on such pairs. Drift is the policy's perplexity on human answers, 
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 FIELDS = ('question', 'response_j', 'response_k')
 MAX_PROMPT = 511  # "fewer than 512"
-MAX_PAIR = 512  # tokens of a question with an answer, for the reward model
-NUM_ROWS = 100_000  # of the rows for the reward model, and of those for RL
-PACKED_LENGTH = 1024  # of fine-tuning
-MIN_RESPONSE, MAX_RESPONSE = 32, 127
-SAME_LENGTH = 4  # prompts that share a response length
-WINDOW, STRIDE = 1024, 512
-DRIFT_ROWS = 4000
 
 
 def prompt(question: str) -> str:
@@ -30,7 +21,9 @@ def conversation(question: str, answer: str) -> str:
 
 
 def pair(row: Mapping[str, str]) -> tuple[str, str]:
-    """The conversations of a row for the reward model, the better first; leave out those longer than `MAX_PAIR`.
+    """The conversations of a row for the reward model, the better first.
+
+    Published runs left out rows of which either has more than 512 tokens.
 
     Raises:
         ValueError: a field is missing.
@@ -59,31 +52,8 @@ def pairs(question: str, answers: Sequence[str], votes: Sequence[float],
     return rows[:max_pairs]
 
 
-def response_lengths(rng: np.random.Generator, num_prompts: int, *, shared: int = SAME_LENGTH, low: int = MIN_RESPONSE,
-                     high: int = MAX_RESPONSE) -> np.ndarray:
-    """Tokens that each response is sampled for, int32 [N]: uniform on [low, high], one draw for `shared` prompts.
-
-    The published runs ignored EOS and cut responses there; to repeat them alone.
-
-    Raises:
-        ValueError: bounds that hold no length, or `shared` below 1.
-    """
-    if not 1 <= low <= high or shared < 1:
-        raise ValueError(f'low={low}, high={high}, shared={shared}: need 1 <= low <= high and shared >= 1')
-    draws = rng.integers(low, high + 1, -(-num_prompts // shared))
-    return np.repeat(draws, shared)[:num_prompts].astype(np.int32)
-
-
-def reward_gain(rewards: Sequence[float], start_rewards: Sequence[float]) -> float:
-    """How much more a reward model, another one than trained with, gives to the policy than to what it started from."""
-    return float(np.mean(rewards, dtype=np.float64) - np.mean(start_rewards, dtype=np.float64))
-
-
 # ---- HumanEval -----------------------------------------------------------------------------------------------------
 
-def humaneval_prompt(prompt: str, eos: str = '</s>') -> str:
-    """A problem as the policy sees it: stripped, after an end of text."""
-    return eos + prompt.strip()
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -23,8 +23,6 @@ EOS, PAD = 0, 1  # of the GPT-NeoX tokenizer; PAD is its `<|padding|>`, so that 
 MAX_PROMPT = 512
 SFT_LENGTH, REWARD_LENGTH = 562, 638  # most tokens of a prompt with its response, response at most 53 and 169
 RESPONSE_LENGTH = 53  # of every published training configuration; the paper's table says 128
-EVALUATION_LENGTH = 128
-EVALUATION_TEMPERATURE = 0.010001  # what "greedy" was
 MISSING_EOS = -1.0  # in place of the reward (`responses.penalize_missing_eos`)
 ANCHOR = 'TL;DR:'
 
@@ -172,14 +170,3 @@ def legacy_perplexity(ref_logprobs: Array, mask: Array, prompt_lengths: Array, *
     """
     tokens = prompt_lengths + (mask > 0).sum(-1) - 1 + jnp.asarray(left_padded)
     return jnp.exp(-masked.total(ref_logprobs, mask, -1) / tokens)
-
-
-def response_start(tokens: Sequence[int], anchor: Sequence[int]) -> int:
-    """Where the published evaluation takes the response to begin: past the last occurrence of `anchor` (the tokens of
-    `TL;DR:`), also one that the response itself holds; the number of tokens where there is none.
-    """
-    tokens, anchor = list(tokens), list(anchor)
-    for start in range(len(tokens) - len(anchor), -1, -1):
-        if tokens[start:start + len(anchor)] == anchor:
-            return start + len(anchor)
-    return len(tokens)

@@ -9,6 +9,7 @@ tokenized text, beside `bleu.sacrebleu` on plain text.
 """
 from collections.abc import Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +22,7 @@ Array = jax.Array
 FIELDS = ('fr', 'en', 'de')
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 MIN_LENGTH = 3
-MAX_LENGTH = 50
 TOKENS_PER_BATCH = 1024  # of the game
-PRETRAINING_TOKENS = 2000
 
 
 # ---- Sequences -----------------------------------------------------------------------------------------------------
@@ -138,15 +137,6 @@ def reward(logprobs: Array, mask: Array) -> Array:
     return jax.lax.stop_gradient(masked.mean(logprobs, mask, -1))
 
 
-def fluency_reward(lm_logprobs: Array, mask: Array, coefficient: float | Array = 0.1) -> Array:
-    """To add to `reward`, against drift: `coefficient` times the mean log-likelihood of each message under a language
-    model of English: [N, L] -> [N].
-
-    Over the message's own tokens; the published measure of fluency counted padding as well.
-    """
-    return coefficient * jax.lax.stop_gradient(masked.mean(lm_logprobs, mask, -1))
-
-
 def speaker_loss(logprobs: Array, entropy: Array, baseline: Array, rewards: Array, mask: Array, *,
                  baseline_coefficient: float = 10.0,
                  entropy_coefficient: float = 0.001) -> tuple[Array, dict[str, Array]]:
@@ -167,6 +157,8 @@ def speaker_loss(logprobs: Array, entropy: Array, baseline: Array, rewards: Arra
     Returns:
         Metrics `policy_loss`, `baseline_loss`, `entropy`.
     """
+    chex.assert_equal_shape((logprobs, entropy, baseline, mask))
+    chex.assert_shape(rewards, logprobs.shape[:1])
     advantage = jax.lax.stop_gradient(rewards)[:, None] - masked.zeroed(baseline, mask)
     policy = masked.mean(-jax.lax.stop_gradient(advantage) * masked.zeroed(logprobs, mask), mask, -1).mean()
     values = masked.mean(jnp.square(advantage), mask, -1).mean()

@@ -51,10 +51,6 @@ def test_distinct_codes():
     assert codes_lib.count_distinct(np.asfortranarray(codes.astype(np.int32))) == len({tuple(c) for c in codes})
 
 
-def test_hamming():
-    np.testing.assert_array_equal(codes_lib.hamming(jnp.array([[0, 1, 2], [3, 3, 3]]), jnp.array([0, 3, 3])), [2, 1])
-
-
 @pytest.mark.parametrize('block', [(1, 1), (4, 7), (13, 29), (500, 500)])
 def test_nearest_code_whatever_the_block(block):
     queries, references = random_codes(13), random_codes(29)

@@ -43,14 +43,6 @@ def test_long_prompts_fall_out():
     assert kept.tolist() == [0, 2] and [bytes(t).decode() for t in tokens] == [texts[0], texts[2]]
 
 
-def test_judged():
-    assert no_robots.judged([1, 0, .5, 1], [10, 20, 30, 40]) == {'win_rate': 0.625, 'length': 25}
-    with pytest.raises(ValueError, match='must be 0, 0.5 or 1'):
-        no_robots.judged([2], [1])
-    with pytest.raises(ValueError, match='must be one each'):
-        no_robots.judged([1, 0], [1])
-
-
 @pytest.mark.parametrize('messages, message', [
     ([USER], r"must end in a 'user' and an 'assistant' turn, these end in \['user'\]"), ([], 'these end in'),
     ([ANSWER, ANSWER], 'these end in')])

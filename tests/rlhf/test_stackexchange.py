@@ -12,7 +12,6 @@ def test_formats():
     assert stackexchange.pair(row) == ('Question: Why?\n\nAnswer: Because.', 'Question: Why?\n\nAnswer: No.')
     with pytest.raises(ValueError, match="missing field 'response_k'"):
         stackexchange.pair({'question': 'Why?', 'response_j': 'x'})
-    assert stackexchange.humaneval_prompt('\ndef f():\n') == '</s>def f():'
 
 
 def test_pairs_by_votes():
@@ -25,14 +24,6 @@ def test_pairs_by_votes():
         stackexchange.pairs('q', ['a', 'b'], [1])
 
 
-def test_lengths_are_shared_by_four_prompts():
-    found = stackexchange.response_lengths(np.random.default_rng(0), 4002)
-    assert found.shape == (4002,) and found.min() == 32 and found.max() == 127
-    assert (found[:4000].reshape(-1, 4) == found[:4000:4, None]).all() and len(set(found[::4].tolist())) == 96
-    with pytest.raises(ValueError, match='low=5, high=4'):
-        stackexchange.response_lengths(np.random.default_rng(0), 1, low=5, high=4)
-
-
 @pytest.mark.parametrize('n, c, k', [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 5), (6, 1, 2)])
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n, c, k):
     draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
@@ -42,10 +33,6 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n, c, k):
 def test_pass_at_k_bad_input():
     with pytest.raises(ValueError, match='num_correct=6'):
         stackexchange.pass_at_k(5, 6, 1)
-
-
-def test_reward_gain():
-    assert stackexchange.reward_gain([1, 2, 3], [1, 0]) == 1.5
 
 
 def test_real_preferences_become_pairs(shared_data):

@@ -61,7 +61,6 @@ def test_reward_is_the_mean_likelihood_of_the_gold_german():
     mask = jnp.array([[True, True, True], [True, False, False]])
     np.testing.assert_allclose(translation.reward(logprobs, mask), [-2, -4])
     assert not jax.grad(lambda x: translation.reward(x, mask).sum())(logprobs).any()  # no path to the second agent
-    np.testing.assert_allclose(translation.fluency_reward(logprobs, mask, 0.1), [-.2, -.4], rtol=1e-6)
 
 
 def test_speaker_loss_by_hand():
