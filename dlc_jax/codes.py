@@ -14,12 +14,12 @@ COMPOSITIONS = ('average', 'positions')
 
 
 def from_logits(logits: Array) -> Array:
-    """int32 [..., L] of logits or soft codes [..., L, V]: the likeliest value, the lowest of several that tie."""
+    """Codes int32 [..., L] of logits or soft codes [..., L, V]: the likeliest value, the lowest of several that tie."""
     return jnp.argmax(logits, -1).astype(jnp.int32)
 
 
 def one_hot(codes: np.ndarray, vocab_size: int, dtype: type = np.float32) -> np.ndarray:
-    """[..., L] -> [..., L, V].
+    """One-hot encoding of codes: [..., L] -> [..., L, V] of `dtype`.
 
     Raises:
         ValueError: a token outside 0..V-1.
@@ -33,7 +33,7 @@ def one_hot(codes: np.ndarray, vocab_size: int, dtype: type = np.float32) -> np.
 # ---- Statistics ----------------------------------------------------------------------------------------------------
 
 def histogram(codes: np.ndarray, vocab_size: int, *, block: int = 8192) -> np.ndarray:
-    """How often each position of `codes` [N, L] takes each value: int64 [L, V]. Reads `block` codes at a time.
+    """Counts how often each position of `codes` [N, L] takes each value: int64 [L, V]. Reads `block` codes at a time.
 
     Raises:
         ValueError: a token outside 0..V-1, or codes that are not [N, L].
@@ -50,7 +50,7 @@ def histogram(codes: np.ndarray, vocab_size: int, *, block: int = 8192) -> np.nd
 
 
 def statistics(codes: np.ndarray, vocab_size: int) -> dict[str, np.ndarray | int]:
-    """How codes [N, L] use their vocabulary.
+    """Measures how codes [N, L] use their vocabulary.
 
     Returns:
         `histogram` int64 [L, V]; `perplexity` float64 [L], exp of the entropy of each position's histogram: 1 if it
@@ -129,7 +129,7 @@ def _closest(queries: Array, references: Array) -> tuple[Array, Array]:
 
 def compose(key: Array, sems: Array, num: int, *, method: str = 'average',
             weights: Sequence[float] | None = None) -> Array:
-    """`num` codes int32 [num, L] that mix K sources, from their soft codes `sems` [K, L, V].
+    """Draws `num` codes int32 [num, L] that mix K sources, from their soft codes `sems` [K, L, V].
 
     'average' (arXiv 2507.12318, §5.2, as `sample_comp_imgs.py` does it) draws each token from the mean of the sources'
     distributions; at a low temperature of the soft codes that is one source's token or another's, and others get a
@@ -153,7 +153,7 @@ def compose(key: Array, sems: Array, num: int, *, method: str = 'average',
 
 
 def compose_positions(key: Array, codes: Array, num: int, *, weights: Sequence[float] | None = None) -> Array:
-    """`num` codes int32 [num, L], each token from one of the sources `codes` int [K, L], one draw a position."""
+    """Draws `num` codes int32 [num, L], each token from one of the sources `codes` int [K, L], chosen by position."""
     codes = jnp.asarray(codes, jnp.int32)
     if codes.ndim != 2:
         raise ValueError(f'codes have shape {codes.shape}, expected [sources, L]')
@@ -163,16 +163,16 @@ def compose_positions(key: Array, codes: Array, num: int, *, weights: Sequence[f
 
 
 def token_origin(composed: np.ndarray, sources: np.ndarray) -> dict[str, np.ndarray | float]:
-    """Where the tokens of `composed` [N, L] come from, given the codes `sources` [K, L] they mix.
+    """Shares of the tokens of `composed` [N, L] by where they come from, given the codes `sources` [K, L] they mix.
 
     Returns:
         Shares of all tokens: `source` float64 [K], that only this source has there; `shared`, that several have;
         `none`, that none has. They add up to 1.
     """
     match = np.asarray(composed)[:, None] == np.asarray(sources)[None]  # [N, K, L]
-    held = match.sum(1, keepdims=True)
-    return {'source': (match & (held == 1)).mean((0, 2)), 'shared': float((held > 1).mean()),
-            'none': float((held == 0).mean())}
+    matches = match.sum(1, keepdims=True)
+    return {'source': (match & (matches == 1)).mean((0, 2)), 'shared': float((matches > 1).mean()),
+            'none': float((matches == 0).mean())}
 
 
 def _shares(weights: Sequence[float] | None, num: int) -> Array:

@@ -39,7 +39,7 @@ Params = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """Which token is what. Code value v is the token `separator + 1 + v`.
+    """Names the tokens of the extended vocabulary. Code value v is the token `separator + 1 + v`.
 
     Attributes:
         separator: `<|start_sem|>`, the first token added: the length of the tokenizer before (LLaDA: 126349).
@@ -61,18 +61,18 @@ class Words:
 
     @property
     def size(self) -> int:
-        """Tokens in all."""
+        """Size of the vocabulary that these tokens need."""
         return self.separator + 1 + self.num_codes
 
     @property
     def code_tokens(self) -> slice:
-        """Of the vocabulary."""
+        """Slice of the vocabulary that holds the code values."""
         return slice(self.separator + 1, self.size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is masked, what is predicted and how it is weighted; the defaults are LLaDA's supervised fine-tuning.
+    """Training objective: what is masked, predicted and how it is weighted. The defaults are LLaDA's fine-tuning.
 
     Attributes:
         masked: 'code': only the code is masked, p(code | caption); 'all': separator and caption too, p(code, caption),
@@ -182,7 +182,7 @@ def pad_captions(captions: Sequence[Sequence[int]], words: Words, *, length: int
 
 
 def lay_out(codes: Array, captions: Array, caption_mask: Array, words: Words) -> tuple[Array, Array]:
-    """Code, separator, caption.
+    """Puts code, separator and caption side by side.
 
     Args:
         codes: int [B, L] in 0..V-1, or V: a mask.
@@ -195,8 +195,8 @@ def lay_out(codes: Array, captions: Array, caption_mask: Array, words: Words) ->
     code = jnp.where(codes == words.num_codes, words.mask_token, words.separator + 1 + codes)
     separator = jnp.full((batch, 1), words.separator)
     captions = jnp.where(caption_mask, captions, words.pad_token)
-    there = jnp.concatenate([jnp.ones((batch, length + 1), bool), caption_mask.astype(bool)], 1)
-    return jnp.concatenate([code, separator, captions], 1).astype(jnp.int32), there
+    present = jnp.concatenate([jnp.ones((batch, length + 1), bool), caption_mask.astype(bool)], 1)
+    return jnp.concatenate([code, separator, captions], 1).astype(jnp.int32), present
 
 
 def code_logits(params: Params, hidden: Array, words: Words) -> Array:
@@ -231,7 +231,7 @@ def corrupt(key: Array, tokens: Array, maskable: Array, words: Words, *, min_mas
 
 def masked_cross_entropy(logits: Array, targets: Array, masked: Array, p: Array, maskable: Array,
                          objective: Objective = Objective()) -> Array:
-    """sum over masked (b, i) of CE_bi / p_b (weighted), normalised; a float32 scalar.
+    """Sums CE_bi / p_b (weighted) over the masked (b, i) and normalises it; a float32 scalar.
 
     'tokens': sum_b 1 / (B n_b) sum_i CE_bi / p_b, n_b the maskable tokens of the row.
     'masked': 1 / N sum_bi CE_bi / p_b, N the masked tokens of the batch; the mean of that over `groups` parts of it.
@@ -275,15 +275,15 @@ def loss(module: Llama, params: Params, key: Array, codes: Array, captions: Arra
     """
     _check(module, words)
     length = codes.shape[1]
-    tokens, there = lay_out(codes, captions, caption_mask, words)
+    tokens, present = lay_out(codes, captions, caption_mask, words)
     is_code = jnp.arange(tokens.shape[1]) < length
-    maskable = there if objective.masked == 'all' else there & is_code
+    maskable = present if objective.masked == 'all' else present & is_code
     noise_key, drop_key = jax.random.split(key)
     noised, masked, p = corrupt(noise_key, tokens, maskable, words, min_masked=objective.min_masked)
     if objective.drop_caption:
         dropped = jax.random.bernoulli(drop_key, objective.drop_caption, (tokens.shape[0], 1))
-        noised = jnp.where(dropped & there & ~is_code, words.mask_token, noised)
-    seen = dict(mask=None if objective.attend_padding else there)
+        noised = jnp.where(dropped & present & ~is_code, words.mask_token, noised)
+    seen = dict(mask=None if objective.attend_padding else present)
     if objective.masked == 'code':
         # Nothing but the code is predicted, so the head need not see the rest.
         tokens, masked, maskable = (x[:, :length] for x in (tokens, masked, maskable))
@@ -323,16 +323,16 @@ def sample(module: Llama, params: Params, key: Array, captions: Array, caption_m
     _check(module, words)
     batch, v = captions.shape[0], words.num_codes
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    tokens, there = lay_out(jnp.full((batch, sampling.length), v, jnp.int32), captions, caption_mask, words)
+    tokens, present = lay_out(jnp.full((batch, sampling.length), v, jnp.int32), captions, caption_mask, words)
     prompt = tokens[:, sampling.length:]
     if sampling.guidance:
-        blank = jnp.where(there[:, sampling.length:], words.mask_token, prompt)
-        prompt, there = jnp.concatenate([prompt, blank]), jnp.concatenate([there, there])
+        blank = jnp.where(present[:, sampling.length:], words.mask_token, prompt)
+        prompt, present = jnp.concatenate([prompt, blank]), jnp.concatenate([present, present])
 
     def logits_of(codes: Array, start: Array) -> Array:
         code = jnp.where(codes == v, words.mask_token, words.separator + 1 + codes)
         code = jnp.concatenate([code, code]) if sampling.guidance else code
-        hidden = module.apply({'params': params}, jnp.concatenate([code, prompt], 1), mask=there, output='hidden',
+        hidden = module.apply({'params': params}, jnp.concatenate([code, prompt], 1), mask=present, output='hidden',
                               at=slice(0, sampling.length))
         logits = code_logits(params, jax.lax.dynamic_slice_in_dim(hidden, start, sampling.block, 1), words)
         if not sampling.guidance:

@@ -22,7 +22,7 @@ def rules_of(module: DINOHead) -> tuple[Rule, ...]:
 
 
 def shapes_of(module: DINOHead, width: int = 1024) -> dict[str, Any]:
-    """Of the parameters; `width` of the backbone (ViT-L)."""
+    """Shapes of the parameters; `width` is that of the backbone (ViT-L)."""
     return rules_lib.param_shapes(module, jnp.zeros((1, width)))
 
 

@@ -113,7 +113,7 @@ def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, h
 
 
 def shapes_of(module: VisionTransformer, channels: int = 3) -> dict[str, Any]:
-    """Of the parameters, by tracing the smallest image."""
+    """Shapes of the parameters, by tracing the smallest image."""
     return rules_lib.param_shapes(module, jnp.zeros((1, module.patch_size, module.patch_size, channels)))
 
 

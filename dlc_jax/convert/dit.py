@@ -79,7 +79,7 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int, shardings: Any 
 
 
 def shapes_of(module: DiT) -> dict[str, Any]:
-    """Of the parameters."""
+    """Shapes of the parameters."""
     side = module.input_size
     cond = {'code': np.zeros((1, module.num_codes), np.int32), 'class': np.zeros(1, np.int32),
             'embedding': np.zeros((1, module.embedding_dim), np.float32), 'none': None}[module.condition]

@@ -35,7 +35,7 @@ def from_torch(state_dict: Mapping[str, Any], *, shardings: Any = None,
 
 
 def shapes_of(module: InceptionV3) -> dict[str, Any]:
-    """Of the parameters."""
+    """Shapes of the parameters."""
     return rules.param_shapes(module, jnp.zeros((1, module.image_size, module.image_size, 3)))
 
 

@@ -63,7 +63,7 @@ def from_torch(state_dict: Mapping[str, Any], *, config: Mapping[str, Any], shar
 
 
 def shapes_of(module: Llama) -> dict[str, Any]:
-    """Of the parameters."""
+    """Shapes of the parameters."""
     return rules.param_shapes(module, np.zeros((1, 1), np.int32))
 
 

@@ -36,7 +36,7 @@ def from_torch(state_dict: Mapping[str, Any], *, shardings: Any = None,
 
 
 def shapes_of(module: AutoencoderKL) -> dict[str, Any]:
-    """Of the parameters, by tracing the smallest image."""
+    """Shapes of the parameters, by tracing the smallest image."""
     return rules.param_shapes(module, jnp.zeros((1, module.stride, module.stride, module.image_channels)))
 
 

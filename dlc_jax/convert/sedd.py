@@ -63,7 +63,7 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int = 0, length: int
 
 
 def shapes_of(module: SEDD) -> dict[str, Any]:
-    """Of the parameters."""
+    """Shapes of the parameters."""
     return rules.param_shapes(module, np.zeros((1, module.length), np.int32), np.ones(1, np.float32))
 
 

@@ -28,7 +28,7 @@ SAMPLERS = {'absorbing': ('analytic', 'euler', 'remasking', 'first_hitting'), 'u
 
 
 class Jumps(NamedTuple):
-    """Where each position may go in one reverse step, without the (B, L, V + 1) matrix of it.
+    """Jumps that each position may make in one reverse step, without the (B, L, V + 1) matrix of it.
 
     Attributes:
         log_weights: [B, L, V] log-probability of each token; -inf at the one that is there.
@@ -39,7 +39,7 @@ class Jumps(NamedTuple):
 
 
 def network_calls(sampler: str, length: int, *, num_steps: int, tokens_per_call: int = 1) -> int:
-    """How often `DiscreteDiffusion.sample` calls the network."""
+    """Number of times that `DiscreteDiffusion.sample` calls the network."""
     return -(-length // tokens_per_call) if sampler == 'first_hitting' else num_steps + 1
 
 
@@ -104,7 +104,7 @@ class DiscreteDiffusion:
         return self._log_range * self.sigma(t) if self.noise == 'geometric' else (1 - self.eps) / self._kept(t)
 
     def sigma_increment(self, t: Array, dt: Array) -> Array:
-        """sigma(t) - sigma(t - dt), exact for small dt."""
+        """Noise between two times, sigma(t) - sigma(t - dt), exact for small dt."""
         t, dt = jnp.asarray(t, jnp.float32), jnp.asarray(dt, jnp.float32)
         if self.noise == 'geometric':
             return -self.sigma(t) * jnp.expm1(-dt * self._log_range)
@@ -171,7 +171,7 @@ class DiscreteDiffusion:
         return jnp.where(states == xt[..., None], 0.0, terms).sum(-1) / v
 
     def example_loss(self, log_score: Array, xt: Array, x0: Array, t: Array) -> Array:
-        """sigma'(t) times the score entropy summed over positions: [B] float32."""
+        """Loss of each code, sigma'(t) times its score entropy summed over positions: [B] float32."""
         return self.dsigma(t) * self.score_entropy(log_score, xt, x0, self.sigma(t)).sum(-1)
 
     def loss(self, score_fn: ScoreFn, key: Array, x0: Array) -> tuple[Array, dict[str, Array]]:

@@ -23,7 +23,7 @@ VARIANCES = ('learned_range', 'fixed_large', 'fixed_small')
 
 
 class Posterior(NamedTuple):
-    """p(x_{t-1} | x_t): `mean` and `log_variance` of its Gaussian, and the image `x0` that the mean aims at."""
+    """The Gaussian p(x_{t-1} | x_t): `mean` and `log_variance` of it, and the image `x0` that the mean aims at."""
     mean: Array
     log_variance: Array
     x0: Array
@@ -90,7 +90,7 @@ class GaussianDiffusion:
 
     @functools.cached_property
     def betas(self) -> np.ndarray:
-        """float64, one for each kept step."""
+        """Variances of the steps that are kept, float64."""
         betas = np.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=np.float64)
         if self.steps is None:
             return betas
@@ -99,7 +99,7 @@ class GaussianDiffusion:
 
     @functools.cached_property
     def timesteps(self) -> np.ndarray:
-        """int32: index of a kept step -> timestep that the network sees."""
+        """Timestep that the network sees for each kept step, int32."""
         return np.arange(self.num_timesteps, dtype=np.int32) if self.steps is None else np.asarray(self.steps, np.int32)
 
     @functools.cached_property
@@ -131,7 +131,7 @@ class GaussianDiffusion:
                 + self._at('sqrt_one_minus_alphas_cumprod', index, x0.ndim) * noise)
 
     def posterior(self, output: Array, x: Array, index: Array, *, clip_denoised: bool = False) -> Posterior:
-        """p(x_{t-1} | x_t) from a network's output at `x` = x_t.
+        """Computes p(x_{t-1} | x_t) from a network's output at `x` = x_t.
 
         Learned variance (arXiv 2102.09672 eq. 15): `log variance = f log beta + (1 - f) log beta~`, `f = (v + 1) / 2`.
         """
@@ -176,7 +176,7 @@ class GaussianDiffusion:
         return terms
 
     def loss(self, model_fn: ModelFn, key: Array, x0: Array) -> tuple[Array, dict[str, Array]]:
-        """`mean(mse + vb)` over the batch, at uniformly drawn steps (arXiv 2212.09748, its code: the VB term unscaled).
+        """Loss `mean(mse + vb)` over the batch, at uniformly drawn steps (code of arXiv 2212.09748: VB unscaled).
 
         Args:
             model_fn: see the class.
@@ -286,7 +286,7 @@ def guided(predict: Callable[[Array, Array, Array | None, Array | None], Array],
 
 
 def to_uint8(x: Array) -> Array:
-    """[-1, 1] -> [0, 255] by `127.5 x + 128`, cut off, not rounded, as the original's scripts do."""
+    """Grey levels from [-1, 1] to [0, 255] by `127.5 x + 128`, cut off, not rounded, as the original's scripts do."""
     return jnp.clip(127.5 * x + 128, 0, 255).astype(jnp.uint8)
 
 

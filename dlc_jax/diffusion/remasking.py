@@ -21,7 +21,7 @@ REMASKING = ('low_confidence', 'random')
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How masks are filled.
+    """Settings of the sampler that fills masks.
 
     Attributes:
         length: L, of a code.
@@ -80,7 +80,7 @@ class Samples(NamedTuple):
 
 
 def fill(logits_of: Callable[[Array, Array], Array], keys: Array, sampling: Sampling, vocab_size: int) -> Samples:
-    """Codes of as many rows as there are keys, by one loop on the device.
+    """Draws codes, a row for each key, by one loop on the device.
 
     Args:
         logits_of: (codes int32 [B, L] in 0..V with V a mask, first position int32 []) -> float32 [B, block, V], of the
@@ -108,7 +108,7 @@ def fill(logits_of: Callable[[Array, Array], Array], keys: Array, sampling: Samp
 
 
 def propose(logits: Array, gumbel: Array, priority: Array | None, temperature: float) -> tuple[Array, Array]:
-    """A token for every position, and how much the step would like to commit it.
+    """Draws a token for every position, and says how much the step would like to commit it.
 
     The original takes argmax of exp(logits) / (-log u)^temperature in float64. Its logarithm is what is computed here,
     logits + temperature gumbel with gumbel = -log(-log u): no exponential that overflows. What float64 was for are
@@ -131,7 +131,7 @@ def propose(logits: Array, gumbel: Array, priority: Array | None, temperature: f
 
 
 def commit(codes: Array, value: Array, confidence: Array, count: Array, *, most: int, mask: int) -> Array:
-    """`codes` with the `count` masked positions of highest confidence filled with `value`; the first of equals.
+    """Fills the `count` masked positions of highest confidence with `value`; of equals the first.
 
     Args:
         codes, value: int32 [B, W].

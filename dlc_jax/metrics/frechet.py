@@ -30,7 +30,7 @@ class Accumulator:
         self.count, self._mean, self._scatter = 0, None, None
 
     def add(self, features: np.ndarray) -> None:
-        """`features` [N, F].
+        """Takes in `features` [N, F].
 
         Raises:
             ValueError: not [N, F], another F than before, or values that are not finite.
@@ -62,14 +62,14 @@ class Accumulator:
         self.count = total
 
     def statistics(self) -> Statistics:
-        """Raises a ValueError for fewer than two vectors."""
+        """Statistics of all features so far; a ValueError for fewer than two vectors."""
         if self.count < 2:
             raise ValueError(f'a covariance needs 2 feature vectors or more, got {self.count}')
         return Statistics(self._mean.copy(), self._scatter / (self.count - 1), self.count)
 
 
 def statistics(features: np.ndarray, *, block: int = 8192) -> Statistics:
-    """Of features [N, F], N >= 2; `block` rows at a time are copied to float64."""
+    """Statistics of features [N, F], N >= 2; `block` rows at a time are copied to float64."""
     accumulator = Accumulator()
     for start in range(0, len(features), block):
         accumulator.add(features[start:start + block])
@@ -77,7 +77,7 @@ def statistics(features: np.ndarray, *, block: int = 8192) -> Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """`|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, not negative.
+    """Distance `|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, not negative.
 
     With C_a = R R^T, the eigenvalues of C_a C_b are those of the symmetric R^T C_b R.
 

@@ -4,7 +4,9 @@ from scipy.special import log_softmax
 
 
 def inception_score(logits: np.ndarray, *, split_size: int = 5000) -> tuple[float, float]:
-    """exp(mean KL(p(y | x) || p(y))) over parts of `split_size` images: mean and standard deviation over the parts.
+    """Inception Score, exp(mean KL(p(y | x) || p(y))) over parts of `split_size` images.
+
+    Returns its mean and standard deviation over the parts.
 
     The ADM suite reports the mean for parts of 5000 in the order of the samples; the last part may be smaller.
 

@@ -5,7 +5,7 @@ import numpy as np
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[N, F], [M, F] -> [N, M] squared Euclidean distances, float64. Rows that agree to rounding are at exactly 0."""
+    """Squared Euclidean distances of [N, F] and [M, F], float64 [N, M]; exactly 0 for rows that agree to rounding."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     norms = (a * a).sum(1)[:, None] + (b * b).sum(1)
     distances = norms - 2 * (a @ b.T)

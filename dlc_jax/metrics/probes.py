@@ -23,7 +23,7 @@ LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e
 
 
 class Linear(NamedTuple):
-    """`kernel` [F, C], or [L, V, C] for codes, and `bias` [C]."""
+    """Linear classifier: `kernel` [F, C], or [L, V, C] for codes, and `bias` [C]."""
     kernel: Array
     bias: Array
 
@@ -129,7 +129,7 @@ def linear_probe_accuracy(train_features: np.ndarray, train_labels: np.ndarray, 
         shape = (x.shape[1], vocab_size, num_classes)
 
     def fit(rows: np.ndarray, which: Sequence[float]) -> Linear:
-        """One probe for each setting in `which`, stacked, on these rows of the training set."""
+        """Fits one probe for each setting in `which`, stacked, on these rows of the training set."""
         if method == 'lbfgs':
             weights = jnp.zeros(len(x)).at[rows].set(1 / len(rows))
             fits = [_fit_lbfgs(x, y, weights, penalty, shape, max_iterations) for penalty in which]
@@ -144,20 +144,20 @@ def linear_probe_accuracy(train_features: np.ndarray, train_labels: np.ndarray, 
     if selection == 'test':
         return max(_scores(fit(everything, settings), test, test_labels))[0]
     shuffled = np.random.default_rng(seed).permutation(len(x))
-    held = max(int(validation * len(x)), 1)
+    num_validation = max(int(validation * len(x)), 1)
     chosen = settings[0]
     if len(settings) > 1:
-        if held >= len(x):
+        if num_validation >= len(x):
             raise ValueError(f'validation={validation}: {len(x)} training samples leave nothing to train on')
-        probes = fit(shuffled[held:], settings)
+        probes = fit(shuffled[num_validation:], settings)
         # The split is small, so several settings may tie in accuracy; the loss tells them apart.
-        scores = _scores(probes, x[shuffled[:held]], np.asarray(train_labels)[shuffled[:held]])
+        scores = _scores(probes, x[shuffled[:num_validation]], np.asarray(train_labels)[shuffled[:num_validation]])
         chosen = settings[max(range(len(settings)), key=lambda i: scores[i])]
     return _scores(fit(everything, (chosen,)), test, test_labels)[0][0]
 
 
 def _logits(probe: Linear, x: Array) -> Array:
-    """[N, C] of features [N, F] or codes [N, L]."""
+    """Logits [N, C] of features [N, F] or codes [N, L]."""
     if _is_float(x):
         return jnp.matmul(x, probe.kernel, precision='highest') + probe.bias
     start = jnp.broadcast_to(probe.bias, (len(x), len(probe.bias)))
@@ -209,7 +209,7 @@ def _fit_sgd(x: Array, y: Array, order: Array, rates: Array, key: Array, shape: 
 
 
 def _scores(probes: Linear, x: Array, labels: np.ndarray, *, block: int = 4096) -> list[tuple[float, float]]:
-    """(accuracy, minus the cross entropy) of each of the stacked `probes`."""
+    """Accuracy and minus the cross entropy of each of the stacked `probes`."""
     labels = np.asarray(labels)
     sums = sum(np.asarray(_score_sums(probes, x[i:i + block], labels[i:i + block]), np.float64)
                for i in range(0, len(labels), block))
@@ -218,7 +218,7 @@ def _scores(probes: Linear, x: Array, labels: np.ndarray, *, block: int = 4096) 
 
 @jax.jit
 def _score_sums(probes: Linear, x: Array, labels: Array) -> Array:
-    """[2, probes]: right answers, and cross entropy, summed."""
+    """Sums of right answers and of cross entropies, [2, probes]."""
     def one(probe: Linear) -> tuple[Array, Array]:
         logits = _logits(probe, x)
         right = jnp.sum(logits.argmax(1) == labels).astype(jnp.float32)

@@ -3,7 +3,7 @@ import numpy as np
 
 
 def vendi_score(features: np.ndarray) -> float:
-    """exp of the entropy of the eigenvalues of K / N, K the cosine similarities of `features` [N, F].
+    """Vendi score, exp of the entropy of the eigenvalues of K / N, K the cosine similarities of `features` [N, F].
 
     1 if all samples are alike (up to length), N if all are orthogonal. Of the N x N kernel and the F x F matrix with
     the same eigenvalues the smaller is decomposed.

@@ -68,7 +68,10 @@ def sincos_position_embedding(grid: int, width: int) -> np.ndarray:
 
 
 def patchify(x: Array, patch: int) -> Array:
-    """[B, H, W, C] -> [B, H W / patch², patch² C], tokens row by row, inside a patch (row, column, channel)."""
+    """Cuts images into patches: [B, H, W, C] -> [B, H W / patch², patch² C].
+
+    Patches go row by row, the pixels of one as (row, column, channel).
+    """
     b, h, w, c = x.shape
     x = x.reshape(b, h // patch, patch, w // patch, patch, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
@@ -83,7 +86,7 @@ def unpatchify(x: Array, patch: int, grid: int) -> Array:
 
 
 class TimestepEmbedder(nn.Module):
-    """256 [cos, sin] features of the timestep, then Linear, SiLU, Linear. [B] -> [B, width]."""
+    """Embeds timesteps: 256 [cos, sin] features, then Linear, SiLU, Linear. [B] -> [B, width]."""
     width: int
     init_std: float = 0.02
     dtype: Any = jnp.float32
@@ -107,7 +110,7 @@ def _code_table_init(std: float, key: Array, shape: tuple[int, int, int], dtype:
 
 
 class ConditionEmbedder(nn.Module):
-    """[B, width] float32 from a code, a class or an embedding; rows where `drop` holds get the learned null."""
+    """Embeds a code, a class or an embedding, float32 [B, width]; rows where `drop` holds get the learned null."""
     condition: str
     width: int
     num_codes: int
@@ -165,7 +168,9 @@ def _expect(name: str, got: tuple[int, ...], want: tuple[int, ...], fields: str)
 
 
 class Block(nn.Module):
-    """`x += gate Attn(modulate(LN x)); x += gate MLP(modulate(LN x))`, with shifts, scales and gates from `cond`.
+    """Transformer block with adaLN: `x += gate Attn(modulate(LN x)); x += gate MLP(modulate(LN x))`.
+
+    Shifts, scales and gates come from `cond`.
 
     Takes x [B, N, D] and cond [B, D], which has been through its SiLU.
     """

@@ -192,7 +192,8 @@ class InceptionV3(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> InceptionOutput:
-        """
+        """Extracts features.
+
         Args:
             images: uint8, or float in [0, 255], [B, H, W, 3] of any size.
 

@@ -23,7 +23,7 @@ ROPE_BASE = 10000.0
 
 
 def computed_once(x: Any) -> Any:
-    """`x`, arrays that the forward pass computes and the backward pass reads.
+    """Marks arrays `x` that the forward pass computes and the backward pass reads; returns them.
 
     XLA's CPU compiler would recompute them, a tanh or an exponential an element, in every fusion that reads them; a
     barrier keeps it from that. For other platforms this is nothing at all: there recomputing is often cheaper than
@@ -61,7 +61,10 @@ def _softmax_jvp(primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def standardize(x: Array, eps: float) -> Array:
-    """`(x - mean) / sqrt(variance + eps)` over the last axis, in float32; keeps its result for the backward pass."""
+    """Standardizes, `(x - mean) / sqrt(variance + eps)`, over the last axis in float32.
+
+    Keeps its result for the backward pass.
+    """
     return _standardize(x, eps)[0]
 
 
@@ -105,12 +108,12 @@ class LayerNorm(nn.Module):
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """adaLN: `x (1 + scale) + shift`, with `x` [B, N, D] and the others [B, D]."""
+    """Modulates as in adaLN: `x (1 + scale) + shift`, with `x` [B, N, D] and the others [B, D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def modulated_layer_norm(x: Array, shift: Array, scale: Array, *, eps: float, dtype: Any = jnp.float32) -> Array:
-    """`modulate(layer_norm(x), shift, scale)` without scale and bias of its own, in float32, returned in `dtype`."""
+    """Computes `modulate(layer_norm(x), shift, scale)`, the norm without scale and bias, in float32; gives `dtype`."""
     return modulate(layer_norm(x, eps=eps), shift.astype(jnp.float32), scale.astype(jnp.float32)).astype(dtype)
 
 
@@ -133,7 +136,10 @@ def attention(q: Array, k: Array, v: Array, *, impl: str = 'xla') -> Array:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with rotary positions if `use_rope`. Parameters: `qkv` kernel [D, 3, H, D/H], `proj` kernel [H, D/H, D]."""
+    """Multi-head self-attention, with rotary positions if `use_rope`.
+
+    Parameters: `qkv` kernel [D, 3, H, D/H], `proj` kernel [H, D/H, D].
+    """
     num_heads: int
     use_bias: bool = True
     use_rope: bool = False
@@ -175,7 +181,7 @@ class Mlp(nn.Module):
 
 
 def sinusoidal_embedding(t: Array, dim: int = 256, *, max_period: float = 10000.0) -> Array:
-    """[cos, sin] features of a scalar: frequency k is `max_period ** (-k / (dim / 2))`. `t`: [B] -> [B, dim]."""
+    """Features [cos, sin] of a scalar: frequency k is `max_period ** (-k / (dim / 2))`. `t`: [B] -> [B, dim]."""
     half = dim // 2
     freqs = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = t.astype(jnp.float32)[:, None] * freqs

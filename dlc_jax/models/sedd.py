@@ -57,7 +57,7 @@ def _adaln(parts: int, width: int, **types: Any) -> nn.Module:
 
 
 class SigmaEmbedder(nn.Module):
-    """256 [cos, sin] features of sigma (unscaled), then Linear, SiLU, Linear, SiLU. [B] -> [B, cond_dim].
+    """Embeds sigma: 256 [cos, sin] features (unscaled), then Linear, SiLU, Linear, SiLU. [B] -> [B, cond_dim].
 
     The last SiLU stands here and not in front of every adaLN, so that it runs once.
     """
@@ -74,7 +74,10 @@ class SigmaEmbedder(nn.Module):
 
 
 class Block(nn.Module):
-    """`x += gate drop(Attn(modulate(LN x))); x += gate drop(MLP(modulate(LN x)))`, modulated by `cond` [B, C]."""
+    """Transformer block, modulated by `cond` [B, C].
+
+    `x += gate drop(Attn(modulate(LN x))); x += gate drop(MLP(modulate(LN x)))`
+    """
     num_heads: int
     hidden: int
     dropout: float
@@ -119,7 +122,7 @@ class FinalLayer(nn.Module):
 
 
 class SEDD(nn.Module):
-    """log s(x, sigma)[l, y], the log-ratio of the marginals of (x with y at position l) and x.
+    """Network of scores log s(x, sigma)[l, y], the log-ratio of the marginals of (x with y at position l) and x.
 
     Attributes:
         vocab_size: V. The absorbing process has one state more, the mask, whose index is V.

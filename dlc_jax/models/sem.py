@@ -32,7 +32,7 @@ PARTITION_RULES = (
 
 @flax.struct.dataclass
 class SEMOutput:
-    """What the encoder makes of a batch of images. Fields marked * are None when only codes were asked for.
+    """Output of the encoder for a batch of images. Fields marked * are None when only codes were asked for.
 
     Attributes:
         cls: * [B, D] the class token rebuilt from `sem`, after the final layer norm.
@@ -67,7 +67,7 @@ class JointLayerNorm(nn.Module):
 
 
 class SEMEncoder(vit.VisionTransformer):
-    """`VisionTransformer`, with the same parameters under the same names, and the SEM bottleneck on its class token.
+    """Vision transformer, with the same parameters under the same names, and the SEM bottleneck on its class token.
 
     Attributes:
         num_codes: L.
@@ -88,7 +88,8 @@ class SEMEncoder(vit.VisionTransformer):
     @nn.compact
     def __call__(self, images: Array, masks: Array | None = None, *, train: bool = False,
                  temperature: float | Array | None = None, only_codes: bool = False) -> SEMOutput:
-        """
+        """Encodes images.
+
         Args:
             images: [B, H, W, C] float, normalised; H and W divisible by `patch_size`.
             masks: [B, N] bool; True replaces a patch by the mask token.
@@ -132,7 +133,7 @@ class SEMEncoder(vit.VisionTransformer):
 
     @nn.nowrap
     def _project_back(self, sem: Array) -> Array:
-        """[B, L, V] -> [B, D]."""
+        """Projects SEMs back to the width of the tokens: [B, L, V] -> [B, D]."""
         fields = dict(use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
                       kernel_init=vit.torch_default_init)
         if self.form == 'plain':

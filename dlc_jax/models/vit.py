@@ -66,7 +66,10 @@ def swiglu_hidden(hidden: int) -> int:
 
 
 def patchify(images: Array, size: int) -> Array:
-    """[B, H, W, C] -> [B, H/size * W/size, size * size * C], row by row, each patch as (row, column, channel)."""
+    """Cuts images into patches: [B, H, W, C] -> [B, H/size * W/size, size * size * C].
+
+    Patches go row by row, the pixels of one as (row, column, channel).
+    """
     b, h, w, c = images.shape
     x = images.reshape(b, h // size, size, w // size, size, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, size * size * c)
@@ -100,7 +103,7 @@ def interpolate_pos_embed(pos_embed: Array, grid: tuple[int, int], *, antialias:
 
 
 def _bicubic_matrix(old: int, new: int, a: float = -0.75, offset: float = 0.1) -> np.ndarray:
-    """[new, old] float32: bicubic interpolation of `old` points at `new` points, at a scale of (new + offset) / old."""
+    """Matrix [new, old] float32 that interpolates `old` points bicubically at `new`; scale (new + offset) / old."""
     at = (np.arange(new) + 0.5) * old / (new + offset) - 0.5
     taps = np.floor(at)[:, None] + np.arange(-1, 3)
     d = np.abs(at[:, None] - taps)
@@ -123,7 +126,10 @@ class LayerScale(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`w3(silu(a) * b)` with `a, b = w12(x)`. Parameters: `w12` kernel [D, 2, hidden], `w3` kernel [hidden, D]."""
+    """Gated MLP `w3(silu(a) * b)` with `a, b = w12(x)`.
+
+    Parameters: `w12` kernel [D, 2, hidden], `w3` kernel [hidden, D].
+    """
     hidden: int
     init_std: float = 0.02
     dtype: Any = jnp.float32
@@ -172,7 +178,7 @@ class Block(nn.Module):
 
     @nn.nowrap
     def _residual(self, x: Array, branch: Callable[[Array], Array]) -> Array:
-        """`x + branch(x)`, computed only on a random subset of the batch when paths drop.
+        """Adds a branch, `x + branch(x)`, computed only on a random subset of the batch when paths drop.
 
         Of each group of b consecutive examples floor((1 - drop_path) b), at least one, go through the branch, whose
         output is scaled by b over that number, as the original's `layers/block.py` does on lists of crops. With groups
@@ -252,7 +258,7 @@ class VisionTransformer(nn.Module):
 
     @nn.nowrap
     def encode_tokens(self, images: Array, masks: Array | None, train: bool) -> Array:
-        """[B, 1 + R + N, D]: tokens after the last block. For use inside a compact method."""
+        """Tokens after the last block, [B, 1 + R + N, D]. For use inside a compact method."""
         b, h, w, _ = images.shape
         if h % self.patch_size or w % self.patch_size:
             raise ValueError(f'images are {h}x{w}, not divisible by patch_size={self.patch_size}; change one of them')

@@ -68,11 +68,11 @@ def sample_boxes(rng: np.random.Generator, shape: tuple[int, ...], size: tuple[i
         whole_height = round(columns / ratio[0])
     elif columns / rows > ratio[1]:
         whole_width = round(rows * ratio[1])
-    found = fits.any(-1)
-    height, width = np.where(found, height, whole_height), np.where(found, width, whole_width)
+    any_fits = fits.any(-1)
+    height, width = np.where(any_fits, height, whole_height), np.where(any_fits, width, whole_width)
     place = rng.random((2, *shape))
-    top = np.where(found, place[0] * (rows - height + 1), (rows - height) // 2).astype(np.int64)
-    left = np.where(found, place[1] * (columns - width + 1), (columns - width) // 2).astype(np.int64)
+    top = np.where(any_fits, place[0] * (rows - height + 1), (rows - height) // 2).astype(np.int64)
+    left = np.where(any_fits, place[1] * (columns - width + 1), (columns - width) // 2).astype(np.int64)
     return top, left, height, width
 
 
@@ -138,7 +138,7 @@ class MultiCrop:
         return 2 + self.num_local
 
     def _per_view(self, values: tuple) -> np.ndarray:
-        """(first global, second global, local) -> [V, ...]."""
+        """Repeats the values of (first global, second global, local) for each view: [V, ...]."""
         return np.asarray([values[min(i, 2)] for i in range(self.num_views)])
 
     def sample(self, rng: np.random.Generator, batch: int, size: tuple[int, int]) -> Views:

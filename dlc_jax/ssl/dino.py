@@ -78,7 +78,7 @@ class DINOHead(nn.Module):
 
 
 def cross_entropy(logits: Array, targets: Array, temperature: float | Array = 0.1) -> Array:
-    """`-sum_k targets_k log softmax(logits / temperature)_k`.
+    """Cross entropy `-sum_k targets_k log softmax(logits / temperature)_k`.
 
     Args:
         logits: [..., K] of the student.

@@ -10,7 +10,7 @@ Array = jax.Array
 
 
 def koleo_loss(x: Array, *, groups: int = 1, eps: float = 1e-8) -> Array:
-    """`-mean_i log(||x_i - x_nn(i)|| + eps)` of L2-normalised embeddings and their nearest neighbours; scalar float32.
+    """Loss `-mean_i log(||x_i - x_nn(i)|| + eps)` of L2-normalised embeddings and nearest neighbours; scalar float32.
 
     Args:
         x: [B, D].

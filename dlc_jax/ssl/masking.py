@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class BlockMasking:
-    """Which patches of which global crops the student does not see.
+    """Draws the patches of global crops that the student does not see.
 
     Of `n` crops exactly `floor(n * share)` get a mask. The i-th of them aims at a share of patches drawn from the
     i-th equal part of `ratio`, so every batch holds the whole range; the crops are then shuffled. A mask is a union of
@@ -114,10 +114,10 @@ def pack_masks(masks: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: more than `size` patches are masked.
     """
-    found = np.flatnonzero(masks)
-    if found.size > size:
-        raise ValueError(f'{found.size} masked patches do not fit into size={size}; use BlockMasking.max_masked')
+    masked_index = np.flatnonzero(masks)
+    if masked_index.size > size:
+        raise ValueError(f'{masked_index.size} masked patches do not fit into size={size}; use BlockMasking.max_masked')
     indices, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
-    indices[:found.size] = found
-    weights[:found.size] = 1 / masks.sum(-1)[found // masks.shape[-1]]
+    indices[:masked_index.size] = masked_index
+    weights[:masked_index.size] = 1 / masks.sum(-1)[masked_index // masks.shape[-1]]
     return indices, weights

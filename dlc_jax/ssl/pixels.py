@@ -55,13 +55,13 @@ def resize_boxes(planes: np.ndarray, top: np.ndarray, left: np.ndarray, height: 
 
 
 def blend(degenerate: np.ndarray | float, x: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """`Image.blend`: degenerate + factor (x - degenerate), cut to [0, 255] and truncated. `factor`: [n]."""
+    """Blends as `Image.blend`: degenerate + factor (x - degenerate), cut to [0, 255] and truncated. `factor`: [n]."""
     factor = factor.astype(np.float32)[:, None, None, None]
     return np.floor(np.clip(degenerate + factor * (x - degenerate), 0, 255))
 
 
 def luma(x: np.ndarray) -> np.ndarray:
-    """`Image.convert('L')`: [n, 3, H, W] -> [n, 1, H, W]; one channel is returned as it is."""
+    """Grey levels as of `Image.convert('L')`: [n, 3, H, W] -> [n, 1, H, W]; one channel is returned as it is."""
     if x.shape[1] == 1:
         return x
     # Fixed point with 16 bits: the sums stay below 2^24, so float32 holds them exactly.
@@ -69,18 +69,18 @@ def luma(x: np.ndarray) -> np.ndarray:
 
 
 def brightness(x: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """`ImageEnhance.Brightness`."""
+    """Changes the brightness (`ImageEnhance.Brightness`)."""
     return blend(np.float32(0), x, factor)
 
 
 def contrast(x: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """`ImageEnhance.Contrast`: away from the rounded mean gray level of each image."""
+    """Changes the contrast (`ImageEnhance.Contrast`): away from the rounded mean gray level of each image."""
     mean = np.floor(luma(x).mean((1, 2, 3), dtype=np.float64) + 0.5).astype(np.float32)
     return blend(mean[:, None, None, None], x, factor)
 
 
 def saturation(x: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """`ImageEnhance.Color`: away from the grayscale image."""
+    """Changes the saturation (`ImageEnhance.Color`): away from the grayscale image."""
     return blend(luma(x), x, factor)
 
 

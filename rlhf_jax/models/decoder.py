@@ -49,13 +49,13 @@ class Cache:
         return self.mask.shape[1]
 
     def repeat(self, times: int) -> 'Cache':
-        """`times` copies of every row, beside each other: no row leaves its device."""
+        """Copies every row `times` times, beside each other: no row leaves its device."""
         return jax.tree.map(lambda x: jnp.repeat(x, times, 0) if x.ndim else x, self)
 
 
 @struct.dataclass
 class Context:
-    """What every block needs beside its input.
+    """Input of every block beside the tokens.
 
     Attributes:
         rotary: of `layers.rotary`; None for models with learned positions.
@@ -77,8 +77,8 @@ def positions_of(mask: Array) -> Array:
     Returns:
         int32 [B, T]; at padding, the position of the token before it, or 0.
     """
-    there = mask != 0
-    count = jnp.cumsum(there, 1, dtype=jnp.int32) - 1
+    present = mask != 0
+    count = jnp.cumsum(present, 1, dtype=jnp.int32) - 1
     number = jax.lax.cummax(mask.astype(jnp.int32), axis=1)
     previous = jnp.pad(number, ((0, 0), (1, 0)))[:, :-1]
     start = jax.lax.cummax(jnp.where(number != previous, count, 0), axis=1)
@@ -115,17 +115,17 @@ def prepare(tokens: Array, mask: Array | None, positions: Array | None, cache: C
 
     if batch != cache.mask.shape[0] or length > cache.length:
         raise ValueError(f'tokens have shape {tokens.shape}, the cache {cache.mask.shape[0]} rows of {cache.length}')
-    there = jnp.ones(tokens.shape, bool) if mask is None else mask != 0
+    present = jnp.ones(tokens.shape, bool) if mask is None else mask != 0
     if positions is None:
-        positions = cache.mask.sum(1, dtype=jnp.int32)[:, None] + jnp.cumsum(there, 1, dtype=jnp.int32) - 1
+        positions = cache.mask.sum(1, dtype=jnp.int32)[:, None] + jnp.cumsum(present, 1, dtype=jnp.int32) - 1
     index = jnp.broadcast_to(cache.index, (batch,))
     slots = jnp.arange(cache.length)
-    own = index[:, None] + jnp.arange(length)  # slot of each query
-    new_mask = _written(cache, there).mask
-    visible = new_mask[:, None, :] & (slots <= own[..., None])
+    query_slots = index[:, None] + jnp.arange(length)
+    new_mask = _written(cache, present).mask
+    visible = new_mask[:, None, :] & (slots <= query_slots[..., None])
     if 0 < window < cache.length:
         count = jnp.cumsum(new_mask, 1, dtype=jnp.int32)
-        visible &= jnp.take_along_axis(count, own, 1)[..., None] - count[:, None, :] < window
+        visible &= jnp.take_along_axis(count, query_slots, 1)[..., None] - count[:, None, :] < window
     return positions, Context(mask=visible[:, None], index=cache.index)
 
 
@@ -192,9 +192,9 @@ def run_blocks(block: Callable[..., nn.Module], depth: int, x: Array, context: C
             x, kv = block(collect=cache is not None or cache_length > 0, name=f'block_{i}')(x, context, kv)
             pairs.append(kv)
     if cache is not None:
-        there = jnp.ones(x.shape[:2], bool) if mask is None else mask != 0
+        present = jnp.ones(x.shape[:2], bool) if mask is None else mask != 0
         keys, values = zip(*pairs)
-        return x, _written(cache, there).replace(keys=keys, values=values)
+        return x, _written(cache, present).replace(keys=keys, values=values)
     if cache_length == 0:
         return x, None
     return x, _started(pairs, mask, x.shape[:2], cache_length)
@@ -221,7 +221,7 @@ OUTPUTS = ('logits', 'hidden', 'both')
 
 def outputs(x: Array, head: Callable[[Array], Array], *, at: Array | slice | None, output: str,
             cache: Cache | None) -> Any:
-    """What a decoder returns.
+    """Output of a decoder.
 
     Args:
         x: [B, T, D], normed output of the last block.
@@ -244,7 +244,7 @@ def outputs(x: Array, head: Callable[[Array], Array], *, at: Array | slice | Non
 
 
 class Decoder(nn.Module, kw_only=True):
-    """What GPT-2, GPT-NeoX and LLaMA are: a subclass gives its blocks, its norm and where positions go in.
+    """Base of GPT-2, GPT-NeoX and LLaMA; a subclass gives its blocks, its norm and where positions go in.
 
     Attributes:
         vocab_size: V.
@@ -328,7 +328,7 @@ class Decoder(nn.Module, kw_only=True):
 
 
 def split_blocks(module: Any, params: Mapping[str, Any], dtype: Any = None) -> tuple[Any, dict[str, Any]]:
-    """The same model with a parameter tree a block, 'block_0', 'block_1', ..., instead of the stacked 'blocks'.
+    """Gives every block a parameter tree, 'block_0', 'block_1', ..., instead of the stacked 'blocks'.
 
     Args:
         module: a decoder.
@@ -345,7 +345,7 @@ def split_blocks(module: Any, params: Mapping[str, Any], dtype: Any = None) -> t
 
 
 def split_rules(rules: Sequence[tuple[str, P]]) -> tuple[tuple[str, P], ...]:
-    """`PARTITION_RULES` of a model with stacked blocks -> those of it with split ones."""
+    """Turns the `PARTITION_RULES` of a model with stacked blocks into those of the same model with split ones."""
     return tuple((re.sub(r'^blocks/', r'block_\\d+/', pattern), P(*spec[1:]) if pattern.startswith('blocks/') else spec)
                  for pattern, spec in rules)
 
@@ -353,23 +353,23 @@ def split_rules(rules: Sequence[tuple[str, P]]) -> tuple[tuple[str, P], ...]:
 def _started(pairs: Sequence[tuple[Array, Array]], mask: Array | None, shape: tuple[int, int], length: int) -> Cache:
     extra = length - shape[1]
     to_cache = lambda x: jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, extra), (0, 0)))
-    there = jnp.ones(shape, bool) if mask is None else mask != 0
+    present = jnp.ones(shape, bool) if mask is None else mask != 0
     return Cache(keys=tuple(to_cache(k) for k, _ in pairs), values=tuple(to_cache(v) for _, v in pairs),
-                 mask=jnp.pad(there, ((0, 0), (0, extra))), index=jnp.int32(shape[1]))
+                 mask=jnp.pad(present, ((0, 0), (0, extra))), index=jnp.int32(shape[1]))
 
 
-def _written(cache: Cache, there: Array) -> Cache:
-    """`cache` with `there` [B, T] in the mask's next slots and its index moved past them."""
+def _written(cache: Cache, present: Array) -> Cache:
+    """Writes `present` [B, T] into the next slots of the cache's mask and moves its index past them."""
     if cache.index.ndim:
         update = jax.vmap(lambda row, new, i: jax.lax.dynamic_update_slice(row, new, (i,)))
-        mask = update(cache.mask, there, cache.index)
+        mask = update(cache.mask, present, cache.index)
     else:
-        mask = jax.lax.dynamic_update_slice(cache.mask, there, (0, cache.index))
-    return cache.replace(mask=mask, index=cache.index + there.shape[1])
+        mask = jax.lax.dynamic_update_slice(cache.mask, present, (0, cache.index))
+    return cache.replace(mask=mask, index=cache.index + present.shape[1])
 
 
 def _write(buffer: Array, new: Array, index: Array) -> Array:
-    """`new` [B, T, H, D] into slots `index`, `index + 1`, ... of `buffer` [B, H, S, D]."""
+    """Writes `new` [B, T, H, D] into slots `index`, `index + 1`, ... of `buffer` [B, H, S, D]."""
     new = new.transpose(0, 2, 1, 3).astype(buffer.dtype)
     if index.ndim:
         return jax.vmap(lambda row, x, i: jax.lax.dynamic_update_slice(row, x, (0, i, 0)))(buffer, new, index)

@@ -38,7 +38,7 @@ LORA_TARGETS = (r'.*/attn/qkv',)
 
 
 class Block(nn.Module):
-    """`x += Attn(LN x); x += MLP(LN x)`."""
+    """Block `x += Attn(LN x); x += MLP(LN x)`."""
     num_heads: int
     hidden: int
     activation: str

@@ -41,7 +41,7 @@ LORA_TARGETS = (r'.*/attn/qkv',)
 
 
 class Block(nn.Module):
-    """`x += Attn(LN x) + MLP(LN' x)`; not `parallel`: one after the other."""
+    """Block `x += Attn(LN x) + MLP(LN' x)`; not `parallel`: one after the other."""
     num_heads: int
     hidden: int
     activation: str

@@ -17,8 +17,10 @@ PARTITION_RULES = ((r'(score|value)_head/.*', P()),)  # beside the backbone's, w
 
 
 class ScalarHead(nn.Module):
-    """[..., D] -> float32 [...]. Parameters: `kernel` [D, 1], `bias` [1]. Starts at zero-mean, standard deviation
-    1 / sqrt(D + 1), as in the reward models of arXiv 2009.01325 and 2403.17031."""
+    """Linear map to a scalar, [..., D] -> float32 [...]. Parameters: `kernel` [D, 1], `bias` [1].
+
+    The kernel starts at standard deviation 1 / sqrt(D + 1), as in the reward models of arXiv 2009.01325 and 2403.17031.
+    """
     use_bias: bool = False
     param_dtype: Any = jnp.float32
 
@@ -44,7 +46,7 @@ class RewardModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, *, mask: Array | None = None, positions: Array | None = None) -> Array:
-        """float32 [B, T] for int32 `tokens` [B, T]; `mask` and `positions` as of the backbone."""
+        """Scores float32 [B, T] of int32 `tokens` [B, T]; `mask` and `positions` as of the backbone."""
         hidden = self.backbone(tokens, mask=mask, positions=positions, output='hidden')
         return ScalarHead(self.use_bias, self.backbone.param_dtype, name='score_head')(hidden)
 
@@ -74,7 +76,7 @@ def last_token(mask: Array) -> Array:
 
 
 def at_last_token(values: Array, mask: Array, *, back: int = 0) -> Array:
-    """`values` [B, T] at the last token of each row, [B].
+    """Reads `values` [B, T] at the last token of each row, [B].
 
     Args:
         back: so many tokens before it. 1 reproduces a gold reward model whose pad is its eos and which therefore is

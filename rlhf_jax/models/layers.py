@@ -32,7 +32,7 @@ ACTIVATIONS = {
 
 def scan_blocks(block: type[nn.Module], depth: int, *, remat: str = 'none', unroll: bool = False,
                 num_broadcast: int = 0) -> Callable[..., nn.Module]:
-    """`depth` copies of `block` in sequence, their parameters stacked on a leading axis.
+    """Runs `depth` copies of `block` in sequence, their parameters stacked on a leading axis.
 
     One traced block instead of `depth` keeps compile time flat in depth; `unroll` trades that back for scheduling
     across blocks, on the same parameters.
@@ -121,7 +121,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) scale` over the last axis; float32 inside."""
+    """Root-mean-square norm, `x / sqrt(mean(x^2) + eps) scale` over the last axis; float32 inside."""
     eps: float
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -152,7 +152,7 @@ class Mlp(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are slowed for contexts longer than those of pretraining.
+    """Scaling of rotary frequencies, slowed for contexts longer than those of pretraining.
 
     Attributes:
         kind: 'linear' divides all frequencies by `factor`; 'llama3' only those whose wavelength is long.
@@ -185,7 +185,7 @@ def rope_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) 
 
 
 def rotary(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
-    """cos and sin, float32 [B, T, 1, dim / 2], of int `positions` [B, T]."""
+    """Cosines and sines, float32 [B, T, 1, dim / 2], of int `positions` [B, T]."""
     angle = positions.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 

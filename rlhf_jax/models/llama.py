@@ -57,7 +57,7 @@ LORA_TARGETS = (r'.*/attn/[qv]',)
 
 
 class Block(nn.Module):
-    """`x += Attn(RMSNorm x); x += MLP(RMSNorm x)`."""
+    """Block `x += Attn(RMSNorm x); x += MLP(RMSNorm x)`."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -120,7 +120,7 @@ class Attention(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """`down(act(gate(x)) * up(x))`."""
+    """MLP `down(act(gate(x)) * up(x))`."""
     hidden: int
     activation: str
     use_bias: bool

@@ -104,7 +104,7 @@ def adaptable_layers(module: nn.Module) -> frozenset[str]:
 
 
 def split(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what stays frozen, the adapter): A and B of every adapted layer, and all the rest.
+    """Separates all that stays frozen from the adapter, A and B of every adapted layer: (frozen, adapter).
 
     Raises:
         ValueError: no adapter.
@@ -135,7 +135,7 @@ def without(params: Params) -> dict[str, Any]:
 
 
 def delta(path: str, layer: Params) -> Array:
-    """`alpha / r A B`, float32, shaped like the kernel of the layer at `path`."""
+    """Update `alpha / r A B`, float32, shaped like the kernel of the layer at `path`."""
     lead, inputs, outputs = _axes(path, layer['kernel'].shape)
     a = layer['lora_a'].astype(jnp.float32).reshape(*lead, math.prod(inputs), -1)
     b = layer['lora_b'].astype(jnp.float32).reshape(*lead, -1, math.prod(outputs))
@@ -149,7 +149,7 @@ def _shifted(path: str, layer: Params, sign: int) -> Array:
 
 
 def _axes(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(block axis, input axes, output axes) of the kernel of the layer at `path`.
+    """Shapes (block axis, input axes, output axes) of the kernel of the layer at `path`.
 
     The decoders have one dense layer of two input axes, heads and their width: the output of attention, 'attn/o'.
     """

@@ -27,7 +27,7 @@ PARTITION_RULES = ((r'.*', P()),)  # a few million parameters, on every device
 
 @struct.dataclass
 class Message:
-    """What an agent wrote, [B, L + 1]: up to L tokens drawn, and an end-of-sentence token appended where none was.
+    """Message of an agent, [B, L + 1]: up to L tokens drawn, and an end-of-sentence token appended where none was.
 
     Attributes:
         tokens: int32, padding after the end of sentence.
@@ -195,7 +195,7 @@ class Seq2Seq(nn.Module):
         return jax.tree.map(lambda x: x.swapaxes(0, 1), message)
 
     def _decode(self, state: tuple[Array, Array], x: Array, encoded: Array, mask: Array) -> tuple[Array, Array]:
-        """(h, output fed back) after the token embedded as `x` [B, D]."""
+        """State (h, output fed back) after the token embedded as `x` [B, D]."""
         h, fed = state
         h = gru(self.decoder, jnp.concatenate([x, fed], -1), h)
         scores = jnp.einsum('bsd,bd->bs', encoded, h @ self.attention_key)

@@ -31,7 +31,7 @@ class Problem:
 
     @property
     def demonstration(self) -> str:
-        """What follows the prompt in a fine-tuning text; EOS comes after it."""
+        """Answer that follows the prompt in a fine-tuning text; EOS comes after it."""
         return f' {self.solution}'
 
 
@@ -73,7 +73,7 @@ def problem(rng: np.random.Generator, *, num_steps: int = 2, max_number: int = 2
 
 
 def problems(seed: int, num: int, *, held_out: bool = False, **settings) -> list[Problem]:
-    """`num` different problems, always the same ones for a seed; those held out share no question with the others.
+    """Makes `num` different problems, the same ones for a seed; those held out share no question with the others.
 
     Raises:
         ValueError: the settings do not allow so many.
@@ -99,7 +99,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def exact_match(completions: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """1 where a completion's answer is, character by character, the right one, else 0: float32 [N].
+    """Reward: 1 where a completion's answer is, character by character, the right one, else 0: float32 [N].
 
     Raises:
         ValueError: not as many answers as completions.

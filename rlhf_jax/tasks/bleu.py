@@ -65,9 +65,9 @@ def legacy(hypotheses: Sequence[str], references: Sequence[str]) -> Bleu:
         hypothesis_length += len(hypothesis)
         reference_length += len(reference)
         for i, n in enumerate(ORDERS):
-            said, meant = _ngrams(hypothesis, n), _ngrams(reference, n)
-            matches[i] += sum((said & meant).values())
-            totals[i] += max(1, sum(said.values()))
+            proposed, wanted = _ngrams(hypothesis, n), _ngrams(reference, n)
+            matches[i] += sum((proposed & wanted).values())
+            totals[i] += max(1, sum(proposed.values()))
     if not matches[0]:
         return Bleu(0.0, (0.0,) * len(ORDERS), 0.0, 0, 0)
     precisions = [m / t for m, t in zip(matches, totals)]

@@ -23,7 +23,7 @@ def prompt(question: str) -> str:
 
 
 def demonstration(answer: str, *, keep_annotations: bool = False) -> str:
-    """What follows the prompt in a fine-tuning text; EOS comes after it.
+    """Answer that follows the prompt in a fine-tuning text; EOS comes after it.
 
     Args:
         keep_annotations: of the calculator, as in `48/2 = <<48/2=24>>24`.

@@ -56,8 +56,10 @@ def drift_text(texts: Iterable[str]) -> str:
 
 
 def diversity(texts: Sequence[str], *, orders: Sequence[int] = (1, 2, 3), segment: int = 100) -> dict[str, float]:
-    """Of all generations together, by words: `distinct_n`, different n-grams over all; `entropy_n` of n-grams in bits;
-    `msttr`, mean share of different words in stretches of `segment` words (0 if there are fewer).
+    """Diversity of all generations together, by words.
+
+    `distinct_n`, different n-grams over all; `entropy_n` of n-grams in bits; `msttr`, mean share of
+    different words in stretches of `segment` words (0 if there are fewer).
 
     Raises:
         ValueError: no text is as long as the longest n-gram.

@@ -56,7 +56,7 @@ class Game:
         return parts
 
     def messages(self, objects: Array) -> Array:
-        """What the given language says of objects: int [..., p] -> symbols [..., p], i t + type for property i."""
+        """Messages of the given language about objects: int [..., p] -> symbols [..., p], i t + type for property i."""
         return objects + self.types * jnp.arange(self.properties)
 
     def encode(self, objects: Array) -> Array:
@@ -172,11 +172,11 @@ def evaluate(params: Params, game: Game, objects: Array) -> dict[str, Array]:
         of symbols that the speaker takes from the given language; `understanding`: share of properties that the
         listener gets right from messages in the given language.
     """
-    said = speak(params['speaker'], game, objects)[0].argmax(-1)
+    spoken = speak(params['speaker'], game, objects)[0].argmax(-1)
     given = game.messages(objects)
     heard = lambda m: listen(params['listener'], jax.nn.one_hot(m, game.num_symbols)).argmax(-1)
     share = lambda a, b: (a == b).mean(dtype=jnp.float32)
-    return {'communication': share(heard(said), objects), 'language': share(said, given),
+    return {'communication': share(heard(spoken), objects), 'language': share(spoken, given),
             'understanding': share(heard(given), objects)}
 
 
@@ -272,7 +272,7 @@ def begin(params: Params, training: Training, elastic_config: er.ElasticReset) -
 def advance(carry: Carry, key: Array, start: Params, game: Game, self_play: Array, held_out: Array, training: Training,
             elastic_config: er.ElasticReset, num_steps: int,
             decay: Array | float | None = None) -> tuple[Carry, dict[str, Array]]:
-    """`num_steps` (a multiple of `log_every`) more steps of a run. All calls of a run take the same arguments.
+    """Runs `num_steps` (a multiple of `log_every`) more steps. All calls of a run take the same arguments.
 
     The policy that is averaged and reset is the speaker with its value head, unless `elastic_config.policy` says
     otherwise; the listener stays. Order in a step: update, tick; then, every `log_every` steps, log, reset the policy,
@@ -325,8 +325,9 @@ def advance(carry: Carry, key: Array, start: Params, game: Game, self_play: Arra
 
 
 def measure(params: Params, start: Params, game: Game, self_play: Array, held_out: Array) -> dict[str, Array]:
-    """`evaluate` on self-play objects and, with the prefix `held_out_`, on the others, and there also `kl` to the
-    speaker `start`."""
+    """Measures agents (`evaluate`) on self-play objects and, prefixed `held_out_`, on the others; there `kl` to the
+    speaker `start`.
+    """
     return evaluate(params, game, self_play) | {
         f'held_out_{name}': x for name, x in evaluate(params, game, held_out).items()} | {
             'kl': speaker_kl(params['speaker'], start, game, held_out)}

@@ -53,7 +53,7 @@ def chat(messages: Sequence[Message], *, template: str = 'tulu', generate: bool 
 
 
 def split(row: Mapping[str, Any]) -> tuple[list[Message], str]:
-    """What the policy sees of a row, and the human answer.
+    """Splits a row into what the policy sees and the human answer.
 
     Raises:
         ValueError: `messages` do not end in a question and its answer.

@@ -24,18 +24,18 @@ def windows(num_tokens: int, *, size: int = 1024, stride: int = 512) -> list[Win
         raise ValueError(f'num_tokens={num_tokens}: a perplexity needs at least two')
     if not 1 <= stride < size:
         raise ValueError(f'stride={stride} must be at least 1 and below size={size}')
-    found, first = [], 1
+    spans, first = [], 1
     for begin in range(0, num_tokens, stride):
         end = min(begin + size, num_tokens)
-        found.append(Window(begin, first, end))
+        spans.append(Window(begin, first, end))
         first = end
         if end == num_tokens:
             break
-    return found
+    return spans
 
 
 def perplexity(nll_sums: Sequence[float], counts: Sequence[int], *, weighted: bool = True) -> float:
-    """`exp` of the mean negative log-likelihood over windows.
+    """Perplexity, `exp` of the mean negative log-likelihood over windows.
 
     Args:
         nll_sums: of the tokens counted in each window, in nats.

@@ -33,7 +33,7 @@ def query(subreddit: str, title: str, post: str) -> str:
 
 
 def truncated_query(row: Mapping[str, str], tokenize: Tokenize, max_tokens: int = MAX_PROMPT) -> str:
-    """`query` of a row whose post loses paragraphs from its end until the whole has at most `max_tokens` tokens.
+    """Prompt (`query`) of a row whose post loses paragraphs from its end until it has at most `max_tokens` tokens.
 
     What follows the last newline goes first; a post of one line loses a character at a time.
 
@@ -62,7 +62,7 @@ def demonstration(prompt: str, response: str) -> str:
 
 
 def pair(row: Mapping[str, str]) -> tuple[str, str]:
-    """What the reward model is trained on, the better first: the prompt with each response up to its end of text.
+    """Texts that the reward model is trained on, the better first: the prompt with each response up to its end of text.
 
     Raises:
         ValueError: a field is missing, or a response does not end: the reward is read at its last token.
@@ -140,7 +140,7 @@ def _scores(name: str, values: Sequence[float], num: int) -> np.ndarray:
 # ---- Drift ---------------------------------------------------------------------------------------------------------
 
 def response_drift(logprobs: Array, ref_logprobs: Array, mask: Array) -> dict[str, Array]:
-    """How far responses have moved from the fine-tuned model they started from.
+    """Measures how far responses have moved from the fine-tuned model they started from.
 
     Args:
         logprobs, ref_logprobs: [N, L], of the sampled tokens at temperature 1 under policy and reference.

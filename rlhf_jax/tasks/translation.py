@@ -33,7 +33,7 @@ def sequence(ids: Sequence[int], max_length: int | None = None) -> list[int]:
 
 
 def pad_right(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [N, T] and lengths int32 [N].
+    """Pads rows on the right: int32 [N, T] and lengths int32 [N].
 
     Raises:
         ValueError: a sequence without a token between BOS and EOS.
@@ -49,12 +49,12 @@ def pad_right(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
 
 
 def source(tokens: Array, lengths: Array) -> tuple[Array, Array]:
-    """What an encoder reads: everything but BOS. int [N, T], [N] -> [N, T - 1], [N]."""
+    """Input of an encoder: everything but BOS. int [N, T], [N] -> [N, T - 1], [N]."""
     return tokens[:, 1:], lengths - 1
 
 
 def target(tokens: Array, lengths: Array) -> tuple[Array, Array, Array]:
-    """What a decoder is fed, what it must say and which of that counts: int [N, T], [N] -> 3 x [N, T - 1]."""
+    """Input of a decoder, its targets and which of them count: int [N, T], [N] -> 3 x [N, T - 1]."""
     return tokens[:, :-1], tokens[:, 1:], responses.mask(lengths - 1, tokens.shape[-1] - 1)
 
 
@@ -128,7 +128,7 @@ def _cut(order: np.ndarray, size: np.ndarray, most: int) -> list[np.ndarray]:
 # ---- Rewards and metrics -------------------------------------------------------------------------------------------
 
 def reward(logprobs: Array, mask: Array) -> Array:
-    """Of each message, mean log-likelihood of the gold German after it, in nats a token, never above 0: -> [N].
+    """Reward of each message, [N]: mean log-likelihood of the gold German after it, in nats a token, never above 0.
 
     Args:
         logprobs: [N, T], of the gold German's tokens under the second agent, which read the sampled English.
@@ -164,12 +164,12 @@ def speaker_loss(logprobs: Array, entropy: Array, baseline: Array, rewards: Arra
     values = masked.mean(jnp.square(advantage), mask, -1).mean()
     mean_entropy = masked.mean(entropy, mask)
     loss = policy + baseline_coefficient * values - entropy_coefficient * mean_entropy
-    found = {'policy_loss': policy, 'baseline_loss': values, 'entropy': mean_entropy}
-    return loss, jax.lax.stop_gradient(found)
+    parts = {'policy_loss': policy, 'baseline_loss': values, 'entropy': mean_entropy}
+    return loss, jax.lax.stop_gradient(parts)
 
 
 def metrics(said: dict[str, Sequence[str]], references: dict[str, Sequence[str]]) -> dict[str, float]:
-    """`bleu_de`, the task, and `bleu_en`, the drift, of greedy translations: `bleu.legacy` scores.
+    """Scores `bleu_de`, the task, and `bleu_en`, the drift, of greedy translations: `bleu.legacy` scores.
 
     Args:
         said, references: `{'en': [...], 'de': [...]}`, tokenized.

@@ -2,6 +2,7 @@ import json
 import pickle
 import zipfile
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +16,6 @@ from random_params import random_params
 
 TINY = dict(width=16, depth=3, num_heads=2, patch_size=4, num_registers=2, pos_grid=2)
 IMAGES = jnp.zeros((1, 8, 8, 3))
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def state_of(kind, module, *args):
@@ -36,8 +32,8 @@ def test_dinov2_round_trip_is_exact(fields):
     assert state['patch_embed.proj.weight'].shape == (16, 3, 4, 4)
     again, converted = convert.from_torch('dinov2', state, num_heads=2, layer_scale=module.layer_scale)
     assert again == module
-    assert_same(converted, params)
-    assert_same(convert.to_torch('dinov2', again, converted), state)
+    chex.assert_trees_all_equal(converted, params)
+    chex.assert_trees_all_equal(convert.to_torch('dinov2', again, converted), state)
 
 
 @pytest.mark.parametrize('form', sem.FORMS)
@@ -49,8 +45,8 @@ def test_sem_round_trip_is_exact(form):
     np.testing.assert_array_equal(state['sem_cls_norm.weight'], 1)  # for the original's strict loader
     again, converted = convert.from_torch('sem', state, num_heads=2, num_codes=4)
     assert again == module
-    assert_same(converted, params)
-    assert_same(convert.to_torch('sem', again, converted), state)
+    chex.assert_trees_all_equal(converted, params)
+    chex.assert_trees_all_equal(convert.to_torch('sem', again, converted), state)
 
 
 def test_dino_head_round_trip_is_exact():
@@ -61,7 +57,7 @@ def test_dino_head_round_trip_is_exact():
     checkpoint['module.backbone.norm.weight'] = np.ones(4)
     again, converted = convert.from_torch('dino_head', checkpoint)
     assert again == module
-    assert_same(converted, params)
+    chex.assert_trees_all_equal(converted, params)
 
 
 def test_names_of_training_checkpoints():
@@ -70,7 +66,7 @@ def test_names_of_training_checkpoints():
     chunked = {'_orig_mod.module.backbone.' + name.replace('blocks.', 'blocks.1.'): x for name, x in state.items()}
     chunked['dino_head.mlp.0.weight'] = np.zeros((2, 2))
     del chunked['_orig_mod.module.backbone.sem_cls_norm.weight']
-    assert_same(convert.from_torch('sem', chunked, num_heads=2, vocab_size=6)[1], params)
+    chex.assert_trees_all_equal(convert.from_torch('sem', chunked, num_heads=2, vocab_size=6)[1], params)
 
 
 @pytest.mark.parametrize('heads', [('dino_head',), ('dino_head', 'ibot_head')])
@@ -84,9 +80,9 @@ def test_the_teacher_of_a_dinov2_training_checkpoint(heads):
     teacher |= {f'{prefix}.{name}': x for prefix in heads for name, x in head_state.items()}
     again, converted = convert.from_torch('dinov2', teacher, num_heads=2)
     assert again == module
-    assert_same(converted, params)
+    chex.assert_trees_all_equal(converted, params)
     for prefix in heads:
-        assert_same(convert.from_torch('dino_head', teacher, prefix=f'{prefix}.')[1], head_params)
+        chex.assert_trees_all_equal(convert.from_torch('dino_head', teacher, prefix=f'{prefix}.')[1], head_params)
     with pytest.raises(ValueError, match='unknown tensor backbone.linear_head.weight'):
         convert.from_torch('dinov2', teacher | {'backbone.linear_head.weight': np.ones((2, 16))}, num_heads=2)
 
@@ -95,12 +91,14 @@ def test_the_teacher_of_a_dinov2_training_checkpoint(heads):
 def test_wrappers_in_any_order(prefix):
     module = vit.VisionTransformer(**TINY)
     params, state = state_of('dinov2', module, IMAGES)
-    assert_same(convert.from_torch('dinov2', {prefix + name: x for name, x in state.items()}, num_heads=2)[1], params)
+    prefixed = {prefix + name: x for name, x in state.items()}
+    chex.assert_trees_all_equal(convert.from_torch('dinov2', prefixed, num_heads=2)[1], params)
     # Blocks that were compiled, or checkpointed, one by one.
     block = 'blocks.1._orig_mod._checkpoint_wrapped_module.'
     inside = {name.replace('blocks.1.', block): x for name, x in state.items()}
     assert set(inside) != set(state)
-    assert_same(convert.from_torch('dinov2', {prefix + name: x for name, x in inside.items()}, num_heads=2)[1], params)
+    prefixed = {prefix + name: x for name, x in inside.items()}
+    chex.assert_trees_all_equal(convert.from_torch('dinov2', prefixed, num_heads=2)[1], params)
 
 
 @pytest.mark.parametrize('ffn', ['mlp', 'swiglu'])
@@ -128,7 +126,7 @@ def test_hugging_face_names(ffn):
         theirs['dinov2.' + new] = tensor
     again, converted = convert.from_torch('dinov2', theirs, num_heads=2)
     assert again == module
-    assert_same(converted, params)
+    chex.assert_trees_all_equal(converted, params)
     del theirs['dinov2.encoder.layer.1.attention.attention.key.bias']
     with pytest.raises(ValueError, match='missing tensor encoder.layer.1.attention.attention.key.bias'):
         convert.from_torch('dinov2', theirs, num_heads=2)
@@ -232,15 +230,15 @@ def test_safetensors_whole_and_sharded(tmp_path):
     whole = tmp_path / 'model.safetensors'
     files.save_state_dict(whole, STATE)
     assert [p.name for p in tmp_path.iterdir()] == ['model.safetensors']
-    assert_same(dict(files.load_state_dict(whole)), STATE)
-    assert_same(dict(files.load_state_dict(tmp_path)), STATE)
+    chex.assert_trees_all_equal(dict(files.load_state_dict(whole)), STATE)
+    chex.assert_trees_all_equal(dict(files.load_state_dict(tmp_path)), STATE)
     shards = tmp_path / 'shards'
     shards.mkdir()
     for i, name in enumerate(STATE):
         files.save_state_dict(shards / f'{i}.safetensors', {name: STATE[name]})
     index = shards / 'model.safetensors.index.json'
     index.write_text(json.dumps({'weight_map': {name: f'{i}.safetensors' for i, name in enumerate(STATE)}}))
-    assert_same(dict(files.load_state_dict(shards)), STATE)
+    chex.assert_trees_all_equal(dict(files.load_state_dict(shards)), STATE)
     index.write_text(json.dumps({'weight_map': {'c': '0.safetensors'}}))
     with pytest.raises(ValueError, match='tensor c is missing'):
         files.load_state_dict(shards)

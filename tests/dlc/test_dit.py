@@ -1,6 +1,7 @@
 """The DiT by itself: layout, initial state, conditions, null, dropout, sharding, bad input."""
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ def test_remat_and_unroll_compute_the_same():
     module, params = make()
     want = gradient(module, params, COND['code'])
     got = gradient(module.clone(remat='dots', unroll=True), params, COND['code'])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-3), got, want)
+    chex.assert_trees_all_close(got, want, rtol=2e-3, atol=1e-3)
 
 
 def test_bfloat16_is_close():

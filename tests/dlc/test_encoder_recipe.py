@@ -1,5 +1,6 @@
 """The encoder's optimizer groups, schedules and loss at the paper's configuration, against the numbers of its
 recipe."""
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,7 +137,7 @@ def test_released_backbones_go_into_the_shards_of_the_state(tmp_path):
     for path, x in flat.items():
         np.testing.assert_array_equal(x, theirs.get(path, ours[path]), err_msg=path)
         assert x.sharding == rules.flatten(shardings)[path], path
-    jax.tree.map(np.testing.assert_array_equal, found.ema, found.params)
+    chex.assert_trees_all_equal(found.ema, found.params)
     # What does not fit is named.
     wrong = draw(dinov2.shapes_of(released.clone(pos_grid=module.pos_grid + 1), config.data.channels))
     files.save_state_dict(config.pretrained, convert.tensors('dinov2', released, wrong))

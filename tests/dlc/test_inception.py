@@ -1,5 +1,6 @@
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +88,7 @@ def test_real_network_is_batch_invariant():
         if x.ndim > 1 else np.ones(x.shape, np.float32), shapes)
     out = inception_features(module, params, [images], batch_size=2)
     again = inception_features(module, params, iter(np.split(images, 3)), batch_size=2)
-    jax.tree.map(np.testing.assert_array_equal, out, again)
+    chex.assert_trees_all_equal(out, again)
     assert out.pool.shape == (3, 2048) and np.isfinite(out.logits).all() and out.pool.std(0).max() > 0
     alone = inception_features(module, params, [images[2:]], batch_size=2)
     np.testing.assert_array_equal(alone.pool, out.pool[2:])  # the padding changes nothing

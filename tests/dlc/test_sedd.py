@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,8 +102,7 @@ def test_loop_and_memory_options_change_neither_scores_nor_gradients():
     model, params, tokens, sigma = make()
     other = sedd.SEDD(**TINY, remat='dots', unroll=True)
     grad = lambda m: jax.jit(jax.grad(lambda p: m.apply({'params': p}, tokens, sigma).sum()))(params)
-    for a, b in zip(jax.tree.leaves(grad(model)), jax.tree.leaves(grad(other))):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(grad(model), grad(other), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('fields', [{}, {'shared_embedding': False}])

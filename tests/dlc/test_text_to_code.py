@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +80,7 @@ def test_new_rows_have_the_mean_and_covariance_of_the_old():
     words = dataclasses.replace(WORDS, num_codes=20001)
     new_module, new = text_to_code.extend_vocabulary(module, old, jax.random.key(0), words, spread=0.25)
     assert new_module == module.clone(vocab_size=20022)
-    jax.tree.map(np.testing.assert_array_equal, new['blocks'], old['blocks'])
+    chex.assert_trees_all_equal(new['blocks'], old['blocks'])
     for table, before in ((new['embed'], old['embed']), (new['lm_head']['kernel'].T, old['lm_head']['kernel'].T)):
         np.testing.assert_array_equal(table[:22], before)
         assert table.shape == (20022, 4)
@@ -287,7 +288,7 @@ def test_only_codes_are_drawn_however_likely_other_tokens_are(params):
     got, want = (sample(MODULE, p, jax.random.key(0), CAPTIONS, CAPTION_MASK, WORDS, sampling)
                  for p in (rigged, params))
     assert got.codes.min() >= 0 and got.codes.max() < 7 and len(np.unique(got.codes)) > 2
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    chex.assert_trees_all_equal(got, want)
 
 
 def test_no_logits_of_the_whole_vocabulary(params):
@@ -304,8 +305,8 @@ def test_guidance_zero_is_unguided_and_a_key_decides(params):
     run = lambda seed, **kw: sample(MODULE, params, jax.random.key(seed), CAPTIONS, CAPTION_MASK, WORDS,
                                     Sampling(LENGTH, steps=4, **kw))
     base = run(5)
-    jax.tree.map(np.testing.assert_array_equal, base, run(5))
-    jax.tree.map(np.testing.assert_array_equal, base, run(5, guidance=1e-7))  # by the guided path
+    chex.assert_trees_all_equal(base, run(5))
+    chex.assert_trees_all_equal(base, run(5, guidance=1e-7))  # by the guided path
     assert (run(5, guidance=1.5).codes != base.codes).any()
     assert (run(6).codes != base.codes).any()
 
@@ -323,7 +324,7 @@ def test_keys_of_rows_may_be_given(params):
 def test_split_blocks_sample_the_same(params):
     module, split = split_blocks(MODULE, params)
     run = lambda m, p: sample(m, p, jax.random.key(5), CAPTIONS, CAPTION_MASK, WORDS, Sampling(LENGTH, steps=4))
-    jax.tree.map(np.testing.assert_array_equal, run(module, split), run(MODULE, params))
+    chex.assert_trees_all_equal(run(module, split), run(MODULE, params))
 
 
 def test_learns_the_code_of_each_caption():

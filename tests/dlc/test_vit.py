@@ -1,6 +1,7 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,8 +141,7 @@ def test_remat_and_unrolling_change_nothing():
         loss = lambda p: (run(m, p, IMAGES, train=True, key=jax.random.key(0)).cls ** 2).sum()
         return jax.jit(jax.grad(loss))(params)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4),
-                 grads(model), grads(model.clone(remat='full')))
+    chex.assert_trees_all_close(grads(model), grads(model.clone(remat='full')), rtol=2e-4, atol=2e-4)
     unrolled = run(model.clone(unroll=True), params, IMAGES).prenorm
     np.testing.assert_allclose(unrolled, run(model, params, IMAGES).prenorm, atol=1e-5)
 

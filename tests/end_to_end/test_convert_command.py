@@ -3,6 +3,7 @@ import json
 import re
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -57,11 +58,6 @@ def random_params(kind):
     rng = np.random.default_rng(len(kind))
     return unflatten({name: rng.normal(float(name.endswith(('scale', 'gamma'))), 0.2, x.shape).astype(np.float32)
                       for name, x in flatten(param_shapes(MODULES[kind], *INPUTS[kind])).items()})
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def tensors_of(path):
@@ -140,16 +136,16 @@ def test_work_directory_and_back(run, weights, bare, tmp_path, kind):
     count = sum(x.size for x in jax.tree.leaves(params))
     assert said.count('\n') == 1 and f'{kind}: {count:,} parameters, L x V = {L} x {V}' in said
     loaded = LOADERS[kind].load(tmp_path / 'run')
-    assert_same(jax.tree.map(np.asarray, loaded.params), params)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, loaded.params), params)
     make_model = sys.modules[LOADERS[kind].__module__].make_model
     assert fields(make_model(loaded.config)) == fields(MODULES[kind])
 
     status, said, error = run(command, f'--reverse --kind={kind} --src={tmp_path}/run --dst={tmp_path}/out')
     assert (status, error) == (0, ''), error
-    assert_same(tensors_of(tmp_path / 'out'), tensors_of(weights[0] / kind))
+    chex.assert_trees_all_equal(tensors_of(tmp_path / 'out'), tensors_of(weights[0] / kind))
     # What was written says all that the tensors do not.
     again = reading.load(LOADERS[kind], tmp_path / 'out')
-    assert_same(again.params, params)
+    chex.assert_trees_all_equal(again.params, params)
     assert again.config.model.to_dict() == loaded.config.model.to_dict()
 
 
@@ -157,11 +153,11 @@ def test_networks_used_as_they_are_released(run, weights, tmp_path):
     for kind in ('sd_vae', 'dinov2'):
         status, said, error = run(command, f'--kind={kind} --src={weights[0]}/{kind} --dst={tmp_path}/{kind}')
         assert (status, error) == (0, ''), error
-        assert_same(tensors_of(tmp_path / kind), tensors_of(weights[0] / kind / 'model.safetensors'))
+        chex.assert_trees_all_equal(tensors_of(tmp_path / kind), tensors_of(weights[0] / kind / 'model.safetensors'))
     assert (tmp_path / 'sd_vae' / FILES['sd_vae']).exists()
     noted = json.loads((tmp_path / 'sd_vae' / 'config.json').read_text())
     assert noted['_class_name'] == 'AutoencoderKL' and noted['block_out_channels'] == [32, 32]
-    assert_same(LatentDecoder.load(tmp_path / 'sd_vae').params, weights[1]['sd_vae'])
+    chex.assert_trees_all_equal(LatentDecoder.load(tmp_path / 'sd_vae').params, weights[1]['sd_vae'])
 
 
 def test_backbone_of_an_encoder_is_a_dinov2(run, weights, tmp_path):
@@ -169,9 +165,10 @@ def test_backbone_of_an_encoder_is_a_dinov2(run, weights, tmp_path):
     status, _, error = run(command, f'--reverse --kind=dinov2 --src={tmp_path}/run --dst={tmp_path}/backbone')
     assert status == 0, error
     whole = load_state_dict(weights[0] / 'sem' / 'model.safetensors')
-    assert_same(tensors_of(tmp_path / 'backbone'), {n: x for n, x in whole.items() if not n.startswith('sem_')})
+    without_sem = {n: x for n, x in whole.items() if not n.startswith('sem_')}
+    chex.assert_trees_all_equal(tensors_of(tmp_path / 'backbone'), without_sem)
     _, params = convert.from_torch('dinov2', load_state_dict(tmp_path / 'backbone'), num_heads=4)
-    assert_same(params, {n: x for n, x in weights[1]['sem'].items() if not n.startswith('sem_')})
+    chex.assert_trees_all_equal(params, {n: x for n, x in weights[1]['sem'].items() if not n.startswith('sem_')})
 
 
 def test_entry_of_a_training_checkpoint(run, weights, tmp_path):
@@ -184,7 +181,7 @@ def test_entry_of_a_training_checkpoint(run, weights, tmp_path):
     assert status == 2 and 'holds 2 state dicts' in error
     status, _, error = run(command, arguments + ' --key=teacher')
     assert status == 0, error
-    assert_same(jax.tree.map(np.asarray, Encoder.load(tmp_path / 'run').params), weights[1]['sem'])
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, Encoder.load(tmp_path / 'run').params), weights[1]['sem'])
 
 
 # ---- LLaDA ---------------------------------------------------------------------------------------------------------
@@ -213,7 +210,7 @@ def test_llada_is_checked_and_written_again(run, llada_folder, tmp_path):
     assert (status, error) == (0, ''), error
     count = sum(x.size for x in jax.tree.leaves(llada.shapes_of(LLADA)))
     assert said.count('\n') == 1 and f'llada: {count:,} parameters, vocabulary of 71' in said and 'bfloat16' in said
-    assert_same(tensors_of(tmp_path / 'new'), tensors_of(folder))
+    chex.assert_trees_all_equal(tensors_of(tmp_path / 'new'), tensors_of(folder))
     noted = json.loads((tmp_path / 'new' / 'config.json').read_text())
     assert (noted['vocab_size'], noted['mask_token_id'], noted['torch_dtype']) == (71, 50, 'bfloat16')
     assert (tmp_path / 'new' / 'tokenizer.json').exists()
@@ -221,7 +218,8 @@ def test_llada_is_checked_and_written_again(run, llada_folder, tmp_path):
     assert status == 0, error
     assert {x.dtype for x in tensors_of(tmp_path / 'new').values()} == {np.dtype(jnp.bfloat16)}
     assert {x.dtype for x in tensors_of(tmp_path / 'wide').values()} == {np.dtype(np.float32)}
-    assert_same(tensors_of(tmp_path / 'wide'), {n: x.astype(np.float32) for n, x in tensors_of(folder).items()})
+    widened = {n: x.astype(np.float32) for n, x in tensors_of(folder).items()}
+    chex.assert_trees_all_equal(tensors_of(tmp_path / 'wide'), widened)
 
 
 def test_a_run_of_text_to_code_becomes_llada(run, llada_folder, tmp_path):
@@ -239,7 +237,7 @@ def test_a_run_of_text_to_code_becomes_llada(run, llada_folder, tmp_path):
     status, said, error = run(command, f'--reverse --kind=llada --src={tmp_path}/run --dst={tmp_path}/out '
                               '--dtype=bfloat16')
     assert (status, error) == (0, ''), error
-    assert_same(tensors_of(tmp_path / 'out'), tensors_of(folder))
+    chex.assert_trees_all_equal(tensors_of(tmp_path / 'out'), tensors_of(folder))
     assert {x.dtype for x in tensors_of(tmp_path / 'out').values()} == {np.dtype(jnp.bfloat16)}
     noted = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert (noted['vocab_size'], noted['mask_token_id']) == (71, 50)
@@ -276,7 +274,7 @@ def test_a_dinov2_under_the_names_of_transformers(run, weights, tmp_path):
     assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['model_type'] == 'dinov2'
     assert 'encoder.layer.1.attention.attention.key.bias' in tensors_of(tmp_path / 'hf')
     assert run(command, f'--kind=dinov2 --src={tmp_path}/hf --dst={tmp_path}/back')[0] == 0
-    assert_same(tensors_of(tmp_path / 'back'), tensors_of(weights[0] / 'dinov2'))
+    chex.assert_trees_all_equal(tensors_of(tmp_path / 'back'), tensors_of(weights[0] / 'dinov2'))
 
 
 # ---- Sampling from what was downloaded -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import json
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_training_reports_held_out_prompts_and_changes_nothing(runs):
     before = jax.tree.map(np.asarray, state.params)
     config.num_steps = 5
     assert [hook(step, state, None) for step in (2, 3, 4)] == [None] * 3
-    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+    chex.assert_trees_all_equal(state.params, before)
     assert [step for step, _ in written] == [2, 4] and written[0][1] == written[1][1]  # draws of its own
 
 
@@ -160,7 +161,7 @@ def test_export_merges_the_adapter_or_writes_it(runs, monkeypatch, capsys, tmp_p
     merged = adapters.merged(params)
     _, again, none = loading.load_policy(tmp_path / 'a')
     assert none is None
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, dict(merged))
+    chex.assert_trees_all_close(again, dict(merged), rtol=1e-6)
     saved = files.read_config(tmp_path / 'a')
     assert (saved['eos_token_id'], saved['pad_token_id']) == (258, 256)
 
@@ -172,7 +173,7 @@ def test_export_merges_the_adapter_or_writes_it(runs, monkeypatch, capsys, tmp_p
     settings = json.loads((tmp_path / 'b' / 'adapter_config.json').read_text())
     assert settings['base_model_name_or_path'] is None
     adapted = peft.from_torch('gpt2', tensors, module, plain, config=settings)
-    jax.tree.map(np.testing.assert_array_equal, adapted['blocks']['attn']['qkv'], params['blocks']['attn']['qkv'])
+    chex.assert_trees_all_equal(adapted['blocks']['attn']['qkv'], params['blocks']['attn']['qkv'])
     # With its base as a folder, the adapter is sampled by flag as the run itself is.
     command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', f'--src={runs / "sft"}',
             f'--dst={tmp_path / "base"}')

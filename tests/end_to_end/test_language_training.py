@@ -2,6 +2,7 @@
 import functools
 import json
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -218,23 +219,17 @@ def start_of(config):
     return train.build(config, one_device()).warm_start(fresh(config.experiment))
 
 
-def assert_same(tree, other):
-    a, b = partition.flatten(tree), partition.flatten(other)
-    assert set(a) == set(b)
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
 @pytest.mark.parametrize('which', [0, 1], ids=['work directory', 'Hugging Face folder'])
 def test_warm_start(which, fine_tuned):
     path, params = str(fine_tuned[which]), fine_tuned[2]
-    assert_same(start_of(config_of('sft', weights=path)).params, params)
+    chex.assert_trees_all_equal(start_of(config_of('sft', weights=path)).params, params)
     state = start_of(config_of('dpo', weights=path))
-    assert_same(state.params, params)
-    assert_same(state.extra['reference'], params)
+    chex.assert_trees_all_equal(state.params, params)
+    chex.assert_trees_all_equal(state.extra['reference'], params)
     assert all(a is not b for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.extra['reference'])))
     state = start_of(config_of('reward_model', weights=path))
-    assert_same(lora.without(state.params)['backbone'], {k: v for k, v in params.items() if k != 'lm_head'})
+    headless = {k: v for k, v in params.items() if k != 'lm_head'}
+    chex.assert_trees_all_equal(lora.without(state.params)['backbone'], headless)
     assert state.params['score_head']['kernel'].std() > 0
 
 

@@ -5,6 +5,7 @@ import re
 import sys
 import zlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,7 +157,7 @@ def test_held_out_loss_is_that_of_the_whole_store_at_the_same_noise(at, tmp_path
     assert found[-1] == pytest.approx(np.mean(values), rel=1e-5)
     # The run is loaded without an average, which there is none of.
     model = TextToCode.load(tmp_path / 'run')
-    jax.tree.map(np.testing.assert_array_equal, model.params, jax.device_get(state.params))
+    chex.assert_trees_all_equal(model.params, jax.device_get(state.params))
 
 
 # ---- From text to images ---------------------------------------------------------------------------------------------

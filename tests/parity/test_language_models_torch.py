@@ -4,6 +4,7 @@ Language models, reward models and policies with a value head: outputs, gradient
 """
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +71,7 @@ def test_we_load_what_transformers_saves(pair, tmp_path):
     assert len(list(tmp_path.glob('*.safetensors'))) > 1
     got_module, got = convert.from_torch(kind, files.load_state_dict(tmp_path), config=files.read_config(tmp_path))
     assert got_module == module
-    jax.tree.map(np.testing.assert_array_equal, got, params)
+    chex.assert_trees_all_equal(got, params)
 
 
 def test_gradients_of_the_likelihood(pair):

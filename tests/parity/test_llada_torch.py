@@ -4,6 +4,7 @@ All tensors random, same tokens: outputs, gradients, and the weights both ways.
 """
 import math
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_weights_of_ours_in_the_original(pair):
         want = model(torch.tensor(TOKENS)).numpy()
     np.testing.assert_allclose(jax.jit(module.apply)({'params': params}, TOKENS), want, **TOLERANCE)
     back = convert.from_torch('llada', model.state_dict(), config=CONFIG)[1]
-    jax.tree.map(np.testing.assert_array_equal, back, params)
+    chex.assert_trees_all_equal(back, params)
 
 
 def test_tied_weights():

@@ -1,4 +1,5 @@
 """Encoder, heads and losses against outputs of the original modules (float32, CPU), and torch's own operators."""
+import chex
 import jax
 import numpy as np
 import pytest
@@ -110,4 +111,4 @@ def test_torch_tensors_convert_as_they_are(golden, encoder):
     state = {'module.backbone.' + name: torch.nn.Parameter(torch.from_numpy(x))
              for name, x in section(golden, 'sem/param/').items()}
     _, params = convert.from_torch('sem', state, num_codes=6, num_heads=2)
-    jax.tree.map(np.testing.assert_array_equal, params, encoder[1])
+    chex.assert_trees_all_equal(params, encoder[1])

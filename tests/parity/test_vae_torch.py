@@ -1,5 +1,5 @@
 """The autoencoder against `diffusers.AutoencoderKL`: all tensors random, outputs, gradients, the weights both ways."""
-import jax
+import chex
 import numpy as np
 import pytest
 
@@ -80,7 +80,7 @@ def test_released_files_have_older_attention_names(original):
         state[name] = tensor
     assert 'encoder.mid_block.attentions.0.proj_attn.weight' in state and not any('to_' in name for name in state)
     got, want = (convert.from_torch('sd_vae', x, num_groups=GROUPS)[1] for x in (state, original.state_dict()))
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    chex.assert_trees_all_equal(got, want)
 
 
 @pytest.mark.parametrize('change, message', [

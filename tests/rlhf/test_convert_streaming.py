@@ -3,6 +3,7 @@ import json
 import weakref
 from collections.abc import Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,7 +123,7 @@ def test_shards_of_a_file(tiny, tmp_path):
     back = files.load_state_dict(folder)
     assert set(back) == set(tensors)
     _, params = convert.from_torch('llama', back, config=files.read_config(folder))
-    jax.tree.map(np.testing.assert_array_equal, params, tiny[0])
+    chex.assert_trees_all_equal(params, tiny[0])
 
 
 def test_numbers_of_several_widths_stay_aligned(tmp_path):

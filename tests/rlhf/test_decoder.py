@@ -1,4 +1,5 @@
 """The call that the decoders share: padding, packing, caches, the two layouts of their blocks."""
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,7 +159,7 @@ def test_remat_and_unroll_change_nothing():
     loss = lambda m: jax.jit(jax.grad(lambda p: jax.nn.logsumexp(m.apply({'params': p}, TOKENS)).sum()))(params)
     want = loss(module)
     for got in (loss(module.clone(remat='full')), loss(module.clone(unroll=True))):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+        chex.assert_trees_all_close(got, want, atol=1e-5)
 
 
 def test_bad_calls_are_named(model):

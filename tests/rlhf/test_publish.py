@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +23,6 @@ def tree(value=1.0):
             'count': jnp.int32(7)}
 
 
-def same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
-
-
 # Within a process
 
 def test_in_process_hands_over_a_copy_that_survives_donation():
@@ -36,7 +30,7 @@ def test_in_process_hands_over_a_copy_that_survives_donation():
         weights, params = InProcess(shardings), tree()
         weights.publish(0, params)
         jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)(params)  # the learner's next step
-        same(weights.fetch(0), tree())
+        chex.assert_trees_all_equal(weights.fetch(0), tree())
 
 
 def test_in_process_onto_a_disjoint_mesh():
@@ -48,7 +42,7 @@ def test_in_process_onto_a_disjoint_mesh():
     weights = InProcess(layout)
     weights.publish(0, params)
     placed = weights.fetch(0)
-    same(placed, tree())
+    chex.assert_trees_all_equal(placed, tree())
     assert placed['block']['kernel'].sharding == layout['block']['kernel']
     assert placed['block']['bias'].devices() == set(devices[4:].tolist())
 
@@ -67,7 +61,7 @@ def test_in_process_versions():
         weights.fetch(0)
     for version in (0, 1, 2):
         weights.publish(version, tree(version))
-    same(weights.fetch(1), tree(1))
+    chex.assert_trees_all_equal(weights.fetch(1), tree(1))
     weights.release(2)
     assert weights.newest() == 2
     with pytest.raises(ValueError, match=r'version 1 is not held any more, only \[2\]'):
@@ -84,7 +78,7 @@ def test_a_reader_waits_for_its_version(transport, tmp_path):
     reader.start()
     weights.publish(1, tree(5))
     reader.join(WAIT)
-    same(got[0], tree(5))
+    chex.assert_trees_all_equal(got[0], tree(5))
 
 
 # Files
@@ -95,7 +89,7 @@ def test_files_round_trip_bit_for_bit(tmp_path):
     assert reader.newest() is None
     writer.publish(0, tree(1 / 3))
     assert reader.newest() == 0
-    same(reader.fetch(0), tree(1 / 3))
+    chex.assert_trees_all_equal(reader.fetch(0), tree(1 / 3))
     on = Files(directory, SingleDeviceSharding(jax.devices()[5])).fetch(0)
     assert on['block']['kernel'].devices() == {jax.devices()[5]}
 
@@ -109,7 +103,7 @@ def test_files_keep_the_newest_and_withdraw_what_a_resumed_learner_undoes(tmp_pa
         weights.fetch(1)
     weights.publish(2, tree(9))  # from a checkpoint at 2
     assert weights.versions() == [2]
-    same(weights.fetch(2), tree(9))
+    chex.assert_trees_all_equal(weights.fetch(2), tree(9))
     with pytest.raises(TimeoutError, match='version 3 was not published'):
         weights.fetch(3)
 
@@ -129,7 +123,7 @@ def test_a_file_half_written_is_never_seen(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space left'):
         weights.publish(2, tree(2))
     assert weights.versions() == [0, 1] and len(list(tmp_path.iterdir())) == 2
-    same(weights.fetch(1), tree(1))
+    chex.assert_trees_all_equal(weights.fetch(1), tree(1))
 
 
 @pytest.mark.parametrize('params, message', [({'a/b': jnp.ones(1)}, "'a/b' is not a name"),
