@@ -11,8 +11,8 @@ set -euo pipefail
 
 NAME=${NAME:-dlc}
 ZONE=${ZONE:-us-east5-b}
-ACCELERATOR=${ACCELERATOR:-v6e-16}
-RUNTIME=${RUNTIME:-v2-alpha-tpuv6e}   # v5p: v2-alpha-tpuv5, v5e: v2-alpha-tpuv5-lite, v4: tpu-ubuntu2204-base
+ACCELERATOR=${ACCELERATOR:-v6e-16}    # v4-16, v5e-16 (Google Cloud writes v5litepod-16), v5p-16, v6e-16
+RUNTIME=${RUNTIME:-}                  # image of the machines; '': the one that Google Cloud names for the generation
 SPOT=${SPOT:-1}                       # 0: on demand
 QUEUED=${QUEUED:-0}                   # 1: wait in the queue for capacity (queued resources)
 NFS=${NFS:-}                          # shared disk, such as 10.0.0.2:/share (Filestore); mounted on every worker
@@ -27,6 +27,18 @@ dry_run=0
 if [[ ${1:-} == --dry_run ]]; then dry_run=1; shift; fi
 if [[ $# == 0 ]]; then echo "usage: $0 [--dry_run] --config=… --workdir=$MOUNT/…" >&2; exit 2; fi
 
+ACCELERATOR=${ACCELERATOR/#v5e-/v5litepod-}
+case $ACCELERATOR in
+  v5litepod-*) image=v2-alpha-tpuv5-lite ;;
+  v4-*) image=tpu-ubuntu2204-base ;;
+  v5p-*) image=v2-alpha-tpuv5 ;;
+  v6e-*) image=v2-alpha-tpuv6e ;;
+  *) echo "$0: ACCELERATOR=$ACCELERATOR is none of v4-N, v5e-N, v5p-N and v6e-N" >&2; exit 2 ;;
+esac
+RUNTIME=${RUNTIME:-$image}
+extras=runner,tpu
+if [[ "$*" == *gs://* ]]; then extras+=,gcs; fi
+
 run() {
   printf '+'; printf ' %q' "$@"; printf '\n'
   if [[ $dry_run == 0 ]]; then "$@"; fi
@@ -34,7 +46,10 @@ run() {
 
 vm() { local verb=$1; shift; run gcloud compute tpus tpu-vm "$verb" "$@" --zone="$ZONE"; }
 queue() { local verb=$1; shift; run gcloud compute tpus queued-resources "$verb" "$NAME" "$@" --zone="$ZONE"; }
-everywhere() { vm ssh "$NAME" --worker=all --command="$1"; }
+# Hours may pass without a line of output; the keep-alive keeps routers from closing the connection meanwhile.
+everywhere() {
+  vm ssh "$NAME" --worker=all --ssh-flag='-o ServerAliveInterval=30 -o ServerAliveCountMax=10' --command="$1"
+}
 
 describe() {  # what, field: its value, or ABSENT where there is no such thing
   if [[ $dry_run == 1 ]]; then echo ABSENT; return; fi
@@ -74,7 +89,7 @@ prepare() {
   # What a lost connection left behind still holds the chips. The images come with Python 3.10; uv brings a newer one.
   everywhere "(pkill -f '[p]ython -m $MODULE --distributed' && sleep 60); \
     rm -rf dlc && mkdir dlc && tar -xzf dlc.tar.gz -C dlc && cd dlc && python3 -m pip install -q --user uv && \
-    ~/.local/bin/uv venv -q --python 3.12 && ~/.local/bin/uv pip install -q -e '.[tpu]'"
+    ~/.local/bin/uv venv -q --python 3.12 && ~/.local/bin/uv pip install -q -e '.[$extras]'"
 }
 
 # A run that is told to stop saves, says how to go on, and exits with status 0, as a finished one does.

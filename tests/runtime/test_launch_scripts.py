@@ -59,6 +59,28 @@ def test_tpu_vm_dry_run_prints_every_step_and_runs_none(tools, tmp_path):
     assert shlex.split(command)[-3:] == ['--config=a.py', '--config.name=two words', '--dry_run']
 
 
+@pytest.mark.parametrize('accelerator, flags, image', [
+    ('v5e-16', '--accelerator-type=v5litepod-16', 'v2-alpha-tpuv5-lite'), ('v4-16', '--accelerator-type=v4-16',
+                                                                           'tpu-ubuntu2204-base'),
+    ('v5litepod-8', '--accelerator-type=v5litepod-8', 'v2-alpha-tpuv5-lite')])
+def test_tpu_vm_names_slices_and_images_as_the_cloud_does(tools, accelerator, flags, image):
+    out = bash(LAUNCH / 'tpu_vm.sh', '--dry_run', '--config=a', env={**tools(), 'ACCELERATOR': accelerator})
+    assert out.returncode == 0, out.stderr
+    assert flags in out.stdout and f'--version={image}' in out.stdout
+
+
+def test_tpu_vm_refuses_other_accelerators(tools):
+    out = bash(LAUNCH / 'tpu_vm.sh', '--dry_run', '--config=a', env={**tools(), 'ACCELERATOR': 'h100-8'})
+    assert out.returncode == 2 and 'ACCELERATOR=h100-8 is none of v4-N, v5e-N, v5p-N and v6e-N' in out.stderr
+
+
+@pytest.mark.parametrize('workdir, extras', [('/mnt/runs/a', 'runner,tpu'), ('gs://bucket/a', 'runner,tpu,gcs')])
+def test_tpu_vm_installs_what_the_command_needs_and_keeps_the_connection(tools, workdir, extras):
+    out = bash(LAUNCH / 'tpu_vm.sh', '--dry_run', '--config=a', f'--workdir={workdir}', env=tools())
+    assert f".[{extras}]" in out.stdout.replace('\\', '')
+    assert all('ServerAliveInterval=30' in line for line in out.stdout.splitlines() if 'tpu-vm ssh' in line)
+
+
 def gcloud(train):
     """A cloud with one slice, whose state is a file; `train` is what the training command does there."""
     return f'''
@@ -123,6 +145,12 @@ def test_slurm_requeues_only_what_was_stopped(tools, tmp_path, srun, status, req
     assert calls(tmp_path)[1:] == (['scontrol requeue 17'] if requeued else [])
 
 
+def test_slurm_gives_its_cpus_to_the_tasks(tools):
+    env = tools(srun='echo "cpus $SRUN_CPUS_PER_TASK"', scontrol='')
+    env |= {'SLURM_JOB_ID': '1', 'SLURM_CPUS_PER_TASK': '12'}
+    assert 'cpus 12' in bash(LAUNCH / 'slurm.sbatch', '--config=a', env=env).stdout
+
+
 CHILD = f'''
 import signal, sys, time
 def stop(*_):
@@ -149,6 +177,27 @@ def test_resumable_passes_the_signal_on_and_counts_a_stopped_run_as_unfinished()
 def test_resumable_keeps_other_statuses(status):
     out = bash(LAUNCH / 'resumable.sh', sys.executable, '-c', f'print("out"); raise SystemExit({status})')
     assert (out.returncode, out.stdout) == (status, 'out\n')
+
+
+def test_gpu_jobset_joins_one_process_a_node():
+    jobset = yaml.safe_load((LAUNCH / 'gke_gpu_jobset.yaml').read_text())
+    replicated = jobset['spec']['replicatedJobs'][0]
+    job = replicated['template']['spec']
+    command = job['template']['spec']['containers'][0]['command']
+    assert command[:5] == ['experiments/launch/resumable.sh', 'python', '-m', 'experiments.train', '--distributed']
+    name = jobset['metadata']['name']
+    assert f'--coordinator={name}-{replicated["name"]}-0-0.{name}:8476' in command
+    assert f'--num_processes={job["parallelism"]}' in command and job['parallelism'] == job['completions']
+    config = next(a for a in command if a.startswith('--config='))
+    assert (LAUNCH.parents[1] / config.removeprefix('--config=').split(':')[0]).is_file()
+
+
+@pytest.mark.parametrize('file', ['gke_jobset.yaml', 'gke_gpu_jobset.yaml'])
+def test_jobsets_have_shared_memory(file):
+    job = yaml.safe_load((LAUNCH / file).read_text())['spec']['replicatedJobs'][0]['template']['spec']
+    pod = job['template']['spec']
+    mounts = {m['mountPath']: m['name'] for m in pod['containers'][0]['volumeMounts']}
+    assert {'name': mounts['/dev/shm'], 'emptyDir': {'medium': 'Memory'}} in pod['volumes']
 
 
 def test_jobset_runs_the_command_once_a_machine():
