@@ -60,7 +60,7 @@ def encoder() -> ConfigDict:
             mask_share=0.5,  # share of global crops that are masked
             mask_ratio=(0.1, 0.5),  # share of a masked crop's patches
             mask_min_patches=4,  # a block
-            num_workers=0,  # processes; 0: threads of this one
+            num_workers=0,  # processes, at most one a core that this one may use; 0: threads of this one
             heldout=0.25, split_seed=0,  # digits only: share kept apart, and by which shuffle
         ),
     )).lock()

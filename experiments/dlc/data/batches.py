@@ -40,6 +40,8 @@ def read_parallel(source: ImageSource, row: Callable[[int], Batch], finish: Call
         batch = {name: np.stack([item[name] for _, item in items]) for name in items[0][1]}
         return {'batch': finish(batch, items[0][0] // rows), 'skipped': tuple(source.skipped.items())}
 
+    # Of the cores that this process may use: eight processes of a node with 32 workers each would be 256.
+    num_workers = min(num_workers, usable_cores())
     items = grain.MapDataset.range(count * rows).map(lambda k: (k, row(k)))
     if num_workers:
         if not flags.FLAGS.is_parsed():  # grain's worker pool reads absl flags, which this code base does not use
@@ -49,13 +51,18 @@ def read_parallel(source: ImageSource, row: Callable[[int], Batch], finish: Call
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(options, worker_init_fn=keep_off_accelerators)
     else:
-        num_threads = num_threads or min(16, os.cpu_count() or 1)
+        num_threads = num_threads or min(16, usable_cores())
         ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * rows, num_threads))
         batches = items.to_iter_dataset(ahead).batch(rows, batch_fn=collate)
     for made in batches:
         for name, reason in made['skipped']:
             source.skip(name, reason)
         yield made['batch']
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: those its launcher bound it to, where one did."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def keep_off_accelerators(worker: int, num_workers: int) -> None:
