@@ -13,11 +13,10 @@ from jax.sharding import Mesh
 from dlc_jax.diffusion import discrete
 from dlc_jax.models import sedd
 from experiments.dlc.data.codestore import open_code_store
-from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, optim, placement
+from experiments.runtime import modules, placement
 from experiments.runtime.experiment import Experiment
-from experiments.runtime.state import TrainState
 from experiments.runtime.stream import ArrayBatches
+from experiments.runtime.training import training
 
 
 def make_model(config: ml_collections.ConfigDict) -> sedd.SEDD:
@@ -32,19 +31,10 @@ def make_diffusion(config: ml_collections.ConfigDict) -> discrete.DiscreteDiffus
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
-    model, diffusion, m = make_model(config), make_diffusion(config), config.model
-    shards = mesh_lib.batch_shards(mesh)
-    decay = optim.ema_decay(config.ema, config.num_steps)
+    model, diffusion, num_codes = make_model(config), make_diffusion(config), config.model.num_codes
 
     def init_params(key):
-        return model.init(key, jnp.zeros((1, m.num_codes), jnp.int32), jnp.ones(1))['params']
-
-    tx = optim.adamw(config.optimizer, jax.eval_shape(init_params, jax.random.key(0)), config.num_steps)
-
-    def init(key):
-        key, carried = jax.random.split(key)
-        params = init_params(key)
-        return TrainState(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params), carried)
+        return model.init(key, jnp.zeros((1, num_codes), jnp.int32), jnp.ones(1))['params']
 
     def loss(params, state, batch, rng):
         noise_key, drop_key = jax.random.split(rng)
@@ -52,20 +42,17 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
             {'params': params}, tokens, sigma, train=True, rngs={'dropout': drop_key})
         return diffusion.loss(score, noise_key, batch['codes'])
 
-    def step(state, batch):
-        rng = jax.random.fold_in(state.rng, state.step)
-        (value, metrics), grads = optim.value_and_grad(
-            lambda p, b, r: loss(p, state, b, r), state.params, batch, rng, config.accumulate, shards)
-        params, opt_state, norm = optim.apply(tx, grads, state)
-        ema = optim.ema_update(state.ema, params, decay(state.step + 1))
-        # The bound on -log p(code), per token: perplexity is its exponential.
-        return (state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema),
-                metrics | {'loss': value, 'nats_per_token': value / m.num_codes, 'grad_norm': norm})
+    trained = training(config, mesh, init_params, loss)
 
-    return Experiment(init, loss, step, sedd.PARTITION_RULES,
-                      {'codes': jax.ShapeDtypeStruct((config.batch_size, m.num_codes), jnp.int32)},
+    def step(state, batch):
+        state, metrics = trained.step(state, batch)
+        # The bound on -log p(code), per token: perplexity is its exponential.
+        return state, metrics | {'nats_per_token': metrics['loss'] / num_codes}
+
+    return Experiment(trained.init, loss, step, sedd.PARTITION_RULES,
+                      {'codes': jax.ShapeDtypeStruct((config.batch_size, num_codes), jnp.int32)},
                       lambda: open_batches(config, placement.share_of(mesh)),
-                      sampler=lambda p, k: sample(config, p, k, config.batch_size))
+                      sampler=lambda params, key: sample(config, params, key, config.batch_size))
 
 
 def open_batches(config: ml_collections.ConfigDict, share: placement.Share = placement.WHOLE) -> ArrayBatches:
@@ -76,10 +63,10 @@ def open_batches(config: ml_collections.ConfigDict, share: placement.Share = pla
 
 def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: int) -> jax.Array:
     """`num` codes [num, L] int32 by `config.sampler`; pure, so that it can be jitted whole."""
-    model, s = make_model(config), config.sampler
+    model, sampler = make_model(config), config.sampler
     score = lambda tokens, sigma: model.apply({'params': params}, tokens, sigma)
-    return make_diffusion(config).sample(score, key, (num, config.model.num_codes), sampler=s.name,
-                                         num_steps=s.num_steps, eta=s.eta, window=tuple(s.window))
+    return make_diffusion(config).sample(score, key, (num, config.model.num_codes), sampler=sampler.name,
+                                         num_steps=sampler.num_steps, eta=sampler.eta, window=tuple(sampler.window))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,13 +16,16 @@ from dlc_jax import convert
 from rlhf_jax.weights.files import load_state_dict
 from dlc_jax.models import sem, vit
 from dlc_jax.preprocess import CenterCrop
-from dlc_jax.ssl import augment, dino, ibot, koleo, masking
+from dlc_jax.ssl import augment, dino, masking
 from experiments.dlc.data import batches as batches_lib
 from experiments.dlc.data import sources
+from experiments.dlc.self_distillation import SelfDistillation
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, optim, partition, placement, storage
+from experiments.runtime import training as training_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
+from experiments.runtime.stream import Stream
 
 OUTPUTS = ('codes', 'sem', 'embeddings')  # of `Encoder.encode`
 
@@ -32,41 +35,38 @@ def make_model(config: ml_collections.ConfigDict, groups: int = 1) -> sem.SEMEnc
 
 
 def make_head(config: ml_collections.ConfigDict) -> dino.DINOHead:
-    h = config.head
-    return dino.DINOHead(hidden=h.hidden, bottleneck=h.bottleneck, prototypes=h.prototypes, init_std=h.init_std,
-                         dtype=modules.dtype(config.model))
+    fields = ('hidden', 'bottleneck', 'prototypes', 'init_std')
+    return dino.DINOHead(**{name: config.head[name] for name in fields}, dtype=modules.dtype(config.model))
 
 
 def make_masking(config: ml_collections.ConfigDict) -> masking.BlockMasking:
-    d = config.data
-    grid = d.global_size // config.model.patch_size
+    data = config.data
+    grid = data.global_size // config.model.patch_size
     return masking.BlockMasking(
-        grid=grid, share=d.mask_share, ratio=tuple(d.mask_ratio), min_patches=d.mask_min_patches)
+        grid=grid, share=data.mask_share, ratio=tuple(data.mask_ratio), min_patches=data.mask_min_patches)
 
 
 def make_multicrop(config: ml_collections.ConfigDict) -> augment.MultiCrop:
-    d = config.data
-    return augment.MultiCrop(
-        global_size=d.global_size, global_scale=tuple(d.global_scale), local_size=d.local_size,
-        local_scale=tuple(d.local_scale), num_local=d.num_local, flip=d.flip, jitter=d.jitter, grayscale=d.grayscale,
-        solarize=d.solarize, blur=tuple(d.blur), mean=tuple(d.mean), std=tuple(d.std))
+    numbers = ('global_size', 'local_size', 'num_local', 'flip', 'jitter', 'grayscale', 'solarize')
+    tuples = ('global_scale', 'local_scale', 'blur', 'mean', 'std')
+    return augment.MultiCrop(**{name: config.data[name] for name in numbers},
+                             **{name: tuple(config.data[name]) for name in tuples})
 
 
 def optimizer_groups(config: ml_collections.ConfigDict) -> tuple:
     """DINOv2's groups: layer-wise decay in the backbone, no weight decay on biases, norms and LayerScale, a last layer
     that stays put at first. `config.optimizer.groups`, where given, come before these."""
     depth = vit.SIZES[config.model.size]['depth'] if not config.model.depth else config.model.depth
-    rate, first = config.layer_decay, config.layer_decay ** (depth + 1)
+    first = config.layer_decay ** (depth + 1)  # learning rate of what lies before the blocks
     plain = dict(weight_decay=0.0)
-    blocks = dict(layer_decay=rate)
-    last = dict(frozen_steps=config.freeze_last_layer)
+    blocks = dict(layer_decay=config.layer_decay)
     return tuple(config.optimizer.groups) + (
         (r'encoder/.*blocks/.*(bias|scale|gamma)', blocks | plain),
         (r'encoder/.*blocks/.*', blocks),
         (r'encoder/.*patch_embed/bias', plain | dict(learning_rate=first * config.patch_embed_lr)),
         (r'encoder/.*patch_embed/.*', dict(learning_rate=first * config.patch_embed_lr)),
         (r'encoder/.*(pos_embed|cls_token|register_tokens|mask_token)', dict(learning_rate=first)),
-        (r'.*last_layer/.*', last),
+        (r'.*last_layer/.*', dict(frozen_steps=config.freeze_last_layer)),
         (r'encoder/.*sem_bias', {}),
         (r'.*(bias|scale|gamma)', plain),
         (r'.*', {}),
@@ -74,139 +74,98 @@ def optimizer_groups(config: ml_collections.ConfigDict) -> tuple:
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
-    d, c = config.data, config.loss
-    if c.centering not in ('center', 'sinkhorn_knopp'):
-        raise ValueError(f"loss.centering={c.centering!r} is not 'center' or 'sinkhorn_knopp'")
+    """
+    Raises:
+        ValueError: an unknown centering, crops that patches do not divide, or groups that the batch does not allow.
+    """
+    check(config)
+    groups = num_groups(config, mesh_lib.batch_shards(mesh))
+    objective = make_objective(config, groups // config.accumulate)
+
+    def init_params(key):
+        return objective.init_params(key, (config.data.global_size, config.data.global_size, config.data.channels))
+
+    def loss(params, state, batch, rng):
+        targets = objective.targets(state.ema, state.extra, batch, state.step)
+        value, metrics = objective.loss(params, targets, batch, rng)
+        return value, {'metrics': metrics, 'means': targets.means}
+
+    training = training_lib.training(config, mesh, init_params, loss, groups=optimizer_groups(config))
+
+    def init(key):
+        return training.init(key).replace(extra=objective.init_centers())
+
+    def step(state, batch):
+        (value, aux), grads = training.gradient(state, batch)
+        centers = objective.move_centers(state.extra, aux['means'])
+        state, norm = training.update(state, grads)
+        return state.replace(extra=centers), aux['metrics'] | {'loss': value, 'grad_norm': norm}
+
+    spec = batch_spec(config, groups)
+
+    def encode_once(params, key):
+        images = jax.random.normal(key, spec['global_crops'].shape[:1] + spec['global_crops'].shape[2:])
+        return encode(config, params['encoder'], images)
+
+    rules = partition.prefixed('encoder', sem.PARTITION_RULES) + tuple(
+        rule for name in dict.fromkeys(objective.heads) for rule in partition.prefixed(name, dino.PARTITION_RULES))
+    return Experiment(init, loss, step, rules, spec,
+                      lambda: open_batches(config, groups, placement.share_of(mesh)), sampler=encode_once,
+                      warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError for an unknown centering, or crops that cannot be divided into patches."""
+    centering, patch_size = config.loss.centering, config.model.patch_size
+    if centering not in ('center', 'sinkhorn_knopp'):
+        raise ValueError(f"loss.centering={centering!r} is not 'center' or 'sinkhorn_knopp'")
     for field in ('global_size', 'local_size'):
-        if d[field] % config.model.patch_size:
-            raise ValueError(f'data.{field}={d[field]} is not divisible by model.patch_size={config.model.patch_size}')
-    shards = mesh_lib.batch_shards(mesh)
-    # The originals mask, drop paths and look for neighbours within one GPU's batch.
+        if config.data[field] % patch_size:
+            raise ValueError(f'data.{field}={config.data[field]} is not divisible by model.patch_size={patch_size}')
+
+
+def num_groups(config: ml_collections.ConfigDict, shards: int) -> int:
+    """Parts of the batch within which images are masked, paths dropped and neighbours looked for, as the originals do
+    within one GPU's batch: `config.groups`, or one for each of `shards` and microbatches.
+
+    Raises:
+        ValueError: shards and microbatches do not divide it, or it does not divide the batch.
+    """
     groups = config.groups or shards * config.accumulate
     if groups % (shards * config.accumulate) or config.batch_size % groups:
         raise ValueError(f'groups={groups} must be a multiple of {shards} batch shards x '
                          f'accumulate={config.accumulate} and divide batch_size={config.batch_size}; 0 chooses')
-    micro_groups = groups // config.accumulate
-    block_masking = make_masking(config)
-    model, head = make_model(config, micro_groups), make_head(config)
+    return groups
+
+
+def make_objective(config: ml_collections.ConfigDict, groups: int) -> SelfDistillation:
+    """The objective on microbatches of `groups` groups."""
     heads = ('dino_head', 'ibot_head') if config.head.separate_ibot else ('dino_head', 'dino_head')
-    grid = d.global_size // config.model.patch_size
-    per_group = config.batch_size // groups
-    masked = block_masking.max_masked(2 * per_group)
-    b = config.batch_size
-    batch_spec = {
-        'global_crops': jax.ShapeDtypeStruct((b, 2, d.global_size, d.global_size, d.channels), jnp.float32),
-        'local_crops': jax.ShapeDtypeStruct((b, d.num_local, d.local_size, d.local_size, d.channels), jnp.float32),
-        'masks': jax.ShapeDtypeStruct((b, 2, grid * grid), jnp.bool_),
-        'mask_indices': jax.ShapeDtypeStruct((groups, masked), jnp.int32),
-        'mask_weights': jax.ShapeDtypeStruct((groups, masked), jnp.float32),
+    temperature = optim.schedule(config.loss.teacher_temperature, config.num_steps)
+    return SelfDistillation(make_model(config, groups), make_head(config), heads, config.loss, groups, temperature)
+
+
+def batch_spec(config: ml_collections.ConfigDict, groups: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the global batch; see `batches.ssl_batches`."""
+    data, rows = config.data, config.batch_size
+    block_masking = make_masking(config)
+    num_masked = block_masking.max_masked(2 * rows // groups)
+    return {
+        'global_crops': jax.ShapeDtypeStruct((rows, 2, data.global_size, data.global_size, data.channels), jnp.float32),
+        'local_crops': jax.ShapeDtypeStruct(
+            (rows, data.num_local, data.local_size, data.local_size, data.channels), jnp.float32),
+        'masks': jax.ShapeDtypeStruct((rows, 2, block_masking.num_patches), jnp.bool_),
+        'mask_indices': jax.ShapeDtypeStruct((groups, num_masked), jnp.int32),
+        'mask_weights': jax.ShapeDtypeStruct((groups, num_masked), jnp.float32),
     }
-    temperature = optim.schedule(c.teacher_temperature, config.num_steps)
-    momentum = optim.ema_decay(config.ema, config.num_steps)
 
-    def init_params(key):
-        keys = jax.random.split(key, 3)
-        images = jnp.zeros((1, d.global_size, d.global_size, d.channels))
-        params = {'encoder': model.init(keys[0], images, jnp.zeros((1, grid * grid), bool))['params']}
-        for name, k in zip(dict.fromkeys(heads), keys[1:]):
-            params[name] = head.init(k, jnp.zeros((1, model.width)))['params']
-        return params
 
-    optimizer = config.optimizer.copy_and_resolve_references()
-    optimizer.groups = optimizer_groups(config)
-    tx = optim.adamw(optimizer, jax.eval_shape(init_params, jax.random.key(0)), config.num_steps)
-
-    def init(key):
-        key, carried = jax.random.split(key)
-        params = init_params(key)
-        centers = {name: jnp.zeros((1, config.head.prototypes)) for name in ('dino', 'ibot')}
-        return TrainState(jnp.int32(0), params, tx.init(params), jax.tree.map(jnp.copy, params), carried, centers)
-
-    def gather_masked(patches, indices):
-        """[2B, N, D] patches -> [G * M, D]: those that `indices` [G, M] name within each group."""
-        width = patches.shape[-1]
-        patches = jnp.take_along_axis(patches.reshape(indices.shape[0], -1, width), indices[..., None], axis=1)
-        return patches.reshape(-1, width)
-
-    def teacher_targets(state, batch):
-        """Probabilities for both globals, for masked patches, and what the centers move towards. No gradient."""
-        globals_ = batch['global_crops'].reshape(-1, *batch['global_crops'].shape[2:])
-        out = model.apply({'params': state.ema['encoder']}, globals_)
-        weights = batch['mask_weights'].reshape(-1)
-        cls = head.apply({'params': state.ema[heads[0]]}, out.cls)
-        patches = head.apply({'params': state.ema[heads[1]]}, gather_masked(out.patches, batch['mask_indices']))
-        t = temperature(state.step)
-        if c.centering == 'center':
-            cls_probs = dino.softmax_center(cls, state.extra['dino'], t)
-            patch_probs = dino.softmax_center(patches, state.extra['ibot'], t)
-        else:
-            cls_probs = dino.sinkhorn_knopp(cls, t)
-            patch_probs = dino.sinkhorn_knopp(patches, t, weights=weights)
-        means = {'dino': dino.batch_center(cls), 'ibot': dino.batch_center(patches, weights)}
-        return jax.lax.stop_gradient((cls_probs, patch_probs, means))
-
-    def loss(params, state, batch, rng):
-        cls_probs, patch_probs, means = teacher_targets(state, batch)
-        b, n = batch['global_crops'].shape[0], batch['local_crops'].shape[1]
-        globals_ = batch['global_crops'].reshape(2 * b, *batch['global_crops'].shape[2:])
-        locals_ = batch['local_crops'].reshape(n * b, *batch['local_crops'].shape[2:])
-        keys = jax.random.split(rng, 2)
-        apply = lambda x, masks, key: model.apply(
-            {'params': params['encoder']}, x, masks, train=True, rngs={'dropout': key})
-        seen = apply(globals_, batch['masks'].reshape(2 * b, -1), keys[0])
-        glimpsed = apply(locals_, None, keys[1])
-
-        masked_patches = gather_masked(seen.patches, batch['mask_indices'])
-        run_head = lambda name, x: head.apply({'params': params[name]}, x)
-        # [B, 2 + n, K]: views side by side, so that an image's rows stay on its device.
-        logits = run_head(heads[0], jnp.concatenate([seen.cls.reshape(b, 2, -1), glimpsed.cls.reshape(b, n, -1)], 1))
-        global_logits, local_logits = logits[:, :2], logits[:, 2:]
-        targets = cls_probs.reshape(b, 2, -1)
-
-        # Each of the 2 n + 2 (student view, teacher view) pairs counts the same; a view is never its own target.
-        pairs = 2 * n + 2
-        entropy = lambda logits, probs: dino.cross_entropy(logits, probs, c.student_temperature).mean()
-        local_term = entropy(local_logits, targets.sum(1, keepdims=True)) * n / pairs  # linear in the targets
-        global_term = entropy(global_logits, targets[:, ::-1]) * 2 / pairs
-        koleo_term = sum(koleo.koleo_loss(seen.cls.reshape(b, 2, -1)[:, i], groups=micro_groups) for i in range(2))
-        ibot_term = ibot.ibot_loss(run_head(heads[1], masked_patches), patch_probs, batch['mask_weights'].reshape(-1),
-                                   num_crops=2 * b, temperature=c.student_temperature)
-        total = c.dino * (local_term + global_term) + c.koleo * koleo_term + c.ibot * ibot_term
-        # Collapse shows here first: codes that use one entry (usage -> 0) or teachers that agree on one prototype.
-        mean_sem = seen.sem.mean(0)
-        metrics = {'loss_local': local_term, 'loss_global': global_term, 'loss_koleo': koleo_term,
-                   'loss_ibot': ibot_term,
-                   'teacher_entropy': -(cls_probs * jnp.log(cls_probs + 1e-9)).sum(-1).mean(),
-                   'sem_entropy': -(seen.sem * jnp.log(seen.sem + 1e-9)).sum(-1).mean(),
-                   'sem_usage': jnp.exp(-(mean_sem * jnp.log(mean_sem + 1e-9)).sum(-1)).mean()}
-        return total, {'metrics': metrics, 'means': means}
-
-    def step(state, batch):
-        rng = jax.random.fold_in(state.rng, state.step)
-        (value, aux), grads = optim.value_and_grad(
-            lambda p, part, r: loss(p, state, part, r), state.params, batch, rng, config.accumulate, shards)
-        params, opt_state, norm = optim.apply(tx, grads, state)
-        ema = optim.ema_update(state.ema, params, momentum(state.step + 1))
-        # The new center serves the next step, as in the original.
-        centers = {name: dino.update_center(state.extra[name], mean, c.center_momentum)
-                   for name, mean in aux['means'].items()}
-        return (state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, extra=centers),
-                aux['metrics'] | {'loss': value, 'grad_norm': norm})
-
-    def open_batches():
-        source = sources.image_source(d, d.split)
-        return batches_lib.ssl_batches(
-            source, make_multicrop(config), block_masking, config.batch_size, groups=groups, seed=config.seed,
-            share=placement.share_of(mesh), num_workers=d.num_workers)
-
-    rules = partition.prefixed('encoder', sem.PARTITION_RULES) + tuple(
-        rule for name in dict.fromkeys(heads) for rule in partition.prefixed(name, dino.PARTITION_RULES))
-    def encode_once(params, key):
-        images = jax.random.normal(key, (b, d.global_size, d.global_size, d.channels))
-        return encode(config, params['encoder'], images)
-
-    return Experiment(init, loss, step, rules, batch_spec, open_batches, sampler=encode_once,
-                      warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
+def open_batches(config: ml_collections.ConfigDict, groups: int, share: placement.Share = placement.WHOLE) -> Stream:
+    """This process's crops and masks of `config.data`."""
+    source = sources.image_source(config.data, config.data.split)
+    return batches_lib.ssl_batches(
+        source, make_multicrop(config), make_masking(config), config.batch_size, groups=groups, seed=config.seed,
+        share=share, num_workers=config.data.num_workers)
 
 
 def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
@@ -263,12 +222,8 @@ class Encoder:
 
         Without the parameters, so that it can travel to worker processes.
         """
-        d = self.config.data
-        return CenterCrop(d.global_size, tuple(d.mean), tuple(d.std))
-
-    def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """`transform` of one image."""
-        return self.transform(image)
+        data = self.config.data
+        return CenterCrop(data.global_size, tuple(data.mean), tuple(data.std))
 
     def encode(self, images: np.ndarray, *, temperature: float | None = None, batch_size: int = 256,
                outputs: Sequence[str] = OUTPUTS) -> dict[str, np.ndarray]:
@@ -292,4 +247,5 @@ class Encoder:
 
     def encode_images(self, images: list[np.ndarray], **kwargs: Any) -> dict[str, np.ndarray]:
         """`encode` of raw uint8 images."""
-        return self.encode(np.stack([self.preprocess(image) for image in images]), **kwargs)
+        transform = self.transform
+        return self.encode(np.stack([transform(image) for image in images]), **kwargs)

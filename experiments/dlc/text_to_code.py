@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from dlc_jax import convert, text_to_code
 from dlc_jax.diffusion.remasking import Sampling
 from experiments.dlc.data import captions as captions_lib
+from experiments.runtime import evaluation, modules, partition, placement, storage
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, optim, partition, placement, storage
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
+from experiments.runtime.training import training
 from rlhf_jax.weights import files
 from rlhf_jax.models import llama
 
@@ -68,43 +69,16 @@ def build(config: Config, mesh: Mesh) -> Experiment:
     Raises:
         ValueError: codes and captions longer than the model's context, or a batch that has no such groups.
     """
-    model, words, objective, m = make_model(config), make_words(config), make_objective(config), config.model
-    make_sampling(config)
-    length, shards = m.num_codes + 1 + config.caption_length, mesh_lib.batch_shards(mesh)
-    if config.caption_length < 1:
-        raise ValueError(f'caption_length={config.caption_length} must be at least 1')
-    if length > model.max_length:
-        raise ValueError(f'model.num_codes={m.num_codes}, a separator and caption_length={config.caption_length} make '
-                         f'{length} tokens; model.max_length={model.max_length}')
-    if config.batch_size // config.accumulate % objective.groups:
-        raise ValueError(f'objective.groups={objective.groups} does not divide the microbatch of '
-                         f'{config.batch_size // config.accumulate}')
-    if config.eval_every < 0:
-        raise ValueError(f'eval_every={config.eval_every} must be at least 0; 0 turns it off')
+    model, words, objective = make_model(config), make_words(config), make_objective(config)
+    check(config, model, objective)
+    spec, share = batch_spec(config), placement.share_of(mesh)
 
     def init_params(key):
         return model.init(key, jnp.zeros((1, 2), jnp.int32))['params']
 
-    tx = optim.adamw(config.optimizer, jax.eval_shape(init_params, jax.random.key(0)), config.num_steps)
-
-    def init(key):
-        key, carried = jax.random.split(key)
-        params = init_params(key)
-        return TrainState(jnp.int32(0), params, tx.init(params), None, carried)
-
     def loss(params, state, batch, rng):
         return text_to_code.loss(model, params, rng, batch['codes'], batch['captions'], batch['caption_mask'], words,
                                  objective)
-
-    def step(state, batch):
-        rng = jax.random.fold_in(state.rng, state.step)
-        (value, metrics), grads = optim.value_and_grad(
-            lambda p, b, r: loss(p, state, b, r), state.params, dict(batch), rng, config.accumulate, shards)
-        params, opt_state, norm = optim.apply(tx, grads, state)
-        return (state.replace(step=state.step + 1, params=params, opt_state=opt_state),
-                metrics | {'loss': value, 'grad_norm': norm})
-
-    share = placement.share_of(mesh)
 
     def open_batches():
         if config.pretrained:
@@ -114,26 +88,46 @@ def build(config: Config, mesh: Mesh) -> Experiment:
     def hooks(writer):
         if not config.eval_every:
             return ()
-        heldout = captions_lib.open_batches(config.data.heldout, config, words, share)
-        return (HeldOut(config, mesh, heldout, loss, writer),)
+        rows = captions_lib.open_batches(config.data.heldout, config, words, share)
+        return (HeldOutCaptions(config, mesh, rows, loss, writer),)
 
     def sampler_program(devices):
         """As `modules.Batched` lays it out: a device holds a share of the parameters and samples some of the rows."""
         over = mesh_lib.make_mesh({'fsdp': -1}, devices)
-        batch, shapes = mesh_lib.batch_sharding(over), jax.eval_shape(init_params, jax.random.key(0))
+        rows, shapes = mesh_lib.batch_sharding(over), jax.eval_shape(init_params, jax.random.key(0))
         layout = partition.param_shardings(shapes, llama.PARTITION_RULES, over)
-        program = jax.jit(functools.partial(sample, config), out_shardings=batch,
-                          in_shardings=(layout, mesh_lib.replicated(over), batch, batch))
-        return program, (shapes, jax.eval_shape(jax.random.key, 0), batch_of['captions'],
-                         batch_of['caption_mask']), over
+        program = jax.jit(functools.partial(sample, config), out_shardings=rows,
+                          in_shardings=(layout, mesh_lib.replicated(over), rows, rows))
+        return program, (shapes, jax.eval_shape(jax.random.key, 0), spec['captions'], spec['caption_mask']), over
 
-    rows = (config.batch_size, config.caption_length)
-    batch_of = {'codes': jax.ShapeDtypeStruct((config.batch_size, m.num_codes), jnp.int32),
-                'captions': jax.ShapeDtypeStruct(rows, jnp.int32),
-                'caption_mask': jax.ShapeDtypeStruct(rows, jnp.bool_)}
-    return Experiment(init, loss, step, llama.PARTITION_RULES, batch_of, open_batches,
+    trained = training(config, mesh, init_params, loss, averaged=False)
+    return Experiment(trained.init, loss, trained.step, llama.PARTITION_RULES, spec, open_batches,
                       sampler_program=sampler_program, hooks=hooks,
                       warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
+
+
+def check(config: Config, model: llama.Llama, objective: text_to_code.Objective) -> None:
+    """Raises a ValueError for codes and captions longer than the model's context, a batch that has no such groups, or
+    a sampler that makes no sense."""
+    make_sampling(config)
+    evaluation.check_every(config)
+    num_codes, microbatch = config.model.num_codes, config.batch_size // config.accumulate
+    length = num_codes + 1 + config.caption_length
+    if config.caption_length < 1:
+        raise ValueError(f'caption_length={config.caption_length} must be at least 1')
+    if length > model.max_length:
+        raise ValueError(f'model.num_codes={num_codes}, a separator and caption_length={config.caption_length} make '
+                         f'{length} tokens; model.max_length={model.max_length}')
+    if microbatch % objective.groups:
+        raise ValueError(f'objective.groups={objective.groups} does not divide the microbatch of {microbatch}')
+
+
+def batch_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the global batch."""
+    shape = (config.batch_size, config.caption_length)
+    return {'codes': jax.ShapeDtypeStruct((config.batch_size, config.model.num_codes), jnp.int32),
+            'captions': jax.ShapeDtypeStruct(shape, jnp.int32),
+            'caption_mask': jax.ShapeDtypeStruct(shape, jnp.bool_)}
 
 
 def sample(config: Config, params: Any, key: jax.Array, captions: jax.Array, mask: jax.Array) -> jax.Array:
@@ -189,32 +183,28 @@ def warm_start(config: Config, state: TrainState) -> TrainState:
 
 # ---- Held out --------------------------------------------------------------------------------------------------------
 
-class HeldOut:
-    """Every `eval_every` steps and at the end: the loss on a store that is not trained on, as `heldout_loss`, at noise
-    that is the same each time. The last rows, where they are fewer than a microbatch, are left out."""
+class HeldOutCaptions(evaluation.Evaluation):
+    """The loss on a store that is not trained on, as `heldout_loss`, at noise that is the same each time.
+
+    The last rows, where they are fewer than a microbatch, are left out.
+    """
 
     def __init__(self, config: Config, mesh: Mesh, rows: captions_lib.CaptionedCodes, loss: Any, writer: Any):
-        self._every, self._last, self._mesh, self._rows = config.eval_every, config.num_steps, mesh, rows
-        self._size, self._writer = config.batch_size // config.accumulate, writer
+        super().__init__(config.eval_every, config.num_steps, writer)
+        self._mesh, self._rows, self._size = mesh, rows, config.batch_size // config.accumulate
         if len(rows) < self._size:
             raise ValueError(f'data.heldout={config.data.heldout}: {len(rows)} rows, fewer than the {self._size} of a '
                              'microbatch')
         self._loss = jax.jit(lambda state, batch, key: loss(state.params, state, batch, key)[0],
                              out_shardings=mesh_lib.replicated(mesh))
 
-    def __call__(self, step: int, state: TrainState, metrics: Any) -> None:
-        if step % self._every and step != self._last:
-            return
-        sharding, values = mesh_lib.batch_sharding(self._mesh), []
+    def measure(self, state: TrainState) -> dict[str, float]:
+        values, sharding = [], mesh_lib.batch_sharding(self._mesh)
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
             for i in range(len(self._rows) // self._size):
-                rows = self._rows.rows(i * self._size, (i + 1) * self._size)
-                batch = {name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
-                         for name, x in rows.items()}
+                batch = placement.place_tree(self._rows.rows(i * self._size, (i + 1) * self._size), sharding)
                 values.append(float(self._loss(state, batch, jax.random.fold_in(jax.random.key(0), i))))
-        log.info('step %d: heldout_loss %.4g', step, np.mean(values))
-        if self._writer:
-            self._writer.write(step, {'heldout_loss': float(np.mean(values))})
+        return {'heldout_loss': float(np.mean(values))}
 
 
 # ---- Use -------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Trains the encoder, encodes the data set, trains generators on codes, on nothing
 the code model, samples, composes, evaluates. Interrupt it anywhere and run it again: it continues and ends with the
 same numbers.
 """
+import functools
 import pathlib
 from typing import Any
 
@@ -38,71 +39,98 @@ METHODS = {
 HEADINGS = {'frechet': 'Fréchet distance', 'knn': '20 nearest neighbours', 'linear': 'linear probe'}
 
 
-def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
-                heldout: codestore.CodeStore) -> dict[str, list[np.ndarray]]:
-    """uint8 images of every method, one array a seed, as many as there are held-out images; codes drawn are kept
-    too."""
-    num, sets = len(heldout), {}
-    for method, (generator_name, origin) in METHODS.items():
-        sets[method] = []
-        for seed in config.sample_seeds:
-            def make():
-                code_key, image_key = jax.random.split(jax.random.key(seed))
-                drawn = {}
-                if origin == 'code_model':
-                    drawn['codes'] = CodeModel.load(workdir / 'code_model').sample(
-                        code_key, num, batch_size=config.sample_batch, progress=bar('codes', num))
-                cond = {
-                    None: lambda: None,
-                    'code_model': lambda: drawn['codes'],
-                    'heldout': lambda: heldout.array('codes' if generator_name == 'code' else 'embeddings'),
-                }[origin]()
-                x = Generator.load(workdir / f'generator_{generator_name}').sample(
-                    image_key, cond, num, batch_size=config.sample_batch,
-                    progress=bar(f'{method}, seed {seed}', num))
-                return drawn | {'images': np.asarray(to_uint8(x))}
-            file_name = f'{method.replace(", ", "_").replace(" ", "_")}_{seed}.npz'
-            sets[method].append(stages.once(workdir / 'samples' / file_name, make))
+class Models:
+    """The trained models of a work directory, each loaded once, so that all draws share its compiled sampler."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir = workdir
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        return Encoder.load(self._workdir / 'encoder')
+
+    @functools.cached_property
+    def code_model(self) -> CodeModel:
+        return CodeModel.load(self._workdir / 'code_model')
+
+    @functools.cache
+    def generator(self, condition: str) -> Generator:
+        return Generator.load(self._workdir / f'generator_{condition}')
+
+
+def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Models,
+                heldout: codestore.CodeStore) -> dict[str, list[dict[str, np.ndarray]]]:
+    """Draws of every method, one a seed: `images` uint8 [N, H, W, C], as many as there are held-out images, and the
+    `codes` [N, L] of the code model where they are made from these."""
+    sets = {}
+    for method in METHODS:
+        file_name = method.replace(', ', '_').replace(' ', '_')
+        sets[method] = [
+            stages.once(workdir / 'samples' / f'{file_name}_{seed}.npz',
+                        functools.partial(draw_samples, config, models, heldout, method, seed))
+            for seed in config.sample_seeds]
     return sets
 
 
-def compositions(config: ml_collections.ConfigDict, workdir: pathlib.Path,
+def draw_samples(config: ml_collections.ConfigDict, models: Models, heldout: codestore.CodeStore, method: str,
+                 seed: int) -> dict[str, np.ndarray]:
+    """One draw of `method`; see `sample_sets`."""
+    condition, origin = METHODS[method]
+    code_key, image_key = jax.random.split(jax.random.key(seed))
+    num, drawn, cond = len(heldout), {}, None
+    if origin == 'code_model':
+        cond = drawn['codes'] = models.code_model.sample(code_key, num, batch_size=config.sample_batch,
+                                                         progress=bar('codes', num))
+    elif origin == 'heldout':
+        cond = heldout.array('codes' if condition == 'code' else 'embeddings')
+    x = models.generator(condition).sample(image_key, cond, num, batch_size=config.sample_batch,
+                                           progress=bar(f'{method}, seed {seed}', num))
+    return drawn | {'images': np.asarray(to_uint8(x))}
+
+
+def compositions(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Models,
                  heldout: codestore.CodeStore) -> dict[str, np.ndarray]:
     """Images composed of pairs of held-out images of different classes: by codes, and by averaged embeddings.
 
     Returns:
         `sources` [P, 2] indices into the held-out set; `average`, `positions`, `embedding`: uint8 [P, S, H, W, C].
     """
-    c = config.composition
+    return stages.once(workdir / 'samples' / 'compositions.npz',
+                       functools.partial(draw_compositions, config.composition, models, heldout, config.sample_batch))
 
-    def make():
-        labels = np.asarray(heldout.array('labels'))
-        rng = np.random.default_rng(0)
-        pairs = []
-        while len(pairs) < c.pairs:
-            a, b = rng.integers(len(labels), size=2)
-            if labels[a] != labels[b]:
-                pairs.append((a, b))
-        pairs = np.array(pairs)
-        raw = np.asarray(heldout.array('images'))[pairs]
-        encoder = Encoder.load(workdir / 'encoder')
-        shape = (c.pairs, 2)
-        sems = encoder.encode_images(list(raw.reshape(-1, *raw.shape[2:])), temperature=c.temperature)['sem']
-        sems = sems.reshape(*shape, *sems.shape[1:])
-        embeddings = np.asarray(heldout.array('embeddings'))[pairs].mean(1)
-        code_key, image_key = jax.random.split(jax.random.key(0))
-        cond = {method: np.concatenate([
-            np.asarray(codes_lib.compose(jax.random.fold_in(code_key, i), sems[i], c.samples, method=method))
-            for i in range(c.pairs)]) for method in ('average', 'positions')}
-        cond['embedding'] = np.repeat(embeddings, c.samples, axis=0)
-        out = {'sources': pairs}
-        for method, rows in cond.items():
-            generator = Generator.load(workdir / f'generator_{"embedding" if method == "embedding" else "code"}')
-            x = generator.sample(image_key, rows, len(rows), batch_size=config.sample_batch,
-                                 progress=bar(f'composed, {method}', len(rows)))
-            out[method] = np.asarray(to_uint8(x)).reshape(c.pairs, c.samples, *x.shape[1:])
-        return out
-    return stages.once(workdir / 'samples' / 'compositions.npz', make)
+
+def draw_compositions(composition: ml_collections.ConfigDict, models: Models, heldout: codestore.CodeStore,
+                      batch_size: int) -> dict[str, np.ndarray]:
+    num_pairs, num_samples = composition.pairs, composition.samples
+    sources = pairs_of_classes(np.asarray(heldout.array('labels')), num_pairs)
+    images = np.asarray(heldout.array('images'))[sources]
+    flat = list(images.reshape(-1, *images.shape[2:]))
+    sems = models.encoder.encode_images(flat, temperature=composition.temperature)['sem']
+    sems = sems.reshape(num_pairs, 2, *sems.shape[1:])
+    embeddings = np.asarray(heldout.array('embeddings'))[sources].mean(1)
+
+    code_key, image_key = jax.random.split(jax.random.key(0))
+    conditions = {method: np.concatenate([
+        np.asarray(codes_lib.compose(jax.random.fold_in(code_key, i), sems[i], num_samples, method=method))
+        for i in range(num_pairs)]) for method in ('average', 'positions')}
+    conditions['embedding'] = np.repeat(embeddings, num_samples, axis=0)
+    out = {'sources': sources}
+    for method, rows in conditions.items():
+        generator = models.generator('embedding' if method == 'embedding' else 'code')
+        x = generator.sample(image_key, rows, len(rows), batch_size=batch_size,
+                             progress=bar(f'composed, {method}', len(rows)))
+        out[method] = np.asarray(to_uint8(x)).reshape(num_pairs, num_samples, *x.shape[1:])
+    return out
+
+
+def pairs_of_classes(labels: np.ndarray, num: int) -> np.ndarray:
+    """int [num, 2]: pairs of rows with different labels, the same ones every time."""
+    rng, pairs = np.random.default_rng(0), []
+    while len(pairs) < num:
+        a, b = rng.integers(len(labels), size=2)
+        if labels[a] != labels[b]:
+            pairs.append((a, b))
+    return np.array(pairs)
 
 
 def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeStore],
@@ -231,8 +259,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     clock.stage('code model', lambda: train(config.code_model, workdir / 'code_model', name='4/7 code model'))
 
     # ---- 5, 6, 7: samples, numbers, page -----------------------------------------------------------------------------
-    sets = clock.stage('samples', lambda: sample_sets(config, workdir, stores['heldout']))
-    composed = clock.stage('compositions', lambda: compositions(config, workdir, stores['heldout']))
+    models = Models(workdir)
+    sets = clock.stage('samples', lambda: sample_sets(config, workdir, models, stores['heldout']))
+    composed = clock.stage('compositions', lambda: compositions(config, workdir, models, stores['heldout']))
     metrics = clock.stage('evaluation', lambda: measure(config, stores, sets, composed))
     storage.write_json(workdir / 'metrics.json', metrics)
     clock.stage('report', lambda: write_report(

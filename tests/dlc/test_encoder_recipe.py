@@ -11,7 +11,7 @@ from dlc_jax import convert
 from dlc_jax.convert import dinov2
 from rlhf_jax.weights import files, rules
 from dlc_jax.models import sem, vit
-from experiments.dlc import encoder
+from experiments.dlc import encoder, self_distillation
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import optim, partition
 from experiments.runtime.state import TrainState
@@ -71,6 +71,33 @@ def test_schedules():
     # The n-th update of the teacher, counted from 1, is the original's iteration n - 1.
     assert [float(momentum(n)) for n in (1, 62_501, 125_000)] == pytest.approx([0.992, 0.996, 1.0], abs=1e-6)
     assert (o.clip_norm, o.clip_per_module, o.b1, o.b2, o.eps) == (3.0, True, 0.9, 0.999, 1e-8)
+
+
+def test_groups_are_one_a_shard_and_microbatch_unless_given():
+    config = quickstart.get_config('tiny').encoder.copy_and_resolve_references()
+    config.batch_size, config.accumulate, config.groups = 24, 2, 0
+    assert encoder.num_groups(config, shards=3) == 6
+    config.groups = 12
+    assert encoder.num_groups(config, shards=3) == 12
+    for config.groups in (9, 18):
+        with pytest.raises(ValueError, match=f'groups={config.groups} must be a multiple of 3 batch shards x accumula'):
+            encoder.num_groups(config, shards=3)
+
+
+def test_masked_patches_are_picked_within_their_group():
+    patches = jnp.arange(4 * 3.0).reshape(4, 3, 1)  # four crops in two groups of 6 patches
+    picked = self_distillation.gather_masked(patches, jnp.array([[5, 0], [1, 1]]))
+    np.testing.assert_array_equal(picked[:, 0], [5, 0, 7, 7])
+
+
+def test_collapse_shows_in_its_metrics():
+    one = jnp.eye(4)[jnp.zeros((6, 2), int)]  # every position of every code takes entry 0
+    spread = jnp.eye(4)[jnp.arange(8).reshape(4, 2) % 4]
+    for codes, usage in ((one, 1.0), (spread, 2.0)):
+        values = self_distillation.collapse(jnp.full((3, 8), 1 / 8), codes)
+        assert float(values['sem_usage']) == pytest.approx(usage, rel=1e-5)
+        assert float(values['sem_entropy']) == pytest.approx(0, abs=1e-5)
+        assert float(values['teacher_entropy']) == pytest.approx(np.log(8), rel=1e-5)
 
 
 def test_loss_is_the_sum_over_pairs_of_views():

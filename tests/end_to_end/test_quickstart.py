@@ -7,7 +7,7 @@ import pytest
 
 from configs.dlc import quickstart as config_lib
 from experiments.quickstarts import dlc as quickstart
-from experiments.runtime import loop, stages
+from experiments.runtime import loop, modules, stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
 
@@ -15,7 +15,27 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('whole')
-    return workdir, quickstart.run(config_lib.get_config('tiny'), workdir)
+    PROGRAMS.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modules, 'Batched', CountedProgram)
+        metrics = quickstart.run(config_lib.get_config('tiny'), workdir)
+    return workdir, metrics
+
+
+PROGRAMS = []
+
+
+class CountedProgram(modules.Batched):
+    """A program that notes its making: each is compiled once."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        PROGRAMS.append(self.batch_size)
+
+
+def test_every_seed_and_method_shares_its_model_s_program(uninterrupted):
+    # One encodes both splits; a code model and three generators sample; soft codes, and codes and embeddings of pairs.
+    assert len(PROGRAMS) == 1 + 4 + 3
 
 
 def test_report_and_metrics_hold_what_is_promised(uninterrupted):

@@ -100,13 +100,6 @@ def test_preferences():
         texts.preferences([], BYTES.encode, eos=0, pad=0, max_length=8)
 
 
-def test_in_order_has_every_row_once():
-    x = np.arange(7)
-    parts = texts.in_order({'x': x}, 3)
-    np.testing.assert_array_equal(np.concatenate([batch['x'][:count] for batch, count in parts]), x)
-    assert all(len(batch['x']) == 3 for batch, _ in parts)
-
-
 def test_batches_cover_an_epoch_and_continue_where_they_were():
     config = ml_collections.ConfigDict(dict(batch_size=2, seed=3))
     stream, other = (texts.batches({'x': np.arange(6)}, config) for _ in range(2))

@@ -160,13 +160,6 @@ def batches(arrays: Arrays, config: ml_collections.ConfigDict,
     return ArrayBatches(arrays, config.batch_size, seed=config.seed, share=share)
 
 
-def in_order(arrays: Arrays, rows: int) -> list[tuple[Arrays, int]]:
-    """[(batch of `rows` rows, how many of them count)]: all rows once; the last batch is filled up with its last."""
-    num = len(next(iter(arrays.values())))
-    taken = [np.minimum(np.arange(start, start + rows), num - 1) for start in range(0, num, rows)]
-    return [({name: array[i] for name, array in arrays.items()}, min(rows, num - int(i[0]))) for i in taken]
-
-
 def decoded(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> tuple[list[str], np.ndarray]:
     """Texts of responses [N, L] without their EOS, and whether they have one, bool [N]."""
     lengths = mask.sum(1)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from experiments.rlhf.data import tasks, texts
 from experiments.rlhf.models import adapters, architecture, loading
 from experiments.rlhf.models.tokenizer import tokenizer_of
-from experiments.runtime import optim, placement
+from experiments.runtime import evaluation, optim, placement
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
@@ -67,8 +67,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
     limit = architecture.decoder(config.model).max_length
     if config.max_length > limit:
         raise ValueError(f'max_length={config.max_length} exceeds the context of the model, model.max_length={limit}')
-    if config.eval_every < 0:
-        raise ValueError(f'eval_every={config.eval_every} must be at least 0; 0 turns it off')
+    evaluation.check_every(config)
     shards, adapted = mesh_lib.batch_shards(mesh), config.lora.rank > 0
 
     def init_params(key):
@@ -119,7 +118,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
     def hooks(writer):
         if not config.eval_every:
             return ()
-        return (HeldOut(config, mesh, objective.open(config, config.data.heldout),
+        return (HeldOutTexts(config, mesh, objective.open(config, config.data.heldout),
                         lambda state, batch: objective.rows(state.params, reference(state.params, state.extra), batch),
                         objective.reduce, writer),)
 
@@ -131,32 +130,23 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
                       warm_start=warm_start if config.weights else None, hooks=hooks)
 
 
-class HeldOut:
-    """Every `eval_every` steps and at the end: metrics over all held-out rows, as `heldout_NAME`."""
+class HeldOutTexts(evaluation.Evaluation):
+    """Metrics over all held-out rows, as `heldout_NAME`."""
 
     def __init__(self, config: Config, mesh: Mesh, arrays: texts.Arrays, rows: Callable[[TrainState, Any], Metrics],
                  reduce: Callable[[Mapping[str, Any]], Metrics], writer: Any):
-        self._every, self._last, self._mesh, self._writer = config.eval_every, config.num_steps, mesh, writer
-        self._batches = texts.in_order(arrays, config.batch_size // config.accumulate)
+        super().__init__(config.eval_every, config.num_steps, writer)
+        self._mesh, self._arrays, self._size = mesh, arrays, config.batch_size // config.accumulate
         self._rows = jax.jit(rows, out_shardings=mesh_lib.replicated(mesh))
         self._reduce = reduce
 
-    def __call__(self, step: int, state: TrainState, metrics: Any) -> None:
-        if step % self._every and step != self._last:
-            return
-        found = self.measure(state)
-        log.info('step %d: %s', step, ', '.join(f'{name} {value:.4g}' for name, value in found.items()))
-        if self._writer:
-            self._writer.write(step, found)
-
     def measure(self, state: TrainState) -> dict[str, float]:
-        parts: list[Mapping[str, np.ndarray]] = []
-        sharding = mesh_lib.batch_sharding(self._mesh)
+        parts: list[dict[str, np.ndarray]] = []
+        num, sharding = len(next(iter(self._arrays.values()))), mesh_lib.batch_sharding(self._mesh)
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            for batch, count in self._batches:
-                placed = {name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
-                          for name, x in batch.items()}
-                parts.append({name: np.asarray(x)[:count] for name, x in self._rows(state, placed).items()})
+            for index, count in evaluation.full_batches(num, self._size):
+                batch = placement.place_tree({name: array[index] for name, array in self._arrays.items()}, sharding)
+                parts.append({name: np.asarray(x)[:count] for name, x in self._rows(state, batch).items()})
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {f'heldout_{name}': float(value) for name, value in self._reduce(whole).items()}
 
