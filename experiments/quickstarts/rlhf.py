@@ -19,6 +19,7 @@ import numpy as np
 from configs.rlhf.quickstart import MODES
 from experiments.rlhf.data import tasks
 from experiments.rlhf.lewis import comparison as lewis
+from experiments.rlhf.lewis import report as lewis_report
 from experiments.rlhf.policy import evaluation
 from experiments.rlhf.models.inference import Policy
 from experiments.runtime import mesh as mesh_lib
@@ -184,7 +185,7 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
               'does.')
 
     page.heading('Elastic Reset on the Lewis game')
-    lewis.write_section(page, config.lewis, comparison)
+    lewis_report.write_section(page, config.lewis, comparison)
 
     page.heading('Training')
     page.lines({'fine-tuning': curve(workdir / 'sft', 'loss')}, 'cross entropy')

@@ -312,9 +312,9 @@ def advance(carry: Carry, key: Array, start: Params, game: Game, self_play: Arra
 
     def block(carry, _):
         carry, reward = jax.lax.scan(step, carry, length=training.log_every)
-        kept = er.kept(carry.elastic, carry.params)
-        resets = elastic_config.due('step', carry.step - 1)._replace(tick=False)
-        elastic, params, opt_state = er.apply(elastic_config, carry.elastic, carry.params, carry.opt_state, resets)
+        due = elastic_config.due('step', carry.step - 1)._replace(tick=False)  # the step itself has ticked
+        elastic, params, opt_state, kept = er.apply_measured(elastic_config, carry.elastic, carry.params,
+                                                             carry.opt_state, due)
         sides = jax.tree.map(lambda *x: jnp.stack(x), carry.params, params)  # one program for both compiles faster
         both = jax.vmap(lambda p: measure(p, start, game, self_play, held_out))(sides)
         history = {'reward': reward[-1], 'kept': kept} | {name: x[1] for name, x in both.items()}

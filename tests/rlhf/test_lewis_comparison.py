@@ -10,8 +10,12 @@ import pytest
 from tqdm import tqdm
 
 from configs.rlhf import lewis as config_lib
+from experiments import lewis as command
 from experiments.rlhf.lewis import comparison as lewis
+from experiments.rlhf.lewis import report as lewis_report
+from experiments.rlhf.lewis import runs, summary
 from experiments.runtime import launch, loop, report
+from rlhf_jax.tasks import lewis as lewis_task
 
 QUIET = functools.partial(tqdm, disable=True)
 
@@ -98,7 +102,7 @@ def test_both_sides_of_a_reset_are_logged(compared):
     before, after = (rows[f'Elastic Reset, decay 0.5, {side} the reset'] for side in ('before', 'after'))
     assert before['kl'] == pytest.approx(history['before_reset_kl'][:, -1].mean())
     assert after['kl'] == pytest.approx(history['kl'][:, -1].mean())
-    assert after['lowest'] <= min(before[lewis.TASK], after[lewis.TASK]) <= after['highest']
+    assert after['lowest'] <= min(before[summary.TASK], after[summary.TASK]) <= after['highest']
 
 
 def test_seeds_differ_and_spreads_are_theirs(compared):
@@ -112,14 +116,14 @@ def test_seeds_differ_and_spreads_are_theirs(compared):
 @pytest.mark.parametrize('at, height', [(-1, .2), (0, .2), (1, .35), (2, .5), (3, .5), (5, .7), (9, .9), (20, .9)])
 def test_height_of_a_front(at, height):
     drift, task = np.array([2., 0., 9., 4., 6.]), np.array([.5, .2, .9, .4, .9])  # (4, .4) is dominated
-    assert lewis.front_height(drift, task, at) == pytest.approx(height)
+    assert summary.front_height(drift, task, at) == pytest.approx(height)
 
 
 def test_gains_are_paired_by_seed(compared):
     _, runs, comparison = compared
     history, label = runs['elastic_reset', 0.0, 0.5], 'Elastic Reset, decay 0.5, before the reset'
-    gains = [history[f'before_reset_{lewis.TASK}'][s, -1] - lewis.front_height(
-        comparison.interpolation['kl'][s], comparison.interpolation[lewis.TASK][s], history['before_reset_kl'][s, -1])
+    gains = [history[f'before_reset_{summary.TASK}'][s, -1] - summary.front_height(
+        comparison.interpolation['kl'][s], comparison.interpolation[summary.TASK][s], history['before_reset_kl'][s, -1])
         for s in range(2)]
     row = comparison.metrics['gains'][label]
     assert row['interpolation_at_kl'] == pytest.approx(np.mean(gains))
@@ -128,7 +132,7 @@ def test_gains_are_paired_by_seed(compared):
 
 def test_section_of_the_report(compared, tmp_path):
     page = report.Report('title')
-    lewis.write_section(page, tiny(), compared[2])
+    lewis_report.write_section(page, tiny(), compared[2])
     page.save(tmp_path / 'report.html')
     text = (tmp_path / 'report.html').read_text()
     assert text.count('<img') == 5 and text.count('<table') == 2
@@ -179,7 +183,7 @@ def test_bad_settings_are_one_line_before_anything_is_written(field, value, mess
 def test_command_refuses(argument, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['lewis', argument])
     with pytest.raises(SystemExit) as stop:
-        launch.main(lewis.main)
+        launch.main(command.main)
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -194,9 +198,9 @@ def test_a_method_that_there_is_not(tmp_path):
                                                        ('reinforce', 25_000, 5000, 1e-3)])
 def test_published_settings(size, steps, period, rate):
     config = config_lib.get_config(size)
-    lewis.check(config)
+    runs.check(config)
     assert (config.training.method, config.training.num_steps, config.training.learning_rate) == (size, steps, rate)
-    settings = lewis.elastic(config, 'elastic_reset')
+    settings = runs.elastic(config, 'elastic_reset')
     assert settings.resets(steps)[:2] == [period - 1, 2 * period - 1]
     assert settings.due('step', 0).tick and settings.due('step', 100).tick and not settings.due('step', 99).tick
     assert config.methods.elastic_reset.decays == (0.995,)
@@ -204,5 +208,11 @@ def test_published_settings(size, steps, period, rate):
 
 def test_quickstart_settings():
     config = config_lib.get_config()
-    lewis.check(config)
-    assert len(config.seeds) >= 5 and len(lewis.elastic(config, 'elastic_reset').resets(config.training.num_steps)) >= 4
+    runs.check(config)
+    assert len(config.seeds) >= 5 and len(runs.elastic(config, 'elastic_reset').resets(config.training.num_steps)) >= 4
+
+
+@pytest.mark.parametrize('num_steps, log_every, chunk', [(50_000, 500, 2000), (1000, 50, 1000), (40, 10, 40),
+                                                         (9000, 3000, 3000), (2800, 400, 400)])
+def test_signals_are_looked_for_between_blocks_of_log_points(num_steps, log_every, chunk):
+    assert lewis.chunk_steps(lewis_task.Training(num_steps=num_steps, log_every=log_every)) == chunk

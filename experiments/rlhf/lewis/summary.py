@@ -1,0 +1,88 @@
+"""What the runs on the Lewis game are worth: means over seeds, and gains over what costs nothing but a coefficient."""
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from experiments.rlhf.lewis.runs import Run
+
+SIDES = {'before': 'before_reset_', 'after': ''}  # of the reset at the end of the run -> prefix in a history
+TASK = 'held_out_communication'
+# What a method may be charged with -> from a history, with the prefix of its side.
+DRIFTS = {'kl': lambda run, side: run[f'{side}kl'], 'language': lambda run, side: 1 - run[f'{side}held_out_language']}
+
+History = dict[str, np.ndarray]  # metric -> [seeds, log points], as `lewis.advance` returns it
+
+
+def summarize(config: ml_collections.ConfigDict, histories: dict[Run, History],
+              interpolation: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Everything in `metrics.json`; `x` and `x_std` are mean and standard deviation over seeds.
+
+    `methods`: at the end of each run; of resetting methods, `before` and `after` the reset there, and `lowest` and
+    `highest` over the last period, the envelope of the saw-tooth. `gains`: held-out communication beyond the fronts of
+    `fronts` at the same drift, paired by seed (`front_height`), and at how many of the seeds it is above.
+    """
+    algorithm = config.training.method
+    methods = {'pretrained': _spread(start)}
+    for run, history in histories.items():
+        label = run.label(algorithm)
+        per_period = config.elastic.period // config.training.log_every
+        for side, prefix in SIDES.items() if run.resets else (('after', ''),):
+            row = {name: history[prefix + name][:, -1] for name in start}
+            if run.method not in ('fixed_reference', 'reference_reset'):
+                row['kept'] = history['kept'][:, -1]
+            if run.resets:
+                both = np.concatenate([history[p + TASK][:, -per_period:] for p in SIDES.values()], 1)
+                row |= {'lowest': both.min(1), 'highest': both.max(1)}
+            methods[f'{label}, {side} the reset' if run.resets else label] = _spread(row)
+    for i, alpha in enumerate(config.alphas):
+        methods[f'interpolation, α {alpha:g}'] = _spread({name: x[:, i] for name, x in interpolation.items()})
+
+    gains = {}
+    for drift in DRIFTS:
+        lines = fronts(histories, interpolation, start, drift)
+        for run, history in histories.items():
+            if run.method == 'fixed_reference':
+                continue
+            for side, prefix in SIDES.items() if run.resets else (('after', ''),):
+                label = run.label(algorithm)
+                row = gains.setdefault(f'{label}, {side} the reset' if run.resets else label, {})
+                x, y = DRIFTS[drift](history, prefix)[:, -1], history[prefix + TASK][:, -1]
+                for name, (xs, ys) in lines.items():
+                    gain = np.array([y[s] - front_height(xs[s], ys[s], x[s]) for s in range(len(y))])
+                    row |= _spread({f'{name}_at_{drift}': gain}) | {f'{name}_at_{drift}_above': int((gain > 0).sum())}
+    return {'seeds': len(config.seeds), 'methods': methods, 'gains': gains}
+
+
+def fronts(histories: dict[Run, History], interpolation: dict[str, np.ndarray], start: dict[str, np.ndarray],
+           drift: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What costs nothing but a coefficient: name -> drift and task, [seeds, points] each.
+
+    `kl_front`: the ends of the runs with each KL coefficient, in their order, then the pretrained agents;
+    `interpolation`: every alpha; `early_stopping`: the pretrained agents, then every log point of the plain run.
+    """
+    measure = lambda arrays: (DRIFTS[drift](arrays, ''), arrays[TASK])
+    first = tuple(x[:, None] for x in measure(start))
+    penalised = [run for run in histories if run.method == 'fixed_reference']
+    plain = next(run for run in penalised if run.plain)
+    ends = {name: np.stack([histories[run][name][:, -1] for run in penalised], 1) for name in start}
+    joined = lambda *parts: tuple(np.concatenate(pair, 1) for pair in zip(*parts))
+    return {'kl_front': joined(measure(ends), first), 'interpolation': measure(interpolation),
+            'early_stopping': joined(first, measure(histories[plain]))}
+
+
+def front_height(drift: np.ndarray, task: np.ndarray, at: float) -> float:
+    """The best task for a drift of at most `at` on the line through points [P], ordered by their drift.
+
+    Left of all points, the task of the one that drifted least (what is there is better than that in both).
+    """
+    order = np.lexsort((-task, drift))
+    return float(np.interp(at, drift[order], np.maximum.accumulate(task[order])))
+
+
+def _spread(rows: Mapping[str, np.ndarray]) -> dict[str, float]:
+    out = {}
+    for name, values in rows.items():
+        out |= {name: float(np.mean(values)), f'{name}_std': float(np.std(values, ddof=1))}
+    return out
