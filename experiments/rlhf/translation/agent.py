@@ -54,10 +54,10 @@ def target_logprobs(model: seq2seq.Seq2Seq, params: Any, read: tuple[Array, Arra
         dropout: key; None: off.
     """
     tokens = batch[language]
-    _, said, mask = translation.target(tokens, batch[f'{language}_length'])
+    _, targets, mask = translation.target(tokens, batch[f'{language}_length'])
     rngs = None if dropout is None else {'dropout': dropout}
     logits, _ = model.apply({'params': params}, *read, tokens, train=dropout is not None, rngs=rngs)
-    return token_logprobs(logits, said), mask
+    return token_logprobs(logits, targets), mask
 
 
 def cross_entropy(logprobs: Array, mask: Array) -> Array:

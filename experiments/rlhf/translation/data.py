@@ -45,14 +45,14 @@ def read(path: str, split: str, languages: Sequence[str]) -> dict[str, list[str]
         if split not in SYNTHETIC:
             raise ValueError(f'data.path is empty and the generated corpus has no split {split!r}; '
                              f'choose from {tuple(SYNTHETIC)}')
-        found = translation_synthetic.rows(SYNTHETIC[split], (tuple(SYNTHETIC).index(split),))
+        sentences = translation_synthetic.rows(SYNTHETIC[split], (tuple(SYNTHETIC).index(split),))
     else:
         files = {language: _file(path, split, language) for language in languages}
         missing = [language for language, file in files.items() if file is None]
         if missing:
             raise FileNotFoundError(f'data.path={path}: no file {split}.{missing[0]} there (nor .gz, .xz)')
-        found = rows_lib.read_parallel(files)
-    return {language: [row[language] for row in found] for language in languages}
+        sentences = rows_lib.read_parallel(files)
+    return {language: [row[language] for row in sentences] for language in languages}
 
 
 def _file(path: str, split: str, language: str) -> pathlib.Path | None:

@@ -51,12 +51,12 @@ class _Evaluation:
         logits, _ = self._model.apply({'params': agents[0]}, *read, batch[second])
         _, wanted, mask = translation.target(batch[second], batch[f'{second}_length'])
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], -1)[..., 0]
-        said = {'nll': masked.total(-picked, mask, -1), 'count': mask.sum(-1)}
+        translated = {'nll': masked.total(-picked, mask, -1), 'count': mask.sum(-1)}
         for agent, language in zip(agents, self.languages[1:]):
             message = self._model.apply({'params': agent}, *read, max_length=self._message.max_length,
                                         min_length=self._message.min_length, method='send')
-            said[language], read = message.tokens, (message.tokens, message.mask)
-        return said
+            translated[language], read = message.tokens, (message.tokens, message.mask)
+        return translated
 
     def translate(self, params: Any) -> dict[str, Any]:
         """{language: [sentence]}, words separated by spaces; and `nll` and `count` [N] of the first agent's target."""
@@ -67,24 +67,25 @@ class _Evaluation:
         for start in range(0, count, self._rows):
             rows = np.minimum(np.arange(start, start + self._rows), count - 1)  # the last row fills up the last batch
             parts.append(jax.tree.map(np.asarray, self._run(params, {name: x[rows] for name, x in batch.items()})))
-        found = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+        whole = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
         return {name: [self._vocabularies[name].decode(row) for row in x.tolist()] if name in self._vocabularies else x
-                for name, x in found.items()}
+                for name, x in whole.items()}
 
     def __call__(self, params: Any, *, sacrebleu: bool = False) -> dict[str, float]:
-        """`bleu_X` of every language X that is said, `nll_Y` in nats a token of what people wrote, under the first
-        agent; with `sacrebleu`, also `sacrebleu_X` where it is installed."""
-        said = self.translate(params)
+        """`bleu_X` of every language X that is translated to, `nll_Y` in nats a token of what people wrote, under the
+        first agent; with `sacrebleu`, also `sacrebleu_X` where it is installed."""
+        translated = self.translate(params)
         scores = {}
         for language in self.languages[1:]:
-            scores[f'bleu_{language}'] = bleu.legacy(said[language], self.corpus.words[language]).score
+            scores[f'bleu_{language}'] = bleu.legacy(translated[language], self.corpus.words[language]).score
             if sacrebleu:
                 try:
-                    score, self.signature = bleu.sacrebleu(said[language], self.corpus.plain[language], lowercase=True)
+                    score, self.signature = bleu.sacrebleu(translated[language], self.corpus.plain[language],
+                                                           lowercase=True)
                     scores[f'sacrebleu_{language}'] = score
                 except ImportError:
                     pass
-        scores[f'nll_{self.languages[1]}'] = float(said['nll'].sum() / said['count'].sum())
+        scores[f'nll_{self.languages[1]}'] = float(translated['nll'].sum() / translated['count'].sum())
         return scores
 
     signature = ''  # of sacrebleu

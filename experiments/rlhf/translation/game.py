@@ -29,7 +29,35 @@ from rlhf_jax.tasks import translation
 Array = jax.Array
 ALGORITHMS = ('a2c', 'gumbel')
 KL_ONLY = ('fixed_reference', 'ema_anchor', 'reference_reset')  # methods that act through the KL penalty alone
+Params = dict[str, Any]
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
 RULES = partition.prefixed('(?:speaker|listener)', seq2seq.PARTITION_RULES)
+
+
+def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
+    check(config)
+    shards = mesh_lib.batch_shards(mesh)
+    unit = shards * config.accumulate
+    game = TranslationGame(config, make_method(config), shards)
+
+    def hooks(writer):
+        return evaluation.hooks(config, writer, lambda: evaluation.GameEvaluation(config, game.model))
+
+    return Experiment(game.init, game.loss, game.step, RULES, batch_spec(config, unit),
+                      lambda: open_batches(config, unit, placement.share_of(mesh)), warm_start=game.warm_start, hooks=hooks)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError for settings out of range."""
+    if config.algorithm not in ALGORITHMS:
+        raise ValueError(f'algorithm={config.algorithm!r} is not one of {ALGORITHMS}')
+    message = config.message
+    if not 0 <= message.min_length <= message.max_length:
+        raise ValueError(f'message.min_length={message.min_length} must be between 0 and max_length='
+                         f'{message.max_length}')
+    if not config.loss.temperature > 0:
+        raise ValueError(f'loss.temperature={config.loss.temperature} must be positive')
 
 
 def make_method(config: ml_collections.ConfigDict) -> elastic_reset.ElasticReset | None:
@@ -55,138 +83,169 @@ def make_method(config: ml_collections.ConfigDict) -> elastic_reset.ElasticReset
     return method
 
 
-def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
-    # ---- What is asked for -------------------------------------------------------------------------------------------
-    if config.algorithm not in ALGORITHMS:
-        raise ValueError(f'algorithm={config.algorithm!r} is not one of {ALGORITHMS}')
-    m, weights, method = config.message, config.loss, make_method(config)
-    if not 0 <= m.min_length <= m.max_length:
-        raise ValueError(f'message.min_length={m.min_length} must be between 0 and max_length={m.max_length}')
-    if not weights.temperature > 0:
-        raise ValueError(f'loss.temperature={weights.temperature} must be positive')
-    languages = ('fr', 'de') + (('en',) if m.reference_length else ())
-    model, shards = agents.make_agent(config), mesh_lib.batch_shards(mesh)
-    unit = shards * config.accumulate
-    pairs = config.pairs.every > 0 and config.pairs
-    beta = config.kl.coefficient
+class TranslationGame:
+    """State, loss and step of a game.
 
-    def init_params(key):
+    Args:
+        config: of the run.
+        method: of resets and KL reference; None: neither.
+        shards: devices that a batch is laid out over.
+
+    Attributes:
+        model: of both agents.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, method: elastic_reset.ElasticReset | None, shards: int):
+        self._config, self._method, self._shards = config, method, shards
+        self.model = agents.make_agent(config)
+        shapes = jax.eval_shape(self.init_params, jax.random.key(0))
+        self._optimizer = optim.adamw(config.optimizer, shapes, config.num_steps)
+
+    # ---- State -------------------------------------------------------------------------------------------------------
+
+    def init_params(self, key: Array) -> Params:
+        """Fresh agents."""
         first, second = jax.random.split(key)
-        return {'speaker': agents.init_params(model, first), 'listener': agents.init_params(model, second)}
+        return {'speaker': agents.init_params(self.model, first), 'listener': agents.init_params(self.model, second)}
 
-    tx = optim.adamw(config.optimizer, jax.eval_shape(init_params, jax.random.key(0)), config.num_steps)
-
-    def extra(params, checksums):
-        return {'vocabulary': checksums} | ({'elastic': elastic_reset.init(method, params)} if method else {})
-
-    def init(key):
+    def init(self, key: Array) -> TrainState:
+        """The state of a run from fresh agents."""
         key, carried = jax.random.split(key)
-        params = init_params(key)
-        return TrainState(jnp.int32(0), params, tx.init(params), None, carried, extra(params, jnp.zeros(3, jnp.uint32)))
+        params = self.init_params(key)
+        extra = self.extra(params, jnp.zeros(3, jnp.uint32))
+        return TrainState(jnp.int32(0), params, self._optimizer.init(params), None, carried, extra)
 
-    # ---- Loss --------------------------------------------------------------------------------------------------------
-    def score(speaker, read, tokens):
-        """Log-probabilities of a message's tokens, entropies and values [N, L + 1], as `send` drew them."""
-        begin = jnp.full((tokens.shape[0], 1), seq2seq.BOS, tokens.dtype)
-        logits, values = model.apply({'params': speaker}, *read, jnp.concatenate([begin, tokens], -1))
-        early = jnp.arange(tokens.shape[-1])[:, None] < m.min_length
-        barred = early & (jnp.arange(logits.shape[-1]) == seq2seq.EOS)
-        logp = jax.nn.log_softmax(jnp.where(barred, -1e9, logits))
-        return jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0], -(jnp.exp(logp) * logp).sum(-1), values
+    def extra(self, params: Params, checksums: Array) -> dict[str, Any]:
+        """What a run carries besides: checksums of its vocabularies, uint32 [3], and the speaker's average."""
+        elastic = {'elastic': elastic_reset.init(self._method, params)} if self._method else {}
+        return {'vocabulary': checksums} | elastic
 
-    def loss(params, state, batch, rng):
-        draw_key, drop_key = jax.random.split(rng)
-        dropout = drop_key if config.model.dropout else None
-        speaker, listener = params['speaker'], params['listener']
-        read = agents.source(batch, 'fr')
-        gumbel = config.algorithm == 'gumbel' and not config.freeze_speaker
-        message = model.apply(
-            {'params': speaker if gumbel else jax.lax.stop_gradient(speaker)}, *read, key=draw_key,
-            max_length=m.max_length, min_length=m.min_length, relaxation=weights.temperature if gumbel else None,
-            max_lengths=batch['en_length'] - 2 if m.reference_length else None, method='send')
-
-        # The listener learns German from the message; through a relaxed one the speaker learns with it.
-        heard = message.one_hot if gumbel else message.tokens
-        logprobs, mask = agents.target_logprobs(model, listener, (heard, message.mask), batch, 'de', dropout)
-        ce = agents.cross_entropy(logprobs, mask)
-        rewards = translation.reward(logprobs, mask)
-        total = weights.listener * ce
-        metrics = {'ce_de': ce, 'reward': rewards.mean(), 'message_length': message.mask.sum(-1).mean()}
-
-        if not config.freeze_speaker:
-            said, entropy, values = (message.logprobs, message.entropies, message.values) if gumbel else score(
-                speaker, read, message.tokens)
-            metrics['entropy'] = masked.mean(entropy, message.drawn)
-            if beta:
-                reference = elastic_reset.reference(method, state.extra['elastic'], state.params)['speaker']
-                ref_logprobs = score(jax.lax.stop_gradient(reference), read, message.tokens)[0]
-                metrics['kl'] = kl.sequence_kl(said, ref_logprobs, message.drawn).mean()
-            if gumbel:
-                if beta:  # k2, for its gradient, unlike that of k1, is the gradient of the KL
-                    total += beta * kl.sequence_kl(said, ref_logprobs, message.drawn, 'k2').mean()
-            else:
-                if beta:
-                    per_token = jax.lax.stop_gradient(kl.estimate(said, ref_logprobs))
-                    rewards = kl.penalized_scores(rewards, per_token, message.drawn, beta)
-                value, found = translation.speaker_loss(
-                    said, entropy, values, rewards, message.drawn, baseline_coefficient=weights.baseline,
-                    entropy_coefficient=weights.entropy)
-                total += weights.policy * value
-                metrics |= found
-        if pairs:
-            total += supervised(params, state, batch, dropout, metrics)
-        return total, jax.lax.stop_gradient(metrics)
-
-    def supervised(params, state, batch, dropout, metrics):
-        """Cross entropy of both agents on pretraining pairs, on every `pairs.every`-th step ("S2P")."""
-        def both(params):
-            found = 0.0
-            for name, (first, second) in agents.PAIRS.items():
-                part = {key.removeprefix(f'{name}_'): x for key, x in batch.items() if key.startswith(f'{name}_')}
-                found += agents.cross_entropy(*agents.target_logprobs(
-                    model, params[name], agents.source(part, first), part, second, dropout))
-            return found
-        metrics['ce_pairs'] = jax.lax.cond(state.step % pairs.every == 0, both, lambda _: 0.0, params)
-        return pairs.coefficient * metrics['ce_pairs']
-
-    # ---- Step --------------------------------------------------------------------------------------------------------
-    def step(state, batch):
-        rng = jax.random.fold_in(state.rng, state.step)
-        (value, metrics), grads = optim.value_and_grad(
-            lambda p, b, r: loss(p, state, b, r), state.params, batch, rng, config.accumulate, shards)
-        params, opt_state, norm = optim.apply(tx, grads, state)
-        carried = dict(state.extra)
-        if method:  # a step is one rollout and one update, so it is also an iteration
-            due, elastic = method.due('step', state.step), state.extra['elastic']
-            elastic, params, opt_state = elastic_reset.apply(method, elastic, params, opt_state,
-                                                             elastic_reset.Due(due.tick, False, False))
-            metrics['kept'] = elastic_reset.kept(elastic, params)  # as a reset at this step would find it
-            carried['elastic'], params, opt_state = elastic_reset.apply(
-                method, elastic, params, opt_state, elastic_reset.Due(False, due.reset, due.reset_ema))
-        return (state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=carried),
-                metrics | {'loss': value, 'grad_norm': norm})
-
-    # ---- Start -------------------------------------------------------------------------------------------------------
-    def warm_start(state):
+    def warm_start(self, state: TrainState) -> TrainState:
+        """`state` with the pretrained agents that the config names."""
         params = dict(state.params)
         for name in agents.PAIRS:
-            if config[name]:
-                params[name] = agents.load(config[name], name, config)
-        return state.replace(params=params, extra=extra(params, agents.checksums(config, translation.FIELDS)))
+            if self._config[name]:
+                params[name] = agents.load(self._config[name], name, self._config)
+        extra = self.extra(params, agents.checksums(self._config, translation.FIELDS))
+        return state.replace(params=params, extra=extra)
 
-    def hooks(writer):
-        return evaluation.hooks(config, writer, lambda: evaluation.GameEvaluation(config, model))
+    # ---- Loss --------------------------------------------------------------------------------------------------------
 
-    spec = agents.batch_spec(config, languages, unit)
-    if pairs:
-        for name, pair in agents.PAIRS.items():
-            spec |= {f'{name}_{key}': x for key, x in agents.batch_spec(one_length(config), pair, unit).items()}
-    return Experiment(init, loss, step, RULES, spec,
-                      lambda: open_batches(config, languages, unit, placement.share_of(mesh)),
-                      warm_start=warm_start, hooks=hooks)
+    @property
+    def _relaxed(self) -> bool:
+        """Whether the speaker learns through its own, relaxed message."""
+        return self._config.algorithm == 'gumbel' and not self._config.freeze_speaker
+
+    def send(self, speaker: Params, source: tuple[Array, Array], batch: Batch, key: Array) -> seq2seq.Message:
+        """The speaker's English, drawn with `key`; differentiable in the speaker where it is relaxed."""
+        settings = self._config.message
+        return self.model.apply(
+            {'params': speaker if self._relaxed else jax.lax.stop_gradient(speaker)}, *source, key=key,
+            max_length=settings.max_length, min_length=settings.min_length,
+            relaxation=self._config.loss.temperature if self._relaxed else None,
+            max_lengths=batch['en_length'] - 2 if settings.reference_length else None, method='send')
+
+    def score(self, speaker: Params, source: tuple[Array, Array], tokens: Array) -> tuple[Array, Array, Array]:
+        """Log-probabilities of a message's tokens, entropies and values as `send` drew them, float32 [N, L + 1]."""
+        begin = jnp.full((tokens.shape[0], 1), seq2seq.BOS, tokens.dtype)
+        logits, values = self.model.apply({'params': speaker}, *source, jnp.concatenate([begin, tokens], -1))
+        early = jnp.arange(tokens.shape[-1])[:, None] < self._config.message.min_length
+        barred = early & (jnp.arange(logits.shape[-1]) == seq2seq.EOS)
+        logprobs = jax.nn.log_softmax(jnp.where(barred, -1e9, logits))
+        of_tokens = jnp.take_along_axis(logprobs, tokens[..., None], -1)[..., 0]
+        return of_tokens, -(jnp.exp(logprobs) * logprobs).sum(-1), values
+
+    def loss(self, params: Params, state: TrainState, batch: Batch, rng: Array) -> tuple[Array, Metrics]:
+        """The losses of both agents, added with the weights of `config.loss`."""
+        draw_key, drop_key = jax.random.split(rng)
+        dropout = drop_key if self._config.model.dropout else None
+        source = agents.source(batch, 'fr')
+        message = self.send(params['speaker'], source, batch, draw_key)
+
+        # The listener learns German from the message; through a relaxed one the speaker learns with it.
+        english = message.one_hot if self._relaxed else message.tokens
+        logprobs, mask = agents.target_logprobs(self.model, params['listener'], (english, message.mask), batch, 'de',
+                                                dropout)
+        cross_entropy, rewards = agents.cross_entropy(logprobs, mask), translation.reward(logprobs, mask)
+        total = self._config.loss.listener * cross_entropy
+        metrics = {'ce_de': cross_entropy, 'reward': rewards.mean(), 'message_length': message.mask.sum(-1).mean()}
+        if not self._config.freeze_speaker:
+            value, of_speaker = self.speaker_loss(params['speaker'], state, source, message, rewards)
+            total += value
+            metrics |= of_speaker
+        if self._config.pairs.every > 0:
+            metrics['ce_pairs'] = self.pairs_loss(params, state, batch, dropout)
+            total += self._config.pairs.coefficient * metrics['ce_pairs']
+        return total, jax.lax.stop_gradient(metrics)
+
+    def speaker_loss(self, speaker: Params, state: TrainState, source: tuple[Array, Array], message: seq2seq.Message,
+                     rewards: Array) -> tuple[Array, Metrics]:
+        """The speaker's policy gradient (of a relaxed message there is none: it learns through the listener), with the
+        price of its KL from the reference."""
+        beta, weights = self._config.kl.coefficient, self._config.loss
+        logprobs, entropy, values = (message.logprobs, message.entropies, message.values) if self._relaxed else (
+            self.score(speaker, source, message.tokens))
+        metrics = {'entropy': masked.mean(entropy, message.drawn)}
+        if beta:
+            reference = elastic_reset.reference(self._method, state.extra['elastic'], state.params)['speaker']
+            ref_logprobs = self.score(jax.lax.stop_gradient(reference), source, message.tokens)[0]
+            metrics['kl'] = kl.sequence_kl(logprobs, ref_logprobs, message.drawn).mean()
+        if self._relaxed:
+            if not beta:
+                return jnp.float32(0), metrics
+            # k2, for its gradient, unlike that of k1, is the gradient of the KL
+            return beta * kl.sequence_kl(logprobs, ref_logprobs, message.drawn, 'k2').mean(), metrics
+        if beta:
+            per_token = jax.lax.stop_gradient(kl.estimate(logprobs, ref_logprobs))
+            rewards = kl.penalized_scores(rewards, per_token, message.drawn, beta)
+        value, of_loss = translation.speaker_loss(
+            logprobs, entropy, values, rewards, message.drawn, baseline_coefficient=weights.baseline,
+            entropy_coefficient=weights.entropy)
+        return weights.policy * value, metrics | of_loss
+
+    def pairs_loss(self, params: Params, state: TrainState, batch: Batch, dropout: Array | None) -> Array:
+        """Cross entropy of both agents on pretraining pairs at every `pairs.every`-th step ("S2P"), 0 at the others."""
+        def both(params):
+            total = 0.0
+            for name, (first, second) in agents.PAIRS.items():
+                part = {key.removeprefix(f'{name}_'): x for key, x in batch.items() if key.startswith(f'{name}_')}
+                total += agents.cross_entropy(*agents.target_logprobs(
+                    self.model, params[name], agents.source(part, first), part, second, dropout))
+            return total
+        return jax.lax.cond(state.step % self._config.pairs.every == 0, both, lambda _: 0.0, params)
+
+    # ---- Step --------------------------------------------------------------------------------------------------------
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update of both agents; it is one rollout and one update, so also an iteration of Elastic Reset."""
+        rng = jax.random.fold_in(state.rng, state.step)
+        (value, metrics), grads = optim.value_and_grad(
+            lambda p, b, r: self.loss(p, state, b, r), state.params, batch, rng, self._config.accumulate, self._shards)
+        params, opt_state, norm = optim.apply(self._optimizer, grads, state)
+        extra = dict(state.extra)
+        if self._method:
+            due = self._method.due('step', state.step)
+            extra['elastic'], params, opt_state, metrics['kept'] = elastic_reset.apply_measured(
+                self._method, extra['elastic'], params, opt_state, due)
+        return (state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra),
+                metrics | {'loss': value, 'grad_norm': norm})
 
 
 # ---- Batches -------------------------------------------------------------------------------------------------------
+
+def languages_of(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Languages of the game's own rows; English is read only for the length of its sentences."""
+    return ('fr', 'de') + (('en',) if config.message.reference_length else ())
+
+
+def batch_spec(config: ml_collections.ConfigDict, unit: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the largest batch, with those of the pretraining pairs beside the game's own."""
+    spec = agents.batch_spec(config, languages_of(config), unit)
+    if config.pairs.every > 0:
+        for name, pair in agents.PAIRS.items():
+            spec |= {f'{name}_{key}': x for key, x in agents.batch_spec(one_length(config), pair, unit).items()}
+    return spec
+
 
 def one_length(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """For pairs beside the game's own rows: one shape, or a step would compile for every combination of shapes."""
@@ -196,12 +255,12 @@ def one_length(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return one
 
 
-def open_batches(config: ml_collections.ConfigDict, languages: tuple[str, ...], unit: int,
-                 share: placement.Share = placement.WHOLE) -> Any:
-    own = agents.open_batches(config, languages, unit, share)
+def open_batches(config: ml_collections.ConfigDict, unit: int, share: placement.Share = placement.WHOLE) -> Any:
+    """The game's own rows, and with `pairs.every` the pretraining pairs beside them; this process's `share` of both."""
+    game_rows = agents.open_batches(config, languages_of(config), unit, share)
     if not config.pairs.every:
-        return own
-    streams = {'': own}
+        return game_rows
+    streams = {'': game_rows}
     for name, pair in agents.PAIRS.items():
         if not config.pairs[name] and config.data.path:
             raise ValueError(f'pairs.{name} is empty: give the folder that the {name} was pretrained on')

@@ -52,7 +52,7 @@ def _noun_phrase(rng: np.random.Generator, articles: dict) -> tuple[str, str, st
 
 def rows(num: int, seed: Sequence[int]) -> list[dict[str, str]]:
     """`num` sentences [{'fr', 'en', 'de'}], lower-cased, tokens separated by spaces; a function of `seed`."""
-    rng, found = np.random.default_rng(seed), []
+    rng, sentences = np.random.default_rng(seed), []
     for _ in range(num):
         subject, target = _noun_phrase(rng, NOMINATIVE), _noun_phrase(rng, ACCUSATIVE)
         verb, place = VERBS[rng.integers(len(VERBS))], PLACES[rng.integers(len(PLACES))]
@@ -62,5 +62,5 @@ def rows(num: int, seed: Sequence[int]) -> list[dict[str, str]]:
         de = [subject[2], verb[2], target[2], place[2], '.']
         if time:
             fr, en, de = [time[0], *fr], [time[1], *en], [time[2], verb[2], subject[2], target[2], place[2], '.']
-        found.append({'fr': ' '.join(fr), 'en': ' '.join(en), 'de': ' '.join(de)})
-    return found
+        sentences.append({'fr': ' '.join(fr), 'en': ' '.join(en), 'de': ' '.join(de)})
+    return sentences
