@@ -45,7 +45,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         return evaluation.hooks(config, writer, lambda: evaluation.GameEvaluation(config, game.model))
 
     return Experiment(game.init, game.loss, game.step, RULES, batch_spec(config, unit),
-                      lambda: open_batches(config, unit, placement.share_of(mesh)), warm_start=game.warm_start, hooks=hooks)
+                      lambda: open_batches(config, unit, placement.share_of(mesh)), warm_start=game.warm_start,
+                      hooks=hooks)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
