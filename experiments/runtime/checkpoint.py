@@ -1,24 +1,39 @@
-"""Checkpoints: state, data position and shapes in one step directory. Hides Orbax.
+"""Checkpoints: state, data position, shapes and digests in one step directory. Hides Orbax.
 
-A step directory appears whole or not at all. `restore` takes the newest readable one and says which it passed over;
-a checkpoint of another model is an error that names the first parameter that differs, never a silent fallback.
+A step directory appears whole or not at all. What is restored is compared with the digests that were saved beside it.
+Every way of reading takes the newest readable step and says which it passed over; a checkpoint of another model is an
+error that names the first parameter that differs, never a silent fallback.
 """
+import contextlib
+import json
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.runtime import storage
+from experiments.runtime.digest import digests, json_digest
 from experiments.runtime.partition import flatten
 
 log = logging.getLogger(__name__)
 
+T = TypeVar('T')
+
+# '1': write checkpoints beside the training steps on the CPU as well, where saves otherwise hold the run up.
+ASYNCHRONOUS = 'DLC_ASYNCHRONOUS_CHECKPOINTS'
+
 
 def _shapes(state: Any) -> dict[str, list]:
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in flatten(state).items()}
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was saved."""
 
 
 class Checkpointer:
@@ -28,16 +43,25 @@ class Checkpointer:
         directory: created on the first save.
         keep: how many of the newest steps stay.
         read_only: never create or clean anything (sampling, evaluation).
+        clean: remove what killed writers left unfinished. Only for the one process group that owns the directory.
+        asynchronous: write while training goes on. None: on accelerators, and on the CPU if `ASYNCHRONOUS` is '1'.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, read_only: bool = False, clean: bool = False,
+                 asynchronous: bool | None = None):
+        _ignore_closed_loops()
         directory = storage.resolve(directory)
         self.directory = directory if storage.is_remote(directory) else directory.absolute()
-        # Asynchronous only where arrays leave the device by copy: on CPU Orbax may write from the very buffer that the
-        # next step has been donated.
-        self._asynchronous, self._saving = jax.default_backend() != 'cpu' and not read_only, None
+        on_cpu = jax.default_backend() == 'cpu'
+        if asynchronous is None:
+            asynchronous = not on_cpu or os.environ.get(ASYNCHRONOUS) == '1'
+        self._asynchronous = asynchronous and not read_only
+        # Arrays leave an accelerator by copy. On the CPU Orbax would write from the very buffer that the next step has
+        # been donated, so there it gets a copy.
+        self._copies = self._asynchronous and on_cpu
+        self._writing: int | None = None  # a step handed to Orbax that `wait` has not yet seen on disk
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=not read_only, read_only=read_only,
+            max_to_keep=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=clean,
             enable_async_checkpointing=self._asynchronous)
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=('state', 'data', 'meta')) if (
@@ -47,30 +71,35 @@ class Checkpointer:
         """Steps on disk, oldest first."""
         return sorted(self._manager.all_steps()) if self._manager else []
 
+    # ---- Writing -----------------------------------------------------------------------------------------------------
+
     def save(self, step: int, state: Any, data: Mapping[str, Any] | None = None) -> None:
-        """Writes `state` and the data iterators' positions `data` as `step`; a step already there is left alone.
+        """Writes `state` and the data iterators' positions `data` as `step`.
+
+        A step that is on disk, or on its way there, is left alone. An asynchronous save returns before it is finished;
+        what went wrong with it is raised by `wait` or logged by the next save.
 
         Raises:
             OSError: nothing was kept of this step; earlier steps are untouched.
         """
-        if self._holds(step):
+        if step == self._writing or self._holds(step):
             return
         try:
+            self.wait()
+        except OSError as error:
+            log.warning('%s (training goes on)', error)
+        data = json.loads(json.dumps(dict(data or {})))
+        meta = {'shapes': _shapes(state), 'digests': digests(state), 'data': json_digest(data)}
+        meta['meta'] = json_digest(meta)
+        if self._copies:
+            state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else np.array(x), state)
+        with self._as_os_error(step):
             # Forced, for the manager may take a step whose save failed for one that it has and quietly do nothing.
             self._manager.save(step, force=True, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data or {})),
-                meta=ocp.args.JsonSave({'shapes': _shapes(state)})))
-            self._manager.check_for_errors()
-            self._saving = step
-            if not self._asynchronous:
-                self.wait()
-        except Exception as error:  # Orbax and TensorStore report a full disk as ValueError, OSError or their own types
-            self._saving = None
-            self._manager.reload()
-            kept = max((s for s in self.steps() if s != step), default=None)
-            raise OSError(f'could not write checkpoint {step} to {self.directory} ({_first_line(error)}); '
-                          + (f'checkpoint {kept} is intact' if kept is not None else 'no earlier checkpoint exists')
-                          + '. Free space or fix permissions and run the same command again') from error
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)))
+            self._writing = step
+        if not self._asynchronous:
+            self.wait()
 
     def wait(self) -> None:
         """Blocks until the last save is on disk.
@@ -78,13 +107,38 @@ class Checkpointer:
         Raises:
             OSError: it did not get there.
         """
-        self._manager.wait_until_finished()
-        if self._saving is not None and not self._holds(self._saving):
-            raise OSError(f'checkpoint {self._saving} is not in {self.directory} after it was written')
-        self._saving = None
+        if self._writing is None:
+            return
+        step = self._writing
+        with self._as_os_error(step):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            if not self._holds(step):
+                raise Damaged('it is not there after it was written')
+        self._writing = None
+
+    @contextlib.contextmanager
+    def _as_os_error(self, step: int) -> Iterator[None]:
+        """Turns whatever a failed write raises (ValueError, OSError or types of their own) into one OSError."""
+        try:
+            yield
+        except Exception as error:
+            self._writing = None
+            self._manager.reload()
+            kept = max((s for s in self.steps() if s != step), default=None)
+            raise OSError(f'could not write checkpoint {step} to {self.directory} ({_first_line(error)}); '
+                          + (f'checkpoint {kept} is intact' if kept is not None else 'no earlier checkpoint exists')
+                          + '. Free space or fix permissions and run the same command again') from error
 
     def _holds(self, step: int) -> bool:
         return (self.directory / str(step)).is_dir()
+
+    def delete_after(self, step: int) -> None:
+        """Removes checkpoints newer than `step`: the unreadable ones that `restore` passed over."""
+        for later in [s for s in self.steps() if s > step]:
+            self._manager.delete(later)
+
+    # ---- Reading -----------------------------------------------------------------------------------------------------
 
     def restore(self, like: Any, shardings: Any | None = None) -> tuple[int, Any, dict] | None:
         """The newest readable checkpoint as `(step, state, data)`, or None if the directory holds none.
@@ -99,75 +153,130 @@ class Checkpointer:
         shardings = shardings if shardings is not None else jax.tree.map(
             lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), like)
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+
+        def read(step: int) -> tuple[int, Any, dict]:
+            meta = self._meta(step)
+            self._check_shapes(step, meta['shapes'], _shapes(like))
+            out = self._manager.restore(step, args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()))
+            if 'data' in meta and json_digest(out.data) != meta['data']:
+                raise Damaged('the position in the data is not the one that was saved')
+            _check_digests(meta, digests(out.state))
+            return step, out.state, out.data
+        return self._newest_readable(read)
+
+    def restore_part(self, name: str, like: Any, shardings: Any) -> Any | None:
+        """The subtree `name`, such as 'params' or 'params/policy', of the newest readable checkpoint; None if the
+        directory holds none. Nothing else of it is read.
+
+        Raises:
+            ValueError: the subtree is of another model, or no checkpoint on disk can be read.
+        """
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+        for part in reversed(name.split('/')):
+            target = {part: target}
+
+        def read(step: int) -> Any:
+            meta = self._meta(step)
+            inside = {path[len(name) + 1:]: x for path, x in meta['shapes'].items() if path.startswith(f'{name}/')}
+            self._check_shapes(step, inside, _shapes(like))
+            out = ocp.PyTreeCheckpointer().restore(self.directory / str(step) / 'state', ocp.args.PyTreeRestore(
+                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True))
+            for part in name.split('/'):
+                out = out[part]
+            _check_digests(meta, {f'{name}/{path}': x for path, x in digests(out).items()})
+            return out
+        return self._newest_readable(read)
+
+    def shapes(self) -> dict[str, list]:
+        """{path: [shape, name of the dtype]} of what the newest readable checkpoint holds; {} if there is none."""
+        return self._newest_readable(lambda step: self._meta(step)['shapes']) or {}
+
+    def _newest_readable(self, read: Callable[[int], T]) -> T | None:
+        """`read` of the newest step for which it works; one warning names those passed over.
+
+        Raises:
+            ValueError: `read` raised one of `_OtherModel`, or worked for no step.
+        """
         failures = []
         for step in reversed(self.steps()):
             try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-            except Exception as error:
-                failures.append(f'{step} ({_first_line(error)})')
-                continue
-            self._check_shapes(step, meta['shapes'], _shapes(like))
-            try:
-                out = self._manager.restore(step, args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()))
-            except Exception as error:
+                with _quiet():
+                    out = read(step)
+            except _OtherModel as error:
+                raise ValueError(str(error)) from None
+            except Exception as error:  # Orbax and TensorStore have no common type for what they cannot read
                 failures.append(f'{step} ({_first_line(error)})')
                 continue
             if failures:
-                log.warning('%s: unreadable checkpoint %s; continuing from %d',
-                            self.directory, ', '.join(failures), step)
-            return step, out.state, out.data
+                log.warning('%s: unreadable checkpoint %s; continuing from %d', self.directory, ', '.join(failures),
+                            step)
+            return out
         if failures:
             raise ValueError(f'{self.directory}: no readable checkpoint: {", ".join(failures)}; '
                              'delete the directory to start again')
         return None
 
-    def restore_part(self, name: str, like: Any, shardings: Any) -> Any | None:
-        """The subtree `name`, such as 'params' or 'params/policy', of the newest checkpoint; None if there is none.
-
-        Nothing else of it is read.
-
-        Raises:
-            ValueError: the subtree is of another model.
-        """
-        if not self.steps():
-            return None
-        step, parts, saved = self.steps()[-1], name.split('/'), self.shapes()
-        inside = {path[len(name) + 1:]: shape for path, shape in saved.items() if path.startswith(f'{name}/')}
-        self._check_shapes(step, inside, _shapes(like))
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
-        for part in reversed(parts):
-            target = {part: target}
-        restore = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                                         partial_restore=True)
-        out = ocp.PyTreeCheckpointer().restore(self.directory / str(step) / 'state', restore)
-        for part in parts:
-            out = out[part]
-        return out
-
-    def shapes(self) -> dict[str, list]:
-        """{path: [shape, name of the dtype]} of what the newest checkpoint holds; {} if there is none."""
-        if not self.steps():
-            return {}
-        meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(self.steps()[-1], args=meta).meta['shapes']
-
-    def delete_after(self, step: int) -> None:
-        """Removes checkpoints newer than `step`: the unreadable ones that `restore` passed over."""
-        for later in [s for s in self.steps() if s > step]:
-            self._manager.delete(later)
+    def _meta(self, step: int) -> dict[str, Any]:
+        """Shapes and digests of a step. One that was saved without digests has `shapes` alone."""
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        if set(meta) == {'shapes'}:
+            return meta
+        check = meta.pop('meta', None)
+        if set(meta) != {'shapes', 'digests', 'data'} or check != json_digest(meta):
+            raise Damaged('its list of shapes and digests is not the one that was saved')
+        return meta
 
     def _check_shapes(self, step: int, saved: dict, wanted: dict) -> None:
         for name in sorted(set(saved) | set(wanted)):
-            a, b = saved.get(name), wanted.get(name)
-            if a != b:
-                raise ValueError(f'{self.directory}/{step}: {name} is {_describe(a)} in the checkpoint but '
-                                 f'{_describe(b)} in this config; '
-                                 'use the config it was trained with, or another --workdir')
+            on_disk, in_config = saved.get(name), wanted.get(name)
+            if on_disk != in_config:
+                raise _OtherModel(f'{self.directory}/{step}: {name} is {_describe(on_disk)} in the checkpoint but '
+                                  f'{_describe(in_config)} in this config; '
+                                  'use the config it was trained with, or another --workdir')
 
     def close(self) -> None:
         if self._manager:
             self._manager.close()
+
+
+class _OtherModel(Exception):
+    """A readable checkpoint of another model."""
+
+
+def _check_digests(meta: Mapping[str, Any], digests_read: Mapping[str, str]) -> None:
+    for name, value in digests_read.items():
+        if 'digests' in meta and meta['digests'].get(name) != value:
+            raise Damaged(f'{name} is not what was saved')
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps other libraries from logging every exception that is reported here in one line."""
+    loggers = [logging.getLogger(name) for name in ('absl', 'orbax', 'asyncio')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _ignore_closed_loops() -> None:
+    """One read or write that fails ends Orbax's event loop, and TensorStore's others then report to a loop that is
+    closed: hundreds of lines that say nothing, at any later time. All else that cannot be raised is shown as before."""
+    shown = sys.unraisablehook
+    if getattr(shown, 'ignores_closed_loops', False):
+        return
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and 'Event loop is closed' in str(error)):
+            shown(unraisable)
+    hook.ignores_closed_loops = True
+    sys.unraisablehook = hook
 
 
 def _describe(entry: list | None) -> str:
