@@ -1,16 +1,25 @@
-"""Scalars to `metrics.jsonl` and TensorBoard event files, neither of which needs TensorFlow."""
+"""Scalars to `metrics.jsonl` and TensorBoard event files, neither of which needs TensorFlow.
+
+Metrics cost a run at most points of a curve: what cannot be written waits in memory, within bounds, and is written when
+there is room again. Everything is written by the caller's thread; no queue can fill up, and no thread can die.
+"""
+import contextlib
 import json
 import logging
 import math
 import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from experiments.runtime import storage
 
 log = logging.getLogger(__name__)
 
-REMOTE_SECONDS = 60.0  # object stores cannot append: there the file is written anew, at most this often
+REMOTE_SECONDS = 60.0  # object stores cannot append: there files are written anew, at most this often
+FLUSH_SECONDS = 5.0    # between two times that events are forced to a disk, which a shared one takes its time for
+MAX_WAITING = 2 ** 24  # bytes of lines that wait for room
 
 
 class MetricsWriter:
@@ -19,62 +28,124 @@ class MetricsWriter:
     Args:
         directory: receives `metrics.jsonl` and `tensorboard/`.
         from_step: lines after this step are dropped first, so that a resumed run leaves one curve.
+        pending: names of metrics that the resumed run has still to report for `from_step`; a line of that step with one
+            of them was written after the checkpoint, and is dropped too.
         tensorboard: also write event files.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, from_step: int = 0, tensorboard: bool = True):
+    def __init__(self, directory: str | os.PathLike, *, from_step: int = 0, pending: Collection[str] = (),
+                 tensorboard: bool = True):
         directory = storage.resolve(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / 'metrics.jsonl'
-        self._lines, self._written = [], time.monotonic()
+        self._waiting, self._uploaded, self._warned = bytearray(), time.monotonic(), False
+        self._remote = storage.is_remote(directory)
         if self.path.exists():
-            self._lines = [json.dumps(row) + '\n' for row in read_metrics(self.path) if row['step'] <= from_step]
-            self.path.write_text(''.join(self._lines))
-        self._file = None if storage.is_remote(directory) else self.path.open('a')
-        self._board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # deferred: a second of imports that sampling does not need
-            self._board = SummaryWriter(os.fspath(directory / 'tensorboard'), purge_step=from_step or None)
+            before = lambda row: row['step'] < from_step or row['step'] == from_step and not set(row) & set(pending)
+            kept = [_line(row) for row in read_metrics(self.path) if before(row)]
+            with storage.write_whole(self.path) as file:
+                file.write(b''.join(kept))
+            self._waiting += b''.join(kept) if self._remote else b''
+        self._board = _EventFiles(os.fspath(directory / 'tensorboard'), from_step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one row; what does not fit on the disk is kept for the next time."""
         values = {name: float(value) for name, value in values.items()}
         # JSON has no NaN: null keeps the file readable by anything.
-        line = json.dumps({'step': step} | {k: v if math.isfinite(v) else None for k, v in values.items()}) + '\n'
-        try:
-            if self._file:
-                self._file.write(line)
-                self._file.flush()
-            else:
-                self._lines.append(line)
-                if time.monotonic() - self._written > REMOTE_SECONDS:
-                    self._upload()
-        except OSError as error:  # a full disk costs points of a curve, not the run
-            log.warning('%s: could not write metrics of step %d: %s', self.path, step, error)
+        self._waiting += _line({'step': step} | {k: v if math.isfinite(v) else None for k, v in values.items()})
+        if not self._remote or time.monotonic() - self._uploaded > REMOTE_SECONDS:
+            self._try(self._flush, f'metrics of step {step}')
         if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-    def _upload(self) -> None:
-        self.path.write_text(''.join(self._lines))
-        self._written = time.monotonic()
+            self._try(lambda: self._board.write(step, values), f'TensorBoard events of step {step}')
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
-        else:
-            self._upload()
+        """Writes what still waits."""
+        self._try(self._flush, 'the last metrics')
         if self._board:
-            self._board.close()
+            self._try(self._board.close, 'the last TensorBoard events')
+
+    def _flush(self) -> None:
+        if self._remote:
+            self.path.write_text(self._waiting.decode())
+            self._uploaded = time.monotonic()
+            return
+        try:
+            # Opened each time: a work directory that was deleted, or a share that was mounted anew, is written again.
+            with open(self.path, 'ab', buffering=0) as file:
+                while self._waiting:
+                    del self._waiting[:file.write(self._waiting)]
+        except OSError:
+            if len(self._waiting) > MAX_WAITING:
+                del self._waiting[:self._waiting.index(b'\n', len(self._waiting) - MAX_WAITING // 2) + 1]
+            raise
+
+    def _try(self, work: Any, what: str) -> None:
+        try:
+            work()
+        except Exception as error:  # storage libraries have their own types
+            if not self._warned:
+                log.warning('%s: could not write %s (%s); training goes on, and what can be is written later. This is '
+                            'said once', self.path, what, error)
+            self._warned = True
+
+
+class _EventFiles:
+    """TensorBoard event files, written by the caller. After a failure the next row begins a new file, for readers stop
+    at a record that was cut short."""
+
+    def __init__(self, directory: str, from_step: int):
+        self._directory, self._file, self._from_step = directory, None, from_step
+        self._flushed = 0.0
+
+    def _open(self) -> Any:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # deferred: imports that sampling does not need
+        from tensorboardX.record_writer import RecordWriter, directory_check
+        directory_check(self._directory)
+        name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}'
+        file = RecordWriter(os.path.join(self._directory, name))
+        file.write(Event(wall_time=time.time(), file_version='brain.Event:2').SerializeToString())
+        if self._from_step:  # hides what an interrupted run wrote after it
+            start = SessionLog(status=SessionLog.START)
+            file.write(Event(step=self._from_step + 1, wall_time=time.time(), session_log=start).SerializeToString())
+        return file
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+        file, self._file = self._file or self._open(), None
+        try:
+            for name, value in values.items():
+                file.write(Event(step=step, wall_time=time.time(), summary=scalar(name, value)).SerializeToString())
+            seconds = REMOTE_SECONDS if storage.is_remote(self._directory) else FLUSH_SECONDS
+            if time.monotonic() - self._flushed > seconds:
+                file.flush()
+                self._flushed = time.monotonic()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                file.close()
+            raise
+        self._file, self._from_step = file, max(self._from_step, step)
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file:
+            file.close()
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row).encode() + b'\n'
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """All whole lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    """All whole lines of a `metrics.jsonl`; one cut short by a kill or a full disk is left out."""
     rows = []
-    for line in storage.resolve(path).read_text().splitlines():
+    for line in storage.resolve(path).read_bytes().split(b'\n'):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get('step'), int):
+            rows.append(row)
     return rows
 
 
