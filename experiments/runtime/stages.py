@@ -1,5 +1,6 @@
 """Programs of several stages, each finished once: what an interrupted one has done is not done again."""
 import json
+import logging
 import pathlib
 import time
 from collections.abc import Callable
@@ -9,6 +10,8 @@ import ml_collections
 import numpy as np
 
 from experiments.runtime import launch, storage
+
+log = logging.getLogger(__name__)
 
 
 def once(path: pathlib.Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -47,7 +50,10 @@ def claim(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> pat
     if storage.is_remote(workdir):
         raise ValueError(f'--workdir={workdir}: needs a local folder; copy it afterwards')
     workdir = pathlib.Path(workdir)
-    if (workdir / 'config.json').exists() and launch.read_config(workdir).to_dict() != config.to_dict():
-        raise ValueError(f'{workdir} holds a run with another config; choose another --workdir or delete it')
+    try:
+        if (workdir / 'config.json').exists() and launch.read_config(workdir).to_dict() != config.to_dict():
+            raise ValueError(f'{workdir} holds a run with another config; choose another --workdir or delete it')
+    except launch.DamagedConfig as error:
+        log.warning('%s (this command does)', error)
     launch.save_config(config, workdir)
     return workdir

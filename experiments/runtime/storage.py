@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
@@ -18,6 +19,7 @@ from etils import epath
 
 log = logging.getLogger(__name__)
 
+PARTIAL = '.partial'  # ends the name of a file that is being written
 _PACKAGES = {'gs': ('gcs', "pip install -e '.[gcs]'"), 's3': ('s3', 'pip install s3fs')}  # scheme -> fsspec name, cure
 
 
@@ -49,12 +51,18 @@ def resolve(path: str | os.PathLike) -> epath.Path:
 
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Opens `path` for writing bytes; it appears, or is replaced, only when the block ends without an error."""
+    """Opens `path` for writing bytes; it appears, or is replaced, only when the block ends without an error.
+
+    On a local disk the bytes are on it before the name is: after a power cut there is the old file or the new one.
+    """
     path = resolve(path)
-    partial = path.with_name(path.name + '.partial')
+    partial = path.with_name(f'{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}')  # this writer's alone
     try:
         with partial.open('wb') as file:
             yield file
+            if not is_remote(path):
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
