@@ -34,6 +34,7 @@ def main() -> None:
     p.add_argument('--reference', metavar='RUN|HF_FOLDER', help='what the policy started from')
     p.add_argument('--reward', metavar='NAME', help="task | a reward model's folder | package.module:function")
     p.add_argument('--gold', metavar='NAME', help='the same, of a reward that was not trained on')
+    p.add_argument('--trust', action='store_true', help="run code that the policy's config.json names as its reward")
     p.add_argument('--gold_before_eos', action='store_true',
                    help='read gold reward models one token before EOS, as published TL;DR win rates were')
     p.add_argument('--drift', type=int, default=0, metavar='ROWS',
@@ -59,7 +60,7 @@ def main() -> None:
     prompts, rows = fitting(policy, found, task, how.max_new_tokens, args.max_prompt or (
         (config or {}).get('sampling') or {}).get('max_prompt', 0))
     prompts, rows = prompts[:args.num], rows[:args.num]
-    scorers = rewards_of(args, config, task, data, policy)
+    scorers = rewards_of(args, config, task, data, policy, read=config is policy.config)
     out, responses = evaluation.evaluate_policy(
         policy, prompts, rows, how, key=jax.random.key(args.seed), num_samples=args.num_samples,
         batch_size=args.batch_size, task=task, **scorers,
@@ -115,11 +116,21 @@ def fitting(policy: Policy, found: list[tasks.Prompt], task: tasks.Task, room: i
 
 
 def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | None, task: tasks.Task,
-               data: Mapping[str, Any], policy: Policy) -> dict[str, rewards.Reward]:
-    """`reward` and `gold`, as far as flags, config and task name them."""
+               data: Mapping[str, Any], policy: Policy, *, read: bool) -> dict[str, rewards.Reward]:
+    """`reward` and `gold`, as far as flags, config and task name them.
+
+    Args:
+        read: `config` comes from the policy's folder, not from the user.
+
+    Raises:
+        ValueError: a reward that cannot be had, or code that only such a folder names, without --trust.
+    """
     said = config is not None and config.get('reward') and data['task'] == config.data.task
     names = {'reward': args.reward or (rewards.kind_of(config.reward) if said else 'task' if task.reward else ''),
              'gold': args.gold or (config.reward.gold if said else 'task' if task.gold else '')}
+    if read:
+        rewards.check_code({f'reward.{name}': names[name] for name in names if not getattr(args, name)},
+                           f'--policy={args.policy}', args.trust)
 
     def find(name):
         model = lambda path: rewards.RewardModel(

@@ -6,12 +6,13 @@
 
 Start it before or after the learner. It takes the run's own config, waits for weights in DIR/rollouts, and leaves when
 the learner is done. Killed, it is simply started again; several share the work (`--generator=1`, ... of
-rollout.num_generators).
+rollout.num_generators). A run that is rewarded by a function (reward.kind=function) has its name in DIR/config.json;
+add `--trust`, for code is run at your word and not at a folder's.
 """
 import logging
 import time
 
-from experiments.rlhf.policy import rollouts
+from experiments.rlhf.policy import rewards, rollouts
 from experiments.runtime import launch, storage
 from rlhf_jax.rollout import processes
 
@@ -31,11 +32,15 @@ def wait_for_config(workdir: str, timeout: float) -> None:
         time.sleep(0.2)
 
 
-def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = None) -> int:
+def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = None, trust: bool = False) -> int:
     """Serves the learner of `workdir` until it is done, and returns how many batches it made.
 
+    Args:
+        trust: call a reward function that the work directory names.
+
     Raises:
-        ValueError: the run has no generators in processes of their own, or data that does not fit.
+        ValueError: the run has no generators in processes of their own, data that does not fit, or a reward function
+            without `trust`.
     """
     config = launch.read_config(workdir)
     if config.get('experiment') != 'policy' or config.rollout.transport == 'devices':
@@ -44,6 +49,8 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
     if not 0 <= generator < config.rollout.num_generators:
         raise ValueError(f'--generator={generator} must be in 0..{config.rollout.num_generators - 1} '
                          '(rollout.num_generators)')
+    names = {'reward.function': rewards.kind_of(config.reward), 'reward.gold': config.reward.gold}
+    rewards.check_code(names, f'--workdir={workdir}', trust)
     folder, mesh = storage.resolve(workdir) / 'rollouts', rollouts.generator_mesh(config)
     decoding = rollouts.Decoding(config, mesh)
     weights = rollouts.open_weights(config, decoding.shardings, decoding.shapes, folder, reader=generator)
@@ -60,10 +67,13 @@ def main() -> None:
     p.add_argument('--wait', type=float, default=600.0, metavar='SECONDS', help='for the learner to start')
     p.add_argument('--idle_timeout', type=float, default=0.0, metavar='SECONDS',
                    help='leave after so long with nothing to do (the learner is gone); 0: wait for ever')
+    p.add_argument('--trust', action='store_true',
+                   help="call the run's reward function (reward.kind=function), which stands in DIR/config.json")
     args, _ = launch.parse(p)
     launch.initialize(args)
     wait_for_config(args.workdir, args.wait)
-    made = generate(args.workdir, generator=args.generator, idle_timeout=args.idle_timeout or None)
+    made = generate(args.workdir, generator=args.generator, idle_timeout=args.idle_timeout or None,
+                    trust=args.trust)
     print(f'made {made} batches')
 
 

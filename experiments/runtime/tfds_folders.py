@@ -1,7 +1,9 @@
 """TensorFlow Datasets that lie prepared on disk: where, and what to do where they do not. No TensorFlow, no network."""
 import difflib
+import json
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -13,7 +15,7 @@ def find(name: str, data_dir: str, *, field: str, others: tuple[str, ...] = ()) 
         others: names it may hold that are no TFDS data sets.
 
     Raises:
-        ValueError: no data set of that name exists, or several of its configs are prepared.
+        ValueError: no data set of that name exists, several of its configs are prepared, or it names code to run.
         FileNotFoundError: it exists but has not been prepared.
     """
     from etils import epath
@@ -36,7 +38,39 @@ def find(name: str, data_dir: str, *, field: str, others: tuple[str, ...] = ()) 
     configs = sorted({str(folder.parent.relative_to(root)) for folder in prepared})
     if len(configs) > 1:
         raise ValueError(f'{field}={name!r}: several configs are prepared; name one, as in {name}/{configs[0]}')
-    return max(prepared, key=lambda folder: tuple(int(x) for x in folder.name.split('.')))
+    newest = max(prepared, key=lambda folder: tuple(int(x) for x in folder.name.split('.')))
+    check_features(newest)
+    return newest
+
+
+def check_features(folder: Any) -> None:
+    """Raises a ValueError if the data set in `folder` has features that are not TFDS's own.
+
+    TFDS imports the class that a feature names, from wherever Python finds it: the folder may have come from anybody,
+    and the directory that a command is run in is on the path.
+    """
+    path = folder / 'features.json'
+    if not path.exists():
+        return
+    try:
+        features = json.loads(path.read_text())
+        for name in _class_names(features):
+            if not name.startswith('tensorflow_datasets.'):
+                raise ValueError(f'names the class {name!r}, which is not one of TFDS, and opening the data set would '
+                                 'run its code; prepare the data set with features of TFDS alone')
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path}: {error}') from None
+
+
+def _class_names(features: Any) -> Iterator[str]:
+    if isinstance(features, list):
+        for value in features:
+            yield from _class_names(value)
+    if isinstance(features, dict):
+        for key, value in features.items():
+            if key in ('pythonClassName', 'python_class_name', 'type', 'proto_cls') and isinstance(value, str):
+                yield value
+            yield from _class_names(value)
 
 
 def prepare_command(name: str, data_dir: str) -> str:

@@ -1,5 +1,6 @@
 """What a user does with language models beside training them, through the real commands, on models of one block."""
 import json
+import shutil
 import sys
 
 import chex
@@ -78,6 +79,26 @@ def test_training_reports_held_out_prompts_and_changes_nothing(runs):
     assert [hook(step, state, None) for step in (2, 3, 4)] == [None] * 3
     chex.assert_trees_all_equal(state.params, before)
     assert [step for step, _ in written] == [2, 4] and written[0][1] == written[1][1]  # draws of its own
+
+
+def test_a_run_of_a_stranger_names_no_code_to_run(runs, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(runs / 'policy', tmp_path / 'run')
+    (tmp_path / 'stranger_reward.py').write_text(
+        'import pathlib\n\n\ndef reward(texts, rows):\n    pathlib.Path(__file__).with_name("RAN").touch()\n'
+        '    return [0.0] * len(texts)\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    saved = json.loads((run / 'config.json').read_text())
+    for field in ('function', 'gold'):
+        changed = saved | {'reward': saved['reward'] | {field: 'stranger_reward:reward'} | (
+            {'kind': 'function'} if field == 'function' else {})}
+        (run / 'config.json').write_text(json.dumps(changed))
+        with pytest.raises(SystemExit):
+            command(evaluate_command.main, monkeypatch, f'--policy={run}', '--num=2')
+        assert 'names code to run' in capsys.readouterr().err
+        assert 'stranger_reward' not in sys.modules and not (tmp_path / 'RAN').exists()
+    command(evaluate_command.main, monkeypatch, f'--policy={run}', '--num=2', '--trust')
+    assert (tmp_path / 'RAN').exists()
+    sys.modules.pop('stranger_reward')
 
 
 def test_evaluate_and_sample(runs, monkeypatch, capsys):

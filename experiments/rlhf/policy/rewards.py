@@ -1,6 +1,7 @@
 """Rewards of completions as `config.reward` names them: a task's rule, a reward model, or a function of the user's."""
 import dataclasses
 import importlib
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from experiments.rlhf.models.tokenizer import tokenizer_of
 from experiments.rlhf.data.tasks import Task
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import launch, partition, storage
+from experiments.runtime.signals import signals
 from rlhf_jax.models import heads
 from rlhf_jax.rollout.rewards import score
 
@@ -71,14 +73,16 @@ class Scorer:
             ValueError, TimeoutError, Exception: as of `rlhf_jax.rollout.rewards.score`.
         """
         count = len(completions.texts)
+        # Where the main thread waits, it answers signals; a thread that makes batches is waited for elsewhere.
+        check = signals.check_late if threading.current_thread() is threading.main_thread() else None
         rewards, replaced = score(self._reward, completions, num=count, timeout=self._timeout,
-                                  replacement=self._replacement)
+                                  replacement=self._replacement, check=check)
         if self._missing_eos is not None:
             rewards = np.where(completions.ended, rewards, np.float32(self._missing_eos))
         # Which ones does not matter to anybody; how many is logged.
         out = {'rewards': rewards, 'replaced': np.arange(count) < replaced}
         if self._gold:
-            out['gold'] = score(self._gold, completions, num=count, timeout=self._timeout)[0]
+            out['gold'] = score(self._gold, completions, num=count, timeout=self._timeout, check=check)[0]
         return out
 
 
@@ -134,6 +138,22 @@ def find(field: str, name: str, task: Task, task_name: str, model: Callable[[str
     except (ImportError, AttributeError) as error:
         raise ValueError(f'{field}: cannot import {name} ({error})') from None
     return lambda c: function(c.texts, c.rows)
+
+
+def check_code(names: Mapping[str, str], source: str, trust: bool) -> None:
+    """Raises a ValueError if one of `names` ({field: reward's name}), which stand in a folder that was read, is code.
+
+    Names of code are the user's to give, on the command line or in a config file. A folder may be anybody's.
+
+    Args:
+        source: what was read, for the message.
+        trust: the user vouches for it (`--trust`).
+    """
+    for field, name in names.items():
+        code = name not in ('', 'task') and ':' in name and not (storage.resolve(name) / 'config.json').exists()
+        if code and not trust:
+            raise ValueError(f'{source}: its config.json names code to run, {field}={name!r}; add --trust if you trust '
+                             'whoever wrote that folder')
 
 
 def shared(path: str, mesh: Mesh, **settings: Any) -> 'RewardModel':
