@@ -36,12 +36,14 @@ class Request:
         first: index of the first batch that it lacks.
         max_staleness: S.
         closed: it wants no more; generators leave.
+        finished: and nobody will want more: the run is over. A learner that was merely stopped comes back.
     """
     attempt: int
     base: int
     first: int
     max_staleness: int
     closed: bool = False
+    finished: bool = False
 
     def version(self, index: int) -> int:
         return max(self.base, index - self.max_staleness)
@@ -122,9 +124,14 @@ class Remote:
             if self._closed.wait(self._poll):
                 raise RuntimeError('the rollout stream was closed while a batch was awaited')
         # A batch stays until the learner has surely drawn it, so that a generator that starts anew finds it done.
-        self._folder.remove(unless=lambda a, i: a == attempt and i >= index - self._max_staleness)
+        self._folder.remove(unless=lambda a, i: (a, i) >= (attempt, index - self._max_staleness))
         saved = json.loads(path.read_bytes())
         return batch_lib.from_json(saved['batch']) | {'seconds': saved['seconds']}
+
+    def finish(self) -> None:
+        """Tells generators that are started later that there is nothing left to do."""
+        if self._request is not None and self._folder.request() == dataclasses.replace(self._request, closed=True):
+            self._folder.open(dataclasses.replace(self._request, closed=True, finished=True))
 
     def close(self) -> None:
         """Sends the generators home."""
@@ -154,9 +161,15 @@ def serve(generate: Generate, weights: Weights, directory: str | os.PathLike, *,
     if not 0 <= generator < num_generators:
         raise ValueError(f'generator={generator} must be in 0..{num_generators - 1}')
     folder, request, index, made, held = _Folder(directory), None, 0, 0, (None, None)
+    # A learner that was stopped has closed its request; it opens another when it comes back, perhaps later than this.
+    gone = folder.request()
+    if gone and not (gone.closed and not gone.finished):
+        gone = None
     idle = time.monotonic()
     while True:
         current = folder.request()
+        if current == gone:
+            current = None
         if current and current.closed:
             return made
         if current and current != request:

@@ -26,6 +26,8 @@ from rlhf_jax.rollout.batch import Batch
 
 log = logging.getLogger(__name__)
 
+LOOK_SECONDS = 0.1  # between two calls of `check` while a batch is awaited
+
 
 class Generate(Protocol):
     """Prompts, completions and rewards of batch `index` under `params`: a pure function of its arguments.
@@ -74,6 +76,8 @@ class RolloutStream(Iterator[Batch]):
             all the same and lower where the learner waits, but depends on timing, and so does the sequence.
         num_batches: of the whole run; none beyond are generated. None: endless.
         timeout: seconds `next` waits for a batch (a reward that hangs); None: for ever.
+        check: called a few times a second while `next` waits; what it raises is raised there (the process has been
+            asked to stop).
         clock: seconds, for the measured times.
 
     Attributes:
@@ -87,7 +91,7 @@ class RolloutStream(Iterator[Batch]):
 
     def __init__(self, generate: Generate, weights: Weights, *, max_staleness: int = 0, threaded: bool = True,
                  newest: bool = False, num_batches: int | None = None, timeout: float | None = None,
-                 clock: Callable[[], float] = time.perf_counter):
+                 check: Callable[[], None] | None = None, clock: Callable[[], float] = time.perf_counter):
         if max_staleness != int(max_staleness) or max_staleness < 0:
             raise ValueError(f'max_staleness={max_staleness} must be a whole number of at least 0')
         if num_batches is not None and num_batches < 0:
@@ -96,7 +100,7 @@ class RolloutStream(Iterator[Batch]):
             raise ValueError(f'timeout={timeout} must be positive')
         self._generate, self._weights = generate, weights
         self._bound, self._threaded, self._take_newest = int(max_staleness), threaded, newest
-        self._end, self._timeout, self._clock = num_batches, timeout, clock
+        self._end, self._timeout, self._check, self._clock = num_batches, timeout, check, clock
         self.metrics: dict[str, float] = {}
         # Guarded by `_changed`, and shared with the worker:
         self._changed = threading.Condition()
@@ -147,7 +151,7 @@ class RolloutStream(Iterator[Batch]):
         start = self._clock()
         if self._threaded:
             self._start()
-            self._wait(lambda: bool(self._ready))
+            self._wait(lambda: bool(self._ready), self._timeout, self._check)
         else:
             while self._admitted():
                 self._produce()
@@ -159,17 +163,21 @@ class RolloutStream(Iterator[Batch]):
                         'learner_wait': self._clock() - start, **item.seconds, 'publish': self._publish_seconds}
         return item.batch
 
-    def get_state(self) -> dict:
+    def get_state(self, patience: float | None = None) -> dict:
         """Position and batches in flight, as JSON values: what a checkpoint of the learner's state at this point needs.
 
         Batches that come from versions older than the learner's are part of it, for those versions will be gone; it
         waits for those not yet finished. Later ones are generated again. Their number is at most S.
 
+        Args:
+            patience: seconds to wait for them; None: the stream's `timeout`.
+
         Raises:
+            TimeoutError: they were not finished in that time. Without them the sequence would go on differently.
             Exception: what `generate` raised, if it did before these batches were made.
         """
         waiting = self._in_flight()
-        self._wait(lambda: len(self._ready) >= waiting)
+        self._wait(lambda: len(self._ready) >= waiting, self._timeout if patience is None else patience)
         with self._changed:
             saved = [item.batch for item in list(self._ready)[:waiting]]
         return {'next': self._next, 'batches': [batch_lib.to_json(b) for b in saved]}
@@ -194,17 +202,27 @@ class RolloutStream(Iterator[Batch]):
         self._produced = self._next + len(batches)
         self._ready.extend(_Item(b, {'generator_wait': 0.0, 'load': 0.0, 'generate': 0.0}) for b in batches)
 
-    def close(self) -> None:
-        """Stops admission and waits (up to `timeout`) until the batch being generated is finished."""
+    def finish(self) -> None:
+        """Tells generators elsewhere, after `close`, that the run is over and that nobody will continue it."""
+        if finish := getattr(self._generate, 'finish', None):
+            finish()
+
+    def close(self, patience: float | None = None) -> None:
+        """Stops admission and waits until the batch being generated is finished.
+
+        Args:
+            patience: seconds to wait for it at most; None: the stream's `timeout`.
+        """
+        patience = self._timeout if patience is None else patience
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if close := getattr(self._generate, 'close', None):
             close()
         if self._thread is not None:
-            self._thread.join(self._timeout)
+            self._thread.join(patience)
             if self._thread.is_alive():
-                log.warning('rollout: batch %d is still being generated after %s s', self._produced, self._timeout)
+                log.warning('rollout: batch %d is still being generated after %s s', self._produced, patience)
 
     def __enter__(self) -> 'RolloutStream':
         return self
@@ -270,10 +288,16 @@ class RolloutStream(Iterator[Batch]):
             self._thread = threading.Thread(target=self._work, name='rollout', daemon=True)
             self._thread.start()
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        """Until `ready`, an error of the worker (raised), the stream's end or the time-out (raised)."""
+    def _wait(self, ready: Callable[[], bool], timeout: float | None, check: Callable[[], None] | None = None) -> None:
+        """Until `ready`, an error of the worker (raised), the stream's end, the time-out or an error of `check`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
-            if not self._changed.wait_for(lambda: ready() or self._error or self._closed, self._timeout):
-                raise TimeoutError(f'batch {self._produced} was not generated within timeout={self._timeout} s')
+            while not (ready() or self._error or self._closed):
+                left = LOOK_SECONDS if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f'batch {self._produced} was not generated within timeout={timeout} s')
+                self._changed.wait(min(left, LOOK_SECONDS))
+                if check:
+                    check()
             if not ready():
                 raise self._error or RuntimeError('the rollout stream was closed while a batch was awaited')

@@ -14,7 +14,8 @@ from experiments import lewis as command
 from experiments.rlhf.lewis import comparison as lewis
 from experiments.rlhf.lewis import report as lewis_report
 from experiments.rlhf.lewis import runs, summary
-from experiments.runtime import launch, loop, report
+from experiments.runtime import launch, report
+from experiments.runtime.signals import Stopped, signals
 from rlhf_jax.tasks import lewis as lewis_task
 
 QUIET = functools.partial(tqdm, disable=True)
@@ -51,7 +52,7 @@ def test_stopped_by_signals_within_runs_the_numbers_are_the_same(compared, tmp_p
             return make(self, run, update if len(begun) <= finished else stop)
         with monkeypatch.context() as patch:
             patch.setattr(lewis._Setting, 'make', stopped)
-            with pytest.raises(loop.Stopped) as stop, launch.stop_on_signal('run the same command to continue', 0):
+            with pytest.raises(Stopped) as stop, signals.raising('run the same command to continue', 0):
                 lewis.compare(tiny(), tmp_path, QUIET)
         assert stop.value.message == 'stopped by signal; run the same command to continue'
         assert not list(tmp_path.glob('*.partial.npz'))

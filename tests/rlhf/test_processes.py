@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -131,6 +132,42 @@ def test_the_folder_does_not_grow(tmp_path):
         assert len(list((tmp_path / 'batches').glob('batch-*'))) <= 4
         assert len(list((tmp_path / 'weights').iterdir())) <= 3
     generators.join()
+
+
+@pytest.mark.parametrize('first', ['generator', 'learner'])
+def test_both_started_again_find_each_other(tmp_path, first):
+    """Both are stopped, which closes the learner's request; whichever comes back first waits for the other."""
+    expected, _ = run(max_staleness=1, threaded=False)
+    generators = Generators(tmp_path, 1)
+    with learner(tmp_path, 1) as stream:
+        w, _ = train(stream, 3)
+        saved = stream.get_state()
+    generators.join()
+    if first == 'generator':
+        again = Generators(tmp_path, 1)
+        time.sleep(.1)
+        assert again.threads[0].is_alive()
+    with learner(tmp_path, 1) as stream:
+        stream.set_state(saved)
+        if first == 'learner':
+            stream.publish(3, {'w': w})
+            again = Generators(tmp_path, 1)
+            batch = next(stream)
+            w = learn(w, batch)
+            w, _ = train(stream, 4, w=w, start=4)
+        else:
+            w, _ = train(stream, 5, w=w, start=3)
+    again.join()
+    np.testing.assert_array_equal(w, expected)
+
+
+def test_a_generator_that_comes_when_the_run_is_over_leaves(tmp_path):
+    generators = Generators(tmp_path, 0)
+    with learner(tmp_path, 0) as stream:
+        train(stream, 2)
+    stream.finish()
+    generators.join()
+    assert Generators(tmp_path, 0).join().made == [0]
 
 
 def test_a_generator_without_a_learner_leaves(tmp_path):

@@ -1,3 +1,4 @@
+import sys
 import threading
 
 import numpy as np
@@ -40,3 +41,25 @@ def test_a_reward_that_hangs_times_out():
         score(hang, num=1, timeout=.02)
     assert score(hang, num=1, timeout=.02, replacement=2.)[0].tolist() == [2]
     release.set()
+
+
+@pytest.mark.parametrize('timeout', [None, 20])
+def test_a_reward_that_is_given_up(timeout):
+    class Asked(Exception):
+        pass
+
+    def check():
+        raise Asked
+    release = threading.Event()
+    try:
+        with pytest.raises(Asked):
+            score(lambda: release.wait(20), num=1, timeout=timeout, replacement=2., check=check)
+    finally:
+        release.set()
+    assert score(lambda: [3.], num=1, timeout=timeout, check=lambda: None)[0].tolist() == [3]
+
+
+@pytest.mark.parametrize('timeout', [None, 20])
+def test_a_reward_that_exits_is_an_error_and_no_end(timeout):
+    with pytest.raises(RuntimeError, match=r'called sys.exit\(0\)'):
+        score(lambda: sys.exit(0), num=1, timeout=timeout)

@@ -1,6 +1,7 @@
 """Rollout streams: order, staleness, threads against serial, errors, shutdown, checkpoints with batches in flight."""
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -231,6 +232,45 @@ def test_a_generator_that_hangs_times_out():
         next(stream)
     release.set()
     stream.close()
+
+
+class Asked(Exception):
+    pass
+
+
+@pytest.mark.parametrize('threaded', [True, False])
+@pytest.mark.parametrize('bound', [0, 1])
+def test_a_wait_that_is_given_up_can_be_saved_if_that_is_exact(threaded, bound):
+    """A reward hangs and somebody asks the process to stop: without staleness nothing is in flight and the state is
+    whole; a batch in flight from weights that will be gone is waited for, and not for ever."""
+    hangs, release = threading.Event(), threading.Event()
+
+    def sometimes(params, *, index, version):
+        if index == 2 + bound:
+            hangs.set()
+            if not threaded:
+                raise Asked  # as a reward that looks at signals does in the main thread
+            release.wait(WAIT)
+        return generate(params, index=index, version=version)
+
+    def check():
+        if hangs.is_set() and stream._next == 2 + bound:
+            raise Asked
+    stream = RolloutStream(sometimes, Held(), max_staleness=bound, threaded=threaded, check=check)
+    try:
+        with pytest.raises(Asked):
+            train(stream, 5)
+        began = time.perf_counter()
+        if bound and threaded:
+            with pytest.raises(TimeoutError):
+                stream.get_state(patience=.1)
+        else:  # in one thread the batch that is drawn next was made before the one that hangs
+            saved = stream.get_state(patience=.1)
+            assert (saved['next'], len(saved['batches'])) == (2, bound)
+        stream.close(patience=.1)
+        assert time.perf_counter() - began < WAIT / 2
+    finally:
+        release.set()
 
 
 def test_a_run_of_known_length_wastes_no_generation():

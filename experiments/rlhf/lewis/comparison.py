@@ -46,7 +46,7 @@ def compare(config: ml_collections.ConfigDict, workdir: str | pathlib.Path,
     """Makes those runs that `workdir` does not hold yet, all seeds of a run at once, and compares them.
 
     Every run is kept in a file of its own when it is finished. A signal is answered within `CHUNK` steps, where the
-    caller has put `launch.stop_on_signal` in place (as `launch.main` has).
+    caller has put `signals.raising` in place (as `launch.main` has).
 
     Args:
         config: as `configs/rlhf/lewis.py` has it.

@@ -25,6 +25,7 @@ from experiments.rlhf.policy import rewards
 from experiments.rlhf.data import texts as text_arrays
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import launch, partition, storage
+from experiments.runtime.signals import GRACE_SECONDS, Interrupted, signals
 from experiments.runtime.stream import EpochOrder
 from rlhf_jax import generate as generate_lib
 from rlhf_jax import refill, responses
@@ -284,6 +285,7 @@ class Rollouts:
 
     def __init__(self, stream: RolloutStream, convert: Callable[[Any], Any], num_steps: int):
         self._stream, self._convert, self._num_steps = stream, convert, num_steps
+        self._failed = False
 
     def publish(self, version: int, state: Any) -> None:
         """Before the first batch, and after every step but the last."""
@@ -301,16 +303,33 @@ class Rollouts:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._stream)
+        try:
+            return next(self._stream)
+        except Interrupted:
+            raise
+        except Exception:
+            self._failed = True
+            raise
 
     def get_state(self) -> dict:
-        return self._stream.get_state()
+        return self._stream.get_state(self._patience())
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         self._stream.set_state(state)
 
+    def _patience(self) -> float | None:
+        """Seconds to wait for a batch that is being made: as long as it takes, unless the run has been asked to stop,
+        or has failed over it already."""
+        if self._failed:
+            return 0.0
+        return None if signals.received is None else GRACE_SECONDS
+
+    def finish(self) -> None:
+        """Sends generators elsewhere home for good: the run is over and saved."""
+        self._stream.finish()
+
     def close(self) -> None:
-        self._stream.close()
+        self._stream.close(self._patience())
 
 
 def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | os.PathLike) -> Rollouts:
@@ -337,5 +356,5 @@ def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | 
                     'and trained on in turn; set devices apart to do both at once', r.max_staleness)
     threaded = r.threaded and not shared
     stream = RolloutStream(generate, weights, max_staleness=r.max_staleness, threaded=threaded, newest=r.newest,
-                           num_batches=config.num_steps, timeout=r.timeout or None)
+                           num_batches=config.num_steps, timeout=r.timeout or None, check=signals.check)
     return Rollouts(stream, decoding.convert, config.num_steps)
