@@ -15,10 +15,13 @@ import ml_collections
 from jax.sharding import Mesh
 
 from experiments.runtime import experiment as experiment_lib
-from experiments.runtime import launch, loop, partition, storage
+from experiments.runtime import launch, lease, leftovers, loop, partition, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
+from experiments.runtime.hooks import PENDING, Log, Metrics, Save
 from experiments.runtime.metrics import MetricsWriter
+from experiments.runtime.prefetch import Prefetch
+from experiments.runtime.signals import signals
 from experiments.runtime.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
 
     Raises:
         ValueError, OSError: a config, data set, checkpoint or place that does not fit; before anything is compiled.
-        loop.Stopped: a signal came and the state was saved.
+        signals.Stopped: a signal came and the state was saved.
     """
     workdir = storage.resolve(workdir)
 
@@ -82,49 +85,60 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
     storage.check_writable(workdir, '--workdir')
     abstract = jax.eval_shape(experiment.init, jax.random.key(config.seed))
     shardings = partition.state_shardings(abstract, experiment.rules, mesh)
-    checkpointer = Checkpointer(workdir / 'checkpoints', keep=config.keep_checkpoints)
-
-    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+    with (lease.owned(workdir, restore=lambda: launch.save_config(config, workdir)) as still_owned,
+          jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES)):
         # ---- Resume, or start ----------------------------------------------------------------------------------------
-        restored = checkpointer.restore(abstract, shardings)
-        if restored and restored[0] >= config.num_steps:
-            log.info('%s: at step %d of %d already; nothing to do', workdir, restored[0], config.num_steps)
-            checkpointer.close()
-            return restored[1]
-        online = experiment.open_rollouts is not None
-        batches = (experiment.open_rollouts(workdir) if online else
-                   loop.Prefetch(experiment.open_batches(), mesh_lib.batch_sharding(mesh)))
-        launch.save_config(config, workdir)
-        if restored:
-            start, state, position = restored
-            checkpointer.delete_after(start)
-            batches.set_state(position)
-            log.info('%s: continuing from step %d of %d', workdir, start, config.num_steps)
-        else:
-            if config.get('pretrained') and not storage.resolve(config.pretrained).exists():
-                raise FileNotFoundError(f'pretrained={config.pretrained}: nothing there; give released '
-                                        'weights, or leave it empty')
-            start, state = 0, jax.jit(experiment.init, out_shardings=shardings)(jax.random.key(config.seed))
-            if experiment.warm_start:
-                state = jax.device_put(experiment.warm_start(state), shardings)
+        with signals.leaving(f'stopped by signal before the first step; {loop.GO_ON}'):
+            if jax.process_index() == 0:
+                leftovers.remove(workdir)
+            checkpointer = Checkpointer(workdir / 'checkpoints', keep=config.keep_checkpoints, clean=True)
+            restored = checkpointer.restore(abstract, shardings)
+            if restored and restored[0] >= config.num_steps:
+                log.info('%s: at step %d of %d already; nothing to do', workdir, restored[0], config.num_steps)
+                checkpointer.close()
+                return restored[1]
+            online = experiment.open_rollouts is not None
+            batches = (experiment.open_rollouts(workdir) if online else
+                       Prefetch(experiment.open_batches(), mesh_lib.batch_sharding(mesh)))
+            launch.save_config(config, workdir)
+            metrics = Metrics()
+            if restored:
+                start, state, position = restored
+                metrics = Metrics(position.pop(PENDING, []))
+                checkpointer.delete_after(start)
+                batches.set_state(position)
+                log.info('%s: continuing from step %d of %d', workdir, start, config.num_steps)
+            else:
+                if config.get('pretrained') and not storage.resolve(config.pretrained).exists():
+                    raise FileNotFoundError(f'pretrained={config.pretrained}: nothing there; give released '
+                                            'weights, or leave it empty')
+                start, state = 0, jax.jit(experiment.init, out_shardings=shardings)(jax.random.key(config.seed))
+                if experiment.warm_start:
+                    state = jax.device_put(experiment.warm_start(state), shardings)
+
+            step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
+                           out_shardings=(shardings, mesh_lib.replicated(mesh)))
+            if online:
+                step, hooks = told(step, batches), (*hooks, lambda n, state, _: batches.publish(n, state))
+                batches.publish(start, state)
+            writer = None
+            if jax.process_index() == 0:
+                writer = MetricsWriter(workdir, from_step=start, pending=metrics.names)
 
         # ---- Train ---------------------------------------------------------------------------------------------------
-        step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
-                       out_shardings=(shardings, mesh_lib.replicated(mesh)))
-        if online:
-            step, hooks = told(step, batches), (*hooks, lambda n, state, _: batches.publish(n, state))
-            batches.publish(start, state)
-        writer = MetricsWriter(workdir, from_step=start) if jax.process_index() == 0 else None
         try:
             # Weights are published as the hooks given here left them, and before anything is measured.
             state = loop.run(state, step, batches, (*hooks, *experiment.hooks(writer)), config.num_steps,
-                             save=loop.Save(checkpointer, batches, config.checkpoint_every),
-                             log_hook=loop.Log(writer, config.log_every), name=name or config.experiment,
+                             save=Save(checkpointer, batches, config.checkpoint_every, before=still_owned),
+                             log_hook=Log(writer, config.log_every), metrics=metrics,
+                             name=name or config.experiment,
                              stop_every=1 if jax.process_count() == 1 else config.log_every)
         finally:
             checkpointer.close()
             if writer:
                 writer.close()
+        if online:
+            batches.finish()
     return state
 
 

@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import pathlib
-import signal
+import stat
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -20,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.runtime import storage
-from experiments.runtime.loop import Stopped
+from experiments.runtime.signals import Stopped, signals
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +27,10 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[2]  # the folder of `experim
 NOTHING_WRITTEN = 'nothing was written; run the same command again'  # for `main`'s `stopped`
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
+
+
+class DamagedConfig(ValueError):
+    """A work directory's config.json is not what was written."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +54,8 @@ def parser(description: str, *, config: str | None = None) -> argparse.ArgumentP
     p.add_argument('--distributed', action='store_true',
                    help='join the other processes of this job (TPU pod, SLURM, GKE or Open MPI are detected)')
     p.add_argument('--compilation_cache', metavar='DIR', default=os.environ.get('JAX_COMPILATION_CACHE_DIR'),
-                   help='keep compiled programs here between runs')
+                   help='keep compiled programs here between runs; they are run as they lie there, so let nobody else '
+                        'write to it')
     return p
 
 
@@ -197,16 +201,25 @@ def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     if not path.exists():
         raise ValueError(f'{workdir}: no config.json there; give the --workdir of a training run')
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text(), object_hook=_tuples))
-    except ValueError as error:
-        raise ValueError(f'{path}: damaged ({error}); run its training command again') from None
+        fields = json.loads(path.read_text(), object_hook=_tuples)
+        if not isinstance(fields, Mapping):
+            raise ValueError(f'holds a {type(fields).__name__}')
+        return ml_collections.ConfigDict(fields)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedConfig(f'{path}: damaged ({error}); the command that the run was started with writes it '
+                            'anew') from None
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
     """Raises a ValueError if `workdir` holds a run of another kind; warns of fields that have changed since."""
     if not (storage.resolve(workdir) / 'config.json').exists():
         return
-    before, now = (_flat(c.to_dict()) for c in (read_config(workdir), config))
+    try:
+        before = read_config(workdir)
+    except DamagedConfig as error:
+        log.warning('%s (this command does)', error)
+        return
+    before, now = (_flat(c.to_dict()) for c in (before, config))
     if before.get('experiment') != now['experiment']:
         raise ValueError(f'{workdir}: holds a run of experiment={before.get("experiment")!r}, not '
                          f'{now["experiment"]!r}; choose another --workdir')
@@ -230,24 +243,21 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
 
 
-@contextlib.contextmanager
-def stop_on_signal(message: str, status: int | None) -> Iterator[None]:
-    """SIGTERM and SIGINT raise `Stopped` inside the block, wherever it is. A second signal is not caught.
-
-    `runtime.loop` has a gentler way, which it puts in place while it runs.
-    """
-    def stop(number, frame):
-        for n, handler in previous.items():
-            signal.signal(n, handler or signal.SIG_DFL)
-        raise Stopped(f'stopped by signal; {message}', 128 + number if status is None else status)
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for n, handler in previous.items():
-            signal.signal(n, handler or signal.SIG_DFL)
+def log_to_stderr() -> None:
+    """Shows this project's messages from INFO on, a line each; those of other libraries from WARNING, or ERROR, on."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if type(handler) is logging.StreamHandler:  # Orbax's imports put one there, at WARNING; a test's are subclasses
+            root.removeHandler(handler)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter('%(levelname).1s %(message)s'))
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    for project in ('__main__', 'experiments', 'dlc_jax', 'rlhf_jax'):
+        logging.getLogger(project).setLevel(logging.INFO)
+    logging.getLogger('jax._src').setLevel(logging.ERROR)
+    for noisy in ('absl', 'orbax'):  # they log the traceback of every exception that is reported here in one line
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 def main(command: Callable[[], None], *, stopped: str = 'run the same command to continue',
@@ -259,11 +269,9 @@ def main(command: Callable[[], None], *, stopped: str = 'run the same command to
         stopped: what to tell somebody who stopped it by a signal.
         status: exit status then. None: 128 + the signal's number, for commands that have nothing to show for it.
     """
-    logging.basicConfig(level=logging.INFO, format='%(levelname).1s %(message)s')
-    for noisy in ('absl', 'orbax', 'jax._src', 'tensorboardX'):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    log_to_stderr()
     try:
-        with stop_on_signal(stopped, status):
+        with signals.watched(), signals.raising(stopped, status):
             command()
     except Stopped as stop:
         print(stop.message, file=sys.stderr)
@@ -289,5 +297,9 @@ def initialize(args: argparse.Namespace) -> None:
         log.warning('--compilation_cache is left off: programs for several CPU devices may hang when read back')
         jax.config.update('jax_compilation_cache_dir', None)
         return
+    place = pathlib.Path(args.compilation_cache)
+    if place.is_dir() and place.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        log.warning('--compilation_cache=%s: others can write there, and the programs in it are run; keep it to '
+                    'yourself (chmod go-w)', place)
     jax.config.update('jax_compilation_cache_dir', args.compilation_cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

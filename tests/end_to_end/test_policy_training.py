@@ -19,7 +19,8 @@ from configs.rlhf import base
 from experiments import train
 from experiments.rlhf.models import architecture
 from experiments.rlhf.policy import experiment as policy, rollouts
-from experiments.runtime import loop, optim, partition
+from experiments.runtime import optim, partition
+from experiments.runtime.signals import Stopped
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.metrics import read_metrics
@@ -469,7 +470,7 @@ def test_killed_and_resumed_is_bit_identical(mode, trained, tmp_path):
 def test_stopped_by_a_signal_and_resumed(trained, tmp_path):
     config = config_of(**{k: v for k, v in STALE.items() if k != 'count'})
     stop = lambda n, state, metrics: os.kill(os.getpid(), signal.SIGTERM) if n == 2 else None
-    with pytest.raises(loop.Stopped, match='0'):
+    with pytest.raises(Stopped, match='0'):
         train.train(config, tmp_path, mesh=devices(2, data=2), hooks=[stop])
     assert_equal(jax.device_get(train.train(config, tmp_path, mesh=devices(2, data=2))), trained(**STALE)[0])
 
@@ -510,7 +511,8 @@ def test_devices_apart():
 def generator_process(workdir):
     env = os.environ | {'PYTHONPATH': f'{TESTS.parents[1]}{os.pathsep}{TESTS}', 'JAX_PLATFORMS': 'cpu',
                         'JAX_NUM_CPU_DEVICES': '1'}
-    return subprocess.Popen([sys.executable, '-m', 'experiments.generate', f'--workdir={workdir}', '--wait=120'],
+    flags = [f'--workdir={workdir}', '--trust', '--wait=120']
+    return subprocess.Popen([sys.executable, '-m', 'experiments.generate', *flags],
                             cwd=TESTS.parents[1], env=env)
 
 

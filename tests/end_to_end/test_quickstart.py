@@ -7,7 +7,7 @@ import pytest
 
 from configs.dlc import quickstart as config_lib
 from experiments.quickstarts import dlc as quickstart
-from experiments.runtime import loop, modules, stages
+from experiments.runtime import modules, signals, stages
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
 
@@ -65,8 +65,8 @@ def test_interrupted_at_two_stages_the_numbers_are_the_same(uninterrupted, tmp_p
                                                                   'report.html'))
     config, taken = config_lib.get_config('tiny'), iter(range(1, 100))
     with monkeypatch.context() as patch:
-        patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == 3)
-        with pytest.raises(loop.Stopped) as stop:
+        patch.setattr(signals.Signals, 'agreed', lambda self: next(taken) == 3)
+        with pytest.raises(signals.Stopped) as stop:
             quickstart.run(config, workdir)
     assert 'run the same command to continue' in stop.value.message
 

@@ -6,7 +6,7 @@ import pytest
 
 from configs.rlhf import quickstart as config_lib
 from experiments.quickstarts import rlhf as quickstart
-from experiments.runtime import loop
+from experiments.runtime import signals
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +44,8 @@ def test_interrupted_in_an_asynchronous_run_the_numbers_are_the_same(uninterrupt
     shutil.copytree(whole, again, ignore=shutil.ignore_patterns('asynchronous_1', 'metrics.json', 'report.html'))
     config, taken = config_lib.get_config('tiny'), iter(range(1, 100))
     with monkeypatch.context() as patch:
-        patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == 4)
-        with pytest.raises(loop.Stopped) as stop:
+        patch.setattr(signals.Signals, 'agreed', lambda self: next(taken) == 4)
+        with pytest.raises(signals.Stopped) as stop:
             quickstart.run(config, again)
     assert 'asynchronous_1: stopped by signal at step 4 of 6' in stop.value.message
     assert not (again / 'metrics.json').exists()

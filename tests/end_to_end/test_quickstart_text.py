@@ -7,7 +7,7 @@ import pytest
 
 from configs.dlc import quickstart_text as config_lib
 from experiments.quickstarts import text_to_image as quickstart
-from experiments.runtime import loop
+from experiments.runtime import signals
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
 
@@ -44,8 +44,8 @@ def test_interrupted_while_the_text_model_trains_the_numbers_are_the_same(uninte
     (again / 'samples' / 'text_0.npz').unlink()
     config, taken = config_lib.get_config('tiny'), iter(range(1, 100))
     with monkeypatch.context() as patch:
-        patch.setattr(loop.StopSignal, 'agreed', lambda self: next(taken) == 3)
-        with pytest.raises(loop.Stopped):
+        patch.setattr(signals.Signals, 'agreed', lambda self: next(taken) == 3)
+        with pytest.raises(signals.Stopped):
             quickstart.run(config, again)
     assert not (again / 'metrics.json').exists()
     assert quickstart.run(config, again) == metrics

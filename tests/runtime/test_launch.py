@@ -8,7 +8,7 @@ import jax
 import ml_collections
 import pytest
 
-from experiments.runtime import launch
+from experiments.runtime import launch, signals
 
 DIGITS = 'configs/dlc/generator_digits.py'
 
@@ -136,8 +136,8 @@ def test_a_second_signal_is_not_caught():
     caught = []
     try:
         signal.signal(signal.SIGTERM, lambda *unused: caught.append(1))
-        with pytest.raises(launch.Stopped) as stopped:
-            with launch.stop_on_signal('go on', None):
+        with pytest.raises(signals.Stopped) as stopped:
+            with signals.signals.raising('go on', None):
                 try:
                     os.kill(os.getpid(), signal.SIGTERM)
                 finally:

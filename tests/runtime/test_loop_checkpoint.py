@@ -3,6 +3,9 @@ import json
 import os
 import resource
 import signal
+import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +13,24 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.runtime import loop, partition
+from experiments.runtime import checkpoint, loop, partition, prefetch
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
+from experiments.runtime.hooks import PENDING, Log, Metrics, Save
 from experiments.runtime.metrics import MetricsWriter, read_metrics
+from experiments.runtime.prefetch import Prefetch
+from experiments.runtime.signals import Stopped
 from experiments.runtime.state import TrainState
 
 TX = optax.adam(1e-2)
 WIDTH = 2048  # 32 KiB of weights: more than the file-size limit of the full-disk test
+
+
+@pytest.fixture(autouse=True, params=['synchronous', 'asynchronous'])
+def saving(request, monkeypatch):
+    """Accelerators save beside the steps that follow; every test of saving and stopping runs that way as well."""
+    monkeypatch.setenv(checkpoint.ASYNCHRONOUS, '1' if request.param == 'asynchronous' else '0')
+    return request.param
 
 
 class Stream:
@@ -58,20 +71,21 @@ def step(state, batch):
                          opt_state=opt_state), {'loss': loss}
 
 
-def start(directory, *, stream=None, every=4, hooks=(), num_steps=10):
+def start(directory, *, stream=None, every=4, hooks=(), num_steps=10, log_every=3):
     """One call of a training command: restore or initialise, then run."""
     checkpointer = Checkpointer(directory / 'checkpoints', keep=3)
     restored = checkpointer.restore(jax.eval_shape(init, jax.random.key(0)))
-    batches = loop.Prefetch(stream or Stream(), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    first, state = 0, init(jax.random.key(0))
+    batches = Prefetch(stream or Stream(), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    first, state, metrics = 0, init(jax.random.key(0)), Metrics()
     if restored:
         first, state, position = restored
+        metrics = Metrics(position.pop(PENDING))
         checkpointer.delete_after(first)
         batches.set_state(position)
-    writer = MetricsWriter(directory, from_step=first, tensorboard=False)
+    writer = MetricsWriter(directory, from_step=first, pending=metrics.names, tensorboard=False)
     try:
-        return first, loop.run(state, step, batches, hooks, num_steps, save=loop.Save(checkpointer, batches, every),
-                               log_hook=loop.Log(writer, 2))
+        return first, loop.run(state, step, batches, hooks, num_steps, save=Save(checkpointer, batches, every),
+                               log_hook=Log(writer, log_every), metrics=metrics)
     finally:
         checkpointer.close()
         writer.close()
@@ -81,6 +95,10 @@ def assert_same(a, b):
     key_data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     for name, leaf in partition.flatten(a).items():
         np.testing.assert_array_equal(key_data(leaf), key_data(partition.flatten(b)[name]), err_msg=name)
+
+
+def losses(directory):
+    return [(row['step'], row['loss']) for row in read_metrics(directory / 'metrics.jsonl')]
 
 
 class Kill(Exception):
@@ -94,27 +112,83 @@ def kill_at(n):
     return hook
 
 
-@pytest.mark.parametrize('killed_at', [1, 5, 9])
-def test_killed_run_continues_bit_for_bit(tmp_path, killed_at):
-    _, whole = start(tmp_path / 'whole')
+@pytest.mark.parametrize('killed_at, log_every', [(1, 3), (5, 3), (9, 3), (6, 5), (7, 1)])
+def test_killed_run_continues_bit_for_bit(tmp_path, killed_at, log_every):
+    """Also where a report that covers the step of the checkpoint was written after it."""
+    _, whole = start(tmp_path / 'whole', log_every=log_every)
     with pytest.raises(Kill):
-        start(tmp_path / 'cut', hooks=[kill_at(killed_at)])
-    first, resumed = start(tmp_path / 'cut')
+        start(tmp_path / 'cut', hooks=[kill_at(killed_at)], log_every=log_every)
+    first, resumed = start(tmp_path / 'cut', log_every=log_every)
     assert first == (killed_at - 1) // 4 * 4
     assert_same(whole, resumed)
-    rows = [[r['step'], r['loss']] for r in read_metrics(tmp_path / 'whole' / 'metrics.jsonl')]
-    assert [r[0] for r in rows] == sorted({r[0] for r in rows}) and rows[-1][0] == 10
+    assert losses(tmp_path / 'cut') == losses(tmp_path / 'whole')
+    assert [step for step, _ in losses(tmp_path / 'whole')] == {
+        1: [*range(1, 9), 10], 3: [2, 5, 8, 10], 5: [4, 10]}[log_every]
 
 
 def test_sigterm_saves_and_leaves(tmp_path):
     _, whole = start(tmp_path / 'whole')
     send = lambda step, state, metrics: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
-    with pytest.raises(loop.Stopped) as stopped:
+    with pytest.raises(Stopped) as stopped:
         start(tmp_path / 'cut', hooks=[send])
     assert stopped.value.code == 0 and 'step 6 of 10' in stopped.value.message
     first, resumed = start(tmp_path / 'cut')
     assert first == 6
     assert_same(whole, resumed)
+    assert losses(tmp_path / 'cut') == losses(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('at', [4, 8])
+def test_a_step_that_was_just_saved_is_not_saved_again(tmp_path, at):
+    """The hook saves step 4 and the signal asks for it once more; the run ends on step 8, which the hook would save."""
+    send = lambda step, state, metrics: os.kill(os.getpid(), signal.SIGTERM) if step == at else None
+    if at == 4:
+        with pytest.raises(Stopped, match='0'):
+            start(tmp_path, hooks=[send], num_steps=8)
+    else:
+        start(tmp_path, num_steps=8)
+    assert Checkpointer(tmp_path / 'checkpoints').steps()[-1] == at
+
+
+def test_what_is_saved_is_not_what_the_next_step_makes_of_it(tmp_path, saving):
+    """On the CPU the next step is given the very buffers that an asynchronous save would still read from."""
+    checkpointer = Checkpointer(tmp_path)
+    donating = jax.jit(lambda state: state.replace(params={'w': state.params['w'] * 0 - 1}), donate_argnums=0)
+    state = init(jax.random.key(0))
+    before = np.array(state.params['w'])
+    state = state.replace(ema=None)
+    checkpointer.save(1, state)
+    jax.block_until_ready(donating(state))
+    checkpointer.wait()
+    like = jax.eval_shape(init, jax.random.key(0)).replace(ema=None)
+    np.testing.assert_array_equal(checkpointer.restore(like)[1].params['w'], before)
+    checkpointer.close()
+
+
+def test_a_signal_while_a_batch_is_awaited_saves_and_leaves(tmp_path):
+    class Hanging(Stream):
+        def __next__(self):
+            if self.position == 6:
+                time.sleep(1)  # the loop catches up with the thread
+                os.kill(os.getpid(), signal.SIGTERM)
+                release.wait(60)
+            return super().__next__()
+    release = threading.Event()
+    _, whole = start(tmp_path / 'whole')
+    began = time.monotonic()
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(prefetch, 'CLOSE_SECONDS', 0.2)
+    try:
+        with pytest.raises(Stopped) as stopped:
+            start(tmp_path / 'cut', stream=Hanging())
+    finally:
+        monkey.undo()
+        release.set()
+    assert 'step 6 of 10, state saved' in stopped.value.message and time.monotonic() - began < 30
+    first, resumed = start(tmp_path / 'cut')
+    assert first == 6
+    assert_same(whole, resumed)
+    assert losses(tmp_path / 'cut') == losses(tmp_path / 'whole')
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -171,6 +245,8 @@ def test_full_disk_loses_nothing(tmp_path, caplog):
 
     def full_from_5(step, state, metrics):
         if step == 5:
+            while not (tmp_path / 'cut' / 'checkpoints' / '4').is_dir():  # an asynchronous save takes its time
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, hard))
 
     try:
@@ -192,6 +268,41 @@ def test_a_failing_stream_raises_in_the_loop(tmp_path):
             return super().__next__()
     with pytest.raises(OSError, match='shard 3 is gone'):
         start(tmp_path, stream=Broken())
+    assert Checkpointer(tmp_path / 'checkpoints').steps() == [3]  # what was computed is kept
+
+
+def test_a_stream_that_failed_while_its_queue_was_full_is_closed(tmp_path):
+    class Broken(Stream):
+        def __next__(self):
+            if self.position == 3:
+                failed.set()
+                raise OSError('shard 3 is gone')
+            return super().__next__()
+    failed = threading.Event()
+    batches = Prefetch(Broken(), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    next(batches)
+    assert failed.wait(30)
+    time.sleep(0.3)  # the thread has two batches in the queue and wants to put its error
+    closing = threading.Thread(target=batches.close, daemon=True)
+    closing.start()
+    closing.join(prefetch.CLOSE_SECONDS / 2)
+    assert not closing.is_alive()
+
+
+@pytest.mark.parametrize('where', ['stream', 'hook'])
+def test_code_that_exits_does_not_pass_for_a_finished_run(tmp_path, where):
+    class Exits(Stream):
+        def __next__(self):
+            if where == 'stream' and self.position == 6:
+                sys.exit(0)
+            return super().__next__()
+
+    def hook(n, state, metrics):
+        if where == 'hook' and n == 6:
+            sys.exit(0)
+    with pytest.raises(RuntimeError, match='asked to exit'):
+        start(tmp_path, stream=Exits(), hooks=[hook])
+    assert Checkpointer(tmp_path / 'checkpoints').steps()[-1] == (6 if where == 'stream' else 4)
 
 
 def test_a_hook_may_replace_the_state(tmp_path):
