@@ -17,6 +17,7 @@ JAX_STACK = [
 ]
 TEXT = [
     'tokenizers>=0.21',  # rlhf_jax.tokenizers.JsonTokenizer: tokenizer.json
+    'jinja2>=3.1.6',  # rlhf_jax.chat: chat templates; older sandboxes have holes
     'pyarrow>=17',  # rlhf_jax.tasks.rows: parquet and arrow files
 ]
 TRANSLATION = ['sacrebleu>=2.4']  # rlhf_jax.tasks.bleu.sacrebleu: BLEU as others report it
