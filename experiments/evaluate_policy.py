@@ -14,7 +14,7 @@ legacy_kl_perplexity, which published TL;DR tables call "KL" and which depends o
 """
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ import ml_collections
 
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models import flags
-from experiments.rlhf.models.inference import Policy
+from experiments.rlhf.models import tokenizer as tokenizer_lib
+from experiments.rlhf.models.inference import Policy, Prompt
 from experiments.rlhf.policy import evaluation, rewards
 from experiments.runtime import launch, storage
 from experiments.runtime.progress import bar
@@ -51,7 +52,11 @@ def main() -> None:
         if getattr(args, name):
             storage.check_writable(storage.resolve(getattr(args, name)).parent, f'--{name}')
     launch.initialize(args)
-    policy = flags.load(args.policy, args)
+    policy = flags.load(args.policy, args, config)
+    reference = flags.load(args.reference, args) if args.reference else None
+    if reference is not None:
+        tokenizer_lib.check_same_tokenizer(f'--reference={args.reference}', reference.tokenizer, reference.encode.name,
+                                           policy.encode)
     config = config or policy.config
     data = data_of(args, config)
     task = tasks.get(data, policy.encode)
@@ -64,7 +69,7 @@ def main() -> None:
     out, responses = evaluation.evaluate_policy(
         policy, prompts, rows, how, key=jax.random.key(args.seed), num_samples=args.num_samples,
         batch_size=args.batch_size, task=task, **scorers,
-        reference=flags.load(args.reference, args) if args.reference else None,
+        reference=reference,
         human_text=evaluation.human_text(task, data, args.split or data['heldout'], args.drift) if args.drift else '',
         progress=bar)
     out = {name: round(value, 6) if isinstance(value, float) else value for name, value in out.items()}
@@ -72,7 +77,7 @@ def main() -> None:
     if args.json:
         storage.write_json(args.json, out)
     if args.out:
-        storage.write_json_lines(args.out, flags.response_lines([{'prompt': prompt} for prompt in prompts], responses))
+        storage.write_json_lines(args.out, flags.response_lines([{'prompt': row['prompt']} for row in rows], responses))
 
 
 def data_of(args: argparse.Namespace, config: ml_collections.ConfigDict | None) -> dict[str, Any]:
@@ -91,33 +96,42 @@ def data_of(args: argparse.Namespace, config: ml_collections.ConfigDict | None) 
     return own | ({'path': args.path} if args.path else {}) | {'num_rows': 0}
 
 
-def fitting(policy: Policy, found: list[tasks.Prompt], task: tasks.Task, room: int,
-            longest: int) -> tuple[list[str], list[Mapping[str, Any]]]:
-    """Texts and rows of the prompts of at most `longest` tokens (0: the model's limit) that leave `room`.
+def fitting(policy: Policy, candidates: Sequence[tasks.Prompt], task: tasks.Task, room: int,
+            longest: int) -> tuple[list[Prompt], list[Mapping[str, Any]]]:
+    """Prompts and rows of those of at most `longest` tokens (0: the model's limit) that leave `room`.
+
+    One that is cut is given as ids: its text would not always become the same ones again.
 
     Raises:
         ValueError: there is none.
     """
     limit = policy.module.max_length - room
     limit = min(longest, limit) if longest else limit
-    prompts, rows = [], []
-    for prompt in found:
+    prompts: list[Prompt] = []
+    rows: list[Mapping[str, Any]] = []
+    for prompt in candidates:
         ids = policy.encode(prompt.text)
-        if len(ids) > limit and not task.cut_prompts:
-            continue
-        text = prompt.text if len(ids) <= limit else policy.tokenizer.decode(ids[-limit:])
-        prompts.append(text)
-        rows.append({'prompt': text} | dict(prompt.row))
+        if len(ids) <= limit:
+            prompts.append(prompt.text)
+            rows.append({'prompt': str(prompt.text)} | dict(prompt.row))
+        elif task.cut_prompts and limit > 0:
+            ids = policy.encode.cut(ids, limit)
+            prompts.append(ids)
+            rows.append({'prompt': policy.tokenizer.decode(ids)} | dict(prompt.row))
     if not prompts:
-        raise ValueError(f'none of {len(found)} prompts has at most {limit} tokens (--max_prompt, --max_new_tokens)')
-    if len(prompts) < len(found):
-        print(f'{len(found) - len(prompts)} of {len(found)} prompts have more than {limit} tokens and are left out')
+        raise ValueError(f'none of {len(candidates)} prompts has at most {limit} tokens (--max_prompt, '
+                         '--max_new_tokens)')
+    if len(prompts) < len(candidates):
+        print(f'{len(candidates) - len(prompts)} of {len(candidates)} prompts have more than {limit} tokens and are '
+              'left out')
     return prompts, rows
 
 
 def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | None, task: tasks.Task,
                data: Mapping[str, Any], policy: Policy, *, read: bool) -> dict[str, rewards.Reward]:
-    """`reward` and `gold`, as far as flags, config and task name them.
+    """Reward functions to report: from the flags, else from the run's config, else the task's own rule.
+
+    As in training, `reward.missing_eos` of the config stands in place of the reward of a response that does not end.
 
     Args:
         read: `config` comes from the policy's folder, not from the user.
@@ -125,20 +139,29 @@ def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | Non
     Raises:
         ValueError: a reward that cannot be had, or code that only such a folder names, without --trust.
     """
-    said = config is not None and config.get('reward') and data['task'] == config.data.task
-    names = {'reward': args.reward or (rewards.kind_of(config.reward) if said else 'task' if task.reward else ''),
-             'gold': args.gold or (config.reward.gold if said else 'task' if task.gold else '')}
+    uses_config = config is not None and config.get('reward') and data['task'] == config.data.task
+    if uses_config:
+        default = {'reward': rewards.kind_of(config.reward), 'gold': config.reward.gold}
+    else:
+        default = {'reward': 'task' if task.reward else '', 'gold': 'task' if task.gold else ''}
+    names = {'reward': args.reward or default['reward'], 'gold': args.gold or default['gold']}
     if read:
         rewards.check_code({f'reward.{name}': names[name] for name in names if not getattr(args, name)},
                            f'--policy={args.policy}', args.trust)
 
     def find(name):
-        model = lambda path: rewards.RewardModel(
-            path, policy.mesh, num_ids=policy.tokenizer.vocab_size, batch_size=args.batch_size,
-            dtype=args.dtype or '',
-            before_eos=args.gold_before_eos and name == 'gold')
+        def model(path):
+            tokenizer_lib.check_stage(f'--{name}', path, policy.encode)
+            return rewards.RewardModel(path, policy.mesh, num_ids=policy.tokenizer.vocab_size,
+                                       batch_size=args.batch_size, dtype=args.dtype or '',
+                                       before_eos=args.gold_before_eos and name == 'gold')
         return rewards.find(f'--{name}', names[name], task, data['task'], model, gold=name == 'gold')
-    return {name: find(name) for name in names if names[name]}
+
+    found = {name: find(name) for name in names if names[name]}
+    missing_eos = rewards.number('reward.missing_eos', config.reward.missing_eos) if uses_config else None
+    if 'reward' in found and missing_eos is not None:
+        found['reward'] = rewards.with_missing_eos(found['reward'], missing_eos)
+    return found
 
 
 if __name__ == '__main__':

@@ -9,12 +9,10 @@ published preferences of arXiv 2410.18252 were made with --before_eos.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from experiments.rlhf.data import texts
-from experiments.rlhf.models import loading
-from experiments.rlhf.models.tokenizer import open_tokenizer
+from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy.rewards import Completions, RewardModel
 from experiments.runtime import launch, storage
 from experiments.runtime import mesh as mesh_lib
@@ -23,20 +21,19 @@ from rlhf_jax.tasks import rows as rows_lib
 from rlhf_jax.tasks import tldr
 
 
-def score(gold: RewardModel, tokenizer: Any, rows: Sequence[Mapping[str, Any]], field: str, *, bos: bool = False,
+def score(gold: RewardModel, encode: texts.Encoder, rows: Sequence[Mapping[str, Any]], field: str, *,
           max_length: int = 0) -> np.ndarray:
     """Scores [N] of each prompt with its `field`, ended by EOS.
 
     Raises:
         ValueError: one is longer than `max_length` (0: than the model's context).
     """
-    encode = texts.encoder(ml_collections.ConfigDict(dict(bos=bos, tokenizer='--tokenizer')), tokenizer)
-    ids = [texts.joined(encode, tokenizer.eos, row['prompt'], row[field].removesuffix(tldr.END))[0] for row in rows]
+    ids = [texts.joined(encode, row['prompt'], row[field].removesuffix(tldr.END))[0] for row in rows]
     longest, limit = max(map(len, ids)), max_length or gold.max_length
     if longest > limit:
         raise ValueError(f'--pairs: row {[len(i) for i in ids].index(longest)}: prompt and {field} have {longest} '
                          f'tokens, more than {limit}')
-    tokens, mask = generate_lib.pad_prompts(ids, buckets=(longest,), pad_token=tokenizer.pad, left=False)
+    tokens, mask = generate_lib.pad_prompts(ids, buckets=(longest,), pad_token=encode.tokenizer.pad, left=False)
     return gold(Completions([row[field] for row in rows], rows, tokens, mask, np.ones(len(rows), bool)))
 
 
@@ -56,11 +53,18 @@ def main() -> None:
     rows = list(rows_lib.read(storage.resolve(args.pairs), tldr.PAIR_FIELDS, split=args.split))
     if not rows:
         raise ValueError(f'--pairs={args.pairs}: no rows')
-    own = launch.read_config(args.gold) if loading.is_run(args.gold) else None
-    tokenizer = open_tokenizer(args.tokenizer or (own.tokenizer if own else args.gold))
+    stage = tokenizer_lib.stage_of(args.gold)
+    if stage is None:
+        raise FileNotFoundError(f'--gold={args.gold}: no config.json there; give a reward_model run or a Hugging Face '
+                                'folder')
+    name = args.tokenizer or stage.name
+    tokenizer = tokenizer_lib.open_tokenizer(name)
+    # A folder without tokenizer files says nothing of a BOS: those of --tokenizer do.
+    encode = texts.Encoder(tokenizer, stage.bos if stage.is_run or stage.tokenizer else tokenizer.adds_bos, name)
+    tokenizer_lib.check_stage('--gold', args.gold, encode)
     gold = RewardModel(args.gold, mesh_lib.make_mesh({'data': -1}), num_ids=tokenizer.vocab_size,
                        batch_size=args.batch_size, before_eos=args.before_eos)
-    scores = [score(gold, tokenizer, rows, field, bos=bool(own and own.get('bos')), max_length=args.max_length)
+    scores = [score(gold, encode, rows, field, max_length=args.max_length)
               for field in ('chosen', 'rejected')]
     relabelled, agreement = tldr.relabel(rows, *scores)
     storage.write_json_lines(args.out, relabelled)

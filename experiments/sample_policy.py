@@ -2,38 +2,54 @@
 
     python -m experiments.sample --policy=RUN --prompt="3+4=" --num_samples=4 --temperature=0.7
     python -m experiments.sample --policy=HF_FOLDER --prompts=prompts.jsonl --max_new_tokens=256 --out=completions.jsonl
+    python -m experiments.sample --policy=HF_FOLDER --chat --system="Be brief." --prompt="Who wrote Emma?"
 
-RUN is the --workdir of an sft, dpo or policy run, HF_FOLDER weights with config.json and tokenizer.json. A line of
---prompts is {"prompt": "..."}; its other fields are kept. --out gets a line a response, with `completion`, `ended` and
-`logprob`, its log-probability in nats where tokens were drawn (greedy: 0).
+RUN is the --workdir of an sft, dpo or policy run, HF_FOLDER weights with config.json and tokenizer.json. A row of
+--prompts (.jsonl, .json, .parquet, also packed) is {"prompt": "..."}, or {"messages": [{"role": ..., "content": ...}]};
+its other fields are kept. With --chat a prompt is what a user says, and is asked under the chat template that the run
+was trained with, else under the tokenizer's own; messages always are. --out gets a line a response, with `completion`,
+`ended` and `logprob`, its log-probability in nats where tokens were drawn (greedy: 0).
 """
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from experiments.rlhf.data import tasks, texts
 from experiments.rlhf.models import flags
+from experiments.rlhf.models.inference import Policy
 from experiments.runtime import launch, storage
 from experiments.runtime.progress import bar
+from rlhf_jax.chat import Text
+from rlhf_jax.tasks import conversations
+from rlhf_jax.tasks import rows as rows_lib
 
 
 def main() -> None:
     p = flags.parser(__doc__)
     p.add_argument('--prompt', action='append', metavar='TEXT', help='may be repeated')
-    p.add_argument('--prompts', metavar='FILE', help='.jsonl')
+    p.add_argument('--prompts', metavar='FILE', help='.jsonl, or as the data of a run')
+    p.add_argument('--chat', action='store_true', help='prompts are what a user says, under the chat template')
+    p.add_argument('--system', metavar='TEXT', help='with --chat: what comes before the user')
+    p.add_argument('--chat_date', default='', metavar='YYYY-MM-DD', help="for chat templates that write today's date")
     p.add_argument('--out', metavar='FILE', help='.jsonl (default: print them)')
     args, _ = launch.parse(p)
     flags.check(args)
     if bool(args.prompt) == bool(args.prompts):
         raise ValueError('give either --prompt=TEXT or --prompts=FILE')
+    if args.system and not args.chat:
+        raise ValueError('--system: only with --chat')
     if args.out:
         storage.check_writable(storage.resolve(args.out).parent, '--out')
     rows = [{'prompt': text} for text in args.prompt] if args.prompt else read_prompts(args.prompts)
     launch.initialize(args)
     policy = flags.load(args.policy, args)
-    responses = policy.sample([row['prompt'] for row in rows], flags.sampling(policy, args, policy.config),
-                          jax.random.key(args.seed), batch_size=args.batch_size, num_samples=args.num_samples,
-                          progress=bar('prompts', len(rows), 'prompt'))
+    prompts = prompts_of(rows, policy, chat=args.chat, system=args.system, date=args.chat_date)
+    texts.count_spelled(policy.encode, prompts, '--prompts' if args.prompts else '--prompt')
+    responses = policy.sample(prompts, flags.sampling(policy, args, policy.config), jax.random.key(args.seed),
+                              batch_size=args.batch_size, num_samples=args.num_samples,
+                              progress=bar('prompts', len(rows), 'prompt'))
     lines = flags.response_lines(rows, responses)
     if args.out:
         storage.write_json_lines(args.out, lines)
@@ -44,28 +60,65 @@ def main() -> None:
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Rows with a `prompt` of a .jsonl.
+    """Rows with a `prompt` or `messages`.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; a line that is no JSON or has no prompt, with its number.
+        FileNotFoundError, ValueError: no such file; a row that has neither, with its number.
     """
     place = storage.resolve(path)
     if not place.exists():
         raise FileNotFoundError(f'--prompts={path}: no such file')
     rows = []
-    for number, line in enumerate(place.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row['prompt'], str) or not row['prompt']:
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'--prompts={path}: line {number} is not {{"prompt": "..."}}') from None
-        rows.append(row)
+    try:
+        for number, row in enumerate(rows_lib.read(place)):
+            said = row.get('prompt', row.get('messages'))
+            if not isinstance(said, (str, list)) or not said:
+                raise ValueError(f'{path}: row {number} is neither {{"prompt": "..."}} nor {{"messages": [...]}}')
+            rows.append(row)
+    except ValueError as error:
+        raise ValueError(f'--prompts={error}') from None
     if not rows:
         raise ValueError(f'--prompts={path}: empty')
     return rows
+
+
+def prompts_of(rows: Sequence[Mapping[str, Any]], policy: Policy, *, chat: bool = False, system: str | None = None,
+               date: str = '') -> list[Text]:
+    """What the policy continues: prompts as they are, conversations under a chat template.
+
+    Raises:
+        ValueError: a conversation without a chat template, or one that it does not take.
+    """
+    template, prompts = None, []
+    for number, row in enumerate(rows):
+        text = row.get('prompt')
+        if isinstance(text, str) and not chat:
+            prompts.append(text)
+            continue
+        template = template or template_of(policy, date)
+        first = [{'role': 'system', 'content': system}] if system else []
+        messages = [{'role': 'user', 'content': text}] if isinstance(text, str) else row.get('messages', text)
+        try:
+            prompts.append(template([*first, *messages], generate=True))
+        except ValueError as error:
+            raise ValueError(f'row {number}: {error}') from None
+    return prompts
+
+
+def template_of(policy: Policy, date: str) -> conversations.Template:
+    """The chat template that a run was trained with, else the tokenizer's own.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    data = policy.config.data if policy.config is not None and 'data' in policy.config else None
+    if data is not None and data.task in ('no_robots', 'chat'):
+        options = tasks.TASKS[data.task].OPTIONS | dict(data.options)
+        return conversations.Template(options['template'], policy.tokenizer, options['eos'], date or options['date'])
+    try:
+        return conversations.Template('tokenizer', policy.tokenizer, date=date)
+    except ValueError as error:
+        raise ValueError(f'--chat: {error}') from None
 
 
 if __name__ == '__main__':

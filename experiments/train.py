@@ -81,6 +81,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
     # ---- Mesh, model, data -------------------------------------------------------------------------------------------
     mesh = mesh or mesh_of(config)
     experiment = build(config, mesh)
+    config = experiment.config or config
     launch.check_workdir(config, workdir)
     storage.check_writable(workdir, '--workdir')
     abstract = jax.eval_shape(experiment.init, jax.random.key(config.seed))

@@ -54,6 +54,13 @@ class Chat:
 Text = str | Chat
 
 
+def concat(first: Text, second: Text) -> Text:
+    """Two texts as one, which is plain where both are."""
+    if isinstance(first, Chat):
+        return first + second
+    return Chat(typed(first)) + second if isinstance(second, Chat) else first + second
+
+
 def special(token: str) -> str:
     """`token` as `Chat.marked` has it."""
     return OPEN + token + CLOSE
@@ -69,6 +76,26 @@ def typed(text: str) -> str:
         if character in text:
             raise ValueError(f'text holds U+{ord(character):04X}, which Unicode gives to no character; take it out')
     return text
+
+
+def write(writer: Callable[[list[Message]], str], messages: Sequence[Message], special_tokens: Sequence[str], *,
+          has_bos: bool = False) -> Chat:
+    """What `writer` makes of a conversation, with its special tokens told from those that the messages spell.
+
+    Args:
+        writer: messages -> text, which copies what the messages say.
+        special_tokens: all of the tokenizer's.
+
+    Raises:
+        ValueError: a message holds one of the noncharacters that mark special tokens.
+    """
+    spelled = _pattern(tuple(special_tokens))
+    # The first character of what only looks like a special token is set apart until the writer has run.
+    guard = lambda text: spelled.sub(lambda m: m[0][0] + _TYPED + m[0][1:], typed(text)) if spelled else typed(text)
+    text = writer(_guarded(list(messages), guard))
+    if spelled:
+        text = spelled.sub(lambda m: special(m[0]), text)
+    return Chat(text.replace(_TYPED, ''), has_bos)
 
 
 def render(template: str, messages: Sequence[Message], *, special_tokens: Sequence[str], names: Mapping[str, str],
@@ -87,22 +114,18 @@ def render(template: str, messages: Sequence[Message], *, special_tokens: Sequen
         ValueError: a template that cannot be read, or that refuses the messages.
         ImportError: no jinja2.
     """
-    spelled = _pattern(tuple(special_tokens))
-    # The first character of what only looks like a special token is set apart until the template has run.
-    guard = lambda text: spelled.sub(lambda m: m[0][0] + _TYPED + m[0][1:], typed(text)) if spelled else typed(text)
-    context: dict[str, Any] = dict(names, messages=_guarded(list(messages), guard), add_generation_prompt=generate,
-                                   tools=None, documents=None)
+    context: dict[str, Any] = dict(names, add_generation_prompt=generate, tools=None, documents=None)
     if date:
         context['strftime_now'] = _day(date).strftime
-    try:
-        text = _compiled(template).render(context)
-    except ImportError:
-        raise
-    except Exception as error:  # templates are programs: they may fail in any way
-        raise ValueError(f'chat template: {str(error) or type(error).__name__}') from None
-    if spelled:
-        text = spelled.sub(lambda m: special(m[0]), text)
-    return Chat(text.replace(_TYPED, ''), has_bos=True)
+
+    def writer(messages):
+        try:
+            return _compiled(template).render(context | {'messages': messages})
+        except ImportError:
+            raise
+        except Exception as error:  # templates are programs: they may fail in any way
+            raise ValueError(f'chat template: {str(error) or type(error).__name__}') from None
+    return write(writer, messages, special_tokens, has_bos=True)
 
 
 def _day(date: str) -> datetime.date:

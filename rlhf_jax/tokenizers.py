@@ -109,7 +109,7 @@ class WordTokenizer:
 class JsonTokenizer:
     """`tokenizer.json` as Hugging Face writes it, read by the `tokenizers` library.
 
-    Which tokens are bos, eos and pad its neighbours `tokenizer_config.json` and `special_tokens_map.json` say, or, where
+    Its neighbours `tokenizer_config.json` and `special_tokens_map.json` say which tokens are bos, eos and pad; where
     they do not, `generation_config.json` and `config.json`.
 
     Args:
@@ -148,7 +148,8 @@ class JsonTokenizer:
         self.names = _names(path.parent, settings) | {
             name: token for name, token in (('bos_token', bos), ('eos_token', eos), ('pad_token', pad)) if token}
         ids, ends = _ids_of_model(path.parent)
-        self.bos, self.eos, self.pad = (self._named(path, name, ids) for name in ('bos_token', 'eos_token', 'pad_token'))
+        self.bos, self.eos, self.pad = (self._named(path, name, ids)
+                                        for name in ('bos_token', 'eos_token', 'pad_token'))
         self.pad = self.eos if self.pad is None else self.pad
         self.stops = tuple(dict.fromkeys(i for i in (self.eos, *ends) if i in self.tokens))
         self.adds_bos = self._begins_with_bos(path, settings)
@@ -261,6 +262,21 @@ class JsonTokenizer:
                         'post-processor is followed, as transformers 5 does; bos=True or False decides', path,
                         'adds a' if begins else 'adds no', str(asked).lower())
         return begins
+
+
+def set_bos(folder: pathlib.Path, tokenizer: JsonTokenizer, bos: bool) -> None:
+    """Changes the files of `tokenizer` in `folder` so that whoever reads them begins texts with BOS, or does not."""
+    path = folder / 'tokenizer.json'
+    token, saved = tokenizer.names.get('bos_token'), read_json(path)
+    sequence = lambda name, kind: {'Sequence': {'id': name, 'type_id': kind}}
+    first = {'SpecialToken': {'id': token, 'type_id': 0}}
+    saved['post_processor'] = {
+        'type': 'TemplateProcessing', 'single': [first, sequence('A', 0)],
+        'pair': [first, sequence('A', 0), sequence('B', 1)],
+        'special_tokens': {token: {'id': token, 'ids': [tokenizer.bos], 'tokens': [token]}}} if bos else None
+    path.write_text(json.dumps(saved, ensure_ascii=False), encoding='utf-8')
+    settings = _read_object(folder / 'tokenizer_config.json') | {'add_bos_token': bos}
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings, indent=1), encoding='utf-8')
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ HEAVY = {'tensorflow', 'torch', 'wandb', 'transformers', 'diffusers'}
 LIBRARY = {'jax', 'flax', 'optax', 'chex', 'numpy'}
 EXTRA = {'dlc_jax/preprocess.py': {'PIL'}, 'dlc_jax/ssl/augment.py': {'PIL'},
          'rlhf_jax/rollout/publish.py': {'safetensors'}, 'rlhf_jax/weights/files.py': {'safetensors'},
-         'rlhf_jax/tokenizers.py': {'tokenizers'},
+         'rlhf_jax/tokenizers.py': {'tokenizers'}, 'rlhf_jax/chat.py': {'jinja2'},
          'rlhf_jax/tasks/rows.py': {'pyarrow'}, 'rlhf_jax/tasks/bleu.py': {'sacrebleu'}}
 # The two libraries share LLaDA, which is LLaMA without the causal mask, the machinery that converts weights, and what
 # transformers and samplers of either kind consist of: scanned blocks, rotary positions, draws by inversion.

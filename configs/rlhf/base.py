@@ -32,7 +32,8 @@ def _language(experiment: str, **sections) -> ConfigDict:
         model=model('gpt_neox', '410m'),
         lora=dict(rank=0, alpha=32.0, targets=()),  # 0: train all weights; path regexes, (): the model's own
         tokenizer='bytes',  # bytes | a tokenizer.json or its folder
-        bos=False,  # every text begins with the tokenizer's BOS
+        # Whether texts begin with BOS; None: as those of the run in `weights`, else as the tokenizer's files say.
+        bos=config_dict.placeholder(bool),
         weights='',  # to start from: a Hugging Face folder, or the work directory of an earlier stage; '': fresh
         adapter='',  # of PEFT, a folder: merged into `weights` before anything else
         data=dict(

@@ -37,6 +37,7 @@ class Experiment:
         sampler: (params, key) -> samples (of an encoder: codes of random images) as one program, for compile checks.
         sampler_program: devices -> (jitted sampler, its abstract arguments, their mesh), for the same where sampling
             has a layout of its own.
+        config: the config as it is saved with the run, where files have decided something that it left open.
         hooks: writer of metrics (None in all processes but the first) -> hooks of its own, such as an evaluation.
     """
     init: Callable[[jax.Array], TrainState]
@@ -50,6 +51,7 @@ class Experiment:
     sampler: Callable[[Any, jax.Array], Any] | None = None
     sampler_program: Callable[[Sequence[jax.Device]], tuple[Any, tuple, Mesh]] | None = None
     hooks: Callable[[MetricsWriter | None], Sequence[loop.Hook]] = lambda writer: ()
+    config: ml_collections.ConfigDict | None = None
 
 
 LEAST = {'num_steps': 1, 'batch_size': 1, 'accumulate': 1, 'log_every': 1, 'checkpoint_every': 0, 'keep_checkpoints': 1}

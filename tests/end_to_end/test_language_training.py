@@ -266,7 +266,7 @@ def test_mistakes_are_told_before_anything_is_compiled(tmp_path):
     with pytest.raises(ValueError, match='max_length=20: all 48 pairs are longer'):
         train.build(config_of('dpo', max_length=20), one_device()).open_batches()
     with pytest.raises(ValueError, match='bos=True, but'):
-        texts.encoder(config_of('sft', bos=True), type('NoBos', (), {'bos': None}))
+        texts.Encoder(type('NoBos', (), {'bos': None}), bos=True)
 
 
 # ---- Held-out data, and whether it learns ----------------------------------------------------------------------------

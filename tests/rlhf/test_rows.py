@@ -1,10 +1,12 @@
 import gzip
 import json
 import lzma
+import os
+import random
 
 import pytest
 
-from rlhf_jax.tasks import rows
+from rlhf_jax.tasks import rows, text_files
 
 ROWS = [{'text': 'a\u0085b', 'label': 1}, {'text': 'é', 'label': 0}]
 
@@ -97,3 +99,107 @@ def test_parallel_text(tmp_path):
         rows.read_parallel({'en': en, 'de': write(tmp_path / 'b.de', ['ein Hund'])})
     with pytest.raises(ValueError, match="c.de: row 1: 'de' is empty"):
         rows.read_parallel({'en': en, 'de': write(tmp_path / 'c.de', ['ein Hund', ' '])})
+
+
+def test_line_ends_of_unicode_and_byte_order_marks(tmp_path):
+    texts = [{'text': 'a\u2028b\u2029c\u0085d\x0b\x0c\x1ce'}, {'text': 'plain'}]
+    raw = '\r\n'.join(json.dumps(row, ensure_ascii=False) for row in texts).encode('utf-8-sig')
+    (tmp_path / 'a.jsonl').write_bytes(raw)
+    assert list(rows.read(tmp_path / 'a.jsonl', ('text',))) == texts
+    (tmp_path / 'a.json').write_bytes(json.dumps(texts).encode('utf-8-sig'))
+    assert list(rows.read(tmp_path / 'a.json')) == texts
+    (tmp_path / 'en').write_bytes('a\u2028b\r\nc\r\n'.encode('utf-8-sig'))
+    assert rows.read_parallel({'en': tmp_path / 'en'}) == [{'en': 'a\u2028b'}, {'en': 'c'}]
+
+
+@pytest.mark.parametrize('line,message', [
+    (b'{"text": "cut \\ud83d"}', "field 'text' holds U+D83D, half of a surrogate pair"),
+    (b'{"text": "a", "more": {"x": ["\\uDE00"]}}', "field 'x' holds U+DE00"),
+    (b'{"text": "\xff"}', 'is not UTF-8: byte 0xff at 10'),
+    (b'[' * 100_000, 'nested too deeply'),
+    (b'{"text": ' + b'9' * 5000 + b'}', 'digits')], ids=['surrogate', 'inner', 'latin', 'deep', 'digits'])
+def test_a_bad_line_is_named_or_skipped(tmp_path, line, message):
+    path = tmp_path / 'a.jsonl'
+    path.write_bytes(b'{"text": "whole \\ud83d\\ude00"}\n' + line + b'\n{"text": "b"}\n')
+    with pytest.raises(rows.BadRow, match='a.jsonl: row 1: ') as error:
+        list(rows.read(path, ('text',)))
+    assert message in str(error.value)
+    bad = []
+    assert list(rows.read(path, ('text',), bad=bad)) == [{'text': 'whole 😀'}, {'text': 'b'}] and len(bad) == 1
+
+
+def test_files_that_are_not_whole_or_not_what_they_are_called(tmp_path):
+    packed = gzip.compress(b'{"text": "a"}\n' * 1000)
+    for name, raw, message in (
+            ('cut.jsonl.gz', packed[:-20], 'is no whole .gz file'),
+            ('plain.jsonl.gz', b'{"text": 1}', 'is no whole .gz file'),
+            ('plain.jsonl.xz', b'{"text": 1}', 'is no whole .xz file'), ('cut.json.gz', packed[:50], 'is no whole .gz'),
+            ('wide.jsonl', '{"text": "a"}'.encode('utf-16'), 'is UTF-16; save it as UTF-8'),
+            ('latin.json', b'["\xe9"]', 'is not UTF-8'), ('deep.json', b'[' * 100_000, 'nested too deeply'),
+            ('a.parquet', b'PAR1 no', 'cannot be read as parquet'), ('a.arrow', b'', 'cannot be read as arrow')):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(ValueError) as error:
+            list(rows.read(tmp_path / name))
+        assert str(tmp_path / name) in str(error.value) and message in str(error.value)
+    (tmp_path / 'en').write_bytes(b'a\n\xff\n')
+    with pytest.raises(ValueError, match='en: row 1: is not UTF-8'):
+        rows.read_parallel({'en': tmp_path / 'en'})
+
+
+def test_a_line_without_end_takes_no_more_memory_than_a_long_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, '_LONGEST_LINE', 1000)
+    path = tmp_path / 'bomb.jsonl.gz'
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' + b'0' * 10 ** 6))
+    with pytest.raises(ValueError, match='bomb.jsonl.gz: a line has more than 1,000 bytes'):
+        list(rows.read(path))
+    monkeypatch.setattr(text_files, '_LONGEST_FILE', 1000)
+    path.rename(tmp_path / 'bomb.json.gz')
+    with pytest.raises(ValueError, match='read as a whole has more than 1,000 bytes'):
+        list(rows.read(tmp_path / 'bomb.json.gz'))
+
+
+@pytest.mark.parametrize('text', [
+    '[' * 100_000, '3', '{}', '{"_data_files": 3}', '{"_data_files": []}', '{"_data_files": [3]}',
+    '{"_data_files": [{"filename": 7}]}', '{"_data_files": [{"filename": "."}]}',
+    '{"_data_files": [{"filename": ".."}]}',
+    '{"_data_files": [{"filename": "/etc/passwd"}]}', '{"_data_files": [{"filename": "../x.arrow"}]}',
+    '{"_data_files": [{"filename": "pipe.arrow"}]}', '{"_data_files": [{"filename": "a\\u0000"}]}',
+    '{"splits": ["."]}', '{"splits": [3]}', '{"splits": {}}', '{"splits": ["../x"]}', '{"splits": ["missing"]}'])
+def test_indices_of_saved_folders(tmp_path, text):
+    os.mkfifo(tmp_path / 'pipe.arrow')
+    name = 'dataset_dict.json' if 'splits' in text else 'state.json'
+    (tmp_path / name).write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=name):
+        list(rows.read(tmp_path))
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.json', 'a.jsonl.gz', 'a.jsonl.xz', 'a.parquet', 'a.arrow'])
+def test_damaged_files_are_one_line_that_names_them(tmp_path, name):
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet as pq
+    table, path, draw = pa.Table.from_pylist(ROWS * 20), tmp_path / name, random.Random(name)
+    if name == 'a.parquet':
+        pq.write_table(table, path)
+    elif name == 'a.arrow':
+        with pa.OSFile(str(path), 'wb') as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        write(path, [json.dumps(ROWS * 20)] if name == 'a.json' else ROWS * 20)
+    whole, faults = path.read_bytes(), 0
+    for trial in range(120):
+        raw = bytearray(whole)
+        if trial % 3 == 0:
+            del raw[draw.randrange(len(raw)):]
+        elif trial % 3 == 1:
+            for _ in range(3):
+                raw[draw.randrange(len(raw))] = draw.randrange(256)
+        else:
+            place = draw.randrange(len(raw))
+            raw[place:place + draw.randrange(8)] = draw.randbytes(draw.randrange(8))
+        path.write_bytes(raw)
+        try:
+            list(rows.read(path, ('text',)))
+        except ValueError as error:
+            assert str(path) in str(error), error
+            faults += 1
+    assert faults > 20

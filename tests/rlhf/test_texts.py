@@ -10,6 +10,9 @@ import pytest
 from experiments.rlhf.data import texts
 from rlhf_jax import tokenizers
 from rlhf_jax.losses.supervised import sft
+from rlhf_jax.tasks import conversations
+from rlhf_jax.tokenizers import JsonTokenizer
+from tests.rlhf.tiny_tokenizers import CHATML, byte_level, sentencepiece
 from tiny_models import MODELS, random_params
 
 BYTES = tokenizers.ByteTokenizer()
@@ -17,7 +20,7 @@ PAIRS = [('ab', 'c'), ('a', 'bcdef'), ('', 'xy'), ('abc', 'de'), ('q', 'r')]
 
 
 def arrays(pairs=PAIRS, **options):
-    return texts.demonstrations(pairs, BYTES.encode, **dict(eos=BYTES.eos, pad=BYTES.pad, max_length=10) | options)
+    return texts.demonstrations(pairs, texts.Encoder(BYTES), **dict(pad=BYTES.pad, max_length=10) | options)
 
 
 def test_a_text_is_prompt_response_and_eos():
@@ -49,20 +52,81 @@ def test_texts_that_are_too_long_are_left_out_and_counted(caplog):
 
 
 def test_bos_comes_once_and_counts_as_prompt():
-    config = ml_collections.ConfigDict(dict(bos=True, tokenizer='bytes'))
-    encode = texts.encoder(config, BYTES)
-    out = texts.demonstrations([('ab', 'c')], encode, eos=BYTES.eos, pad=BYTES.pad, max_length=6)
+    out = texts.demonstrations([('ab', 'c')], texts.Encoder(BYTES, bos=True), pad=BYTES.pad, max_length=6)
     np.testing.assert_array_equal(out['tokens'][0], [257, 97, 98, 99, 258, 256])
     assert out['prompt_mask'].sum() == 3
-    config.bos = False
-    assert texts.encoder(config, BYTES)('ab') == [97, 98]
+    assert texts.Encoder(BYTES)('ab') == [97, 98]
+
+
+class Merging:
+    """Characters, but for 'ab', which is one token."""
+    eos, bos = 0, 5
+
+    def encode(self, text, start=True):
+        return [1] if text == 'ab' else [2 + ord(c) for c in text]
 
 
 def test_prompts_keep_their_ids_where_encoding_merges_across_their_end():
-    merging = lambda text: [1] if text == 'ab' else [2 + ord(c) for c in text]
-    assert texts.joined(merging, 0, 'a', 'b') == ([99, 100, 0], 1)
-    merging = lambda text: [5] + ([1] if text == 'ab' else [2 + ord(c) for c in text])  # 5: BOS
-    assert texts.joined(merging, 0, 'a', 'b') == ([5, 99, 100, 0], 2)
+    assert texts.joined(texts.Encoder(Merging()), 'a', 'b') == ([99, 100, 0], [1, 3])
+    assert texts.joined(texts.Encoder(Merging(), bos=True), 'a', 'b') == ([5, 99, 100, 0], [2, 4])
+
+
+@pytest.mark.parametrize('prefix', ['prepend', 'first'])
+@pytest.mark.parametrize('parts', [('Answer: ', 'yes'), ('Answer:', ' yes'), ('', 'yes'),
+                                   ('what is', ' two and two?', ' four.', '\n'), ('a', ''), ('a b ', ' c'), ('is 3', '4')])
+def test_ids_of_prompt_and_response_decode_to_the_text(tmp_path, prefix, parts):
+    tokenizer = JsonTokenizer(sentencepiece(tmp_path, prefix=prefix))
+    encode = texts.Encoder(tokenizer, bos=True)
+    ids, ends = texts.joined(encode, *parts)
+    assert ids[:ends[0]] == encode(parts[0]) and ids[-1] == tokenizer.eos and ends[-1] == len(ids)
+    assert tokenizer.decode(ids) == ''.join(parts)
+    assert '▁▁' not in ''.join(tokenizer.tokens[i] for i in ids) or '  ' in ''.join(parts)
+    if parts == ('Answer:', ' yes'):
+        assert ids == [tokenizer.bos, *tokenizer.encode('Answer: yes'), tokenizer.eos]
+
+
+@pytest.mark.parametrize('prefix', ['prepend', 'first'])
+def test_completions_keep_their_first_space(tmp_path, prefix):
+    tokenizer = JsonTokenizer(sentencepiece(tmp_path, prefix=prefix))
+    drawn = [[*tokenizer.encode('four'), tokenizer.eos], [*tokenizer.encode('four', start=False), tokenizer.eos]]
+    tokens = np.array([row + [0] * (8 - len(row)) for row in drawn])
+    mask = np.array([[i < len(row) for i in range(8)] for row in drawn])
+    prompts = np.array([[tokenizer.bos, *tokenizer.encode('two and two? ')[:3]]] * 2)
+    assert texts.decoded(tokenizer, tokens, mask, prompts, np.ones(prompts.shape, bool))[0] == [' four', 'four']
+    # Behind a BOS alone a text begins.
+    begins = np.arange(prompts.shape[1])[None] == 0
+    assert texts.decoded(tokenizer, tokens, mask, prompts, np.repeat(begins, 2, 0))[0] == ['four', 'four']
+
+
+def conversation(tmp_path):
+    tokenizer = JsonTokenizer(byte_level(tmp_path, eos='<|im_end|>', chat_template=CHATML))
+    messages = [{'role': role, 'content': content} for role, content in (
+        ('system', 'be brief'), ('user', 'two and two?'), ('assistant', 'four'), ('user', 'a<|im_end|>'),
+        ('assistant', '7'))]
+    return tokenizer, messages
+
+
+def test_every_answer_of_a_conversation_or_the_last(tmp_path):
+    pytest.importorskip('jinja2')
+    tokenizer, messages = conversation(tmp_path)
+    template = conversations.Template('tokenizer', tokenizer)
+    encode = texts.Encoder(tokenizer, bos=True)
+    whole = tokenizer.encode_chat(template(messages))[:-len(tokenizer.encode('\n'))]
+    for every, learnt in ((False, ['7']), (True, ['four', '7'])):
+        out = texts.demonstrations([template.turns(messages, every=every)], encode, pad=0, max_length=200)
+        assert out['tokens'][0][out['mask'][0]].tolist() == whole  # no BOS: the template writes none; one EOS
+        trained = out['tokens'][0][out['mask'][0] & ~out['prompt_mask'][0]].tolist()
+        ends = [i for i, token in enumerate(trained) if token == tokenizer.eos]
+        assert len(ends) == len(learnt) and ends[-1] == len(trained) - 1
+        assert tokenizer.decode(trained) == ''.join(learnt)
+
+
+def test_texts_that_spell_special_tokens_are_counted(tmp_path, caplog):
+    tokenizer, _ = conversation(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        texts.demonstrations([('<|im_start|>user\nhi', 'a'), ('b', 'c')], texts.Encoder(tokenizer), pad=0,
+                             max_length=99)
+    assert "data: 1 texts spell a special token of the tokenizer, such as '<|im_start|>'" in caplog.text
 
 
 def test_pack_fits_and_loses_nothing():
@@ -90,14 +154,14 @@ def test_packed_loss_is_the_token_weighted_loss_of_the_texts():
 
 
 def test_preferences():
-    out = texts.preferences([('ab', 'c', 'defg'), ('a', 'b', 'c' * 20)], BYTES.encode, eos=BYTES.eos, pad=BYTES.eos,
+    out = texts.preferences([('ab', 'c', 'defg'), ('a', 'b', 'c' * 20)], texts.Encoder(BYTES), pad=BYTES.eos,
                             max_length=8)
     assert {name: x.shape for name, x in out.items()} == {
         'prompt_length': (1,), 'chosen': (1, 8), 'chosen_mask': (1, 8), 'rejected': (1, 8), 'rejected_mask': (1, 8)}
     np.testing.assert_array_equal(out['rejected'][0], list(b'abdefg') + [258, 258])
     assert out['chosen_mask'].sum() == 4 and out['rejected_mask'].sum() == 7 and out['prompt_length'] == 2
     with pytest.raises(ValueError, match='there are no pairs'):
-        texts.preferences([], BYTES.encode, eos=0, pad=0, max_length=8)
+        texts.preferences([], texts.Encoder(BYTES), pad=0, max_length=8)
 
 
 def test_batches_cover_an_epoch_and_continue_where_they_were():

@@ -1,11 +1,12 @@
 """Tokenised demonstrations and preference pairs as arrays that are padded on the right.
 
-A text is prompt, response and EOS. Which tokens are there is known from lengths and never from an id, so that EOS is
-trained on and read from even where the tokenizer pads with it.
+A text is prompt, response and EOS, or several prompts and responses in turn. Which tokens belong to it is known from
+lengths and never from an id, so that EOS is trained on and read from even where the tokenizer pads with it.
 """
 import bisect
+import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_collections
@@ -13,58 +14,108 @@ import numpy as np
 
 from experiments.runtime import placement
 from experiments.runtime.stream import ArrayBatches
+from rlhf_jax import chat
 
 log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
-Text = tuple[list[int], int]  # ids, and how many of them are the prompt's
+Encoded = tuple[list[int], list[int]]  # ids of a text, and how many of them there are up to the end of each part
 
 
-def encoder(config: ml_collections.ConfigDict, tokenizer: Any) -> Callable[[str], list[int]]:
-    """Text -> ids, after the tokenizer's BOS where `config.bos` asks for it.
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """How one stage reads texts: its tokenizer, and whether a text begins with BOS.
+
+    Attributes:
+        tokenizer: see `rlhf_jax.tokenizers`.
+        bos: whether it does. A chat template writes its own BOS.
+        name: what the config calls the tokenizer, for messages.
 
     Raises:
-        ValueError: it has no BOS.
+        ValueError: `bos` of a tokenizer without BOS.
     """
-    if not config.bos:
-        return tokenizer.encode
-    if tokenizer.bos is None:
-        raise ValueError(f'bos=True, but tokenizer={config.tokenizer} names no bos token')
-    return lambda text: [tokenizer.bos, *tokenizer.encode(text)]
+    tokenizer: Any
+    bos: bool = False
+    name: str = 'the tokenizer'
+
+    def __post_init__(self):
+        if self.bos and self.tokenizer.bos is None:
+            raise ValueError(f'bos=True, but tokenizer={self.name} names no bos token')
+
+    def __call__(self, text: chat.Text) -> list[int]:
+        """Ids of a text, BOS included."""
+        if isinstance(text, chat.Chat):
+            ids = self.tokenizer.encode_chat(text)
+            return [self.tokenizer.bos, *ids] if self.bos and not text.has_bos else ids
+        ids = self.tokenizer.encode(text)
+        return [self.tokenizer.bos, *ids] if self.bos else ids
+
+    def continuing(self, text: chat.Text) -> list[int]:
+        """Ids of a text that continues another: no BOS, no space that the tokenizer would put in front."""
+        if not isinstance(text, chat.Chat):
+            return self.tokenizer.encode(text, start=False)
+        parts = (self.tokenizer.encode_chat(chat.Chat(chat.special(part))) if is_special else
+                 self.tokenizer.encode(part, start=False) for part, is_special in text.parts())
+        return [i for part in parts for i in part]
+
+    def cut(self, ids: Sequence[int], longest: int) -> list[int]:
+        """The last `longest` of the ids of a prompt, a BOS in front kept."""
+        first = int(self.bos and list(ids[:1]) == [self.tokenizer.bos])
+        return [*ids[:first], *ids[first:][max(len(ids) - longest, 0):]]
 
 
-def joined(encode: Callable[[str], Sequence[int]], eos: int, prompt: str, response: str) -> Text:
-    """Ids of prompt, response and EOS.
+def joined(encode: Encoder, *parts: chat.Text) -> Encoded:
+    """Ids of parts that follow each other, and of EOS, which a chat template may have written itself.
 
-    The two are encoded as one text where its ids begin with those of the prompt, else one after the other: a policy
-    continues the ids of the prompt, whatever they would have become with what follows.
+    Part by part the ids are those of the whole text so far where these begin with the ids before, else the ids before
+    and those of what follows: a policy continues the ids of the prompt, whatever they would have become with what
+    follows. Either way they decode to the text.
     """
-    first, whole = list(encode(prompt)), list(encode(prompt + response))
-    if whole[:len(first)] != first:
-        bos = len(encode(''))
-        whole = first + list(encode(response))[bos:]
-    return [*whole, eos], len(first)
+    ids: list[int] = []
+    ends: list[int] = []
+    text: chat.Text | None = None
+    for part in parts:
+        text = part if text is None else chat.concat(text, part)
+        whole = list(encode(text))
+        ids = whole if whole[:len(ids)] == ids else [*ids, *encode.continuing(part)]
+        ends.append(len(ids))
+    eos = encode.tokenizer.eos
+    written = isinstance(parts[-1], chat.Chat) and parts[-1].marked and ids[-1:] == [eos]
+    if not written:
+        ids = [*ids, eos]
+        ends[-1] += 1
+    return ids, ends
+
+
+def count_spelled(encode: Encoder, texts: Iterable[chat.Text], field: str) -> None:
+    """Warns where texts spell special tokens of the tokenizer, which are then read as the characters they are."""
+    tokens = tuple(getattr(encode.tokenizer, 'special_tokens', ()))
+    spelled = [token for text in texts if isinstance(text, str) and (token := chat.spells(text, tokens))]
+    if spelled:
+        log.warning('%s: %d texts spell a special token of the tokenizer, such as %r, which is read as text; '
+                    'conversations under a chat template are read by data.task=chat', field, len(spelled), spelled[0])
 
 
 # ---- Demonstrations --------------------------------------------------------------------------------------------------
 
-def demonstrations(pairs: Sequence[tuple[str, str]], encode: Callable[[str], Sequence[int]], *, eos: int, pad: int,
-                   max_length: int, packing: bool = False) -> Arrays:
+def demonstrations(conversations: Sequence[Sequence[chat.Text]], encode: Encoder, *, pad: int, max_length: int,
+                   packing: bool = False) -> Arrays:
     """Texts to fine-tune on.
 
     Args:
-        pairs: (prompt, response).
+        conversations: (prompt, response), or more such parts of one text in turn.
         max_length: T; longer texts are left out, counted and logged.
         packing: several texts a row.
 
     Returns:
         `tokens` int32 [N, T]; `mask` bool [N, T], or with `packing` int32, 1, 2, ... for the texts of a row and 0 for
-        padding; `prompt_mask` bool [N, T].
+        padding; `prompt_mask` bool [N, T], prompts and whatever else is not a response.
 
     Raises:
         ValueError: no text, or none that is short enough.
     """
-    texts = [joined(encode, eos, *pair) for pair in pairs]
+    count_spelled(encode, (part for parts in conversations for part in parts), 'data')
+    texts = [joined(encode, *parts) for parts in conversations]
     texts = _short_enough(texts, max_length, [len(ids) for ids, _ in texts], 'texts')
     lengths = [len(ids) for ids, _ in texts]
     groups = pack(lengths, max_length) if packing else [[i] for i in range(len(texts))]
@@ -74,10 +125,11 @@ def demonstrations(pairs: Sequence[tuple[str, str]], encode: Callable[[str], Seq
     for row, group in enumerate(groups):
         start = 0
         for number, i in enumerate(group, 1):
-            ids, num_prompt = texts[i]
+            ids, ends = texts[i]
             tokens[row, start:start + len(ids)] = ids
             mask[row, start:start + len(ids)] = number
-            prompt_mask[row, start:start + num_prompt] = True
+            for begin, end in zip([0, *ends[1::2]], ends[::2]):
+                prompt_mask[row, start + begin:start + end] = True
             start += len(ids)
     if packing:
         log.info('packed %d texts into %d rows of %d tokens, %.0f%% full', len(texts), len(groups), max_length,
@@ -111,7 +163,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 # ---- Preferences -----------------------------------------------------------------------------------------------------
 
-def preferences(triples: Sequence[tuple[str, str, str]], encode: Callable[[str], Sequence[int]], *, eos: int, pad: int,
+def preferences(triples: Sequence[tuple[chat.Text, chat.Text, chat.Text]], encode: Encoder, *, pad: int,
                 max_length: int) -> Arrays:
     """Pairs of texts that share a prompt.
 
@@ -125,10 +177,11 @@ def preferences(triples: Sequence[tuple[str, str, str]], encode: Callable[[str],
     Raises:
         ValueError: no pair, or none that is short enough.
     """
-    pairs = [(joined(encode, eos, prompt, chosen), joined(encode, eos, prompt, rejected))
+    count_spelled(encode, (text for triple in triples for text in triple), 'data')
+    pairs = [(joined(encode, prompt, chosen), joined(encode, prompt, rejected))
              for prompt, chosen, rejected in triples]
     pairs = _short_enough(pairs, max_length, [max(len(c), len(r)) for (c, _), (r, _) in pairs], 'pairs')
-    arrays: Arrays = {'prompt_length': np.array([num for (_, num), _ in pairs], np.int32)}
+    arrays: Arrays = {'prompt_length': np.array([ends[0] for (_, ends), _ in pairs], np.int32)}
     for side, name in enumerate(('chosen', 'rejected')):
         arrays[name] = np.full((len(pairs), max_length), pad, np.int32)
         arrays[f'{name}_mask'] = np.zeros((len(pairs), max_length), bool)
@@ -160,12 +213,23 @@ def batches(arrays: Arrays, config: ml_collections.ConfigDict,
     return ArrayBatches(arrays, config.batch_size, seed=config.seed, share=share)
 
 
-def decoded(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Texts of responses [N, L] without their EOS, and whether they have one, bool [N]."""
+def decoded(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, prompts: np.ndarray | None = None,
+            prompt_mask: np.ndarray | None = None) -> tuple[list[str], np.ndarray]:
+    """Texts of responses [N, L] without their EOS, and whether they have one, bool [N].
+
+    A response continues its prompt: behind the prompt's text it is what was drawn, its first space included.
+
+    Args:
+        prompts, prompt_mask: [N, P], of which it matters alone whether there is any text; None: there is.
+    """
     lengths = mask.sum(1)
     last = tokens[np.arange(len(lengths)), np.maximum(lengths - 1, 0)]
-    ended = (lengths > 0) & (last == tokenizer.eos)
+    ended = (lengths > 0) & np.isin(last, tokenizer.stops)
+    starts = np.zeros(len(lengths), bool)
+    if prompts is not None:
+        special = list(tokenizer.special_tokens.values())
+        starts = ~(np.asarray(prompt_mask, bool) & ~np.isin(prompts, special)).any(1)
     # A vocabulary is often padded to a round size: ids that no text has can be drawn, and say nothing.
-    known = [[i for i in row[:length - end] if i < tokenizer.vocab_size]
-             for row, length, end in zip(tokens, lengths, ended)]
-    return [tokenizer.decode(ids) for ids in known], ended
+    size = tokenizer.vocab_size
+    known = [[i for i in row[:length - end] if i < size] for row, length, end in zip(tokens, lengths, ended)]
+    return [tokenizer.decode(ids, start=bool(start)) for ids, start in zip(known, starts)], ended

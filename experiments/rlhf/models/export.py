@@ -1,5 +1,6 @@
 """Trained language models in the form that `transformers` and PEFT load: weights, config.json, tokenizer files."""
 import os
+from typing import Any
 
 import jax
 import ml_collections
@@ -8,7 +9,7 @@ import numpy as np
 from experiments.rlhf.models import adapters, loading
 from experiments.rlhf.models.tokenizer import open_tokenizer
 from experiments.runtime import folders, modules, storage
-from rlhf_jax import convert
+from rlhf_jax import convert, tokenizers
 from rlhf_jax.convert import peft
 from rlhf_jax.weights import files
 from rlhf_jax.models import lora
@@ -36,6 +37,7 @@ def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter
     if adapter and not config.lora.rank:
         raise ValueError(f'--adapter: --src={src} was trained without one (lora.rank=0)')
     base = (base or _base_of(config)) if adapter else None
+    tokenizer = open_tokenizer(config.tokenizer)
     params = jax.tree.map(np.asarray, params if adapter else adapters.merged(params))
     with storage.local_folder(dst, last='adapter_config.json' if adapter else 'config.json') as folder:
         if adapter:
@@ -45,11 +47,12 @@ def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter
             storage.write_json(folder / 'adapter_config.json', saved)
             params = lora.split(params)[1]
         else:
-            tokenizer = open_tokenizer(config.tokenizer)
-            ids = {f'{name}_token_id': getattr(tokenizer, name) for name in ('bos', 'eos', 'pad')}
             written = convert.tensors(kind, module, params, dtype=modules.dtype(dict(dtype=dtype)), tied=False)
-            files.save(folder, written, convert.config_of(kind, module) | ids | {'torch_dtype': dtype})
+            files.save(folder, written,
+                       convert.config_of(kind, module) | special_ids(tokenizer) | {'torch_dtype': dtype})
         copied = folders.copy_tokenizer(config.tokenizer, folder)
+        if copied and config.get('bos') not in (None, tokenizer.adds_bos):
+            tokenizers.set_bos(folder, tokenizer, config.bos)
     count, dtype = sum(np.size(x) for x in jax.tree.leaves(params)), 'float32' if adapter else dtype
     return (f'{kind}{" adapter" if adapter else ""} of a {config.experiment} run: {count:,} parameters, '
             f'{np.dtype(dtype).itemsize * count / 1e9:.3g} GB in {dtype} -> {dst}'
@@ -64,3 +67,14 @@ def _base_of(config: ml_collections.ConfigDict) -> str | None:
     if not config.weights or config.get('adapter') or loading.is_run(config.weights):
         return None
     return config.weights
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` of a config.json.
+
+    Without a padding token of its own there is none: `transformers` reads a reward model before the first pad from the
+    right, and with `pad_token_id` = `eos_token_id` that is one token before the EOS that the score belongs to.
+    """
+    ends = tuple(tokenizer.stops)
+    return {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos if len(ends) == 1 else list(ends),
+            'pad_token_id': None if tokenizer.pad in ends else tokenizer.pad}

@@ -3,8 +3,6 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
-
 from experiments.rlhf.models.inference import Policy, Responses
 from experiments.runtime import launch
 from experiments.runtime import mesh as mesh_lib
@@ -37,10 +35,11 @@ def check(args: argparse.Namespace) -> None:
                          'same; set --temperature')
 
 
-def load(path: str, args: argparse.Namespace) -> Policy:
+def load(path: str, args: argparse.Namespace, config: Mapping[str, Any] | None = None) -> Policy:
+    """The policy in `path` as the flags say; `config.bos` decides about BOS where it says anything."""
     mesh = mesh_lib.make_mesh({'data': -1, 'tensor': args.tensor})
-    named = ml_collections.ConfigDict(dict(tokenizer=args.tokenizer)) if args.tokenizer else None
-    return Policy.load(path, named, dtype=args.dtype or '', adapter=args.adapter or '', mesh=mesh)
+    return Policy.load(path, tokenizer=args.tokenizer or '', bos=(config or {}).get('bos'), dtype=args.dtype or '',
+                       adapter=args.adapter or '', mesh=mesh)
 
 
 def sampling(policy: Policy, args: argparse.Namespace, config: Mapping[str, Any] | None) -> Any:

@@ -18,15 +18,17 @@ from jax.sharding import Mesh
 
 from experiments.rlhf.data import texts
 from experiments.rlhf.models import architecture, loading
-from experiments.rlhf.models.tokenizer import open_tokenizer
+from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, partition
+from rlhf_jax import chat
 from rlhf_jax import generate as generate_lib
 from rlhf_jax import responses
 from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models import decoder
 
 Progress = Callable[[int], None]
+Prompt = chat.Text | Sequence[int]
 
 _BUCKET = 64  # prompts are padded to a multiple of so many tokens, one length for all of a call
 
@@ -66,21 +68,22 @@ class Policy:
     Args:
         module, params: with stacked blocks.
         tokenizer: see `rlhf_jax.tokenizers`.
-        bos: prompts begin with its BOS.
+        bos: prompts begin with its BOS; None: as its files say.
         mesh: of the devices; batches are split over `data` and `fsdp`. Default: all devices, weights on each.
         config: of the run.
+        name: of the tokenizer, for messages.
 
     Raises:
         ValueError: tokenizer and model do not belong together.
     """
 
-    def __init__(self, module: Any, params: Any, tokenizer: Any, *, bos: bool = False, mesh: Mesh | None = None,
-                 config: ml_collections.ConfigDict | None = None):
+    def __init__(self, module: Any, params: Any, tokenizer: Any, *, bos: bool | None = None, mesh: Mesh | None = None,
+                 config: ml_collections.ConfigDict | None = None, name: str = 'the tokenizer'):
         if tokenizer.vocab_size > module.vocab_size:
             raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the model {module.vocab_size}; they do '
                              'not belong together')
         self.tokenizer, self.config, self.mesh = tokenizer, config, mesh or mesh_lib.make_mesh({'data': -1})
-        self.encode = texts.encoder(ml_collections.ConfigDict(dict(bos=bos, tokenizer='the tokenizer')), tokenizer)
+        self.encode = texts.Encoder(tokenizer, tokenizer.adds_bos if bos is None else bos, name)
         self.module = module.clone(stacked=False)
         split = jax.jit(lambda p: decoder.split_blocks(module, p, dtype=module.dtype)[1])
         rules = decoder.split_rules(architecture.rules(dict(kind=architecture.family_name(module))))
@@ -89,50 +92,57 @@ class Policy:
         self._shards = mesh_lib.batch_shards(self.mesh)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, config: ml_collections.ConfigDict | None = None, *, dtype: str = '',
+    def load(cls, path: str | os.PathLike, *, tokenizer: str = '', bos: bool | None = None, dtype: str = '',
              adapter: str = '', mesh: Mesh | None = None) -> 'Policy':
         """The policy in `path`: a work directory of sft, dpo or policy, or a Hugging Face folder with its tokenizer.
 
         Args:
-            config: of another run whose tokenizer is to be used (a folder without one).
+            tokenizer: to use (for a folder without one); '': its own.
+            bos: whether prompts begin with BOS; None: as in the run's training, else as the tokenizer's files say.
             dtype: to compute in; '': as its own config says, float32 for a folder.
             adapter: folder of a PEFT adapter, merged into the weights.
 
         Raises:
-            FileNotFoundError, ValueError: nothing there, no language model, no tokenizer, or one without an EOS.
+            FileNotFoundError, ValueError: nothing there, no language model, no tokenizer, one without an EOS, or one
+                that gives ids other meanings than the run's own.
         """
         module, params, own = loading.load_policy(path, dtype, adapter)
-        config = config or own
-        if config is not None:
-            tokenizer = open_tokenizer(config.tokenizer)
-        else:
-            try:
-                tokenizer = open_tokenizer(os.fspath(path))
-            except FileNotFoundError:
-                raise FileNotFoundError(f'{path}: no tokenizer.json there; copy the one of the model beside its '
-                                        'weights') from None
-        return cls(module, params, tokenizer, bos=bool(config is not None and config.get('bos')), mesh=mesh,
-                   config=own)
+        name = tokenizer or (os.fspath(path) if own is None else own.tokenizer)
+        try:
+            opened = tokenizer_lib.open_tokenizer(name)
+        except FileNotFoundError as error:
+            hint = '' if tokenizer else '; copy the one of the model beside its weights, or name one (--tokenizer)'
+            raise FileNotFoundError(f'{path}: no tokenizer.json there{hint}' if own is None else f'{error}{hint}'
+                                    ) from None
+        stage = tokenizer_lib.stage_of(path)
+        if bos is None and stage.is_run:
+            bos = stage.bos if own.get('bos') is not None or stage.tokenizer is not None else None
+        policy = cls(module, params, opened, bos=bos, mesh=mesh, config=own, name=name)
+        if tokenizer:
+            tokenizer_lib.check_stage('--policy', path, policy.encode)
+        return policy
 
     def sampling(self, **fields: Any) -> generate_lib.Sampling:
-        """How to sample, with this tokenizer's EOS: `max_new_tokens`, `temperature` (0: greedy), `top_k`, `top_p`."""
-        return generate_lib.Sampling(**fields, stop_tokens=(self.tokenizer.eos,), pad_token=self.tokenizer.pad)
+        """How to sample, with the ends that this tokenizer names: `max_new_tokens`, `temperature` (0: greedy), `top_k`,
+        `top_p`."""
+        return generate_lib.Sampling(**fields, stop_tokens=self.tokenizer.stops, pad_token=self.tokenizer.pad)
 
     # ---- Sampling ----------------------------------------------------------------------------------------------------
 
-    def sample(self, prompts: Sequence[str], sampling: generate_lib.Sampling, key: jax.Array, *, batch_size: int = 64,
-               num_samples: int = 1, progress: Progress | None = None) -> Responses:
+    def sample(self, prompts: Sequence[Prompt], sampling: generate_lib.Sampling, key: jax.Array, *,
+               batch_size: int = 64, num_samples: int = 1, progress: Progress | None = None) -> Responses:
         """`num_samples` responses to each prompt. A response depends on `key`, its prompt's number and its own, not on
         `batch_size` or the devices.
 
         Args:
+            prompts: texts, or ids as they stand.
             batch_size: prompts at once, rounded up to the devices; the last batch is filled up.
             progress: told how many prompts are done.
 
         Raises:
             ValueError: no prompt, an empty one, or one that leaves no room for `max_new_tokens`.
         """
-        tokens, mask = self.pad([self.encode(p) for p in prompts], sampling.max_new_tokens)
+        tokens, mask = self.pad([self.ids_of(p) for p in prompts], sampling.max_new_tokens)
 
         def run(index, tokens, mask):
             keys = responses.sample_keys(key, index, num_samples)
@@ -141,11 +151,17 @@ class Policy:
 
         drawn = self._in_batches(run, (np.arange(len(tokens)), tokens, mask), batch_size, progress)
         shape = drawn.mask.shape[:2]
-        said, ended = texts.decoded(self.tokenizer, *(x.reshape(-1, x.shape[-1]) for x in (drawn.tokens, drawn.mask)))
-        decoded = [said[i:i + num_samples] for i in range(0, len(said), num_samples)]
+        flat = [x.reshape(-1, x.shape[-1]) for x in (drawn.tokens, drawn.mask)]
+        of_each = [np.repeat(x, num_samples, 0) for x in (tokens, mask)]
+        completions, ended = texts.decoded(self.tokenizer, *flat, *of_each)
+        decoded = [completions[i:i + num_samples] for i in range(0, len(completions), num_samples)]
         return Responses(decoded, tokens, mask, drawn.tokens, drawn.mask, ended.reshape(shape), drawn.logprobs)
 
-    def given(self, prompts: Sequence[str], answers: Sequence[str]) -> Responses:
+    def ids_of(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt, a BOS in front where texts begin with one; those of one that is given as ids."""
+        return self.encode(prompt) if isinstance(prompt, str | chat.Chat) else [int(i) for i in prompt]
+
+    def given(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Responses:
         """Texts as if they were responses, one a prompt, each with an EOS.
 
         Raises:
@@ -153,10 +169,17 @@ class Policy:
         """
         if len(prompts) != len(answers):
             raise ValueError(f'answers: there are {len(answers)} for {len(prompts)} prompts')
-        joined = [texts.joined(self.encode, self.tokenizer.eos, p, a) for p, a in zip(prompts, answers)]
-        replies = [ids[num:] for ids, num in joined]
+        starts, replies = [], []
+        for prompt, answer in zip(prompts, answers):
+            if isinstance(prompt, str | chat.Chat):
+                ids, (start, _) = texts.joined(self.encode, prompt, answer)
+                starts.append(ids[:start])
+                replies.append(ids[start:])
+            else:
+                starts.append(self.ids_of(prompt))
+                replies.append([*self.encode.continuing(answer), self.tokenizer.eos])
         longest = max(map(len, replies))
-        prompt_tokens, prompt_mask = self.pad([ids[:num] for ids, num in joined], longest)
+        prompt_tokens, prompt_mask = self.pad(starts, longest)
         tokens, mask = generate_lib.pad_prompts(replies, buckets=(longest,), pad_token=self.tokenizer.pad, left=False)
         return Responses([[a] for a in answers], prompt_tokens, prompt_mask, tokens[:, None], mask[:, None],
                          np.ones((len(answers), 1), bool))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from experiments.rlhf.data import tasks
 from experiments.rlhf.policy import rollouts
 from experiments.rlhf.data import texts as text_arrays
-from experiments.rlhf.models.inference import Policy, Progress, Responses
+from experiments.rlhf.models.inference import Policy, Progress, Prompt, Responses
 from experiments.rlhf.policy.rewards import Completions, Reward
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax.generate import Sampling
@@ -28,7 +28,7 @@ Metrics = dict[str, float]
 Rows = Sequence[Mapping[str, Any]]
 
 
-def evaluate_policy(policy: Policy, prompts: Sequence[str], rows: Rows, sampling: Sampling, *, key: jax.Array,
+def evaluate_policy(policy: Policy, prompts: Sequence[Prompt], rows: Rows, sampling: Sampling, *, key: jax.Array,
                     num_samples: int = 1, batch_size: int = 64, task: tasks.Task | None = None,
                     reward: Reward | None = None, gold: Reward | None = None, reference: Policy | None = None,
                     human_text: str = '', progress: Callable[[str, int], Progress] | None = None,
@@ -36,6 +36,7 @@ def evaluate_policy(policy: Policy, prompts: Sequence[str], rows: Rows, sampling
     """Samples `num_samples` responses to each prompt and measures them.
 
     Args:
+        prompts: texts, or ids of those that were cut.
         rows: of the data set, one a prompt; those with a `reference` give the response to win against.
         task: for its own metrics.
         reward, gold: see `rewards.find`; of rewards that are 0 or 1 there is also pass@k.
@@ -92,7 +93,7 @@ def of_passes(scores: np.ndarray) -> Metrics:
             for k in ks}
 
 
-def of_wins(policy: Policy, prompts: Sequence[str], rows: Rows, scores: np.ndarray, gold: Reward) -> Metrics:
+def of_wins(policy: Policy, prompts: Sequence[Prompt], rows: Rows, scores: np.ndarray, gold: Reward) -> Metrics:
     """Gold scores [N K] of the responses against those of the data's own, each with an EOS: `win_rate` counts strict
     wins, `win_ties` equal scores, `win_margin` is the mean difference."""
     references = policy.given(prompts, [row['reference'] for row in rows])
@@ -145,7 +146,7 @@ def of_text(policy: Policy, text: str, *, size: int = imdb.WINDOW, stride: int =
 def human_text(task: tasks.Task, data: Mapping[str, Any], split: str, num_rows: int) -> str:
     """The first `num_rows` demonstrations of a split as one text for `of_text`."""
     found = tasks.require(task, 'demonstrations', data)(data, split)
-    return imdb.drift_text(prompt + response for prompt, response in found[:num_rows])
+    return imdb.drift_text(''.join(map(str, parts)) for parts in found[:num_rows])
 
 
 def of_variety(found: Responses) -> Metrics:
@@ -217,8 +218,10 @@ class HeldOutPrompts:
                 parts.append({name: x[:keep] for name, x in found.items()})
                 rows += [row for row in self._generate.rows(index)[:keep] for _ in range(num_samples)]
                 length = batch['mask'].shape[-1]
-                texts += text_arrays.decoded(self._generate.tokenizer, *(
-                    x[:keep].reshape(-1, length) for x in (batch['tokens'][..., -length:], batch['mask'])))[0]
+                flat = lambda x: x[:keep].reshape(keep * num_samples, -1)
+                texts += text_arrays.decoded(
+                    self._generate.tokenizer, flat(batch['tokens'][..., -length:]), flat(batch['mask']),
+                    flat(batch['tokens'][..., :-length]), flat(batch['prompt_mask']))[0]
         out = {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}
         out |= {'reward': out.pop('rewards'), 'kl_per_token': out['kl'] / out['length']}
         if self._task.metrics is not None:

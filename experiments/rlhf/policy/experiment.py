@@ -13,6 +13,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from experiments.rlhf.models import architecture, loading
+from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy import algorithms, evaluation, rollouts
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import launch, modules, optim
@@ -30,6 +31,7 @@ Rows = dict[str, Array]
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
+    config = tokenizer_lib.settled(config)
     a, shards = config.algorithm, mesh_lib.batch_shards(mesh)
     algorithm = algorithms.get(a)
     check(config, shards)
@@ -166,7 +168,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     rules = (*architecture.rules(config.model, 'policy'), *architecture.rules(config.model, 'value/backbone'))
     return Experiment(init, loss, step, rules, batch_shapes(config), None, warm_start=warm_start,
                       sampler_program=lambda devices: rollouts.sampler_program(config, devices),
-                      open_rollouts=lambda workdir: rollouts.open_rollouts(config, mesh, workdir), hooks=hooks)
+                      open_rollouts=lambda workdir: rollouts.open_rollouts(config, mesh, workdir), hooks=hooks,
+                      config=config)
 
 
 # ---- Parts -----------------------------------------------------------------------------------------------------------

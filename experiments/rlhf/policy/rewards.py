@@ -58,8 +58,10 @@ class Scorer:
         self._missing_eos = number('reward.missing_eos', r.missing_eos)
         self._replacement = number('reward.replacement', r.replacement)
 
+        num_ids = tokenizer_of(config).vocab_size
+
         def model(path):
-            return shared(path, mesh, dtype=config.model.dtype, num_ids=tokenizer_of(config).vocab_size,
+            return shared(path, mesh, dtype=config.model.dtype, num_ids=num_ids,
                           batch_size=r.batch_size)
 
         name = config.data.task
@@ -78,12 +80,22 @@ class Scorer:
         rewards, replaced = score(self._reward, completions, num=count, timeout=self._timeout,
                                   replacement=self._replacement, check=check)
         if self._missing_eos is not None:
-            rewards = np.where(completions.ended, rewards, np.float32(self._missing_eos))
+            rewards = penalized(rewards, completions, self._missing_eos)
         # Which ones does not matter to anybody; how many is logged.
         out = {'rewards': rewards, 'replaced': np.arange(count) < replaced}
         if self._gold:
             out['gold'] = score(self._gold, completions, num=count, timeout=self._timeout, check=check)[0]
         return out
+
+
+def penalized(rewards: np.ndarray, completions: Completions, missing_eos: float) -> np.ndarray:
+    """Rewards [N] with `missing_eos` in place of those of responses that do not end."""
+    return np.where(completions.ended, rewards, np.float32(missing_eos))
+
+
+def with_missing_eos(reward: Reward, missing_eos: float) -> Reward:
+    """`reward`, penalized for responses that do not end."""
+    return lambda completions: penalized(np.asarray(reward(completions)), completions, missing_eos)
 
 
 def kind_of(r: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models import architecture
-from experiments.rlhf.models.tokenizer import tokenizer_of
+from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy import rewards
 from experiments.rlhf.data import texts as text_arrays
 from experiments.runtime import mesh as mesh_lib
@@ -88,10 +88,11 @@ def generator_mesh(config: ml_collections.ConfigDict, learner: Mesh | None = Non
     return mesh_lib.make_mesh(config.rollout.mesh, devices)
 
 
-def sampling_of(config: ml_collections.ConfigDict, eos: int, pad: int) -> generate_lib.Sampling:
+def sampling_of(config: ml_collections.ConfigDict, stops: Sequence[int], pad: int) -> generate_lib.Sampling:
     s = config.sampling
     return generate_lib.Sampling(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
-                                 top_p=s.top_p, min_new_tokens=s.min_new_tokens, stop_tokens=(eos,), pad_token=pad)
+                                 top_p=s.top_p, min_new_tokens=s.min_new_tokens, stop_tokens=tuple(stops),
+                                 pad_token=pad)
 
 
 # ---- Weights for decoding --------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Dev
     which train; for compile checks."""
     mesh, num_samples = generator_mesh(config, devices=devices), config.algorithm.num_samples
     decoding, batch = Decoding(config, mesh), mesh_lib.batch_sharding(mesh)
-    prompts, sampling = (config.batch_size, config.sampling.max_prompt), sampling_of(config, 0, 0)
+    prompts, sampling = (config.batch_size, config.sampling.max_prompt), sampling_of(config, (0,), 0)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (config.batch_size, num_samples)))
     program = jax.jit(
         lambda params, tokens, mask, keys: generate_lib.generate(decoding.module, params, tokens, mask, keys, sampling,
@@ -162,13 +163,15 @@ class Generator:
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, weights: Any = None):
         self._config, self._mesh, self._weights = config, mesh, weights
-        self.tokenizer = tokenizer_of(config)
+        encode = tokenizer_lib.encoder_of(config)
+        tokenizer_lib.check_stages(config, encode)
+        self.tokenizer = encode.tokenizer
         self._module = architecture.decoder(config.model).clone(stacked=False)
-        self.task = tasks.get(config.data, self.tokenizer.encode)
-        self._prompts, self._rows = prompts_of(config, self.task, self.tokenizer, config.data.split)
+        self.task = tasks.get(config.data, encode)
+        self._prompts, self._rows = prompts_of(config, self.task, encode, config.data.split)
         self._order = EpochOrder(len(self._prompts), config.seed)
         self._scorer = rewards.Scorer(config, self.task, mesh)
-        self._sampling = sampling_of(config, self.tokenizer.eos, self.tokenizer.pad)
+        self._sampling = sampling_of(config, self.tokenizer.stops, self.tokenizer.pad)
         self._buckets = tuple(config.sampling.buckets) or (config.sampling.max_prompt,)
         shards = mesh_lib.batch_shards(mesh)
         if config.batch_size % shards:
@@ -220,7 +223,7 @@ class Generator:
         return drawn, {'policy_version': np.where(drawn.mask, drawn.versions, held[1]).astype(np.int32)}
 
 
-def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: Any,
+def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, encode: text_arrays.Encoder,
                split: str) -> tuple[list[list[int]], list[Mapping[str, Any]]]:
     """Tokens and rows of the prompts that fit `sampling.max_prompt`.
 
@@ -229,17 +232,17 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: A
     """
     found = tasks.require(task, 'prompts', config.data)(config.data, split)
     longest = config.sampling.max_prompt
-    tokens, rows, encode = [], [], text_arrays.encoder(config, tokenizer)
+    text_arrays.count_spelled(encode, (prompt.text for prompt in found), 'data')
+    tokens, rows = [], []
     for i, prompt in enumerate(found):
         ids = list(encode(prompt.text))
-        if not ids or ids[-1] == tokenizer.eos:
+        if not ids or ids[-1] == encode.tokenizer.eos:
             raise ValueError(f'data: prompt {i} ' + ('has no token' if not ids else 'ends in the EOS token'))
         if task.cut_prompts:
-            first = int(config.bos)  # a BOS stays where the beginning goes
-            ids = ids[:first] + ids[first:][-(longest - first):]
+            ids = encode.cut(ids, longest)
         if len(ids) <= longest:
             tokens.append(ids)
-            rows.append({'prompt': prompt.text} | dict(prompt.row))
+            rows.append({'prompt': str(prompt.text)} | dict(prompt.row))
     if len(tokens) < len(found):
         log.warning('%d of %d prompts are longer than sampling.max_prompt=%d tokens and left out',
                     len(found) - len(tokens), len(found), longest)
@@ -266,7 +269,8 @@ def finish(tokenizer: Any, scorer: rewards.Scorer, prompts: np.ndarray, prompt_m
     prompt_mask = for_each_sample(prompt_mask)
     mask = np.concatenate([prompt_mask, samples.mask], -1)
     flat = lambda x: x.reshape(num_prompts * num_samples, -1)  # rewards are of a list of completions
-    texts, ended = text_arrays.decoded(tokenizer, flat(samples.tokens), flat(samples.mask))
+    texts, ended = text_arrays.decoded(tokenizer, flat(samples.tokens), flat(samples.mask),
+                                       np.repeat(prompts, num_samples, 0), flat(prompt_mask))
     scored = scorer(rewards.Completions(texts, [row for row in rows for _ in range(num_samples)], flat(tokens),
                                         flat(mask), ended))
     grouped = {name: x.reshape(num_prompts, num_samples) for name, x in (scored | {'ended': ended}).items()}

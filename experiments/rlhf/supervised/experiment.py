@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks, texts
 from experiments.rlhf.models import adapters, architecture, loading
-from experiments.rlhf.models.tokenizer import tokenizer_of
+from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.runtime import evaluation, optim, placement
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
@@ -64,6 +64,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
     Raises:
         ValueError: texts longer than the model's context.
     """
+    config = tokenizer_lib.settled(config)
     limit = architecture.decoder(config.model).max_length
     if config.max_length > limit:
         raise ValueError(f'max_length={config.max_length} exceeds the context of the model, model.max_length={limit}')
@@ -127,7 +128,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
 
     rules = architecture.rules(config.model, objective.prefix)
     return Experiment(init, loss, step, rules, objective.batch, open_batches,
-                      warm_start=warm_start if config.weights else None, hooks=hooks)
+                      warm_start=warm_start if config.weights else None, hooks=hooks, config=config)
 
 
 class HeldOutTexts(evaluation.Evaluation):
@@ -175,7 +176,7 @@ def open_demonstrations(config: Config, split: str) -> texts.Arrays:
 
 
 def _open(config: Config, split: str, name: str, to_arrays: Callable[..., texts.Arrays], **options) -> texts.Arrays:
-    tokenizer = tokenizer_of(config)
-    encode = texts.encoder(config, tokenizer)
+    encode = tokenizer_lib.encoder_of(config)
+    tokenizer_lib.check_stages(config, encode)
     found = tasks.require(tasks.get(config.data, encode), name, config.data)(config.data, split)
-    return to_arrays(found, encode, eos=tokenizer.eos, pad=tokenizer.pad, max_length=config.max_length, **options)
+    return to_arrays(found, encode, pad=encode.tokenizer.pad, max_length=config.max_length, **options)
