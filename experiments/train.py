@@ -80,7 +80,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
 
     # ---- Mesh, model, data -------------------------------------------------------------------------------------------
     mesh = mesh or mesh_of(config)
-    experiment = build(config, mesh)
+    experiment = build(as_started(config, workdir), mesh)
     config = experiment.config or config
     launch.check_workdir(config, workdir)
     storage.check_writable(workdir, '--workdir')
@@ -141,6 +141,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
         if online:
             batches.finish()
     return state
+
+
+def as_started(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+    """`config` with what it leaves open (None) as the run in `workdir` was started with."""
+    left_open = [name for name, value in config.items() if value is None]
+    if not left_open or not (storage.resolve(workdir) / 'config.json').exists():
+        return config
+    try:
+        started = launch.read_config(workdir)
+    except launch.DamagedConfig:  # `check_workdir` says so
+        return config
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update({name: started[name] for name in left_open if name in started})
+    return config
 
 
 def told(step: loop.Step, batches: Any) -> loop.Step:

@@ -14,6 +14,9 @@ from experiments.runtime import partition
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
 from rlhf_jax.models import gpt2, gpt_neox, heads, llama, lora
+from rlhf_jax.tokenizers import JsonTokenizer
+from experiments.rlhf.models.export import special_ids
+from tests.rlhf.tiny_tokenizers import byte_level
 
 torch = pytest.importorskip('torch')
 MESH = mesh_lib.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
@@ -123,3 +126,21 @@ def test_an_autoencoder_in_diffusers(tmp_path):
     mean, _ = module.apply({'params': params}, x, method='encode')
     np.testing.assert_allclose(mean, moments.mean.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(module.apply({'params': params}, mean, method='decode'), back, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('has_pad', [True, False])
+def test_scores_of_an_exported_reward_model_whatever_its_tokenizer_pads_with(has_pad, tmp_path):
+    """`transformers` reads the last token that is no pad: with EOS for a pad that was one token too early."""
+    transformers = pytest.importorskip('transformers')
+    tokenizer = JsonTokenizer(byte_level(tmp_path / 'tokenizer', pad='<|pad|>' if has_pad else None))
+    module = heads.RewardModel(llama.Llama(**(SMALL | dict(vocab_size=tokenizer.vocab_size)), num_kv_heads=2, eps=1e-5))
+    params, placed = params_of(module, llama.PARTITION_RULES, prefix='backbone')
+    ids = special_ids(tokenizer)
+    assert ids['pad_token_id'] == (tokenizer.pad if has_pad else None)
+    files.save(tmp_path / 'rm', convert.tensors('llama', module, placed), convert.config_of('llama', module) | ids)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'rm').eval()
+    for text in ('two and two? four.', '7.', 'hello there'):
+        tokens = np.array([[*tokenizer.encode(text), tokenizer.eos]])
+        with torch.no_grad():
+            want = model(torch.from_numpy(tokens)).logits[:, 0].numpy()
+        np.testing.assert_allclose(module.apply({'params': params}, tokens)[:, -1], want, rtol=1e-4, atol=1e-4)

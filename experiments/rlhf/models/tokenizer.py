@@ -112,6 +112,9 @@ def stage_of(path: str | os.PathLike) -> Stage | None:
     is_run = 'experiment' in read_json(folder / 'config.json')
     config = launch.read_config(path) if is_run else Config()
     name = config.get('tokenizer', '') if is_run else os.fspath(path)
+    if not isinstance(name, str) or not isinstance(config.get('bos'), bool | None):
+        raise ValueError(f'{path}/config.json: tokenizer must be a name and bos true or false; they are {name!r} and '
+                         f'{config.get("bos")!r}')
     try:
         tokenizer = _open(name)
     except FileNotFoundError:
