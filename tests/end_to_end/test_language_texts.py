@@ -162,6 +162,8 @@ def test_a_stage_of_another_tokenizer_is_refused(runs, tmp_path, field):
         (config[section] if section else config)[name or field] = str(runs / 'reward')
         if field == 'reward.model':
             config.reward.kind = 'model'
+        if field == 'algorithm.critic_weights':
+            config.algorithm.name = 'ppo'
     with pytest.raises(ValueError, match=f'{field}=.*reward was made with tokenizer=.*other, in which id 0 is '
                                          r"'<\|pad\|>'; in tokenizer=.*tokenizer it is '<\|begin\|>'"):
         train(config, tmp_path / 'run', mesh=ONE)

@@ -150,7 +150,7 @@ def check_same_tokenizer(what: str, tokenizer: Any, name: str, encode: texts.Enc
     if _same_file(name, encode.name):
         return
     theirs, ours = tokenizer.tokens, encode.tokenizer.tokens
-    for i, token in ours.items():
+    for i, token in sorted(ours.items()):
         if theirs.get(i, token) != token:
             raise ValueError(f'{what} was made with tokenizer={name}, in which id {i} is {theirs[i]!r}; in '
                              f'tokenizer={encode.name} it is {token!r}; one tokenizer serves all stages')
