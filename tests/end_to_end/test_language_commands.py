@@ -130,7 +130,7 @@ def test_evaluate_and_sample(runs, monkeypatch, capsys):
     (evaluate_command.main, ('--policy={reward}',), 'holds a reward model, not a policy'),
     (evaluate_command.main, ('--policy={policy}', '--max_prompt=3'), 'none of 8 prompts has at most 3 tokens'),
     (sample_command.main, ('--policy={policy}',), 'give either --prompt=TEXT or --prompts=FILE'),
-    (sample_command.main, ('--policy={policy}', '--prompts={sft}/config.json'), 'holds a dict, expected a list of rows'),
+    (sample_command.main, ('--policy={policy}', '--prompts={sft}/config.json'), 'holds a dict, expected a list'),
     (sample_command.main, ('--policy={policy}', '--prompt=a', '--max_new_token=3'), 'did you mean --max_new_tokens?'),
     (convert_command.main, ('--kind=gpt2', '--src={policy}', '--dst={policy}/new'), '--reverse writes one'),
     (convert_command.main, ('--reverse', '--kind=llama', '--src={policy}', '--dst={policy}/new'), 'holds a gpt2'),
