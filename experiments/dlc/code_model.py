@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dlc_jax.diffusion import discrete
 from dlc_jax.models import sedd
 from experiments.dlc.data.codestore import open_code_store
-from experiments.runtime import modules, placement
+from experiments.runtime import modules, placement, runs
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.stream import ArrayBatches
 from experiments.runtime.training import training
@@ -77,7 +77,7 @@ class CodeModel:
 
     @classmethod
     def load(cls, workdir: str | os.PathLike) -> 'CodeModel':
-        return cls(*modules.load(workdir, 'code_model', build))
+        return cls(*runs.load(workdir, 'code_model', build))
 
     def sample(self, key: jax.Array, num: int, *, batch_size: int = 256, progress: Any = None,
                **sampler: Any) -> np.ndarray:

@@ -21,7 +21,7 @@ from experiments.dlc.data import batches as batches_lib
 from experiments.dlc.data import sources
 from experiments.dlc.self_distillation import SelfDistillation
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, optim, partition, placement, storage
+from experiments.runtime import modules, optim, partition, placement, runs, storage
 from experiments.runtime import training as training_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
@@ -214,7 +214,7 @@ class Encoder:
 
     @classmethod
     def load(cls, workdir: str | os.PathLike) -> 'Encoder':
-        return cls(*modules.load(workdir, 'encoder', build, part='encoder'))
+        return cls(*runs.load(workdir, 'encoder', build, part='encoder'))
 
     @property
     def transform(self) -> CenterCrop:

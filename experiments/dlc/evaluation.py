@@ -1,6 +1,6 @@
 """The tables: sample sets against held-out images, codes, probes, memorisation, compositions. Pure functions of
 arrays."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -29,17 +29,6 @@ def sample_set(judge: Judge, images: np.ndarray, heldout: np.ndarray, train: np.
 def _pixels(images: np.ndarray) -> np.ndarray:
     flat = images.reshape(len(images), -1).astype(np.float32)
     return flat / np.sqrt(flat.shape[1])
-
-
-def mean_and_spread(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """{name: mean, name_std: standard deviation} over repeated measurements."""
-    out = {}
-    for name in rows[0]:
-        values = np.array([row[name] for row in rows], np.float64)
-        out[name] = float(values.mean())
-        if len(rows) > 1:
-            out[f'{name}_std'] = float(values.std(ddof=1))
-    return out
 
 
 REPRESENTATION = ('codes', 'embeddings', 'labels', 'sem')  # what `representation` reads

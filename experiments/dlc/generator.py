@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dlc_jax.diffusion import gaussian
 from dlc_jax.models import dit
 from experiments.dlc.data.codestore import open_code_store
-from experiments.runtime import modules, placement
+from experiments.runtime import modules, placement, runs
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.stream import ArrayBatches
 from experiments.runtime.training import training
@@ -118,7 +118,7 @@ class Generator:
 
     @classmethod
     def load(cls, workdir: str | os.PathLike) -> 'Generator':
-        return cls(*modules.load(workdir, 'generator', build))
+        return cls(*runs.load(workdir, 'generator', build))
 
     def sample(self, key: jax.Array, cond: np.ndarray | None, num: int, *, batch_size: int = 256, progress: Any = None,
                **sampler: Any) -> np.ndarray:

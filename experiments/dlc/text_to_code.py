@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from dlc_jax import convert, text_to_code
 from dlc_jax.diffusion.remasking import Sampling
 from experiments.dlc.data import captions as captions_lib
-from experiments.runtime import evaluation, modules, partition, placement, storage
+from experiments.runtime import evaluation, modules, partition, placement, runs, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
@@ -218,7 +218,7 @@ class TextToCode:
 
     @classmethod
     def load(cls, workdir: str | os.PathLike) -> 'TextToCode':
-        config, params = modules.load(workdir, 'text_to_code', build)
+        config, params = runs.load(workdir, 'text_to_code', build)
         return cls(config, params, captions_lib.open_tokenizer(config))
 
     def sample(self, key: jax.Array, prompts: Sequence[str], *, num_per_prompt: int = 1, batch_size: int = 256,

@@ -151,12 +151,12 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
             if METHODS[method][1] == 'heldout':  # the image its code came from has a class: is it kept?
                 row['same_class'] = float((judge.predict(draw['images']) == heldout['labels']).mean())
             rows.append(row)
-        methods[method] = evaluation.mean_and_spread(rows)
+        methods[method] = report.mean_and_spread(rows)
     rng = np.random.default_rng(0)
     floors = [evaluation.sample_set(
         judge, train_set['images'][rng.permutation(len(train_set['images']))[:len(heldout['images'])]],
         heldout['images'], train_set['images']) for _ in config.sample_seeds]
-    methods['real training images'] = evaluation.mean_and_spread(floors) | {
+    methods['real training images'] = report.mean_and_spread(floors) | {
         'nearest_train': None, 'nearest_train_std': None}
 
     drawn = [draw['codes'] for draw in sets['code, then image']]
@@ -174,7 +174,7 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
             'training images': evaluation.code_usage(train_set['codes'], vocab) | {'nearest_train_code': None},
             'held-out images': evaluation.code_usage(heldout['codes'], vocab) | {
                 'nearest_train_code': nearest_code(heldout['codes'])},
-            'code model': evaluation.mean_and_spread([
+            'code model': report.mean_and_spread([
                 evaluation.code_usage(codes, vocab) | {'nearest_train_code': nearest_code(codes)}
                 for codes in drawn]),
         },

@@ -108,21 +108,12 @@ def measure(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
 
     methods = {'fine-tuned': one('sft')}
     for mode in MODES:
-        methods[mode] = over_seeds([one(f'{mode}_{seed}') for seed in config.seeds])
+        methods[mode] = report.mean_and_spread([one(f'{mode}_{seed}') for seed in config.seeds])
     methods['learned reward'] = one('proxy')
     pairs = read_metrics(workdir / 'reward_model' / 'metrics.jsonl')
     return {'methods': methods, 'staleness': {mode: staleness(workdir / f'{mode}_{config.seeds[0]}') for mode in MODES},
             'reward_model_accuracy': last(pairs, 'heldout_accuracy'), 'num_heldout': len(held_out),
             'over_optimisation': over_optimisation(workdir / 'proxy')}
-
-
-def over_seeds(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean, and standard deviation over seeds as `x_std`."""
-    out = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        out |= {name: statistics.fmean(values), f'{name}_std': statistics.stdev(values)}
-    return out
 
 
 def last(rows: list[Mapping[str, float]], name: str) -> float:

@@ -58,7 +58,7 @@ LEAST = {'num_steps': 1, 'batch_size': 1, 'accumulate': 1, 'log_every': 1, 'chec
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
-    """Raises a ValueError for a number of the runner's own that means nothing."""
+    """Rejects, with a ValueError, runner settings below their minimum (`LEAST`)."""
     for name, least in LEAST.items():
         if config[name] < least:
             raise ValueError(f'{name}={config[name]} must be at least {least}; set --config.{name}')

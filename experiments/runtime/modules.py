@@ -1,6 +1,5 @@
-"""From configs and work directories to modules and parameters; what encoder, generator and code model share."""
+"""From configs to modules, and from a module to a program over all devices that takes any number of rows."""
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -10,9 +9,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments.runtime import launch, partition, storage
+from experiments.runtime import evaluation, launch, partition
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime.checkpoint import Checkpointer
 
 T = TypeVar('T')
 
@@ -49,42 +47,6 @@ def build_dataclass(cls: type[T], name: str, fields: Mapping[str, Any]) -> T:
     allowed = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in ('parent', 'name')]
     launch.check_fields(name, fields, allowed)
     return cls(**fields)
-
-
-def load(workdir: str | os.PathLike, kind: str, build_experiment: Callable[..., Any],
-         part: str | None = None) -> tuple[ml_collections.ConfigDict, Any]:
-    """Config and newest averaged weights of the run in `workdir`, in host memory; of `part` of the model, if given.
-
-    Of a model that keeps no average, the weights themselves. A converted run (`config.weights_only`) has nothing but
-    the weights in its checkpoint, and of that part alone.
-
-    Raises:
-        ValueError: `workdir` holds no run, one of another `kind` (config.experiment), or no checkpoint yet.
-    """
-    config = launch.read_config(workdir)
-    if config.get('experiment') != kind:
-        raise ValueError(f'{workdir}: holds a run of experiment={config.get("experiment")!r}; '
-                         f'give the --workdir of one of {kind!r}')
-    one = config.copy_and_resolve_references()
-    one.accumulate = 1
-    experiment = build_experiment(one, mesh_lib.make_mesh({}, jax.devices()[:1]))
-    checkpointer = Checkpointer(storage.resolve(workdir) / 'checkpoints', read_only=True)
-    like = jax.eval_shape(experiment.init, jax.random.key(0))
-    if config.get('weights_only'):
-        like = {'ema': {part: like.ema[part]} if part else like.ema}
-    on_host = jax.sharding.SingleDeviceSharding(host())
-    if not config.get('weights_only') and like.ema is None:
-        params = checkpointer.restore_part('params', like.params, jax.tree.map(lambda _: on_host, like.params))
-        checkpointer.close()
-        if params is None:
-            raise ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
-        return config, jax.device_get(params)
-    restored = checkpointer.restore(like, jax.tree.map(lambda _: on_host, like))
-    checkpointer.close()
-    if restored is None:
-        raise ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
-    ema = restored[1]['ema'] if config.get('weights_only') else restored[1].ema
-    return config, ema[part] if part else ema
 
 
 def host() -> jax.Device:
@@ -132,17 +94,13 @@ class Batched:
         `fold_in(key, b)`, and the last one is padded."""
         size, out = self.batch_size, []
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            for index in range(-(-num // size)):
-                part = jax.tree.map(lambda x: _padded(np.asarray(x[index * size:(index + 1) * size]), size), rows)
+            for index, (chosen, _) in enumerate(evaluation.full_batches(num, size)):
+                part = jax.tree.map(lambda x, chosen=chosen: np.asarray(x[chosen]), rows)
                 part = jax.device_put(part, mesh_lib.batch_sharding(self._mesh))
                 out.append(jax.tree.map(np.asarray, self._run(self._params, jax.random.fold_in(key, index), part)))
                 if progress:
                     progress(min((index + 1) * size, num))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *out)
-
-
-def _padded(rows: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
 
 
 def divisible(params: Any, rules: partition.Rules, mesh: jax.sharding.Mesh) -> bool:

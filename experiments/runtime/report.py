@@ -34,6 +34,17 @@ def format_value(value: object, digits: int = 3) -> str:
         f'{value:,.0f}' if isinstance(value, float) else str(value))
 
 
+def mean_and_spread(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """{name: mean, name_std: standard deviation} over repeated measurements; of one there is no deviation."""
+    out = {}
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows], np.float64)
+        out[name] = float(values.mean())
+        if len(rows) > 1:
+            out[f'{name}_std'] = float(values.std(ddof=1))
+    return out
+
+
 def with_spread(value: float, spread: float) -> str:
     """"value ± spread", both to the second digit of the spread."""
     decimals = max(0, 1 - math.floor(math.log10(spread))) if spread > 0 else 3

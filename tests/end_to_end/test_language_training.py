@@ -240,9 +240,9 @@ def test_a_reward_model_run_is_read_back_with_its_adapter_merged(fine_tuned, tra
     score = lambda params: module.apply({'params': params}, tokens)
     assert not any('lora' in name for name in partition.flatten(params))
     np.testing.assert_allclose(score(params), score(state.params), atol=1e-5)
-    with pytest.raises(ValueError, match="holds a run of experiment='sft', not of a reward_model"):
+    with pytest.raises(ValueError, match="experiment='sft'; give the --workdir of one of 'reward_model'"):
         loading.load_reward_model(fine_tuned[0])
-    with pytest.raises(ValueError, match="experiment='reward_model'; expected one of"):
+    with pytest.raises(ValueError, match="'reward_model'; give the --workdir of one of 'sft', 'dpo', 'policy'"):
         start_of(config_of('sft', weights=str(workdir)))
 
 

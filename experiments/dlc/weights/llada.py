@@ -16,8 +16,7 @@ from dlc_jax import convert
 from dlc_jax.convert import llada
 from rlhf_jax.weights import files
 from experiments.dlc.weights.kinds import published_config
-from experiments.runtime import folders, launch, modules, storage
-from experiments.runtime.checkpoint import Checkpointer
+from experiments.runtime import folders, launch, modules, runs, storage
 from rlhf_jax.models.llama import SIZES, Llama
 from rlhf_jax.tokenizers import JsonTokenizer
 
@@ -58,22 +57,14 @@ def read_run(workdir: str | os.PathLike) -> tuple[Llama, Mapping[str, Any], Any]
     Raises:
         ValueError: no run of text_to_code there, or no checkpoint yet.
     """
-    config = launch.read_config(workdir)
-    if config.get('experiment') != EXPERIMENT:
-        raise ValueError(f'{workdir}: holds a run of experiment={config.get("experiment")!r}; give the --workdir of '
-                         f'one of {EXPERIMENT!r}')
-    checkpointer = Checkpointer(storage.resolve(workdir) / 'checkpoints', read_only=True)
-    saved = checkpointer.shapes().get('params/embed')
+    config = runs.read_config(workdir, EXPERIMENT)
+    saved = runs.saved_shapes(workdir).get('params/embed')
     if saved is None:
-        raise ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
+        raise runs.no_checkpoint(workdir)
     known = {'size', *Llama.__dataclass_fields__}
     fields = {name: value for name, value in dict(config.model).items() if name in known}
     module = modules.build(Llama, SIZES, fields | {'vocab_size': saved[0][0], 'causal': False})
-    shapes = llada.shapes_of(module)
-    host = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(modules.host()), shapes)
-    params = checkpointer.restore_part('params', shapes, host)
-    checkpointer.close()
-    return module, jax.device_get(params), config
+    return module, runs.restore_part(workdir, 'params', llada.shapes_of(module)), config
 
 
 def load(cls: type[T], path: str | os.PathLike, *, num_codes: int) -> T:

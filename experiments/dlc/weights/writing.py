@@ -12,8 +12,7 @@ from dlc_jax import convert
 from dlc_jax.models import vit
 from dlc_jax.models.vae import SCALING_FACTOR
 from experiments.dlc.weights.kinds import KINDS
-from experiments.runtime import launch, storage
-from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import launch, runs, storage
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax.weights.files import save_state_dict
 
@@ -25,7 +24,7 @@ def write_run(kind: str, config: ml_collections.ConfigDict, params: Mapping[str,
     Raises:
         ValueError: the config does not fit the weights.
     """
-    experiment = _experiment(kind).build(_on_one_device(config), mesh_lib.make_mesh({}, jax.devices()[:1]))
+    experiment = runs.on_one_device(config, _experiment(kind).build)
     wanted = jax.eval_shape(experiment.init, jax.random.key(0)).ema
     if kind == 'sem':
         wanted, params = wanted['encoder'], {'encoder': params}
@@ -96,9 +95,3 @@ def _released_config(kind: str, m: Any, noise: str) -> dict[str, Any]:
 
 def _experiment(kind: str) -> Any:
     return importlib.import_module(f'experiments.dlc.{KINDS[kind].experiment}')
-
-
-def _on_one_device(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.accumulate = 1
-    return config

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from experiments.rlhf.models import adapters, architecture
-from experiments.runtime import folders, launch, modules, storage
-from experiments.runtime.checkpoint import Checkpointer
+from experiments.runtime import folders, launch, modules, runs, storage
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
 from rlhf_jax.models import heads
@@ -96,14 +95,12 @@ def load_trained(path: str | os.PathLike, kinds: tuple[str, ...] = (*POLICIES, '
     Raises:
         ValueError: no run there, or one of another of `kinds`.
     """
-    own = launch.read_config(path)
-    if own.get('experiment') not in kinds:
-        raise ValueError(f'{path}: holds a run of experiment={own.get("experiment")!r}; expected one of {kinds}')
+    config = runs.read_config(path, *kinds)
     if dtype:
-        own.model.dtype = dtype
-    make = architecture.reward_model if own.experiment == 'reward_model' else architecture.decoder
-    module = make(own.model)
-    return module, _restore(path, own, module), own
+        config.model.dtype = dtype
+    make = architecture.reward_model if config.experiment == 'reward_model' else architecture.decoder
+    module = make(config.model)
+    return module, _restore(path, config, module), config
 
 
 def load_policy(path: str | os.PathLike, dtype: str = '', adapter: str = '') -> tuple[Any, Params, Config | None]:
@@ -144,11 +141,9 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
     """
     folder, saved = storage.resolve(path), folders.read_settings(path)
     if folders.names_experiment(saved):
-        own = launch.read_config(path)
-        if own.experiment != 'reward_model':
-            raise ValueError(f'{path}: holds a run of experiment={own.experiment!r}, not of a reward_model')
-        module = architecture.reward_model(own.model)
-        return module, adapters.merged(_restore(path, own, module))
+        trained = runs.read_config(path, 'reward_model')
+        module = architecture.reward_model(trained.model)
+        return module, adapters.merged(_restore(path, trained, module))
     fields = {'dtype': modules.dtype(model)} if model else {}
     module, params = _open_folder(folder, saved, **fields)
     if not isinstance(module, heads.RewardModel):
@@ -182,33 +177,24 @@ def _open_folder(folder: Any, saved: Mapping[str, Any], **fields: Any) -> tuple[
 def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str, ...], shardings: Any) -> Params:
     folder, saved = storage.resolve(path), folders.read_settings(path, field='weights=')
     if folders.names_experiment(saved):
-        own = launch.read_config(path)
-        if own.experiment not in kinds:
-            raise ValueError(f'weights={path}: holds a run of experiment={own.experiment!r}; expected one of {kinds}')
-        trained = architecture.decoder(own.model)
-        architecture.check_same(path, trained, module)
-        params = adapters.merged(_restore(path, own, trained))
+        trained = runs.read_config(path, *kinds, field='weights=')
+        theirs = architecture.decoder(trained.model)
+        architecture.check_same(path, theirs, module)
+        params = adapters.merged(_restore(path, trained, theirs))
         return params if shardings is None else jax.device_put(params, shardings)
     kind = saved.get('model_type')
     if kind != config.model.kind:
         raise ValueError(f'model.kind={config.model.kind!r}, but weights={path} are of a {kind!r}')
     architecture.check_same(path, _module_of(folder, saved), module)
     placed = None if shardings is None else lambda shapes: shardings
-    found, params = _open_folder(folder, saved, shardings=placed)
-    return params['backbone'] if hasattr(found, 'backbone') else params
+    opened, params = _open_folder(folder, saved, shardings=placed)
+    return params['backbone'] if hasattr(opened, 'backbone') else params
 
 
-def _restore(path: Any, own: Config, module: Any) -> Params:
+def _restore(path: Any, config: Config, module: Any) -> Params:
     """The stage's parameters on the host, with its adapter; of a policy run, the policy's."""
     def init(key):
         params = module.init(key, jnp.zeros((1, 2), jnp.int32))['params']
-        return architecture.with_adapter(own, params, key)
-    like = jax.eval_shape(init, jax.random.key(0))
-    checkpointer = Checkpointer(storage.resolve(path) / 'checkpoints', read_only=True)
-    host = jax.sharding.SingleDeviceSharding(modules.host())
-    name = 'params/policy' if own.experiment == 'policy' else 'params'
-    params = checkpointer.restore_part(name, like, jax.tree.map(lambda _: host, like))
-    checkpointer.close()
-    if params is None:
-        raise ValueError(f'{path}: no checkpoint there yet; let experiments.train reach its first one')
-    return jax.device_get(params)  # tied to no device, so that a program over any mesh takes them
+        return architecture.with_adapter(config, params, key)
+    part = 'params/policy' if config.experiment == 'policy' else 'params'
+    return runs.restore_part(path, part, jax.eval_shape(init, jax.random.key(0)))
