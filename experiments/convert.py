@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p = launch.parser(__doc__, config='settings of the work directory (default: configs/dlc/released.py:KIND)')
     p.add_argument('--kind', required=True, choices=(*kinds.KINDS, *FOLDERS))
     p.add_argument('--src', required=True, metavar='DIR|FILE', help='released weights; --reverse: a work directory')
-    p.add_argument('--dst', required=True, metavar='DIR', help='written there; must be empty or new')
+    p.add_argument('--dst', required=True, metavar='DIR', help='what to write; must be empty or new')
     p.add_argument('--reverse', action='store_true', help='from a work directory to released names')
     p.add_argument('--adapter', action='store_true', help='of a language model, the LoRA adapter alone')
     p.add_argument('--base', metavar='NAME|DIR', help='of --adapter, the model it belongs to (default: the Hugging '

@@ -4,7 +4,7 @@
         --config.rollout.transport=files
     python -m experiments.generate --workdir=DIR        # on other devices, or another machine that sees DIR
 
-Start it before or after the learner. It takes the run's own config, waits for weights in DIR/rollouts, and leaves when
+Start it before or after the learner. It takes the config of the run, waits for weights in DIR/rollouts, and leaves when
 the learner is done. Killed, it is simply started again; several share the work (`--generator=1`, ... of
 rollout.num_generators). A run that is rewarded by a function (reward.kind=function) has its name in DIR/config.json;
 add `--trust`, for code is run at your word and not at a folder's.
@@ -28,7 +28,7 @@ def wait_for_config(workdir: str, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while not (storage.resolve(workdir) / 'config.json').exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f'--workdir={workdir}: no learner started there within --wait={timeout:g} s')
+            raise TimeoutError(f'--workdir={workdir}: no learner has started in it within --wait={timeout:g} s')
         time.sleep(0.2)
 
 
@@ -39,8 +39,7 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
         trust: call a reward function that the work directory names.
 
     Raises:
-        ValueError: the run has no generators in processes of their own, data that does not fit, or a reward function
-            without `trust`.
+        ValueError: the run has no generator processes, data that does not fit, or a reward function without `trust`.
     """
     config = launch.read_config(workdir)
     if config.get('experiment') != 'policy' or config.rollout.transport == 'devices':

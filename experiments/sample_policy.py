@@ -1,4 +1,4 @@
-"""Responses of a language model.
+"""Samples responses of a language model.
 
     python -m experiments.sample --policy=RUN --prompt="3+4=" --num_samples=4 --temperature=0.7
     python -m experiments.sample --policy=HF_FOLDER --prompts=prompts.jsonl --max_new_tokens=256 --out=completions.jsonl

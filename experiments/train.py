@@ -120,7 +120,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
             step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
                            out_shardings=(shardings, mesh_lib.replicated(mesh)))
             if online:
-                step, hooks = told(step, batches), (*hooks, lambda n, state, _: batches.publish(n, state))
+                step = with_stream_metrics(step, batches)
+                hooks = (*hooks, lambda n, state, _: batches.publish(n, state))
                 batches.publish(start, state)
             writer = None
             if jax.process_index() == 0:
@@ -158,8 +159,8 @@ def as_started(config: ml_collections.ConfigDict, workdir: str | os.PathLike) ->
     return config
 
 
-def told(step: loop.Step, batches: Any) -> loop.Step:
-    """`step` with what the stream measured of its batch among the metrics."""
+def with_stream_metrics(step: loop.Step, batches: Any) -> loop.Step:
+    """Wraps `step` so that its metrics include what the stream measured of the batch: staleness, waiting times."""
     def run(state, batch):
         measured = dict(batches.metrics)
         state, metrics = step(state, batch)

@@ -35,7 +35,7 @@ SECONDS = {'seconds_per_step': 'a step', 'rollout_generate_seconds': 'generating
 
 
 def devices() -> tuple[jax.Device, int]:
-    """The device that learns, and how many others generate: 1 where there is another.
+    """The device that learns, and how many others generate: 1 if the machine has another.
 
     A CPU is made into two if jax has not looked at it yet: two programs at a time, on the same cores.
     """
@@ -48,14 +48,14 @@ def devices() -> tuple[jax.Device, int]:
 
 def policies(config: ml_collections.ConfigDict, generators: int) -> dict[str, ml_collections.ConfigDict]:
     """Name of the work directory -> config of the runs that learn from the reward that can be checked."""
-    found = {}
+    configs = {}
     for mode, staleness in MODES.items():
         for seed in config.seeds:
             one = config.policy.copy_and_resolve_references().unlock()
             one.seed, one.rollout.max_staleness = seed, staleness
             one.rollout.devices = generators  # the same split in both modes
-            found[f'{mode}_{seed}'] = one
-    return found
+            configs[f'{mode}_{seed}'] = one
+    return configs
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -93,18 +93,19 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
 
 def measure(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Everything of the policies in `metrics.json`: on held-out problems, at the temperature they were trained at."""
-    task, e = tasks.get(config.policy.data), config.evaluation
+    task, settings = tasks.get(config.policy.data), config.evaluation
     held_out = task.prompts(config.policy.data, config.policy.data.heldout)
     start = Policy.load(workdir / 'sft')
     scores = {'reward': lambda c: task.reward(c.texts, c.rows), 'gold': lambda c: task.gold(c.texts, c.rows)}
 
     def one(name: str) -> dict[str, float]:
         policy = Policy.load(workdir / name)
-        sampling = policy.sampling(temperature=e.temperature, max_new_tokens=config.policy.sampling.max_new_tokens)
-        found = evaluation.evaluate_policy(
+        sampling = policy.sampling(temperature=settings.temperature,
+                                   max_new_tokens=config.policy.sampling.max_new_tokens)
+        measured = evaluation.evaluate_policy(
             policy, [p.text for p in held_out], [p.row for p in held_out], sampling, key=jax.random.key(0),
-            num_samples=e.num_samples, batch_size=e.batch_size, task=task, reference=start, **scores)[0]
-        return {key: found[key] for key in ('accuracy', 'gold', 'kl', 'perplexity', 'length', 'ended')}
+            num_samples=settings.num_samples, batch_size=settings.batch_size, task=task, reference=start, **scores)[0]
+        return {key: measured[key] for key in ('accuracy', 'gold', 'kl', 'perplexity', 'length', 'ended')}
 
     methods = {'fine-tuned': one('sft')}
     for mode in MODES:
@@ -186,7 +187,7 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
 
 
 def median(workdir: pathlib.Path, name: str) -> float:
-    """Of a metric's rows after the first, which holds the compilation."""
+    """Median of a metric over its rows after the first, which holds the compilation."""
     values = curve(workdir, name)[1]
     return statistics.median(values[1:] or values)
 

@@ -38,9 +38,9 @@ PROMPTS = tuple((label, digit_pairs.caption(*divmod(label, 10), phrase))
 
 def write_codes(encoder: Encoder, pairs: DigitPairs, path: pathlib.Path, batch_size: int) -> None:
     """The code store of `pairs`: the code of a picture is that of its upper digit, then that of its lower one."""
-    m = encoder.config.model
+    model = encoder.config.model
     with codestore.writer(path, num=len(pairs), meta=dict(
-            num_codes=2 * m.num_codes, vocab_size=m.vocab_size, class_names=pairs.class_names, captions=True,
+            num_codes=2 * model.num_codes, vocab_size=model.vocab_size, class_names=pairs.class_names, captions=True,
             encoder=encode_lib.fingerprint(encoder.params))) as store:
         if store.done < len(pairs):
             codes = [encoder.encode_images(list(half), outputs=('codes',), batch_size=batch_size)['codes']
@@ -77,7 +77,7 @@ def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
 
 
 def shares(upper: np.ndarray, lower: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """How often what was seen is what was said, for pairs, upper and lower digits [N]."""
+    """How often the digits [N] that were recognised are those of `labels`: both, the upper one, the lower one."""
     right = upper == labels // 10, lower == labels % 10
     return {'both': float((right[0] & right[1]).mean()), 'upper': float(right[0].mean()),
             'lower': float(right[1].mean())}
@@ -90,8 +90,8 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
     arrays = {split: {name: np.asarray(store.array(name)) for name in ('images', 'codes', 'labels')}
               for split, store in stores.items()}
     train_set, vocab = arrays['train'], stores['train'].vocab_size
-    d = config.encoder.data
-    judge = Judge.fit(*digit_pairs.single_digits('train', heldout=d.heldout, seed=d.split_seed))
+    data = config.encoder.data
+    judge = Judge.fit(*digit_pairs.single_digits('train', heldout=data.heldout, seed=data.split_seed))
     one_hot = lambda codes: codes_lib.one_hot(codes, vocab).reshape(len(codes), -1)
     probes = [LogisticRegression(C=0.1, max_iter=200).fit(one_hot(train_set['codes']), of(train_set['labels']))
               for of in (lambda labels: labels // 10, lambda labels: labels % 10)]
@@ -155,9 +155,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     clock.stage('encoder', lambda: train(config.encoder, workdir / 'encoder', name='1/6 encoder'))
 
     def encode():
-        encoder, d = Encoder.load(workdir / 'encoder'), config.encoder.data
+        encoder, data = Encoder.load(workdir / 'encoder'), config.encoder.data
         for split, num in config.num_images.items():
-            write_codes(encoder, DigitPairs(split, num, heldout=d.heldout, seed=d.split_seed),
+            write_codes(encoder, DigitPairs(split, num, heldout=data.heldout, seed=data.split_seed),
                         workdir / 'codes' / split, config.sample_batch)
     clock.stage('codes', encode)
     stores = {split: codestore.open_code_store(workdir / 'codes' / split) for split in config.num_images}

@@ -28,16 +28,22 @@ def sft(logits: Array, tokens: Array, mask: Array, *, prompt_mask: Array | None 
     Returns:
         Metrics `tokens` (how many counted), `accuracy` and `perplexity`. A batch in which nothing counts has loss 0.
     """
-    weights = mask[:, 1:] > 0
-    if prompt_mask is not None:
-        weights &= ~(prompt_mask[:, 1:] > 0)
-    if segment_ids is not None:
-        weights &= segment_ids[:, 1:] == segment_ids[:, :-1]
+    weights = trained_tokens(mask, prompt_mask, segment_ids)
     logprobs = token_logprobs(logits[:, :-1], tokens[:, 1:])
     loss = -masked.mean(logprobs, weights)
     correct = jnp.argmax(logits[:, :-1], -1) == tokens[:, 1:]
     return loss, jax.lax.stop_gradient({'tokens': weights.sum().astype(jnp.float32), 'perplexity': jnp.exp(loss),
                                         'accuracy': masked.mean(correct.astype(jnp.float32), weights)})
+
+
+def trained_tokens(mask: Array, prompt_mask: Array | None = None, segment_ids: Array | None = None) -> Array:
+    """bool [N, T - 1]: whether `sft` trains on token t + 1, predicted at t; arguments [N, T] as of `sft`."""
+    weights = mask[:, 1:] > 0
+    if prompt_mask is not None:
+        weights &= ~(prompt_mask[:, 1:] > 0)
+    if segment_ids is not None:
+        weights &= segment_ids[:, 1:] == segment_ids[:, :-1]
+    return weights
 
 
 def reward_model(chosen: Array, rejected: Array, *, margin: Array | float = 0.0, centering: float = 0.0) -> Loss:

@@ -18,7 +18,7 @@ class Kind(NamedTuple):
     loader: str = ''
 
 
-KINDS = {  # the first whose sign is there is what a file holds
+KINDS = {  # the first whose sign is among a file's tensors is what it holds
     'sem': Kind('encoder', 'model.safetensors', 'sem_embed.weight', 'Encoder'),
     'dit': Kind('generator', 'model.safetensors', 'x_embedder.proj.weight', 'Generator'),
     'sedd': Kind('code_model', 'model.safetensors', 'sigma_map.mlp.0.weight', 'CodeModel'),

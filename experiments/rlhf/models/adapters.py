@@ -1,4 +1,4 @@
-"""LoRA adapters in the parameters of a run: told from what stays frozen, and merged into the weights."""
+"""LoRA adapters in the parameters of a run: separated from what stays frozen, and merged into the weights."""
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +12,10 @@ Params = dict[str, Any]
 
 
 def divide(params: Params, also: Sequence[str] = ()) -> tuple[Params, Params]:
-    """(what stays frozen, what is trained) of parameters with an adapter: A and B, and paths that a regex of `also`
-    matches. `lora.join` puts them together again."""
+    """Splits parameters with an adapter into (frozen, trained); `lora.join` puts them together again.
+
+    Trained are the adapter's A and B, and paths that a regex of `also` matches.
+    """
     def visit(tree, path):
         frozen, trained = {}, {}
         for name, leaf in tree.items():
@@ -37,6 +39,6 @@ def _merge(params: Params) -> Params:
 
 
 def merged(params: Params) -> Params:
-    """Without adapters, which become part of the weights."""
-    has = any(name.endswith('/lora_a') for name in partition.flatten(params))
-    return _merge(params) if has else params
+    """Parameters without adapters, which become part of the weights."""
+    has_adapter = any(name.endswith('/lora_a') for name in partition.flatten(params))
+    return _merge(params) if has_adapter else params

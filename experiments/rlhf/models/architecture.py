@@ -22,7 +22,7 @@ _OF_SIZE = ('vocab_size', 'width', 'depth', 'num_heads', 'num_kv_heads', 'head_d
             'activation', 'eps', 'tied', 'attention_bias', 'qkv_bias', 'mlp_bias', 'qk_norm', 'parallel', 'window',
             'rope_base', 'rotary_fraction', 'rope_scaling')
 _ALL_TOKENS = -1  # `model.window` of a model without one
-# How a model computes, not what it computes: may differ from the weights' own config.
+# How a model computes, not what it computes: may differ from the config of the weights.
 _MANNER = ('dtype', 'param_dtype', 'remat', 'unroll', 'attention_impl', 'stacked', 'init_std', 'parent', 'name')
 # What 0 stands for in a field.
 _IMPLIED = {'hidden': lambda m: 4 * m.width, 'num_kv_heads': lambda m: m.num_heads,
@@ -94,9 +94,9 @@ def reward_model(model: Mapping[str, Any]) -> heads.RewardModel:
 
 def rules(model: Mapping[str, Any], prefix: str = '') -> partition.Rules:
     """Partition rules of the decoder, its adapter and scalar heads; `prefix`: where the decoder's parameters sit."""
-    own = family(model)[0].PARTITION_RULES
-    own = partition.prefixed(prefix, own) if prefix else own
-    return (*lora.PARTITION_RULES, (r'(.*/)?(score|value)_head/.*', jax.sharding.PartitionSpec()), *own)
+    decoder_rules = family(model)[0].PARTITION_RULES
+    decoder_rules = partition.prefixed(prefix, decoder_rules) if prefix else decoder_rules
+    return (*lora.PARTITION_RULES, (r'(.*/)?(score|value)_head/.*', jax.sharding.PartitionSpec()), *decoder_rules)
 
 
 def init_decoder(config: Config) -> Callable[[jax.Array], Params]:

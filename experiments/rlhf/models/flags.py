@@ -9,6 +9,7 @@ from experiments.runtime import mesh as mesh_lib
 
 
 def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser:
+    """A parser with the flags that the commands share; `config`: with --config too."""
     p = launch.parser(description, config='data, sampling and rewards of a policy run' if config else None)
     p.add_argument('--policy', required=True, metavar='RUN|HF_FOLDER')
     p.add_argument('--tokenizer', metavar='FILE', help='tokenizer.json or its folder, where the policy has none')
@@ -19,7 +20,7 @@ def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser
     p.add_argument('--temperature', type=float, default=0.0, help='0: greedy')
     p.add_argument('--top_k', type=int, default=0, help='0: all')
     p.add_argument('--top_p', type=float, default=1.0)
-    p.add_argument('--max_new_tokens', type=int, help="default: the run's own, else 128")
+    p.add_argument('--max_new_tokens', type=int, help="default: as in the run, else 128")
     p.add_argument('--batch_size', type=int, default=64, help='prompts at once')
     p.add_argument('--seed', type=int, default=0)
     return p
@@ -43,10 +44,11 @@ def load(path: str, args: argparse.Namespace, config: Mapping[str, Any] | None =
 
 
 def sampling(policy: Policy, args: argparse.Namespace, config: Mapping[str, Any] | None) -> Any:
-    own = (config or {}).get('sampling') or {}
-    return policy.sampling(max_new_tokens=args.max_new_tokens or own.get('max_new_tokens', 128),
+    """How the flags say to sample; lengths that they leave out are those of `config`, the run's."""
+    settings = (config or {}).get('sampling') or {}
+    return policy.sampling(max_new_tokens=args.max_new_tokens or settings.get('max_new_tokens', 128),
                            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                           min_new_tokens=own.get('min_new_tokens', 0))
+                           min_new_tokens=settings.get('min_new_tokens', 0))
 
 
 def response_lines(rows: list[dict[str, Any]], responses: Responses) -> list[dict[str, Any]]:

@@ -104,8 +104,8 @@ def load_trained(path: str | os.PathLike, kinds: tuple[str, ...] = (*POLICIES, '
 
 
 def load_policy(path: str | os.PathLike, dtype: str = '', adapter: str = '') -> tuple[Any, Params, Config | None]:
-    """Module, float32 parameters on the host, adapters merged, and config of a policy as it lies there: a work
-    directory of sft, dpo or policy; or a Hugging Face folder, which has no config.
+    """Module, float32 parameters on the host, adapters merged, and config of the policy in `path`: a work directory of
+    sft, dpo or policy; or a Hugging Face folder, which has no config.
 
     Args:
         dtype: to compute in; '': as the run's config says, float32 for a folder.
@@ -134,7 +134,7 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
     one label, or a work directory of a reward_model run.
 
     Args:
-        model: how it is to compute (`dtype`, ...); None: as its own config says, float32 for a folder.
+        model: how it is to compute (`dtype`, ...); None: as the config of the run says, float32 for a folder.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no reward model.
@@ -152,7 +152,7 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
 
 
 def filled(fresh: Mapping[str, Any], loaded: Mapping[str, Any]) -> Params:
-    """`fresh` with the leaves that `loaded` has too in place of its own; what is new in `loaded` is left out."""
+    """`fresh`, with the leaves of `loaded` in place of those that both have; what is new in `loaded` is left out."""
     return {name: (filled(leaf, loaded[name]) if isinstance(leaf, Mapping) else loaded[name]) if name in loaded
             else leaf for name, leaf in fresh.items()}
 

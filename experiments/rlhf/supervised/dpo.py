@@ -17,7 +17,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     model = architecture.decoder(config.model)
 
     def logprobs(params, batch):
-        """Of the responses as wholes, EOS included: [B, 2]."""
+        """Log-probabilities [B, 2] of whole responses, EOS included: chosen, rejected."""
         tokens, mask = supervised.interleaved(batch)
         logits = model.apply({'params': params}, tokens, mask=mask)
         start = jnp.repeat(batch['prompt_length'], 2)[:, None]
@@ -28,9 +28,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         policy, ref = logprobs(params, batch), logprobs(reference, batch)
         return {'chosen': policy[:, 0], 'rejected': policy[:, 1], 'ref_chosen': ref[:, 0], 'ref_rejected': ref[:, 1]}
 
-    def reduce(found):
+    def reduce(rows):
         value, metrics = preference.dpo(
-            *(jnp.asarray(found[name]) for name in ('chosen', 'rejected', 'ref_chosen', 'ref_rejected')),
+            *(jnp.asarray(rows[name]) for name in ('chosen', 'rejected', 'ref_chosen', 'ref_rejected')),
             beta=config.loss.beta, loss_type=config.loss.loss_type)
         return metrics | {'loss': value}
 

@@ -178,5 +178,5 @@ def open_demonstrations(config: Config, split: str) -> texts.Arrays:
 def _open(config: Config, split: str, name: str, to_arrays: Callable[..., texts.Arrays], **options) -> texts.Arrays:
     encode = tokenizer_lib.encoder_of(config)
     tokenizer_lib.check_stages(config, encode)
-    found = tasks.require(tasks.get(config.data, encode), name, config.data)(config.data, split)
-    return to_arrays(found, encode, pad=encode.tokenizer.pad, max_length=config.max_length, **options)
+    pairs = tasks.require(tasks.get(config.data, encode), name, config.data)(config.data, split)
+    return to_arrays(pairs, encode, pad=encode.tokenizer.pad, max_length=config.max_length, **options)

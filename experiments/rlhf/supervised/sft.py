@@ -7,32 +7,33 @@ from jax.sharding import Mesh
 from experiments.rlhf.models import architecture
 from experiments.rlhf.supervised import experiment as supervised
 from experiments.runtime.experiment import Experiment
-from rlhf_jax.losses.supervised import sft
+from rlhf_jax.losses.supervised import sft, trained_tokens
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     model = architecture.decoder(config.model)
 
+    def what_counts(batch):
+        return dict(prompt_mask=None if config.train_on_prompt else batch['prompt_mask'],
+                    segment_ids=batch['mask'] if config.packing else None)
+
     def cross_entropy(logits, batch):
-        return sft(logits, batch['tokens'], batch['mask'],
-                   prompt_mask=None if config.train_on_prompt else batch['prompt_mask'],
-                   segment_ids=batch['mask'] if config.packing else None)
+        return sft(logits, batch['tokens'], batch['mask'], **what_counts(batch))
 
     def loss(params, _, batch):
         value, metrics = cross_entropy(model.apply({'params': params}, batch['tokens'], mask=batch['mask']), batch)
         share = 1.0
-        if 'tokens_a_row' in batch:
-            # A microbatch counts by its tokens: their mean is then the mean over all tokens of the batch.
-            share = metrics['tokens'] / (batch['tokens_a_row'][0] * len(batch['tokens']))
+        if 'tokens_per_row' in batch:
+            # A microbatch counts by its tokens: the mean over microbatches is then that over all tokens of the batch.
+            share = metrics['tokens'] / (batch['tokens_per_row'][0] * len(batch['tokens']))
         return value * share, {'accuracy': metrics['accuracy'] * share, 'tokens': metrics['tokens'] * config.accumulate}
 
     def prepare(batch):
         if config.accumulate == 1:
             return batch
         rows = len(batch['tokens'])
-        no_logits = jnp.zeros((*batch['tokens'].shape, 1))  # of one class: only to count which tokens are trained on
-        counted = cross_entropy(no_logits, batch | {'tokens': jnp.zeros_like(batch['tokens'])})[1]['tokens']
-        return batch | {'tokens_a_row': jnp.full(rows, jnp.maximum(counted, 1) / rows)}
+        count = trained_tokens(batch['mask'], **what_counts(batch)).sum().astype(jnp.float32)
+        return batch | {'tokens_per_row': jnp.full(rows, jnp.maximum(count, 1) / rows)}
 
     def rows(params, _, batch):
         logits = model.apply({'params': params}, batch['tokens'], mask=batch['mask'])
@@ -40,10 +41,10 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         value, metrics = jax.vmap(one)(logits, dict(batch))
         return {'loss': value, 'tokens': metrics['tokens'], 'accuracy': metrics['accuracy']}
 
-    def reduce(found):
-        share = found['tokens'] / max(found['tokens'].sum(), 1)
-        value = (found['loss'] * share).sum()
-        return {'loss': value, 'perplexity': jnp.exp(value), 'accuracy': (found['accuracy'] * share).sum()}
+    def reduce(rows):
+        share = rows['tokens'] / max(rows['tokens'].sum(), 1)
+        value = (rows['loss'] * share).sum()
+        return {'loss': value, 'perplexity': jnp.exp(value), 'accuracy': (rows['accuracy'] * share).sum()}
 
     shape = (config.batch_size, config.max_length)
     batch = {'tokens': jax.ShapeDtypeStruct(shape, jnp.int32),

@@ -49,7 +49,7 @@ def require(task: Task, name: str, data: Data) -> Callable[..., Any]:
     Raises:
         ValueError: the task has none.
     """
-    found = getattr(task, name)
-    if found is None:
+    function = getattr(task, name)
+    if function is None:
         raise ValueError(f'data.task={data["task"]!r} has no {name}')
-    return found
+    return function

@@ -21,14 +21,14 @@ def make(options: dict[str, Any], _: Tokenize | None) -> Task:
             raise ValueError(f'data.path={data["path"]}: arithmetic problems are made up; leave it empty')
         name, low, high = parse_split(split)
         if name == 'train':
-            found = arithmetic.problems(options['seed'], data['num_rows'] or 10_000, **settings)
+            made = arithmetic.problems(options['seed'], data['num_rows'] or 10_000, **settings)
         elif name in ('validation', 'test'):
             num = options['num_heldout']
-            found = arithmetic.problems(options['seed'], 2 * num, held_out=True, **settings)
-            found = found[:num] if name == 'validation' else found[num:]
+            made = arithmetic.problems(options['seed'], 2 * num, held_out=True, **settings)
+            made = made[:num] if name == 'validation' else made[num:]
         else:
             raise ValueError(f"data: split {split!r} of arithmetic is not one of 'train', 'validation', 'test'")
-        return found[place(low, len(found), 0):place(high, len(found), len(found))]
+        return made[place(low, len(made), 0):place(high, len(made), len(made))]
 
     def exact(completions, rows):
         return arithmetic.exact_match(completions, [row['answer'] for row in rows])

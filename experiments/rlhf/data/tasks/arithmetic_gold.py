@@ -53,7 +53,7 @@ def _one(completion: str, solution: str, answer: str) -> float:
 
 def pairs(problems: Sequence[arithmetic.Problem], seed: int) -> list[tuple[str, str, str]]:
     """(prompt, chosen, rejected): two different candidates for each problem, in the order of their gold reward."""
-    found = []
+    labelled = []
     for number, problem in enumerate(problems):
         rng = np.random.default_rng([seed, 1, number])
         row = {'solution': problem.solution, 'answer': problem.answer}
@@ -63,12 +63,12 @@ def pairs(problems: Sequence[arithmetic.Problem], seed: int) -> list[tuple[str, 
             if scores[0] != scores[1]:
                 break
         best = int(scores[1] > scores[0])
-        found.append((problem.prompt, candidates[best], candidates[1 - best]))
-    return found
+        labelled.append((problem.prompt, candidates[best], candidates[1 - best]))
+    return labelled
 
 
 def demonstration(problem: arithmetic.Problem, number: int, seed: int, faults: float) -> str:
-    """The solution, or with probability `faults` one with a fault, as texts found somewhere would have."""
+    """The solution, or with probability `faults` one with a fault, as collected texts have them."""
     rng = np.random.default_rng([seed, 2, number])
     return candidate(rng, problem, rng.choice(FAULTS)) if rng.random() < faults else problem.demonstration
 

@@ -10,7 +10,7 @@ OPTIONS: dict[str, Any] = dict(held_out=0.2)
 
 def make(options: dict[str, Any], _: Tokenize | None) -> Task:
     def of(data, split, make, fields=imdb.FIELDS):
-        """'train' and 'validation' are parts of the data set's own 'train'."""
+        """'train' and 'validation' are parts of 'train' as the data set has it."""
         name, bracket, rest = split.partition('[')
         cut = None
         if name in ('train', 'validation'):

@@ -31,30 +31,31 @@ def read(data: Data, split: str, make: Callable[[Row], Any], fields: Sequence[st
     name, low, high = parse_split(split)
     bad: list[str] | None = [] if data['skip_bad_rows'] else None
     limit = data['num_rows'] if cut is None and not (low or high) else 0
-    found = []
+    items = []
     for number, row in enumerate(_rows(data['path'], name, fields, bad)):
         try:
-            found.append(make(row))
+            items.append(make(row))
         except ValueError as error:
             message = f'{data["path"]}: row {number}: {error}'
             if bad is None:
                 raise ValueError(message + '; data.skip_bad_rows=True leaves such rows out') from None
             bad.append(message)
-        if limit and len(found) >= limit:
+        if limit and len(items) >= limit:
             break
     if bad:
-        log.warning('%s: left out %d rows of %d; the first: %s', data['path'], len(bad), len(bad) + len(found), bad[0])
-    if not found:
+        log.warning('%s: left out %d rows of %d; the first: %s', data['path'], len(bad), len(bad) + len(items), bad[0])
+    if not items:
         raise ValueError(f'data.path={data["path"]}: split {split!r} has no usable row')
     if cut is not None:
-        found = [found[i] for i in cut(len(found))]
-    found = found[place(low, len(found), 0):place(high, len(found), len(found))]
-    if not found:
+        items = [items[i] for i in cut(len(items))]
+    items = items[place(low, len(items), 0):place(high, len(items), len(items))]
+    if not items:
         raise ValueError(f'data.path={data["path"]}: split {split!r} is empty')
-    return found[:data['num_rows'] or None]
+    return items[:data['num_rows'] or None]
 
 
 def parse_split(split: str) -> tuple[str, str, str]:
+    """Name and bounds of a split such as 'train[500:90%]'; '' for what it leaves out."""
     match = re.fullmatch(r'(\w*)(?:\[(\d+%?)?:(\d+%?)?\])?', split)
     if not match:
         raise ValueError(f'split={split!r} is neither a name nor a cut such as train[:90%] or train[500:]')
@@ -62,6 +63,7 @@ def parse_split(split: str) -> tuple[str, str, str]:
 
 
 def place(bound: str, num: int, default: int) -> int:
+    """Row, of `num`, that a bound such as '500' or '90%' names; `default` for ''."""
     if not bound:
         return default
     return num * int(bound[:-1]) // 100 if bound.endswith('%') else int(bound)
@@ -71,14 +73,14 @@ def _rows(path: str, split: str, fields: Sequence[str], bad: list[str] | None) -
     if path.startswith('tfds:'):
         yield from _tfds_rows(path, split, fields, bad)
         return
-    found = pathlib.Path(path).expanduser()
-    if found.is_file() and split != 'train' and not found.name.startswith(split):
+    file = pathlib.Path(path).expanduser()
+    if file.is_file() and split != 'train' and not file.name.startswith(split):
         raise ValueError(f'data.path={path} is one file, and {split!r} not a part of it; give a folder that holds '
                          f"{split}.jsonl, or cut the file, as in 'train[90%:]'")
-    if not found.exists():
+    if not file.exists():
         raise FileNotFoundError(f'data.path={path}: no such file or folder')
     try:
-        yield from rows_lib.read(found, fields, split=split or None, bad=bad)
+        yield from rows_lib.read(file, fields, split=split or None, bad=bad)
     except rows_lib.BadRow as error:
         raise ValueError(f'{error}; data.skip_bad_rows=True leaves such rows out') from None
 
@@ -106,7 +108,7 @@ def _tfds_rows(path: str, split: str, fields: Sequence[str], bad: list[str] | No
 
 
 def _decoded(value: Any) -> Any:
-    """Bytes as text, arrays of bytes as lists of it."""
+    """Turns bytes into text, and arrays of bytes into lists of texts."""
     if isinstance(value, bytes):
         return value.decode('utf-8')
     if isinstance(value, Mapping):
@@ -117,6 +119,7 @@ def _decoded(value: Any) -> Any:
 
 
 def text(row: Row, field: str) -> str:
+    """The text in a field of a row; raises a ValueError where it holds none."""
     value = row.get(field)
     if not isinstance(value, str):
         raise ValueError(f'field {field!r} is {"missing" if value is None else "a " + type(value).__name__}, not text; '
