@@ -60,6 +60,7 @@ setup(
         'runner': RUNNER,
         'test': RUNNER + TRANSLATION + [
             'packaging>=24',
+            'ruff==0.17.6', 'mypy==2.4.1',  # pinned: findings differ between versions
             'pytest>=8', 'pytest-xdist>=3.6', 'pytest-timeout>=2.3', 'hypothesis>=6.100',
             'setuptools>=70.1',  # a test builds the wheel without network
         ],

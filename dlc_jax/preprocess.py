@@ -32,10 +32,10 @@ def normalize(x: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...], *,
     out = np.empty(x.shape, np.float32) if out is None else out
     # Whole rows at a time: broadcasting over three channels would make numpy's inner loop three long.
     scale, shift = 1 / (255 * np.asarray(std)), np.asarray(mean) / np.asarray(std)
-    scale, shift = (np.broadcast_to(v, x.shape[-2:]).astype(np.float32).ravel() for v in (scale, shift))
-    rows = out.reshape(-1, scale.size)
-    np.multiply(x.reshape(-1, scale.size), scale, out=rows, dtype=np.float32)
-    rows -= shift
+    scales, shifts = (np.broadcast_to(v, x.shape[-2:]).astype(np.float32).ravel() for v in (scale, shift))
+    rows = out.reshape(-1, scales.size)
+    np.multiply(x.reshape(-1, scales.size), scales, out=rows, dtype=np.float32)
+    rows -= shifts
     return out
 
 
@@ -54,9 +54,9 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     channels = check_image(image)
     picture = to_pil(image)
     while min(picture.size) >= 2 * size:
-        picture = picture.resize(tuple(x // 2 for x in picture.size), Image.Resampling.BOX)
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize(tuple(round(x * scale) for x in picture.size), Image.Resampling.BICUBIC)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return np.asarray(picture.crop((left, top, left + size, top + size))).reshape(size, size, channels)
 

@@ -283,16 +283,17 @@ def loss(module: Llama, params: Params, key: Array, codes: Array, captions: Arra
     if objective.drop_caption:
         dropped = jax.random.bernoulli(drop_key, objective.drop_caption, (tokens.shape[0], 1))
         noised = jnp.where(dropped & present & ~is_code, words.mask_token, noised)
-    seen = dict(mask=None if objective.attend_padding else present)
+    seen: dict[str, Any] = dict(mask=None if objective.attend_padding else present)
     if objective.masked == 'code':
         # Nothing but the code is predicted, so the head need not see the rest.
         tokens, masked, maskable = (x[:, :length] for x in (tokens, masked, maskable))
         seen |= dict(at=slice(0, length))
+    network: Any = functools.partial(module.apply, {'params': params})
     if objective.softmax == 'codes':
-        logits = code_logits(params, module.apply({'params': params}, noised, output='hidden', **seen), words)
+        logits = code_logits(params, network(noised, output='hidden', **seen), words)
         targets = codes
     else:
-        logits, targets = module.apply({'params': params}, noised, **seen), tokens
+        logits, targets = network(noised, **seen), tokens
     value = masked_cross_entropy(logits, targets, masked, p, maskable, objective)
     return value, {'masked': masked.sum() / jnp.maximum(maskable.sum(), 1)}
 
@@ -332,8 +333,8 @@ def sample(module: Llama, params: Params, key: Array, captions: Array, caption_m
     def logits_of(codes: Array, start: Array) -> Array:
         code = jnp.where(codes == v, words.mask_token, words.separator + 1 + codes)
         code = jnp.concatenate([code, code]) if sampling.guidance else code
-        hidden = module.apply({'params': params}, jnp.concatenate([code, prompt], 1), mask=present, output='hidden',
-                              at=slice(0, sampling.length))
+        hidden: Any = module.apply({'params': params}, jnp.concatenate([code, prompt], 1), mask=present,
+                                   output='hidden', at=slice(0, sampling.length))
         logits = code_logits(params, jax.lax.dynamic_slice_in_dim(hidden, start, sampling.block, 1), words)
         if not sampling.guidance:
             return logits

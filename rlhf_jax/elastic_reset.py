@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Array = jax.Array
@@ -49,7 +50,7 @@ class Every:
     offset: int = 1
     skip_first: bool = False
 
-    def __call__(self, k: int | Array) -> bool | Array:
+    def __call__(self, k: Any) -> bool | Array:
         due = (k + self.offset) % self.period == 0
         return due & (k != 0) if self.skip_first else due
 
@@ -117,12 +118,13 @@ class ElasticReset:
         if self.reset_critic and not self.critic:
             raise ValueError("elastic.critic is empty, so reset_critic has nothing to reset; give the critic's paths")
 
-    def due(self, event: str, k: int | Array) -> Due:
+    def due(self, event: str, k: int | Array | np.ndarray) -> Due:
         """What to do after the k-th (from 0) `event` of the run."""
         if event not in EVENTS:
             raise ValueError(f'event={event!r} is not one of {EVENTS}')
         tick = event == self.tick_on and Every(self.tick_every, self.tick_offset)(k)
-        reset = reset_ema = False
+        reset: bool | Array = False
+        reset_ema: bool | Array = False
         if event == self.reset_on:
             at = lambda period: bool(period) and Every(period, self.reset_offset, self.reset_skip_first)(k)
             reset = self.reset_to != 'none' and at(self.period)
@@ -255,7 +257,7 @@ def tick(elastic: Elastic, params: Tree, decay: float | Array) -> Elastic:
         if not isinstance(decay, jax.Array) and decay == 0:  # where the formula would miss x by a rounding
             return jnp.array(x, average.dtype, copy=True)
         return average - (1 - decay) * (average - x.astype(average.dtype))
-    return elastic.replace(ema=_map_subset(one, elastic.ema, params))
+    return dataclasses.replace(elastic, ema=_map_subset(one, elastic.ema, params))
 
 
 def _reset(config: ElasticReset, elastic: Elastic, params: Tree, opt_state: Tree) -> tuple[Tree, Tree]:

@@ -212,7 +212,7 @@ def prefill(module: Any, params: Any, tokens: Array, mask: Array, cache_length: 
     return runner.apply({'params': params}, tokens, mask=mask, at=last, cache_length=cache_length)
 
 
-def check_prompts(module: Any, tokens: Array, mask: Array, sampling: Sampling) -> None:
+def check_prompts(module: Any, tokens: Array | np.ndarray, mask: Array | np.ndarray, sampling: Sampling) -> None:
     """Raises ValueError for prompts that do not fit the model."""
     if tokens.ndim != 2 or mask.shape != tokens.shape:
         raise ValueError(f'prompts have shape {tokens.shape} and their mask {mask.shape}; expected [prompts, length]')

@@ -153,7 +153,7 @@ def _admit(module: Any, params: Any, state: _Slots | None, tokens: np.ndarray, m
     fresh = _start(module, params, tokens[prompt], mask[prompt], keys[prompt, sample], jnp.int32(version), sampling)
     if state is None:
         state = jax.tree.map(lambda x: jnp.repeat(x[:1], slots, 0), fresh)  # whatever; no row is in these slots
-        state = state.replace(active=jnp.zeros(slots, bool))
+        state = dataclasses.replace(state, active=jnp.zeros(slots, bool))
     return _place(state, fresh, into)
 
 

@@ -5,8 +5,8 @@ import pytest
 
 torch = pytest.importorskip('torch')
 
-from benchmarks import dlc, dlc_rows
-from benchmarks import torch_reference as reference
+from benchmarks import dlc, dlc_rows  # noqa: E402
+from benchmarks import torch_reference as reference  # noqa: E402
 
 
 @pytest.mark.parametrize('rows', [['dit_forward'], pytest.param(

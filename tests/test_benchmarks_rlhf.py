@@ -52,8 +52,8 @@ def test_decoding_with_another_weight_is_not_timed(planted):
 def test_a_loop_that_reads_its_cache_wrongly_is_not_timed(monkeypatch):
     rows = pytest.importorskip('benchmarks.rlhf_rows')
     decode = rows.Decode(rlhf.SIZES['tiny'], compiled=False)
-    # Decode steps have rotary angles of one position. Tiny weights attend almost evenly, so that leaving the rotation out
-    # shows only for some of the tokens that are drawn; with longer queries and keys it shows for any.
+    # Decode steps have rotary angles of one position. Tiny weights attend almost evenly, so that leaving the rotation
+    # out shows only for some of the tokens that are drawn; with longer queries and keys it shows for any.
     rotate = rows.torch_gpt_neox.rotate
     monkeypatch.setattr(rows.torch_gpt_neox, 'rotate',
                         lambda x, cos, sin: rotate(x, cos, sin) if len(cos) > 1 else 100 * x)

@@ -165,4 +165,4 @@ def test_public_names_are_imported_when_asked_for(library):
 
 def test_an_unknown_public_name_is_an_error_that_lists_them():
     with pytest.raises(AttributeError, match="'rlhf_jax' has no attribute 'online_dpo'; it has .*losses"):
-        rlhf_jax.online_dpo
+        _ = rlhf_jax.online_dpo

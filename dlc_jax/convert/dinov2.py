@@ -56,13 +56,14 @@ _HF_NAMES = {
 
 
 def _hf_rule(rule: Rule) -> Rule:
-    name = rule.torch
+    name = rule.names[0]
     for original, theirs in _HF_NAMES.items():
         name = name.replace(original, theirs)
     if name.startswith('norm.'):
         name = 'layer' + name
     if 'attn.qkv' in name:
-        name = tuple(name.replace('attn.qkv', f'attention.attention.{part}') for part in ('query', 'key', 'value'))
+        parts = ('query', 'key', 'value')
+        return rule._replace(torch=tuple(name.replace('attn.qkv', f'attention.attention.{part}') for part in parts))
     return rule._replace(torch=name)
 
 
@@ -83,7 +84,7 @@ def vit_fields(state_dict: Mapping[str, Any], num_heads: int | None = None, *, h
         ValueError: a tensor that fixes a field is missing or of the wrong rank, or the sizes make no such model.
     """
     def name_of(original, block=0):
-        return (_hf_rule(Rule(original, '')).torch if hf else original).replace('{i}', str(block))
+        return (_hf_rule(Rule(original, '')).names[0] if hf else original).replace('{i}', str(block))
 
     def shape(original, ndim):
         return shape_of(state_dict, name_of(original), ndim)
@@ -161,5 +162,5 @@ def from_torch(state_dict: Mapping[str, Any], *, num_heads: int | None = None, s
         state_dict = strip_prefixes(state_dict, _HF_PREFIXES)
     module = VisionTransformer(**vit_fields(state_dict, num_heads, hf=hf) | fields)
     rules = rules_of(module, hf=hf)
-    channels = shape_of(state_dict, next(r for r in rules if r.flax == 'patch_embed/kernel').torch, 4)[1]
+    channels = shape_of(state_dict, next(r for r in rules if r.flax == 'patch_embed/kernel').names[0], 4)[1]
     return module, rules_lib.to_flax(state_dict, rules, shapes_of(module, channels), shardings=shardings)

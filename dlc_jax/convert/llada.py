@@ -19,7 +19,7 @@ from rlhf_jax.models.llama import Llama
 PREFIXES = ('model.', 'transformer.')
 
 _TOP, _BLOCK = 'model.transformer.', 'model.transformer.blocks.{i}.'
-_RULES = (
+_RULES: rules.Rules = (
     Rule(_TOP + 'wte.weight', 'embed'),
     Rule(_BLOCK + 'attn_norm.weight', 'blocks/attn_norm/scale'),
     *(Rule(f'{_BLOCK}{x}_proj.weight', f'blocks/attn/{x}/kernel', linear()) for x in 'qkv'),

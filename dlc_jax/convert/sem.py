@@ -52,7 +52,7 @@ def from_torch(state_dict: Mapping[str, Any], *, num_codes: int | None = None, v
         vocab_size = vocab_size or columns
     if not (num_codes or vocab_size):
         raise ValueError(f'sem: give num_codes or vocab_size; the tensors fix only their product, {logits}')
-    num_codes = num_codes or logits // vocab_size
+    num_codes = num_codes or logits // (vocab_size or logits)
     vocab_size = vocab_size or logits // num_codes
     if num_codes * vocab_size != logits:
         raise ValueError(f'sem: num_codes={num_codes} x vocab_size={vocab_size} is not the {logits} rows of '

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from rlhf_jax.inversion import invert
 
@@ -91,19 +92,19 @@ class DiscreteDiffusion:
     # ---- Noise -----------------------------------------------------------------------------------------------------
     # In float32, 1 - (1 - eps) t loses its digits at t = 1 and log(1 - x) loses them at t = 0; hence the forms below.
 
-    def sigma(self, t: Array) -> Array:
+    def sigma(self, t: ArrayLike) -> Array:
         """Total noise at time t, any shape."""
         t = jnp.asarray(t, jnp.float32)
         if self.noise == 'geometric':
             return self.sigma_min * jnp.exp(t * self._log_range)
         return jnp.where(t < 0.5, -jnp.log1p(-(1 - self.eps) * t), -jnp.log(self._kept(t)))
 
-    def dsigma(self, t: Array) -> Array:
+    def dsigma(self, t: ArrayLike) -> Array:
         """Rate of noise sigma'(t), any shape."""
         t = jnp.asarray(t, jnp.float32)
         return self._log_range * self.sigma(t) if self.noise == 'geometric' else (1 - self.eps) / self._kept(t)
 
-    def sigma_increment(self, t: Array, dt: Array) -> Array:
+    def sigma_increment(self, t: ArrayLike, dt: ArrayLike) -> Array:
         """Noise between two times, sigma(t) - sigma(t - dt), exact for small dt."""
         t, dt = jnp.asarray(t, jnp.float32), jnp.asarray(dt, jnp.float32)
         if self.noise == 'geometric':
@@ -188,8 +189,8 @@ class DiscreteDiffusion:
 
     # ---- One reverse step ------------------------------------------------------------------------------------------
 
-    def jumps(self, log_score: Array, x: Array, t: Array, dt: Array, *, sampler: str = 'analytic', eta: Array = 0.0,
-              parity: bool = False) -> Jumps:
+    def jumps(self, log_score: Array, x: Array, t: ArrayLike, dt: ArrayLike, *, sampler: str = 'analytic',
+              eta: ArrayLike = 0.0, parity: bool = False) -> Jumps:
         """Jumps from time `t` to `t - dt` (scalars); in the absorbing process, those of positions that are masked.
 
         'analytic' is Tweedie tau-leaping (arXiv 2310.16834, §4), exact for exact scores of one position; 'euler' takes
@@ -229,8 +230,8 @@ class DiscreteDiffusion:
         cut = jnp.where(weights.max(-1) >= stay, moved, 0.0)[..., None] * (best[..., None] == jnp.arange(v))
         return Jumps(jnp.log(jnp.maximum(weights - cut, 0.0)), stay + moved)
 
-    def transition_probs(self, log_score: Array, x: Array, t: Array, dt: Array, *, sampler: str = 'analytic',
-                         eta: float = 0.0, parity: bool = False) -> Array:
+    def transition_probs(self, log_score: Array, x: Array, t: ArrayLike, dt: ArrayLike, *, sampler: str = 'analytic',
+                         eta: ArrayLike = 0.0, parity: bool = False) -> Array:
         """The whole rows of one step, [B, L, num_states]; see `jumps`. For inspection: samplers do not build them.
 
         Rows may fail to add up to 1, or have a negative entry where x is, if the scores are inconsistent.
@@ -299,7 +300,7 @@ class DiscreteDiffusion:
 
         def body(i: Array, x: Array) -> Array:
             t = times[i]
-            rate = 0.0
+            rate: ArrayLike = 0.0
             if sampler == 'remasking':
                 # More than this cannot be made up for by unmasking everything else.
                 most = jnp.expm1(self.sigma(t)) - jnp.expm1(self.sigma_increment(t, dt))
@@ -314,10 +315,10 @@ class DiscreteDiffusion:
             move = move._replace(stay=jnp.zeros_like(move.stay))
         return self._step(jax.random.fold_in(key, num_steps), x, move, 0.0, temperature)
 
-    def _scores(self, score_fn: ScoreFn, x: Array, t: Array) -> Array:
+    def _scores(self, score_fn: ScoreFn, x: Array, t: ArrayLike) -> Array:
         return score_fn(x, jnp.full(x.shape[:1], self.sigma(t), jnp.float32))
 
-    def _step(self, key: Array, x: Array, move: Jumps, remask: Array, temperature: float) -> Array:
+    def _step(self, key: Array, x: Array, move: Jumps, remask: ArrayLike, temperature: float) -> Array:
         """Draws whether each position jumps, and only then where to.
 
         One categorical draw over tokens and "stay" would have to resolve probabilities of 1e-6 and less, where float32

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -138,7 +138,7 @@ class GaussianDiffusion:
         at = functools.partial(self._at, index=index, ndim=x.ndim)
         noise, logits = self._split(output, x)
         small = at('posterior_log_variance')
-        if self.variance == 'learned_range':
+        if logits is not None:
             share = (logits + 1) / 2
             log_variance = share * at('log_betas') + (1 - share) * small
         else:
@@ -190,7 +190,8 @@ class GaussianDiffusion:
         index = jax.random.randint(index_key, x0.shape[:1], 0, len(self))
         terms = self.losses(model_fn, x0, index, jax.random.normal(noise_key, x0.shape, x0.dtype))
         metrics = {name: value.mean() for name, value in terms.items()}
-        return sum(metrics.values()), metrics
+        total: Any = sum(metrics.values())
+        return total, metrics
 
     def sample(self, model_fn: ModelFn, key: Array, shape: tuple[int, ...], *, sampler: str = 'ddpm', eta: float = 0.0,
                clip_denoised: bool = False, noise: Array | None = None) -> Array:

@@ -16,7 +16,7 @@ class Statistics(NamedTuple):
     """Mean [F] and covariance [F, F] (divisor n - 1) of `count` feature vectors, float64."""
     mean: np.ndarray
     covariance: np.ndarray
-    count: int
+    count: int  # type: ignore[assignment]  # `tuple` has a method of that name
 
 
 class Accumulator:
@@ -27,7 +27,8 @@ class Accumulator:
     """
 
     def __init__(self) -> None:
-        self.count, self._mean, self._scatter = 0, None, None
+        self.count = 0
+        self._mean, self._scatter = np.zeros(0), np.zeros((0, 0))
 
     def add(self, features: np.ndarray) -> None:
         """Takes in `features` [N, F].

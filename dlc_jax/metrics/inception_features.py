@@ -39,7 +39,8 @@ def inception_features(module: InceptionV3, params: Any, batches: Iterable[np.nd
 
 @functools.partial(jax.jit, static_argnums=0)  # at module level, so that a second stream does not compile again
 def _apply(module: InceptionV3, params: Any, images: jax.Array) -> InceptionOutput:
-    return module.apply({'params': params}, images)
+    output: Any = module.apply({'params': params}, images)
+    return output
 
 
 def _regroup(batches: Iterable[np.ndarray], batch_size: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -24,7 +24,7 @@ def prdc(real: np.ndarray, fake: np.ndarray, *, k: int = 3, block: int = 1024) -
     Raises:
         ValueError: k or fewer points in either set, or features that cannot be compared.
     """
-    radius = lambda x: nearest.nearest_distances(x, x, k=k, exclude_self=True, block=block) ** 2 * _SLACK
+    radius = lambda x: np.square(nearest.nearest_distances(x, x, k=k, exclude_self=True, block=block)) * _SLACK
     real_radius, fake_radius = radius(real), radius(fake)
     precise, inside = 0, 0
     recalled, covered = np.zeros(len(real), bool), np.zeros(len(real), bool)

@@ -116,6 +116,7 @@ def linear_probe_accuracy(train_features: np.ndarray, train_labels: np.ndarray, 
         if value not in choices:
             raise ValueError(f'{name}={value!r} is not one of {choices}')
     x, y = _device(train_features), jnp.asarray(train_labels, jnp.int32)
+    shape: tuple[int, ...]
     offset, scale = (x.mean(0), x.std(0) + 1e-6) if method == 'lbfgs' and _is_float(x) else (0.0, 1.0)
     if _is_float(x):
         x, shape = (x - offset) / scale, (x.shape[1], num_classes)
@@ -211,8 +212,8 @@ def _fit_sgd(x: Array, y: Array, order: Array, rates: Array, key: Array, shape: 
 def _scores(probes: Linear, x: Array, labels: np.ndarray, *, block: int = 4096) -> list[tuple[float, float]]:
     """Accuracy and minus the cross entropy of each of the stacked `probes`."""
     labels = np.asarray(labels)
-    sums = sum(np.asarray(_score_sums(probes, x[i:i + block], labels[i:i + block]), np.float64)
-               for i in range(0, len(labels), block))
+    sums = functools.reduce(np.add, (np.asarray(_score_sums(probes, x[i:i + block], labels[i:i + block]), np.float64)
+                                     for i in range(0, len(labels), block)))
     return [(float(right) / len(labels), float(-loss) / len(labels)) for right, loss in sums.T]
 
 

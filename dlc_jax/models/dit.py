@@ -122,7 +122,7 @@ class ConditionEmbedder(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, cond: Array, drop: Array | None) -> Array:
+    def __call__(self, cond: Any, drop: Array | None) -> Array:
         return {'code': self._code, 'class': self._class, 'embedding': self._embedding}[self.condition](cond, drop)
 
     def _code(self, cond, drop):

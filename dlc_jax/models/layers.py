@@ -8,7 +8,8 @@ pass needs one array of each, not every intermediate of its formula. `computed_o
 differ.
 """
 import functools
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -128,7 +129,7 @@ def attention(q: Array, k: Array, v: Array, *, impl: str = 'xla') -> Array:
         [B, N, H, D] in the dtype of `v`.
     """
     if impl != 'xla':
-        return jax.nn.dot_product_attention(q, k, v, implementation=impl)
+        return jax.nn.dot_product_attention(q, k, v, implementation=cast(Any, impl))
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     logits = jnp.einsum('bhqd,bhkd->bhqk', q, k, preferred_element_type=jnp.float32)
     probs = softmax(logits * q.shape[-1] ** -0.5).astype(v.dtype)

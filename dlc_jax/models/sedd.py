@@ -189,12 +189,12 @@ class SEDD(nn.Module):
             # expm1, as sigma goes down to 1e-5 in the last step of a sampler.
             scale = jnp.log(jnp.expm1(sigma.astype(jnp.float32))) + jnp.log(float(self.vocab_size))
             log_score -= scale[:, None, None]
-        own = tokens[..., None] == jnp.arange(self.num_states)
-        return jnp.where(own, 0.0, log_score)
+        is_token = tokens[..., None] == jnp.arange(self.num_states)
+        return jnp.where(is_token, 0.0, log_score)
 
     def _embed(self, tokens: Array) -> Array:
         # A token outside the states reads NaN, so that codes of another vocabulary cannot train unnoticed.
-        read = dict(mode='fill', fill_value=jnp.nan)
+        read: dict[str, Any] = dict(mode='fill', fill_value=jnp.nan)
         if self.shared_embedding:
             table = self.param('embed', _embedding_init, (self.num_states, self.width), self.param_dtype)
             x = jnp.asarray(table).at[tokens].get(**read)

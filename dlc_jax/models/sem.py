@@ -86,7 +86,7 @@ class SEMEncoder(vit.VisionTransformer):
     form: str = 'plain'
 
     @nn.compact
-    def __call__(self, images: Array, masks: Array | None = None, *, train: bool = False,
+    def __call__(self, images: Array, masks: Array | None = None, *, train: bool = False,  # type: ignore[override]
                  temperature: float | Array | None = None, only_codes: bool = False) -> SEMOutput:
         """Encodes images.
 

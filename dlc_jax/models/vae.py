@@ -119,7 +119,7 @@ class Tower(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kw = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), **kw)
+        conv: Any = functools.partial(nn.Conv, kernel_size=(3, 3), **kw)
         resnet = functools.partial(ResnetBlock, num_groups=self.num_groups, **kw)
         attention = functools.partial(AttentionBlock, self.num_groups, self.attention_impl, **kw)
         middle = MiddleBlock(resnet, attention, name='middle')
@@ -163,8 +163,8 @@ class AutoencoderKL(nn.Module):
         if bad:
             raise ValueError(f'AutoencoderKL.widths: {bad[0]} is not divisible by num_groups={self.num_groups}')
         kw = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        tower = functools.partial(Tower, tuple(self.widths), self.depth, num_groups=self.num_groups,
-                                  attention_impl=self.attention_impl, **kw)
+        tower: Any = functools.partial(Tower, tuple(self.widths), self.depth, num_groups=self.num_groups,
+                                       attention_impl=self.attention_impl, **kw)
         self.encoder = tower(2 * self.latent_channels, up=False)
         self.decoder = tower(self.image_channels, up=True)
         self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), **kw)

@@ -114,14 +114,14 @@ def _bicubic_matrix(old: int, new: int, a: float = -0.75, offset: float = 0.1) -
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel, `gamma`, starting at `init` (arXiv 2103.17239)."""
-    init: float
+    """A learned factor a channel, `gamma`, starting at `start` (arXiv 2103.17239)."""
+    start: float
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        gamma = self.param('gamma', nn.initializers.constant(self.init), (x.shape[-1],), self.param_dtype)
+        gamma = self.param('gamma', nn.initializers.constant(self.start), (x.shape[-1],), self.param_dtype)
         return x * gamma.astype(self.dtype)
 
 
@@ -163,6 +163,7 @@ class Block(nn.Module):
         kernel_init = nn.initializers.normal(self.init_std)
         attn = Attention(self.num_heads, attention_impl=self.attention_impl, kernel_init=kernel_init, name='attn',
                          **fields)
+        mlp: nn.Module
         if self.ffn == 'swiglu':
             mlp = SwiGLU(swiglu_hidden(hidden), self.init_std, name='mlp', **fields)
         else:

@@ -35,7 +35,8 @@ class Views(NamedTuple):
     solarize: np.ndarray  # bool
 
 
-def sample_boxes(rng: np.random.Generator, shape: tuple[int, ...], size: tuple[int, int], scale: np.ndarray,
+def sample_boxes(rng: np.random.Generator, shape: tuple[int, ...], size: tuple[int, int],
+                 scale: np.ndarray | tuple[float, float],
                  ratio: tuple[float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Boxes of torchvision's `RandomResizedCrop.get_params`: area uniform in `scale`, aspect ratio log-uniform.
 
@@ -188,7 +189,8 @@ class MultiCrop:
     def _distort(self, picture: Image.Image, view: Views, side: int) -> np.ndarray:
         """One crop, [side, side, C] uint8."""
         # Crop first: `resize(box=...)` would let pixels outside the box into the filter.
-        picture = picture.crop((view.left, view.top, view.left + view.width, view.top + view.height))
+        left, top, width, height = (int(x) for x in (view.left, view.top, view.width, view.height))
+        picture = picture.crop((left, top, left + width, top + height))
         picture = picture.resize((side, side), Image.Resampling.BICUBIC)
         if view.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

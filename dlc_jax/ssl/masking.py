@@ -49,7 +49,8 @@ class BlockMasking:
 
     @property
     def sides(self) -> tuple[int, int]:
-        return (self.grid, self.grid) if isinstance(self.grid, int) else tuple(self.grid)
+        rows, columns = (self.grid, self.grid) if isinstance(self.grid, int) else self.grid
+        return rows, columns
 
     @property
     def num_patches(self) -> int:
@@ -81,7 +82,7 @@ class BlockMasking:
                     continue
                 top, left = int(u[2] * (rows - height + 1)), int(u[3] * (columns - width + 1))
                 block = mask[top:top + height, left:left + width]
-                new = height * width - np.count_nonzero(block)
+                new = height * width - int(np.count_nonzero(block))
                 if 0 < new <= room:
                     block[:] = True
                     count += new

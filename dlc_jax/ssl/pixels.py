@@ -54,7 +54,7 @@ def resize_boxes(planes: np.ndarray, top: np.ndarray, left: np.ndarray, height: 
     return whole(down[:, :, None] @ x)
 
 
-def blend(degenerate: np.ndarray | float, x: np.ndarray, factor: np.ndarray) -> np.ndarray:
+def blend(degenerate: np.ndarray | np.floating, x: np.ndarray, factor: np.ndarray) -> np.ndarray:
     """Blends as `Image.blend`: degenerate + factor (x - degenerate), cut to [0, 255] and truncated. `factor`: [n]."""
     factor = factor.astype(np.float32)[:, None, None, None]
     return np.floor(np.clip(degenerate + factor * (x - degenerate), 0, 255))

@@ -251,7 +251,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     stores = {split: codestore.open_code_store(workdir / 'codes' / split) for split in ('train', 'heldout')}
 
     # ---- 3, 4: generators, code model --------------------------------------------------------------------------------
-    for index, (condition, generator) in enumerate(config.generators.items()):
+    for condition, generator in config.generators.items():
         generator.data.path = str(workdir / 'codes' / 'train')
         clock.stage(f'generator, {condition}', lambda: train(
             generator, workdir / f'generator_{condition}', name=f'3/7 generator, condition {condition}'))

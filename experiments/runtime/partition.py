@@ -26,7 +26,7 @@ def prefixed(prefix: str, rules: Rules) -> tuple[tuple[str, PartitionSpec], ...]
 
 
 def _spec_for(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
-    for pattern, spec in rules:
+    for pattern, spec in rules:  # noqa: B007, read after the break
         if re.fullmatch(pattern, name):
             break
     else:

@@ -51,6 +51,7 @@ def from_torch(kind: str, state_dict: Mapping[str, Any], *, config: Mapping[str,
         ValueError: unknown kind, a setting in `config` that the model does not have, or a tensor that does not fit.
     """
     file, backbone = _file(kind), module_of(kind, config, **fields)
+    module: Any
     state_dict = Renamed(state_dict, lambda name: _short_name(name, file))
     if 'score.weight' in state_dict:
         module = heads.RewardModel(backbone, use_bias='score.bias' in state_dict)

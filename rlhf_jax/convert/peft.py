@@ -119,7 +119,7 @@ def _at(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def _stem(rule: Rule) -> str:
-    return rule.torch.removesuffix('.weight')
+    return rule.names[0].removesuffix('.weight')
 
 
 def _short_name(name: str, prefix: str) -> str:

@@ -44,7 +44,8 @@ def rope_fields(config: Mapping[str, Any], *, base_name: str = 'rope_theta') -> 
     if kind == 'linear':
         fields['rope_scaling'] = RopeScaling('linear', float(numbers[0]))
     elif kind == 'llama3':
-        fields['rope_scaling'] = RopeScaling('llama3', *map(float, numbers[:3]), original_length=numbers[3])
+        factor, low, high = map(float, numbers[:3])
+        fields['rope_scaling'] = RopeScaling('llama3', factor, low, high, original_length=numbers[3])
     return fields
 
 

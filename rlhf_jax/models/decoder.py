@@ -13,9 +13,11 @@ copied whole for every token and layer.)
 `mask` says which tokens are there. Positions count them, from 0 in each row, so that a row means the same however it is
 padded; what a model returns at padding is unspecified, but finite. An int `mask` numbers the sequences packed in a row.
 """
+import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import chex
 import flax.linen as nn
@@ -62,7 +64,7 @@ class Context:
         mask: bool [B, 1, T, S], which keys a query sees; None: decided by causality alone.
         index: slot of the first of the T tokens in the cache; None without one.
     """
-    rotary: tuple[Array, Array] | None = None
+    rotary: Any = None
     mask: Array | None = None
     index: Array | None = None
 
@@ -147,8 +149,9 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
     chex.assert_equal_shape((k, v))
     chex.assert_equal_shape((q, k), dims=(0, 1, 3))
     if kv is None:
-        out = jax.nn.dot_product_attention(q, k, v, mask=context.mask, is_causal=causal, implementation=impl)
+        out = jax.nn.dot_product_attention(q, k, v, mask=context.mask, is_causal=causal, implementation=cast(Any, impl))
         return out, (k, v)
+    assert context.index is not None and context.mask is not None  # `prepare` gives both where there is a cache
     keys, values = (_write(buffer, new, context.index) for buffer, new in zip(kv, (k, v)))
     batch, length, heads, dim = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, dim)
@@ -159,7 +162,7 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
     return out.reshape(batch, length, heads, dim), (keys, values)
 
 
-def run_blocks(block: Callable[..., nn.Module], depth: int, x: Array, context: Context, *, cache: Cache | None,
+def run_blocks(block: functools.partial[nn.Module], depth: int, x: Array, context: Context, *, cache: Cache | None,
                mask: Array | None, cache_length: int, stacked: bool, remat: str,
                unroll: bool) -> tuple[Array, Cache | None]:
     """All blocks of a model; call it in the model's compact method.
@@ -194,7 +197,7 @@ def run_blocks(block: Callable[..., nn.Module], depth: int, x: Array, context: C
     if cache is not None:
         present = jnp.ones(x.shape[:2], bool) if mask is None else mask != 0
         keys, values = zip(*pairs)
-        return x, _written(cache, present).replace(keys=keys, values=values)
+        return x, dataclasses.replace(_written(cache, present), keys=keys, values=values)
     if cache_length == 0:
         return x, None
     return x, _started(pairs, mask, x.shape[:2], cache_length)
@@ -274,10 +277,10 @@ class Decoder(nn.Module, kw_only=True):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    norm = layers.LayerNorm
+    norm: ClassVar[Any] = layers.LayerNorm
     window = 0  # see `prepare`; a field of the families that have one
 
-    def block(self) -> Callable[..., nn.Module]:
+    def block(self) -> functools.partial[nn.Module]:
         """Class of the blocks with its fields given, see `run_blocks`."""
         raise NotImplementedError
 
@@ -350,7 +353,7 @@ def split_rules(rules: Sequence[tuple[str, P]]) -> tuple[tuple[str, P], ...]:
                  for pattern, spec in rules)
 
 
-def _started(pairs: Sequence[tuple[Array, Array]], mask: Array | None, shape: tuple[int, int], length: int) -> Cache:
+def _started(pairs: Sequence[tuple[Array, Array]], mask: Array | None, shape: tuple[int, ...], length: int) -> Cache:
     extra = length - shape[1]
     to_cache = lambda x: jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, extra), (0, 0)))
     present = jnp.ones(shape, bool) if mask is None else mask != 0
@@ -365,7 +368,7 @@ def _written(cache: Cache, present: Array) -> Cache:
         mask = update(cache.mask, present, cache.index)
     else:
         mask = jax.lax.dynamic_update_slice(cache.mask, present, (0, cache.index))
-    return cache.replace(mask=mask, index=cache.index + present.shape[1])
+    return dataclasses.replace(cache, mask=mask, index=cache.index + present.shape[1])
 
 
 def _write(buffer: Array, new: Array, index: Array) -> Array:

@@ -77,7 +77,8 @@ class Attention(nn.Module):
     def __call__(self, x: Array, context: decoder.Context, kv: Any) -> tuple[Array, Any]:
         dense = functools.partial(layers.Dense, init_std=self.init_std, dtype=self.dtype, param_dtype=self.param_dtype)
         qkv = dense((3, self.num_heads, self.head_dim), name='qkv')(x)
-        out, kv = decoder.attend(*(qkv[..., i, :, :] for i in range(3)), context, kv, impl=self.impl)
+        q, k, v = (qkv[..., i, :, :] for i in range(3))
+        out, kv = decoder.attend(q, k, v, context, kv, impl=self.impl)
         return dense(x.shape[-1], inputs=2, name='o')(out), kv
 
 

@@ -2,6 +2,7 @@
 
 Loads `EleutherAI/pythia-*` and what was fine-tuned from them. How it is called is in `decoder.py`.
 """
+import dataclasses
 import functools
 from typing import Any
 
@@ -112,4 +113,4 @@ class GPTNeoX(decoder.Decoder, kw_only=True):
     def place(self, x: Array, positions: Array, context: decoder.Context) -> tuple[Array, decoder.Context]:
         rotary_dim = int(self.width // self.num_heads * self.rotary_fraction)
         frequencies = layers.rope_frequencies(rotary_dim, self.rope_base, self.rope_scaling)
-        return x, context.replace(rotary=layers.rotary(positions, frequencies))
+        return x, dataclasses.replace(context, rotary=layers.rotary(positions, frequencies))

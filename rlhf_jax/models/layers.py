@@ -22,7 +22,7 @@ REMAT_POLICIES = {
     'dots_no_batch': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'gelu': functools.partial(nn.gelu, approximate=False),
     'gelu_tanh': functools.partial(nn.gelu, approximate=True),
     'relu': nn.relu,
@@ -30,7 +30,7 @@ ACTIVATIONS = {
 }
 
 
-def scan_blocks(block: type[nn.Module], depth: int, *, remat: str = 'none', unroll: bool = False,
+def scan_blocks(block: Callable[..., nn.Module], depth: int, *, remat: str = 'none', unroll: bool = False,
                 num_broadcast: int = 0) -> Callable[..., nn.Module]:
     """Runs `depth` copies of `block` in sequence, their parameters stacked on a leading axis.
 
@@ -75,7 +75,9 @@ class Dense(nn.Module):
         kernel = self.param('kernel', nn.initializers.normal(self.init_std), shape, self.param_dtype)
         y = self._contract(x, kernel, self.inputs)
         if self.has_variable('params', 'lora_a'):
-            a, b, scale = (self.get_variable('params', name) for name in ('lora_a', 'lora_b', 'lora_scale'))
+            a: Array = self.get_variable('params', 'lora_a')
+            b: Array = self.get_variable('params', 'lora_b')
+            scale: Array = self.get_variable('params', 'lora_scale')
             y += self._contract(self._contract(x, a, self.inputs), b, 1) * jnp.asarray(scale, self.dtype)
         if self.use_bias:
             y += self.param('bias', nn.initializers.zeros, features, self.param_dtype).astype(self.dtype)

@@ -5,8 +5,9 @@ RMS norm, rotary positions, gated MLP, from LLaMA 2-70B on grouped queries. Tiny
 Qwen2 biases and Qwen3 norms of queries and keys (`mistral.py`, `qwen2.py`, `qwen3.py`). How it is called is in
 `decoder.py`.
 """
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -107,7 +108,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, context: decoder.Context, kv: Any) -> tuple[Array, Any]:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        dense = functools.partial(layers.Dense, init_std=self.init_std, **types)
+        dense: Any = functools.partial(layers.Dense, init_std=self.init_std, **types)
         q = dense((self.num_heads, self.head_dim), use_bias=self.qkv_bias, name='q')(x)
         k = dense((self.num_kv_heads, self.head_dim), use_bias=self.qkv_bias, name='k')(x)
         v = dense((self.num_kv_heads, self.head_dim), use_bias=self.qkv_bias, name='v')(x)
@@ -165,7 +166,7 @@ class Llama(decoder.Decoder, kw_only=True):
     activation: str = 'silu'
     eps: float = 1e-6
 
-    norm = layers.RMSNorm
+    norm: ClassVar[Any] = layers.RMSNorm
 
     def check(self, cache: decoder.Cache | None) -> None:
         kv_heads = self.num_kv_heads or self.num_heads
@@ -185,4 +186,4 @@ class Llama(decoder.Decoder, kw_only=True):
     def place(self, x: Array, positions: Array, context: decoder.Context) -> tuple[Array, decoder.Context]:
         frequencies = layers.rope_frequencies(self.head_dim or self.width // self.num_heads, self.rope_base,
                                               self.rope_scaling)
-        return x, context.replace(rotary=layers.rotary(positions, frequencies))
+        return x, dataclasses.replace(context, rotary=layers.rotary(positions, frequencies))

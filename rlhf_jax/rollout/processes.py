@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -76,6 +76,12 @@ class _Folder:
                 path.unlink(missing_ok=True)
 
 
+class Newest(Weights, Protocol):
+    """Weights whose newest published version can be asked for: `publish.Files` and `publish.Transfer`."""
+
+    def newest(self) -> int | None: ...
+
+
 class Remote:
     """The learner's end: both the `generate` and the `weights` of its `RolloutStream`.
 
@@ -113,9 +119,12 @@ class Remote:
         if self._request is None:
             # Weights first, then the request: whoever reads it finds the version that it starts with.
             before = self._folder.request()
-            self._request = Request(before.attempt + 1 if before else 0, self._base, index, self._max_staleness)
+            if self._base is None:
+                raise RuntimeError('a batch was asked for before any weights were published')
+            attempt = before.attempt + 1 if before else 0
+            self._request = Request(attempt, self._base, index, self._max_staleness)
             self._folder.open(self._request)
-            self._folder.remove(unless=lambda attempt, index: attempt == self._request.attempt)
+            self._folder.remove(unless=lambda a, _: a == attempt)
         attempt = self._request.attempt
         path, error = self._folder.batch(attempt, index), self._folder.error(attempt, index)
         while not path.exists():
@@ -140,7 +149,7 @@ class Remote:
             self._folder.open(dataclasses.replace(self._request, closed=True))
 
 
-def serve(generate: Generate, weights: Weights, directory: str | os.PathLike, *, generator: int = 0,
+def serve(generate: Generate, weights: Newest, directory: str | os.PathLike, *, generator: int = 0,
           num_generators: int = 1, poll: float = 0.01, idle_timeout: float | None = None) -> int:
     """A generator process: makes the batches that the learner's request asks for until it is closed.
 
@@ -160,7 +169,10 @@ def serve(generate: Generate, weights: Weights, directory: str | os.PathLike, *,
     """
     if not 0 <= generator < num_generators:
         raise ValueError(f'generator={generator} must be in 0..{num_generators - 1}')
-    folder, request, index, made, held = _Folder(directory), None, 0, 0, (None, None)
+    folder, index, made = _Folder(directory), 0, 0
+    request: Request | None = None
+    loaded_version: int | None = None
+    params: Any = None
     # A learner that was stopped has closed its request; it opens another when it comes back, perhaps later than this.
     gone = folder.request()
     if gone and not (gone.closed and not gone.finished):
@@ -173,10 +185,10 @@ def serve(generate: Generate, weights: Weights, directory: str | os.PathLike, *,
         if current and current.closed:
             return made
         if current and current != request:
-            request, held = current, (None, None)  # a version may have been published anew
+            request, loaded_version = current, None  # a version may have been published anew
             index = request.first + (generator - request.first) % num_generators
         newest = weights.newest() if request else None
-        if newest is None or request.version(index) > newest:
+        if request is None or newest is None or request.version(index) > newest:
             if idle_timeout is not None and time.monotonic() - idle > idle_timeout:
                 return made
             time.sleep(poll)
@@ -187,8 +199,8 @@ def serve(generate: Generate, weights: Weights, directory: str | os.PathLike, *,
         start = time.monotonic()
         version = request.version(index)
         try:
-            if held[0] != version:
-                held = (version, weights.fetch(version))
+            if loaded_version != version:
+                loaded_version, params = version, weights.fetch(version)
                 weights.release(version)
         except (TimeoutError, ValueError):
             if folder.request() != request:  # it belonged to a learner that is no more
@@ -196,7 +208,7 @@ def serve(generate: Generate, weights: Weights, directory: str | os.PathLike, *,
             raise
         loaded = time.monotonic()
         try:
-            batch = jax.device_get(dict(generate(held[1], index=index, version=version)))
+            batch = jax.device_get(dict(generate(params, index=index, version=version)))
             batch_lib.complete(batch, version)
             batch_lib.check(batch, f'batch {index}')
         except Exception as error:

@@ -268,7 +268,7 @@ def _flatten(tree: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
         if not path:
             raise ValueError(f'params are a {type(tree).__name__}, expected a nested dict')
         return {'/'.join(path): tree}
-    out = {}
+    out: dict[str, Any] = {}
     for name, sub in tree.items():
         if not isinstance(name, str) or '/' in name:
             raise ValueError(f'params: {name!r} is not a name that a file can hold')

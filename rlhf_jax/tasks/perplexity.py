@@ -46,7 +46,7 @@ def perplexity(nll_sums: Sequence[float], counts: Sequence[int], *, weighted: bo
     Raises:
         ValueError: nothing to average, or lengths that differ.
     """
-    sums, counts = np.asarray(nll_sums, np.float64), np.asarray(counts, np.float64)
-    if sums.shape != counts.shape or sums.ndim != 1 or not sums.size or not (counts > 0).all():
-        raise ValueError(f'nll_sums {sums.shape} and counts {counts.shape} must be of one length, with counts above 0')
-    return float(np.exp(sums.sum() / counts.sum() if weighted else (sums / counts).mean()))
+    sums, tokens = np.asarray(nll_sums, np.float64), np.asarray(counts, np.float64)
+    if sums.shape != tokens.shape or sums.ndim != 1 or not sums.size or not (tokens > 0).all():
+        raise ValueError(f'nll_sums {sums.shape} and counts {tokens.shape} must be of one length, with counts above 0')
+    return float(np.exp(sums.sum() / tokens.sum() if weighted else (sums / tokens).mean()))

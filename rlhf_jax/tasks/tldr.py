@@ -129,12 +129,12 @@ def win_rate(scores: Sequence[float], reference_scores: Sequence[float]) -> WinR
 
 
 def _scores(name: str, values: Sequence[float], num: int) -> np.ndarray:
-    values = np.asarray(values, np.float64)
-    if values.shape != (num,) or not num:
-        raise ValueError(f'{name} has shape {values.shape}, expected ({num},), one a row and at least one')
-    if not np.isfinite(values).all():
-        raise ValueError(f'{name}: {int((~np.isfinite(values)).sum())} of {num} are not finite')
-    return values
+    scores = np.asarray(values, np.float64)
+    if scores.shape != (num,) or not num:
+        raise ValueError(f'{name} has shape {scores.shape}, expected ({num},), one a row and at least one')
+    if not np.isfinite(scores).all():
+        raise ValueError(f'{name}: {int((~np.isfinite(scores)).sum())} of {num} are not finite')
+    return scores
 
 
 # ---- Drift ---------------------------------------------------------------------------------------------------------

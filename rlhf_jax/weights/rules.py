@@ -22,6 +22,7 @@ is asked for included (`files.load_state_dict`); each tensor is cast and dropped
 `shardings` each parameter goes into the shards of its devices before the next is begun, so that the host holds one
 parameter and one tensor at most. `Tensors` is the way back, as lazy.
 """
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -286,11 +287,12 @@ class Tensors(Mapping):
 
     def __init__(self, params: Mapping[str, Any], rules: Rules, dtype: Any = np.float32, *, tied: bool = True):
         flat = flatten(params)
-        self._dtype, self._makers, used = np.dtype(dtype), {}, set()
+        self._dtype, used = np.dtype(dtype), set()
+        self._makers: dict[str, Callable[[], np.ndarray]] = {}
         self.specs: dict[str, jax.ShapeDtypeStruct] = {}
         for rule in rules:
             if isinstance(rule, Fixed) and rule.value is not None:
-                self._add(rule.torch, rule.value.shape, lambda value=rule.value: value)
+                self._add(rule.torch, rule.value.shape, functools.partial(np.asarray, rule.value))
             elif isinstance(rule, Tied) and tied:
                 self._add(rule.torch, self.specs[rule.same].shape, self._makers[rule.same])
             elif isinstance(rule, Rule) and rule.flax in flat:
@@ -298,7 +300,7 @@ class Tensors(Mapping):
                 value = flat[rule.flax]
                 shape = _tensor_shape(rule, value.shape)
                 for place, name in enumerate(_names(rule, value.shape)):
-                    self._add(name, shape, lambda rule=rule, value=value, place=place: _part(rule, value, place))
+                    self._add(name, shape, functools.partial(_part, rule, value, place))
         if set(flat) - used:
             raise ValueError(f'convert: no rule writes parameter {sorted(set(flat) - used)[0]}')
 

@@ -2,7 +2,7 @@
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlhf_jax.weights import torch_pickle
 from rlhf_jax.weights.tensor import Tensor
@@ -86,6 +86,6 @@ def _averaged(path: pathlib.Path, content: Mapping) -> dict[str, Tensor]:
     return averaged
 
 
-def _is_state_dict(x: Any) -> bool:
+def _is_state_dict(x: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(x, Mapping) and bool(x) and all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in x.items())

@@ -186,7 +186,7 @@ class _Unpickler(pickle._Unpickler):
     """
 
     def __init__(self, file: Any, path: pathlib.Path, storage: Callable[[np.dtype, str, int], _Storage] | None):
-        super().__init__(file, encoding='utf-8')  # type: ignore[call-arg]
+        super().__init__(file, encoding='utf-8')
         self._path, self._storage = path, storage
         self._unknown: dict[str, type[Placeholder]] = {}
 
@@ -230,7 +230,7 @@ class _Unpickler(pickle._Unpickler):
         # Maps of the file trust these numbers, and they come from the file.
         last = offset + sum((n - 1) * s for n, s in zip(size, stride))
         if (len(size) != len(stride) or min((offset, *size, *stride)) < 0
-                or (math.prod(size) and last >= storage.size)):
+                or (math.prod(size) > 0 and last >= storage.size)):
             raise EOFError(f'a tensor of shape {tuple(size)} reaches outside its storage')
         start = storage.start + offset * storage.dtype.itemsize
         contiguous = all(n == 1 or s == math.prod(size[i + 1:]) for i, (n, s) in enumerate(zip(size, stride)))

@@ -120,7 +120,7 @@ def test_captions_that_are_not_there_are_named(tmp_path):
     with codestore.writer(tmp_path / 'bare', num=5, meta=dict(num_codes=4, vocab_size=8)) as store:
         store.append({'codes': codes()}, names=TEXTS)
     with pytest.raises(ValueError, match='bare: holds codes without captions; encode the data set with --captions'):
-        codestore.open_code_store(tmp_path / 'bare').captions
+        _ = codestore.open_code_store(tmp_path / 'bare').captions
     with pytest.raises(ValueError, match='captions come with every row'):
         with codestore.writer(tmp_path / 'none', num=5, meta=META) as store:
             store.append({'codes': codes()}, names=TEXTS)
@@ -132,7 +132,7 @@ def test_captions_that_are_not_there_are_named(tmp_path):
                                    ([*lines[:2], '', *lines[3:]], ValueError, 'line 3 is empty')):
         (store.path / 'captions.txt').write_text('\n'.join(broken) + '\n')
         with pytest.raises(error, match=message):
-            store.captions
+            _ = store.captions
 
 
 # ---- As tokens -------------------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ class Twin(torch.nn.Module):
         x = (x - 128) / 128
         x = F.max_pool2d(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 3, 2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)
+        before = x  # the input of the block at hand
         for name, block in self.named_children():
             if name.startswith('Mixed'):
                 x = block(x)

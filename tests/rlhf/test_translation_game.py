@@ -244,7 +244,7 @@ def test_a_reset_inside_the_step(pretrained):
     """Period 2 and a tick every 3 steps, so that the reset after step 3 goes to the average as it stood before."""
     step, state, batches = stepper(game_config(pretrained))
     start, pushed = partition.flatten(state.params), []
-    for k in range(3):
+    for _ in range(3):
         state, metrics = step(state, next(batches))
         pushed.append(float(metrics['kept']))
     assert pushed[:2] == [0, 0] and pushed[2] == pytest.approx(0.5, abs=1e-4)  # one tick of decay 0.5
