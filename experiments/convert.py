@@ -27,11 +27,11 @@ import numpy as np
 
 from dlc_jax import convert
 from dlc_jax.convert import dinov2
-from rlhf_jax.weights import files
 from experiments.dlc.weights import kinds, llada, reading, writing
 from experiments.rlhf.models import export as language
 from experiments.runtime import launch, storage
 from rlhf_jax.convert import KINDS as LANGUAGE
+from rlhf_jax.weights import files
 
 FOLDERS = (*LANGUAGE, 'llada')  # kinds that are used from a folder as it was released, config.json included
 

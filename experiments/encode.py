@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from dlc_jax.preprocess import center_crop
 from experiments.dlc.data import captions as captions_lib
-from experiments.dlc.weights import reading
 from experiments.dlc.data import codestore, sources
 from experiments.dlc.data.batches import eval_batches
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import to_model_range
 from experiments.dlc.latents import LatentDecoder
+from experiments.dlc.weights import reading
 from experiments.runtime import launch, storage
 
 

@@ -20,13 +20,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from dlc_jax import convert
-from rlhf_jax.weights.files import load_state_dict
 from dlc_jax.metrics import frechet, inception_features, inception_score, prdc, probes, vendi
 from dlc_jax.models.inception import InceptionOutput
 from experiments.dlc import evaluation
 from experiments.dlc.data import codestore
 from experiments.dlc.judge import Judge
 from experiments.runtime import launch, storage
+from rlhf_jax.weights.files import load_state_dict
 
 
 def load_images(path: str) -> np.ndarray:

@@ -34,13 +34,13 @@ import numpy as np
 from dlc_jax import codes as codes_lib
 from dlc_jax.diffusion.gaussian import to_uint8
 from dlc_jax.diffusion.remasking import REMASKING
-from experiments.dlc.weights import reading
 from experiments.dlc.code_model import CodeModel
+from experiments.dlc.data.sources import read_image
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
-from experiments.dlc.data.sources import read_image
 from experiments.dlc.text_to_code import TextToCode
+from experiments.dlc.weights import reading
 from experiments.runtime import launch, png, storage
 from experiments.runtime.progress import bar
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rlhf_jax.weights import rules as rules_lib
-from rlhf_jax.weights.rules import Codec, FLAT, Rule, dense, linear
-from rlhf_jax.weights.state_dict import Renamed, shape_of, strip_prefixes
 from dlc_jax.ssl.dino import DINOHead
+from rlhf_jax.weights import rules as rules_lib
+from rlhf_jax.weights.rules import FLAT, Codec, Rule, dense, linear
+from rlhf_jax.weights.state_dict import Renamed, shape_of, strip_prefixes
 
 # weight_g is (K, 1) there.
 _COLUMN = Codec(FLAT.to_flax, lambda p: p.reshape(-1, 1))

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from dlc_jax.models.vit import VisionTransformer, swiglu_hidden
 from rlhf_jax.weights import rules as rules_lib
 from rlhf_jax.weights.rules import Rule, dense, linear, norm, patch_conv
 from rlhf_jax.weights.state_dict import Renamed, num_blocks, shape_of, strip_prefixes, without_prefixes
-from dlc_jax.models.vit import VisionTransformer, swiglu_hidden
 
 _PREFIXES = ('backbone.',)
 _TRAINING_HEADS = ('dino_head.', 'ibot_head.')  # beside the backbone in a training checkpoint; read by `dino_head.py`

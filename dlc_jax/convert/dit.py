@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from dlc_jax.models.dit import DiT, sincos_position_embedding
 from rlhf_jax.weights.rules import Codec, Fixed, Rule, dense, linear, param_shapes, patch_conv, to_flax
 from rlhf_jax.weights.state_dict import num_blocks, shape_of, strip_prefixes
-from dlc_jax.models.dit import DiT, sincos_position_embedding
 
 PREFIXES = ('model.', 'transformer.')
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rlhf_jax.weights import rules
-from rlhf_jax.weights.rules import CONV, Fixed, Rule, SAME, linear
-from rlhf_jax.weights.state_dict import shape_of, strip_prefixes
 from dlc_jax.models.inception import InceptionV3
+from rlhf_jax.weights import rules
+from rlhf_jax.weights.rules import CONV, SAME, Fixed, Rule, linear
+from rlhf_jax.weights.state_dict import shape_of, strip_prefixes
 
 # Ends of parameter paths -> ends of tensor names. What comes before is the same on both sides.
 _ENDS = {

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.models.llama import Llama
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import Fixed, Rule, linear
 from rlhf_jax.weights.state_dict import Renamed, shape_of, without_prefixes
-from rlhf_jax.models.llama import Llama
 
 PREFIXES = ('model.', 'transformer.')
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from dlc_jax.models.vae import AutoencoderKL
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import CONV, Rule, dense, linear, norm
 from rlhf_jax.weights.state_dict import Renamed, num_blocks, shape_of, without_prefixes
-from dlc_jax.models.vae import AutoencoderKL
 
 # The released files have the first names, files written by diffusers since 0.18 the second.
 _ATTENTION_NAMES = (('.query.', '.to_q.'), ('.key.', '.to_k.'), ('.value.', '.to_v.'), ('.proj_attn.', '.to_out.0.'))

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from dlc_jax.models.sedd import SEDD
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import Fixed, Rule, dense, linear
 from rlhf_jax.weights.state_dict import num_blocks, shape_of, strip_prefixes
-from dlc_jax.models.sedd import SEDD
 
 PREFIXES = ('model.', 'transformer.')
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from dlc_jax.convert import dinov2
+from dlc_jax.models.sem import SEMEncoder
 from rlhf_jax.weights import rules as rules_lib
 from rlhf_jax.weights.rules import FLAT, Fixed, Rule, linear, norm
 from rlhf_jax.weights.state_dict import shape_of
-from dlc_jax.models.sem import SEMEncoder
 
 
 def rules_of(module: SEMEncoder) -> tuple[Rule | Fixed, ...]:

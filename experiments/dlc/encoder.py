@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dlc_jax import convert
-from rlhf_jax.weights.files import load_state_dict
 from dlc_jax.models import sem, vit
 from dlc_jax.preprocess import CenterCrop
 from dlc_jax.ssl import augment, dino, masking
@@ -26,6 +25,7 @@ from experiments.runtime import training as training_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from experiments.runtime.stream import Stream
+from rlhf_jax.weights.files import load_state_dict
 
 OUTPUTS = ('codes', 'sem', 'embeddings')  # of `Encoder.encode`
 

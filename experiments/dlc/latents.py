@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlc_jax import convert
-from rlhf_jax.weights.files import load_state_dict
 from dlc_jax.diffusion.gaussian import to_uint8
 from dlc_jax.models.vae import SCALING_FACTOR
 from experiments.runtime import modules, storage
+from rlhf_jax.weights.files import load_state_dict
 
 IMAGES_A_DEVICE = 16  # at 256 pixels the decoder's widest features take a gigabyte for as many
 

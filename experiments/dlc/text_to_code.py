@@ -25,8 +25,8 @@ from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from experiments.runtime.training import training
-from rlhf_jax.weights import files
 from rlhf_jax.models import llama
+from rlhf_jax.weights import files
 
 log = logging.getLogger(__name__)
 

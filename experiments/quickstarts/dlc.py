@@ -17,8 +17,8 @@ from dlc_jax import codes as codes_lib
 from dlc_jax.diffusion.gaussian import to_uint8
 from experiments import encode as encode_lib
 from experiments.dlc import evaluation
-from experiments.dlc.data import codestore, sources
 from experiments.dlc.code_model import CodeModel
+from experiments.dlc.data import codestore, sources
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.judge import Judge

@@ -20,8 +20,8 @@ from configs.rlhf.quickstart import MODES
 from experiments.rlhf.data import tasks
 from experiments.rlhf.lewis import comparison as lewis
 from experiments.rlhf.lewis import report as lewis_report
-from experiments.rlhf.policy import evaluation
 from experiments.rlhf.models.inference import Policy
+from experiments.rlhf.policy import evaluation
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import report, stages, storage
 from experiments.runtime.metrics import curve, read_metrics

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.models import heads
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import Rule, dense, linear
 from rlhf_jax.weights.state_dict import Renamed, without_prefixes
-from rlhf_jax.models import heads
 
 KINDS = ('gpt2', 'gpt_neox', 'llama', 'mistral', 'qwen2', 'qwen3')  # each is a file beside this one
 

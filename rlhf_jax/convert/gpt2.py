@@ -3,9 +3,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.convert import settings
-from rlhf_jax.weights.rules import Fixed, Rule, Tied, conv1d, dense, linear, norm
 from rlhf_jax.convert.settings import Setting
 from rlhf_jax.models.gpt2 import GPT2 as MODULE
+from rlhf_jax.weights.rules import Fixed, Rule, Tied, conv1d, dense, linear, norm
 
 PREFIX = 'transformer.'
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from rlhf_jax.convert import settings
 from rlhf_jax.convert.rope import rope_fields, rope_settings
-from rlhf_jax.weights.rules import Fixed, Rule, Tied, dense, linear, norm
 from rlhf_jax.convert.settings import COMMON, Setting
 from rlhf_jax.models.gpt_neox import GPTNeoX as MODULE
+from rlhf_jax.weights.rules import Fixed, Rule, Tied, dense, linear, norm
 
 PREFIX = 'gpt_neox.'
 

@@ -2,8 +2,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.convert.llama import (ANY_HEAD, MODULE, PREFIX, RENAMED, RULES, SETTINGS, head_rules, relative_config,
-                                    relative_fields, window_of)
+from rlhf_jax.convert.llama import (
+    ANY_HEAD,
+    MODULE,
+    PREFIX,
+    RENAMED,
+    RULES,
+    SETTINGS,
+    head_rules,
+    relative_config,
+    relative_fields,
+    window_of,
+)
 
 __all__ = ['ANY_HEAD', 'MODULE', 'PREFIX', 'RENAMED', 'RULES', 'config_of', 'fields_of', 'head_rules']
 

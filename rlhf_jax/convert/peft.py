@@ -15,10 +15,10 @@ import numpy as np
 
 from rlhf_jax.convert import KINDS
 from rlhf_jax.convert.settings import checked
+from rlhf_jax.models import heads, lora
 from rlhf_jax.weights import rules
 from rlhf_jax.weights.rules import Rule, linear
 from rlhf_jax.weights.state_dict import Renamed
-from rlhf_jax.models import heads, lora
 
 _OUTER = 'base_model.model.'
 _CHANGES_BASE = ('pissa', 'olora', 'corda', 'loftq')  # ways to initialise that subtract the start from the base

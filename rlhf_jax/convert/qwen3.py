@@ -2,8 +2,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.convert.llama import (ANY_HEAD, MODULE, PREFIX, RENAMED, SETTINGS, head_rules, relative_config,
-                                    relative_fields)
+from rlhf_jax.convert.llama import (
+    ANY_HEAD,
+    MODULE,
+    PREFIX,
+    RENAMED,
+    SETTINGS,
+    head_rules,
+    relative_config,
+    relative_fields,
+)
 from rlhf_jax.convert.llama import RULES as _LLAMA_RULES
 from rlhf_jax.convert.qwen2 import qwen_window, window_keys, with_defaults
 from rlhf_jax.convert.settings import Setting

@@ -5,7 +5,14 @@ meaning of `mask`, `logprobs` and `rewards` are those of `rlhf_jax`. Nothing her
 from `rlhf_jax.logprobs`, advantages from `rlhf_jax.advantages`.
 """
 from rlhf_jax.losses.policy_gradient import (
-    decoupled_ppo, grpo, importance_weights, ppo, proximal_rloo, rloo, value_loss)
+    decoupled_ppo,
+    grpo,
+    importance_weights,
+    ppo,
+    proximal_rloo,
+    rloo,
+    value_loss,
+)
 from rlhf_jax.losses.preference import best_of_n, best_worst, dpo, online_dpo
 from rlhf_jax.losses.supervised import reward_model, sft
 

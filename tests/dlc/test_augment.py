@@ -5,8 +5,17 @@ from PIL import Image
 
 from dlc_jax.preprocess import CenterCrop, ResizeCenterCrop, center_crop, resize_center_crop
 from dlc_jax.ssl import pixels
-from dlc_jax.ssl.augment import (BRIGHTNESS, CONTRAST, HUE, SATURATION, MultiCrop, RandomResizedCrop, Views, jitter_pil,
-                                 sample_boxes)
+from dlc_jax.ssl.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    MultiCrop,
+    RandomResizedCrop,
+    Views,
+    jitter_pil,
+    sample_boxes,
+)
 
 RATIO = (3 / 4, 4 / 3)
 

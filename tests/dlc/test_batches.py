@@ -11,8 +11,7 @@ from dlc_jax.ssl.augment import MultiCrop, RandomResizedCrop
 from dlc_jax.ssl.masking import BlockMasking
 from experiments.dlc.data.batches import SmallMultiCrop, eval_batches, image_batches, ssl_batches
 from experiments.dlc.data.images import ArrayImages, FakeImages, Unreadable
-from experiments.runtime.stream import ArrayBatches, EpochOrder
-from experiments.runtime.stream import Share
+from experiments.runtime.stream import ArrayBatches, EpochOrder, Share
 
 CROPS = MultiCrop(global_size=8, local_size=4, num_local=2)
 MASKING = BlockMasking(grid=4, min_patches=1)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dlc_jax import convert
-from rlhf_jax.weights import files, rules
 from dlc_jax.models import sem, vit
 from dlc_jax.ssl import dino
 from random_params import random_params
+from rlhf_jax.weights import files, rules
 
 TINY = dict(width=16, depth=3, num_heads=2, patch_size=4, num_registers=2, pos_grid=2)
 IMAGES = jnp.zeros((1, 8, 8, 3))

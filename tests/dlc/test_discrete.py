@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from compiled import optimized
 from dlc_jax.diffusion import discrete
 from dlc_jax.diffusion.discrete import SAMPLERS, DiscreteDiffusion, Jumps, network_calls
-from compiled import optimized
 
 PROPERTY = settings(max_examples=10, deadline=None)
 V, L = 3, 2

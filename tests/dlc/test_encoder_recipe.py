@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compiled import optimized
 from configs.dlc import encoder_imagenet, quickstart
 from dlc_jax import convert
 from dlc_jax.convert import dinov2
-from rlhf_jax.weights import files, rules
 from dlc_jax.models import sem, vit
 from experiments.dlc import encoder, self_distillation
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import optim, partition
 from experiments.runtime.state import TrainState
-from compiled import optimized
+from rlhf_jax.weights import files, rules
 
 DEPTH = 24
 

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dlc_jax.diffusion import gaussian
 from dlc_jax.diffusion.gaussian import GaussianDiffusion, guided, to_uint8

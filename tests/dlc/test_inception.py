@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from dlc_jax.metrics.inception_features import inception_features
-from dlc_jax.models.inception import (AVERAGE, MAX, PARTITION_RULES, InceptionOutput, InceptionV3, Mixed,
-                                      resize_bilinear)
+from dlc_jax.models.inception import AVERAGE, MAX, PARTITION_RULES, InceptionOutput, InceptionV3, Mixed, resize_bilinear
 
 
 def test_published_shapes_and_count():

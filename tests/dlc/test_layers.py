@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlc_jax.models import layers
 from compiled import optimized
+from dlc_jax.models import layers
 
 X = 3 * jax.random.normal(jax.random.key(0), (2, 3, 8)) + 1
 SCALE, BIAS = jnp.linspace(0.5, 2, 8), jnp.linspace(-1, 1, 8)

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.weights.rules import flatten, param_shapes
 from dlc_jax.models import sem, vit
 from experiments.runtime import mesh as mesh_lib
 from random_params import random_params
+from rlhf_jax.weights.rules import flatten, param_shapes
 
 TINY = dict(width=16, depth=1, num_heads=2, patch_size=4, num_registers=2, pos_grid=2, layer_scale=0.5,
             num_codes=4, vocab_size=6)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.weights.rules import flatten, param_shapes
 from dlc_jax.ssl import dino, ibot, koleo
 from random_params import random_params
-
+from rlhf_jax.weights.rules import flatten, param_shapes
 
 # Under jit, as they are used; it also compiles one program rather than one an operation.
 koleo_loss = jax.jit(koleo.koleo_loss, static_argnames='groups')

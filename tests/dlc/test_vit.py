@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.weights.rules import flatten, param_shapes
 from dlc_jax.models import vit
 from random_params import random_params
+from rlhf_jax.weights.rules import flatten, param_shapes
 
 TINY = dict(width=16, depth=2, num_heads=2, patch_size=4, num_registers=2, pos_grid=3, layer_scale=0.5)
 

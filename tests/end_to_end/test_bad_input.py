@@ -21,8 +21,8 @@ from PIL import Image
 
 from experiments import compile as compile_command
 from experiments import encode, evaluate, quickstart, sample, train
-from experiments.quickstarts import dlc as dlc_quickstart
 from experiments.dlc.data import codestore
+from experiments.quickstarts import dlc as dlc_quickstart
 from experiments.runtime import hooks, launch, loop, modules
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer

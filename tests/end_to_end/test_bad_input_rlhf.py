@@ -8,13 +8,14 @@ import sys
 
 import jax
 import pytest
-from policy_runs import config_of, devices, shared_steps
 
 from experiments import generate, train
 from experiments.rlhf.models import architecture
-from experiments.rlhf.policy import experiment as policy, rollouts
+from experiments.rlhf.policy import experiment as policy
+from experiments.rlhf.policy import rollouts
 from experiments.runtime import launch, loop
 from experiments.runtime.metrics import read_metrics
+from policy_runs import config_of, devices, shared_steps
 from rlhf_jax import convert
 from rlhf_jax.weights import files
 

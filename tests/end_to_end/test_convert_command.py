@@ -14,23 +14,23 @@ from PIL import Image
 
 from dlc_jax import convert
 from dlc_jax.convert import llada
-from rlhf_jax.weights import files
-from rlhf_jax.weights.files import load_state_dict, save_state_dict
-from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from dlc_jax.models import dit, sedd, sem, vit
 from dlc_jax.models.vae import AutoencoderKL
 from experiments import convert as command
 from experiments import sample
-from experiments.dlc.weights import kinds, reading
-from experiments.dlc.weights import llada as llada_weights
 from experiments.dlc.code_model import CodeModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
 from experiments.dlc.text_to_code import TextToCode
+from experiments.dlc.weights import kinds, reading
+from experiments.dlc.weights import llada as llada_weights
 from experiments.runtime import launch
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax.models.llama import Llama
+from rlhf_jax.weights import files
+from rlhf_jax.weights.files import load_state_dict, save_state_dict
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 
 L, V = 6, 8
 SEPARATOR = 62  # of 71 rows of a LLaDA

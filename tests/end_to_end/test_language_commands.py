@@ -11,20 +11,20 @@ import pytest
 from configs.rlhf import base
 from experiments import convert as convert_command
 from experiments import evaluate as evaluate_command
-from experiments import sample as sample_command
 from experiments import relabel
+from experiments import sample as sample_command
 from experiments.rlhf.models import adapters, loading
-from experiments.rlhf.policy.evaluation import HeldOutPrompts
 from experiments.rlhf.models.inference import Policy
+from experiments.rlhf.policy.evaluation import HeldOutPrompts
 from experiments.runtime import launch
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import read_metrics
 from experiments.train import build, train
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
-from rlhf_jax.weights import files
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.heads import RewardModel
+from rlhf_jax.weights import files
 from tests.rlhf.tiny_models import random_params
 
 ONE = mesh_lib.make_mesh({}, jax.devices()[:1])

@@ -18,8 +18,8 @@ from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
 from experiments.runtime.metrics import read_metrics
 from rlhf_jax import convert
-from rlhf_jax.weights import files
 from rlhf_jax.models import lora
+from rlhf_jax.weights import files
 
 KINDS = ('sft', 'reward_model', 'dpo')
 TINY = dict(kind='gpt_neox', size='70m', vocab_size=264, width=32, depth=2, num_heads=2, max_length=192)

@@ -13,21 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from policy_runs import L, P, config_of, devices, shared_steps
 
 from configs.rlhf import base
 from experiments import train
 from experiments.rlhf.models import architecture
-from experiments.rlhf.policy import experiment as policy, rollouts
-from experiments.runtime import optim, partition
-from experiments.runtime.signals import Stopped
+from experiments.rlhf.policy import experiment as policy
+from experiments.rlhf.policy import rollouts
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import optim, partition
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.metrics import read_metrics
-from rlhf_jax import kl as kl_lib
+from experiments.runtime.signals import Stopped
+from policy_runs import L, P, config_of, devices, shared_steps
 from rlhf_jax import convert
-from rlhf_jax.weights import files
+from rlhf_jax import kl as kl_lib
 from rlhf_jax.rollout import publish
+from rlhf_jax.weights import files
 
 TESTS = pathlib.Path(__file__).parent
 

@@ -16,18 +16,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from configs.dlc import text_to_code_digits, text_to_code_llada
 from dlc_jax import convert, text_to_code
 from dlc_jax.convert import llada
-from rlhf_jax.weights.files import save_state_dict
-from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from dlc_jax.models import dit
 from dlc_jax.text_to_code import Sampling, Words
 from experiments import encode, sample, train
-from experiments.dlc.weights import kinds, reading, writing
 from experiments.dlc.data import codestore
 from experiments.dlc.generator import Generator
 from experiments.dlc.text_to_code import TextToCode, make_model
+from experiments.dlc.weights import kinds, reading, writing
 from experiments.runtime import launch, loop, modules, partition
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax.models.llama import Llama
+from rlhf_jax.weights.files import save_state_dict
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 
 L, V, WORDS_OF_TEXT = 8, 4, ('<pad>', '<mask>', 'red', 'blue', 'fox', 'snow', 'in')
 WORDS = Words(separator=7, num_codes=V, mask_token=1, pad_token=0)

@@ -10,8 +10,8 @@ import pytest
 from configs.dlc import quickstart, quickstart_text
 from experiments import train
 from experiments.dlc.data import codestore, digit_pairs, sources
-from experiments.runtime import partition
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import partition
 
 # A generator's condition changes an input of its step, not how the step is laid out or resumed: one stands for all.
 TRAINED = ('encoder', 'code', 'code_model', 'text_to_code')

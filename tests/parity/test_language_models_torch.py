@@ -12,9 +12,9 @@ import pytest
 
 from hf_twins import CONFIGS, KINDS, file_names, state_dict, torch, transformers, twin
 from rlhf_jax import convert
+from rlhf_jax.models import heads
 from rlhf_jax.weights import files
 from rlhf_jax.weights.rules import flatten
-from rlhf_jax.models import heads
 from torch_twins import assert_gradients_equal, assert_outputs_and_gradients_equal
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)
@@ -250,7 +250,8 @@ def test_reward_model_of_the_tldr_reproduction():
 
 
 def test_parameters_go_straight_into_their_shards():
-    from experiments.runtime import mesh as mesh_lib, partition
+    from experiments.runtime import mesh as mesh_lib
+    from experiments.runtime import partition
     from rlhf_jax.models.llama import PARTITION_RULES
     original = twin('llama')
     mesh = mesh_lib.make_mesh({'fsdp': 4, 'tensor': 2})

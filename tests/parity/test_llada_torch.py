@@ -11,8 +11,8 @@ import pytest
 
 from dlc_jax import convert
 from dlc_jax.convert import llada
-from rlhf_jax.weights.rules import param_shapes
 from rlhf_jax.models.llama import SIZES, Llama
+from rlhf_jax.weights.rules import param_shapes
 from torch_twins import assert_outputs_and_gradients_equal, randomise, torch
 
 nn, F = torch.nn, torch.nn.functional

@@ -9,9 +9,9 @@ from safetensors.numpy import save_file
 from hf_twins import KINDS, state_dict, torch, twin
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
+from rlhf_jax.models import lora
 from rlhf_jax.weights import files
 from rlhf_jax.weights.rules import flatten
-from rlhf_jax.models import lora
 from torch_twins import assert_gradients_equal, assert_outputs_and_gradients_equal
 
 original_peft = pytest.importorskip('peft')

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dlc_jax import convert
-from rlhf_jax.weights import files
 from dlc_jax.models import sedd
+from rlhf_jax.weights import files
 from torch_twins import assert_outputs_and_gradients_equal, load, randomise, state_dict, torch
 
 F = torch.nn.functional

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from dlc_jax import convert
-from rlhf_jax.weights.files import load_state_dict
 from dlc_jax.models import vit
 from dlc_jax.ssl import dino, ibot, koleo, masking
+from rlhf_jax.weights.files import load_state_dict
 
 close = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
 

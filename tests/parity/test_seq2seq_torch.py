@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from rlhf_jax.models.seq2seq import BOS, EOS, PAD, Seq2Seq
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 
 torch = pytest.importorskip('torch')
 

@@ -7,7 +7,6 @@ import pytest
 import golden
 from rlhf_jax import advantages, kl, responses
 
-
 # Generalised advantage estimation
 
 def test_golden_gae_of_a_rollout_with_several_episodes():

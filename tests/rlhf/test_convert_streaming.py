@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dlc_jax import convert as images
 from dlc_jax.models import dit
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
 from rlhf_jax import convert
+from rlhf_jax.models import llama
 from rlhf_jax.weights import files, rules
 from rlhf_jax.weights.rules import flatten
-from rlhf_jax.models import llama
 from tiny_models import random_params
 
 MODULE = llama.Llama(vocab_size=24, width=32, depth=3, num_heads=4, num_kv_heads=2, hidden=48, max_length=16)

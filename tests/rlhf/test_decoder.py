@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.runtime import mesh as mesh_lib, partition
-from rlhf_jax.weights.rules import flatten, param_shapes
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import partition
 from rlhf_jax.models import decoder, gpt2, gpt_neox, layers, llama
+from rlhf_jax.weights.rules import flatten, param_shapes
 from tiny_models import MODELS, random_params
 
 FILES = {'gpt2': gpt2, 'gpt_neox': gpt_neox, 'llama': llama}

@@ -9,15 +9,15 @@ import pytest
 
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models import loading
-from experiments.rlhf.policy import evaluation, rewards
 from experiments.rlhf.models.inference import Policy
+from experiments.rlhf.policy import evaluation, rewards
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax import convert, tokenizers
-from rlhf_jax.weights import files
-from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.gpt_neox import GPTNeoX
 from rlhf_jax.models.heads import RewardModel
+from rlhf_jax.weights import files
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from tests.rlhf.tiny_models import random_params
 
 MODULE = GPTNeoX(vocab_size=259, width=8, depth=1, num_heads=1, max_length=384)

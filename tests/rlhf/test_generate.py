@@ -208,7 +208,8 @@ def test_bad_calls_are_named(llama, call, message):
 
 def test_rows_over_devices_sample_the_same(llama):
     """On a mesh, with parameters and rows sharded."""
-    from experiments.runtime import mesh as mesh_lib, partition
+    from experiments.runtime import mesh as mesh_lib
+    from experiments.runtime import partition
     from rlhf_jax.models.decoder import split_rules
     from rlhf_jax.models.llama import PARTITION_RULES
     module = llama[0].clone(vocab_size=24)

@@ -4,13 +4,16 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_jax.weights.rules import flatten, param_shapes
-from rlhf_jax.models.gpt2 import GPT2, SIZES as GPT2_SIZES
-from rlhf_jax.models.gpt_neox import GPTNeoX, SIZES as PYTHIA_SIZES
-from rlhf_jax.models.llama import Llama, SIZES as LLAMA_SIZES
+from rlhf_jax.models.gpt2 import GPT2
+from rlhf_jax.models.gpt2 import SIZES as GPT2_SIZES
+from rlhf_jax.models.gpt_neox import SIZES as PYTHIA_SIZES
+from rlhf_jax.models.gpt_neox import GPTNeoX
+from rlhf_jax.models.llama import SIZES as LLAMA_SIZES
+from rlhf_jax.models.llama import Llama
 from rlhf_jax.models.mistral import SIZES as MISTRAL_SIZES
 from rlhf_jax.models.qwen2 import SIZES as QWEN2_SIZES
 from rlhf_jax.models.qwen3 import SIZES as QWEN3_SIZES
+from rlhf_jax.weights.rules import flatten, param_shapes
 
 PUBLISHED = [
     *((GPT2(vocab_size=50257, **GPT2_SIZES[size]), size, count) for size, count in {

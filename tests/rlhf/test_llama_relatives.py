@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.runtime import mesh as mesh_lib, partition
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import partition
 from rlhf_jax.models import decoder, llama
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.weights.rules import flatten, param_shapes

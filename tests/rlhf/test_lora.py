@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.weights.rules import flatten
 from rlhf_jax.models import gpt2, gpt_neox, heads, layers, llama, lora
 from rlhf_jax.models.decoder import split_blocks
+from rlhf_jax.weights.rules import flatten
 from tiny_models import MODELS, random_params
 
 FILES = {'gpt2': gpt2, 'gpt_neox': gpt_neox, 'llama': llama}

@@ -9,7 +9,6 @@ import pytest
 import golden
 from rlhf_jax import logprobs, masked, responses
 
-
 # Ends and masks
 
 def test_golden_truncation_and_lengths():

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from rlhf_jax.models.seq2seq import BOS, EOS, PAD, Seq2Seq
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 
 AGENT = Seq2Seq(source_vocab=8, target_vocab=8, width=4)
 SOURCE, MASK, TARGET = np.full((64, 3), 5), np.ones((64, 3), bool), np.full((64, 4), BOS)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from configs.rlhf import translation as configs
-from experiments import train
-from experiments import evaluate_translation
-from experiments.rlhf.translation import agent as translation_agent, evaluation as translation_evaluation
+from experiments import evaluate_translation, train
+from experiments.rlhf.translation import agent as translation_agent
 from experiments.rlhf.translation import data
+from experiments.rlhf.translation import evaluation as translation_evaluation
 from experiments.rlhf.translation.synthetic import rows as synthetic
 from experiments.runtime import launch, partition
 from experiments.runtime import mesh as mesh_lib

@@ -3,11 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 from rlhf_jax.models.gpt2 import GPT2
 from rlhf_jax.models.gpt_neox import GPTNeoX
 from rlhf_jax.models.layers import RopeScaling
 from rlhf_jax.models.llama import Llama
+from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 
 MODELS = {
     'gpt2': GPT2(vocab_size=19, width=16, depth=2, num_heads=2, max_length=48),

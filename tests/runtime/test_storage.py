@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.dlc.data import codestore
-from experiments.runtime import launch, metrics, storage
+from experiments.runtime import launch, metrics, png, storage
 from experiments.runtime.checkpoint import Checkpointer
-from experiments.runtime import png
 from experiments.runtime.report import Report
 from experiments.sample import check_out, write
 

@@ -10,10 +10,10 @@ import ml_collections
 import numpy as np
 
 from dlc_jax import text_to_code
-from experiments.runtime import placement
 from experiments.dlc.data.codestore import open_code_store
 from experiments.dlc.data.image_files import FolderImages
 from experiments.dlc.data.images import ImageSource
+from experiments.runtime import placement
 from experiments.runtime.stream import ArrayBatches, Batch
 from rlhf_jax import tokenizers
 

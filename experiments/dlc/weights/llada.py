@@ -14,11 +14,11 @@ import numpy as np
 
 from dlc_jax import convert
 from dlc_jax.convert import llada
-from rlhf_jax.weights import files
 from experiments.dlc.weights.kinds import published_config
 from experiments.runtime import folders, launch, modules, runs, storage
 from rlhf_jax.models.llama import SIZES, Llama
 from rlhf_jax.tokenizers import JsonTokenizer
+from rlhf_jax.weights import files
 
 EXPERIMENT = 'text_to_code'  # of the work directories that hold one
 SEPARATOR, CODE_TOKEN = '<|start_sem|>', '<|sem_vocab_{}|>'  # names in the released tokenizer

@@ -11,8 +11,8 @@ from experiments.rlhf.models.tokenizer import open_tokenizer
 from experiments.runtime import folders, modules, storage
 from rlhf_jax import convert, tokenizers
 from rlhf_jax.convert import peft
-from rlhf_jax.weights import files
 from rlhf_jax.models import lora
+from rlhf_jax.weights import files
 
 
 def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter: bool = False, base: str | None = None,

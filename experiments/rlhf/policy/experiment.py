@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy import algorithms, evaluation, rollouts
-from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import launch, modules, optim
+from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from rlhf_jax import elastic_reset as er

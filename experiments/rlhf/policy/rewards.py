@@ -12,11 +12,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from experiments.rlhf.data.tasks import Task
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models.tokenizer import tokenizer_of
-from experiments.rlhf.data.tasks import Task
-from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import launch, partition, storage
+from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.signals import signals
 from rlhf_jax.models import heads
 from rlhf_jax.rollout.rewards import score

@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks
+from experiments.rlhf.data import texts as text_arrays
 from experiments.rlhf.models import architecture
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy import rewards
-from experiments.rlhf.data import texts as text_arrays
-from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import launch, partition, storage
+from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.signals import GRACE_SECONDS, Interrupted, signals
 from experiments.runtime.stream import EpochOrder
 from rlhf_jax import generate as generate_lib

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from experiments.rlhf.translation import agent as agents
 from experiments.rlhf.translation import data as data_lib
 from experiments.rlhf.translation import evaluation
-from experiments.runtime import optim, partition, placement
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import optim, partition, placement
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from rlhf_jax import elastic_reset, kl, masked
