@@ -87,9 +87,9 @@ def _call(reward: Callable[..., Any], args: tuple[Any, ...], timeout: float | No
                 raise _Checked(error) from None
     if not outcome:
         raise TimeoutError(f'the reward function did not return within timeout={timeout} s')
-    value, error = outcome[0]
-    if error is not None:
-        raise error
+    value, raised = outcome[0]
+    if raised is not None:
+        raise raised
     return value
 
 
