@@ -225,7 +225,8 @@ class JsonTokenizer:
         tokenizer.add_tokens([tokenizers.AddedToken(
             chat.special(token.content), single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
             normalized=token.normalized, special=False) for token in special.values()])
-        return tokenizer, {tokenizer.token_to_id(chat.special(token.content)): i for i, token in special.items()}
+        to_id: Any = tokenizer.token_to_id
+        return tokenizer, {to_id(chat.special(token.content)): i for i, token in special.items()}
 
     @functools.cached_property
     def _control(self) -> frozenset[int]:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-OPENERS = {'.gz': gzip.open, '.xz': lzma.open}
+OPENERS: dict[str, Any] = {'.gz': gzip.open, '.xz': lzma.open}
 
 _LONGEST_LINE = 2 ** 28  # bytes; a line that is longer comes from a file that unpacks for ever
 _LONGEST_FILE = 2 ** 30  # bytes, of one that is read as a whole

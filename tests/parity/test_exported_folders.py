@@ -5,17 +5,17 @@ import pytest
 
 from dlc_jax import convert as images
 from dlc_jax.convert import dinov2
-from rlhf_jax.weights import files
-from rlhf_jax.weights.rules import flatten, unflatten
 from dlc_jax.models import vae, vit
 from experiments.dlc.weights import writing
+from experiments.rlhf.models.export import special_ids
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
 from rlhf_jax.models import gpt2, gpt_neox, heads, llama, lora
 from rlhf_jax.tokenizers import JsonTokenizer
-from experiments.rlhf.models.export import special_ids
+from rlhf_jax.weights import files
+from rlhf_jax.weights.rules import flatten, unflatten
 from tests.rlhf.tiny_tokenizers import byte_level
 
 torch = pytest.importorskip('torch')

@@ -21,9 +21,8 @@ from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, partition
-from rlhf_jax import chat
+from rlhf_jax import chat, responses
 from rlhf_jax import generate as generate_lib
-from rlhf_jax import responses
 from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models import decoder
 

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks
-from experiments.rlhf.policy import rollouts
 from experiments.rlhf.data import texts as text_arrays
 from experiments.rlhf.models.inference import Policy, Progress, Prompt, Responses
+from experiments.rlhf.policy import rollouts
 from experiments.rlhf.policy.rewards import Completions, Reward
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax.generate import Sampling
