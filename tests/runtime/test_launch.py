@@ -150,3 +150,36 @@ def test_a_second_signal_is_not_caught():
 def test_no_compilation_cache_for_several_cpu_devices(tmp_path, caplog):
     launch.initialize(launch.parser('x').parse_args([f'--compilation_cache={tmp_path}']))
     assert 'left off' in caplog.text and jax.config.jax_compilation_cache_dir is None
+
+
+def test_our_messages_are_shown_although_orbax_has_set_up_logging():
+    code = ('import logging, orbax.checkpoint; from experiments.runtime import launch\n'
+            'def command():\n'
+            '    for name in ("__main__", "experiments.train", "rlhf_jax.rollout", "somebody", "absl"):\n'
+            '        logging.getLogger(name).info("info of %s", name)\n'
+            '        logging.getLogger(name).warning("warning of %s", name)\n'
+            'launch.main(command)')
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr.splitlines()
+    assert said == [f'{kind[0].upper()} {kind} of {name}' for name in ('__main__', 'experiments.train',
+                    'rlhf_jax.rollout') for kind in ('info', 'warning')] + ['W warning of somebody']
+
+
+@pytest.mark.parametrize('text', ['', '{', 'null', '[1]', '\x00\x00', '[' * 100_000])
+def test_a_damaged_config_is_written_anew_by_the_command_of_the_run(tmp_path, text, caplog):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(launch.DamagedConfig, match='damaged .*; the command that the run was started with'):
+        launch.read_config(tmp_path)
+    config = launch.load_config(DIGITS)
+    launch.check_workdir(config, tmp_path)
+    assert 'damaged' in caplog.text
+    launch.save_config(config, tmp_path)
+    assert launch.read_config(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize('mode, warns', [(0o700, False), (0o755, False), (0o775, True), (0o777, True)])
+def test_a_cache_that_others_can_write_is_said_to_be_code(tmp_path, caplog, monkeypatch, mode, warns):
+    tmp_path.chmod(mode)
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    monkeypatch.setattr(jax.config, 'update', lambda *unused: None)
+    launch.initialize(launch.parser('x').parse_args([f'--compilation_cache={tmp_path}']))
+    assert ('others can write there' in caplog.text) == warns

@@ -1,8 +1,11 @@
 """The loop and its checkpoints, on a linear model: resume, fallback, NaN, signals, full disk."""
 import json
 import os
+import pathlib
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +26,7 @@ from experiments.runtime.signals import Stopped
 from experiments.runtime.state import TrainState
 
 TX = optax.adam(1e-2)
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 WIDTH = 2048  # 32 KiB of weights: more than the file-size limit of the full-disk test
 
 
@@ -320,3 +324,69 @@ def test_metrics_file_survives_a_cut_line(tmp_path):
     writer.close()
     assert read_metrics(path) == [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': None}]
     assert any((tmp_path / 'tensorboard').iterdir())
+
+
+# ---- Bit rot ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def two_checkpoints(tmp_path_factory):
+    """A run with checkpoints of steps 4 and 8."""
+    directory = tmp_path_factory.mktemp('rot')
+    start(directory, num_steps=8)
+    return directory
+
+
+def checkpoint_of(directory):
+    """What every way of reading makes of it: (step, state, position), the parameters alone, the shapes."""
+    checkpointer = Checkpointer(directory / 'checkpoints', read_only=True)
+    like = jax.eval_shape(init, jax.random.key(0))
+    found = checkpointer.restore(like)
+    part = checkpointer.restore_part('params', like.params, jax.tree.map(
+        lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), like.params))
+    shapes = checkpointer.shapes()
+    checkpointer.close()
+    return found, part, shapes
+
+
+@pytest.mark.parametrize('name, flips', [('state', 12), ('data', 4), ('meta', 4)])
+def test_flipped_bits_never_pass_for_what_was_saved(two_checkpoints, tmp_path, caplog, saving, name, flips):
+    """Every way of reading gives the numbers of step 8 as they were, or those of step 4, and says so."""
+    if saving == 'asynchronous':
+        pytest.skip('the files are the same')
+    whole = {8: checkpoint_of(two_checkpoints)}
+    rng, fallbacks = np.random.default_rng(0), 0
+    shutil.copytree(two_checkpoints, tmp_path / 'only4')
+    shutil.rmtree(tmp_path / 'only4' / 'checkpoints' / '8')
+    whole[4] = checkpoint_of(tmp_path / 'only4')
+    for i in range(flips):
+        copy = shutil.copytree(two_checkpoints, tmp_path / str(i))
+        files = [f for f in sorted((copy / 'checkpoints' / '8' / name).rglob('*')) if f.is_file() and f.stat().st_size]
+        files = [f for f in files if f.parent.name == 'd'] if name == 'state' and i % 2 else files
+        file = files[rng.integers(len(files))]
+        data = bytearray(file.read_bytes())
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        file.write_bytes(data)
+        (step, state, position), part, _ = checkpoint_of(copy)
+        fallbacks += step == 4
+        assert_same(state, whole[step][0][1])
+        assert position == whole[step][0][2]
+        assert any(np.array_equal(part['w'], whole[s][1]['w']) for s in (4, 8))
+    assert fallbacks and 'unreadable checkpoint 8' in caplog.text
+    assert all('\n' not in record.getMessage() for record in caplog.records)
+
+
+def test_only_one_line_is_said_of_a_damaged_checkpoint(two_checkpoints, tmp_path, saving):
+    """Orbax and TensorStore have hundreds of lines to say of it."""
+    if saving == 'asynchronous':
+        pytest.skip('the files are the same')
+    copy = shutil.copytree(two_checkpoints, tmp_path / 'copy')
+    manifest = copy / 'checkpoints' / '8' / 'state' / 'manifest.ocdbt'
+    manifest.write_bytes(manifest.read_bytes()[:40])
+    code = ('import sys; sys.path[:0] = ["tests/runtime", "."]\n'
+            'import pathlib, jax, test_loop_checkpoint as t\n'
+            'from experiments.runtime import launch\n'
+            'launch.main(lambda: t.checkpoint_of(pathlib.Path(sys.argv[1])))')
+    said = subprocess.run([sys.executable, '-c', code, str(copy)], capture_output=True, text=True, cwd=ROOT)
+    assert said.returncode == 0, said.stderr
+    lines = said.stderr.strip().splitlines()
+    assert 1 <= len(lines) <= 3 and all('unreadable checkpoint 8' in line for line in lines), said.stderr
