@@ -57,7 +57,7 @@ def to_torch(kind: str, module: Any, params: Mapping[str, Any], **options: Any) 
 
 def tensors(kind: str, module: Any, params: Mapping[str, Any], *, dtype: Any = np.float32,
             **options: Any) -> rules.Tensors:
-    """The same, each tensor made when it is asked for, in `dtype`."""
+    """The state dict of `to_torch`, each tensor made when it is asked for, in `dtype`."""
     return rules.Tensors(params, _file(kind).rules_of(module, **options), dtype)
 
 

@@ -18,7 +18,7 @@ from rlhf_jax.weights.state_dict import shape_of
 
 
 def rules_of(module: SEMEncoder) -> tuple[Rule | Fixed, ...]:
-    """Both directions, `sem_cls_norm` included."""
+    """Rules of both directions, `sem_cls_norm` included."""
     return dinov2.vit_rules(module.patch_size) + (
         Rule('sem_bias', 'sem_bias'),
         Rule('sem_embed.weight', 'sem_embed/kernel', linear()),

@@ -85,7 +85,7 @@ def to_torch(kind: str, module: Any, params: Mapping[str, Any]) -> dict[str, np.
 
 def tensors(kind: str, module: Any, params: Mapping[str, Any], *, dtype: Any = np.float32,
             tied: bool = True) -> Renamed:
-    """The same, each tensor made when it is asked for, in `dtype`.
+    """The state dict of `to_torch`, each tensor made when it is asked for, in `dtype`.
 
     Args:
         tied: with a head that is the embedding table once more, as a PyTorch module has it; files do without.

@@ -41,17 +41,17 @@ def from_torch(kind: str, state_dict: Mapping[str, Any], module: Any, params: Ma
     _check_config(config)
     file, prefix = _file(kind), 'backbone/' if hasattr(module, 'backbone') else ''
     state_dict = Renamed(state_dict, lambda name: _short_name(name, file.PREFIX))
-    found = [rule for rule in file.RULES
+    adapted = [rule for rule in file.RULES
              if isinstance(rule, Rule) and f'{_stem(rule).format(i=0)}.lora_A.weight' in state_dict]
-    layers = [prefix + rule.flax.removesuffix('/kernel') for rule in found]
-    if not found:
+    layers = [prefix + rule.flax.removesuffix('/kernel') for rule in adapted]
+    if not adapted:
         raise ValueError('convert: no adapter for this model in these tensors')
     scale = config['lora_alpha'] / (config['r'] ** 0.5 if config.get('use_rslora') else config['r'])
     params = jax.tree.map(lambda x: x, dict(params))  # new containers, the same arrays
     init = lambda p: lora.init(jax.random.key(0), module, p, rank=config['r'], alpha=1.0, targets=layers)
     with_lora = jax.eval_shape(init, params)
     _, expected = lora.split(with_lora)
-    table = [rule for pair in zip(found, layers) for rule in _rules(*pair, with_lora)]
+    table = [rule for pair in zip(adapted, layers) for rule in _rules(*pair, with_lora)]
     if isinstance(module, heads.RewardModel) and 'score.weight' in state_dict:
         table, expected = [*table, _SCORE], expected | {'score_head': {'kernel': params['score_head']['kernel']}}
     out = lora.join(params, rules.to_flax(state_dict, table, expected))
@@ -69,14 +69,14 @@ def to_torch(kind: str, module: Any, params: Mapping[str, Any]) -> tuple[dict[st
     file, prefix = _file(kind), 'backbone/' if hasattr(module, 'backbone') else ''
     _, adapter = lora.split(params)
     layers = sorted({path.rpartition('/')[0] for path in rules.flatten(adapter)})
-    found = [rule for rule in file.RULES if isinstance(rule, Rule) and
+    adapted = [rule for rule in file.RULES if isinstance(rule, Rule) and
              prefix + rule.flax.removesuffix('/kernel') in layers and rule.flax.endswith('/kernel')]
     settings = {(_at(params, layer)['lora_b'].shape[_lead(layer)], float(s))
                 for layer in layers for s in np.ravel(_at(params, layer)['lora_scale'])}
     if len(settings) != 1:
         raise ValueError(f'convert: layers have adapters of different rank or scale, {sorted(settings)}')
     (rank, scale), = settings
-    table = [rule for r in found for rule in _rules(r, prefix + r.flax.removesuffix('/kernel'), params)]
+    table = [rule for r in adapted for rule in _rules(r, prefix + r.flax.removesuffix('/kernel'), params)]
     reward = isinstance(module, heads.RewardModel)
     if reward:
         table, adapter = [*table, _SCORE], adapter | {'score_head': {'kernel': params['score_head']['kernel']}}
@@ -85,7 +85,7 @@ def to_torch(kind: str, module: Any, params: Mapping[str, Any]) -> tuple[dict[st
     return state_dict, {
         'peft_type': 'LORA', 'task_type': 'SEQ_CLS' if reward else 'CAUSAL_LM', 'r': rank, 'lora_alpha': scale * rank,
         'lora_dropout': 0.0, 'bias': 'none', 'fan_in_fan_out': kind == 'gpt2',
-        'target_modules': sorted({_target(rule, found, file.RULES) for rule in found}),
+        'target_modules': sorted({_target(rule, adapted, file.RULES) for rule in adapted}),
         'modules_to_save': ['score'] if reward else None}
 
 
@@ -96,13 +96,13 @@ def _rules(rule: Rule, layer: str, params: Mapping[str, Any]) -> tuple[Rule, Rul
             Rule(f'{_stem(rule)}.lora_B.weight', f'{layer}/lora_b', linear()))
 
 
-def _target(rule: Rule, found: list[Rule], table: rules.Rules) -> str:
+def _target(rule: Rule, adapted: list[Rule], table: rules.Rules) -> str:
     """The shortest end of the layer's name that no layer without an adapter shares.
 
     PEFT adapts every layer that ends so, and GPT-2 has a `c_proj` in its attention and another in its MLP.
     """
     others = ['.' + _stem(other) for other in table
-              if isinstance(other, Rule) and other.flax.endswith('/kernel') and other not in found]
+              if isinstance(other, Rule) and other.flax.endswith('/kernel') and other not in adapted]
     parts = _stem(rule).split('.')
     ends = ('.'.join(parts[-n:]) for n in range(1, len(parts) + 1))
     return next(end for end in ends if not any(other.endswith('.' + end) for other in others))

@@ -113,11 +113,11 @@ def num_blocks(state_dict: Mapping[str, Any], pattern: str) -> int:
     Raises:
         ValueError: none.
     """
-    found = [int(m[1]) for m in map(name_pattern(pattern).fullmatch, state_dict) if m]
-    if not found:
+    indices = [int(m[1]) for m in map(name_pattern(pattern).fullmatch, state_dict) if m]
+    if not indices:
         raise ValueError(f'convert: missing tensor {pattern.format(i=0)}; is this a state dict of that model?'
                          f'{where(state_dict, pattern)}')
-    return max(found) + 1
+    return max(indices) + 1
 
 
 def shape_of(state_dict: Mapping[str, Any], name: str, ndim: int) -> tuple[int, ...]:
