@@ -103,7 +103,7 @@ def read(kind: str, path: str | os.PathLike, *, key: str | None = None, **fields
     if kind in ('sem', 'dit', 'sedd', 'dinov2') and 'num_heads' not in given:
         heads = noted.get('num_heads', _table(noted, 'model').get('n_heads'))
         if heads is None and kind == 'dit':
-            width = next((x.shape[0] for name, x in tensors.items() if name.endswith(KINDS['dit'].sign)), 0)
+            width = next((x.shape[0] for name, x in tensors.specs.items() if name.endswith(KINDS['dit'].sign)), 0)
             heads = {size['width']: size['num_heads'] for size in dit.SIZES.values()}.get(width)
             if kinds and heads is None:
                 raise ValueError(f'{path}: no DiT of width {width} was published; give its --num_heads')
