@@ -198,6 +198,8 @@ class _Unpickler(pickle._Unpickler):
                 return self._tensor
             if name in ('_rebuild_parameter', '_rebuild_parameter_with_state'):
                 return self._parameter
+        if (module, name) == ('torch._tensor', '_rebuild_from_type_v2'):
+            return self._with_attributes
         if module == 'torch' and name in _STORAGES:
             return _StorageType(np.dtype(_STORAGES[name]))
         wanted = ascii(f'{module}.{name}')[1:-1][:100]  # it appears in messages
@@ -235,6 +237,10 @@ class _Unpickler(pickle._Unpickler):
         start = storage.start + offset * storage.dtype.itemsize
         contiguous = all(n == 1 or s == math.prod(size[i + 1:]) for i, (n, s) in enumerate(zip(size, stride)))
         return Tensor(self._path, storage.dtype, tuple(size), start, None if contiguous else tuple(stride))
+
+    def _with_attributes(self, rebuild: Any, _type: Any, args: tuple[Any, ...], _state: Any) -> Any:
+        """A tensor with Python attributes, or of a subclass, is its data."""
+        return rebuild(*args) if rebuild in (self._tensor, self._parameter) else Placeholder()
 
     def _parameter(self, data: Any, *_: Any) -> Any:
         """A parameter is its data; whether it has a gradient, and its hooks, are left out."""

@@ -23,7 +23,9 @@ def test_views_dtypes_and_parameters(tmp_path, zipped):
     x = torch.arange(24.0).reshape(4, 6)
     tensors = {'whole': x, 'transposed': x.t(), 'part': x[1:, ::2], 'row': x[2:3], 'scalar': x[3, 5], 'none': x[4:],
                'half': x.bfloat16(), 'many': torch.nn.Parameter(x.reshape(2, 3, 4).permute(2, 0, 1)),
-               'other': torch.arange(5, dtype=torch.int16), 'double': x.double() / 3}
+               'other': torch.arange(5, dtype=torch.int16), 'double': x.double() / 3, 'noted': x + 1,
+               'noted parameter': torch.nn.Parameter(x - 1)}
+    tensors['noted'].note = tensors['noted parameter'].note = 'an attribute'
     save({'model': tensors, 'step': 3}, tmp_path / 'x.pt', zipped)
     state_dict = files.load_state_dict(tmp_path / 'x.pt')
     assert set(state_dict) == set(tensors)
