@@ -17,6 +17,7 @@ _PUBLIC = {
     # modules
     'codes': 'codes',
     'convert': 'convert',
+    'preprocess': 'preprocess',
     'text_to_code': 'text_to_code',
     # models
     'AutoencoderKL': 'models.vae:AutoencoderKL',
@@ -29,6 +30,7 @@ _PUBLIC = {
     # diffusion processes
     'DiscreteDiffusion': 'diffusion.discrete:DiscreteDiffusion',
     'GaussianDiffusion': 'diffusion.gaussian:GaussianDiffusion',
+    'guided': 'diffusion.gaussian:guided',
     # the encoder's input and losses
     'BlockMasking': 'ssl.masking:BlockMasking',
     'MultiCrop': 'ssl.augment:MultiCrop',

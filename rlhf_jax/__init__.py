@@ -45,6 +45,7 @@ _PUBLIC = {
     'PolicyAndValue': 'models.heads:PolicyAndValue',
     'RewardModel': 'models.heads:RewardModel',
     'Seq2Seq': 'models.seq2seq:Seq2Seq',
+    'split_blocks': 'models.decoder:split_blocks',
     # methods
     'ElasticReset': 'elastic_reset:ElasticReset',
     'RolloutStream': 'rollout.stream:RolloutStream',

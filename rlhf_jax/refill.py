@@ -38,7 +38,7 @@ class RefilledSamples(Samples):
 
 @struct.dataclass
 class _Slots:
-    """What decodes: S rows at places of their own.
+    """State of the S rows that decode, each at a place of its own.
 
     Attributes:
         cache: with an index a row.

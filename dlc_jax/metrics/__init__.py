@@ -1,1 +1,1 @@
-"""How good samples and representations are."""
+"""Measures of samples and of representations."""

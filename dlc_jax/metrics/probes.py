@@ -1,4 +1,4 @@
-"""How well labels can be read off frozen features: k nearest neighbours and a linear probe (DINOv2, arXiv 2304.07193).
+"""Probes that read labels off frozen features: k nearest neighbours and a linear one (DINOv2, arXiv 2304.07193).
 
 Features are float [N, F], or bare codes, integers [N, L]: those stand for their one-hot encoding [N, L * V], which is
 never built. Two codes have as cosine the share of positions they agree in, and a linear map of a code sums one row a

@@ -1,4 +1,4 @@
-"""What the decoder-only language models (GPT-2, GPT-NeoX, LLaMA) have in common: how they are called.
+"""Base of the decoder-only language models (GPT-2, GPT-NeoX, LLaMA) and how they are called.
 
     logits = module.apply({'params': p}, tokens)                                     # [B, T, V] float32
     logits = module.apply({'params': p}, tokens, mask=mask)                          # padded left or right, or packed

@@ -92,7 +92,7 @@ class Template:
 
 
 def prompt_and_reference(messages: Sequence[chat.Message]) -> tuple[list[chat.Message], str | None]:
-    """What a policy is asked, and the answer of the data: of a conversation that ends in a user's turn there is none.
+    """Splits a conversation into what a policy is asked and the answer, None after a user's turn.
 
     Raises:
         ValueError: it ends in neither a user's turn nor an answer.
