@@ -10,13 +10,12 @@ ConfigDict = ml_collections.ConfigDict
 def model(kind: str, size: str, **fields) -> dict:
     """A decoder: `kind` gpt2 | gpt_neox | llama | mistral | qwen2 | qwen3; `size` of its table, or 'weights': what is
     not set here is read from the config.json of `weights`."""
-    unset = lambda: config_dict.placeholder(bool)  # None
     return dict(
         kind=kind, size=size,
-        # 0, '' and None mean: as the size says. A kind has some of these fields.
+        # 0 and '' mean: as the size says. A kind has some of these fields.
         vocab_size=0, width=0, depth=0, num_heads=0, num_kv_heads=0, head_dim=0, hidden=0, max_length=0,
-        activation='', eps=0.0, tied=unset(),
-        attention_bias=unset(), qkv_bias=unset(), mlp_bias=unset(), qk_norm=unset(), parallel=unset(),
+        activation='', eps=0.0,
+        tied='', attention_bias='', qkv_bias='', mlp_bias='', qk_norm='', parallel='',  # yes | no
         window=0,  # tokens that a token sees, itself included; -1: all
         rope_base=0.0, rotary_fraction=0.0,
         # kind: none | linear | llama3

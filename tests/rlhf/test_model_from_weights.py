@@ -74,7 +74,7 @@ def test_fields_of_a_folder(tmp_path, kind):
 def test_fields_from_the_command_line(tmp_path):
     file = tmp_path / 'config.py'
     file.write_text('from configs.rlhf import base\nget_config = base.sft\n')
-    given = ['kind=llama', 'size=7B', 'rope_base=500', 'tied=True', 'eps=1e-3', 'head_dim=6', 'qkv_bias=True',
+    given = ['kind=llama', 'size=7B', 'rope_base=500', 'tied=yes', 'eps=1e-3', 'head_dim=6', 'qkv_bias=yes',
              'window=4', 'rope_scaling.kind=linear', 'rope_scaling.factor=2']
     config = launch.load_config(str(file), [f'--config.model.{x}' for x in given])
     module = architecture.decoder(config.model)
@@ -84,8 +84,13 @@ def test_fields_from_the_command_line(tmp_path):
     assert architecture.decoder(config.model).window == 4096
     config.model.window = -1
     assert architecture.decoder(config.model).window == 0
-    config.model.tied = False
+    config.model.tied = 'no'
     assert architecture.decoder(config.model).tied is False
+    config.model.tied = 'maybe'
+    with pytest.raises(ValueError, match="model.tied='maybe' is not one of"):
+        architecture.decoder(config.model)
+    config.model.update(base.model('llama', '7B'))
+    assert architecture.decoder(config.model) == architecture.decoder(base.model('llama', '7B'))
     config.model.update(dict(kind='gpt2', size='124M', vocab_size=10, window=0, rope_base=1e4))
     with pytest.raises(ValueError, match='model.rope_base is not a field'):
         architecture.decoder(config.model)

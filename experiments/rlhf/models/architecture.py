@@ -17,10 +17,11 @@ Config = ml_collections.ConfigDict
 KINDS = {'gpt2': (gpt2, gpt2.GPT2), 'gpt_neox': (gpt_neox, gpt_neox.GPTNeoX), 'llama': (llama, llama.Llama),
          'mistral': (mistral, llama.Llama), 'qwen2': (qwen2, llama.Llama), 'qwen3': (qwen3, llama.Llama)}
 FROM_WEIGHTS = 'weights'  # a `model.size`: fields are those of `config.weights`, see `loading.complete`
-# Fields of a `model` config that are 0, '' or None where the size decides.
+# Fields of a `model` config that are 0 or '' where the size decides.
 _OF_SIZE = ('vocab_size', 'width', 'depth', 'num_heads', 'num_kv_heads', 'head_dim', 'hidden', 'max_length',
             'activation', 'eps', 'tied', 'attention_bias', 'qkv_bias', 'mlp_bias', 'qk_norm', 'parallel', 'window',
             'rope_base', 'rotary_fraction', 'rope_scaling')
+_SWITCHES = {'yes': True, 'no': False}  # how a config says a bool that may also be left to the size
 _ALL_TOKENS = -1  # `model.window` of a model without one
 # How a model computes, not what it computes: may differ from the config of the weights.
 _MANNER = ('dtype', 'param_dtype', 'remat', 'unroll', 'attention_impl', 'stacked', 'init_std', 'parent', 'name')
@@ -54,6 +55,10 @@ def decoder(model: Mapping[str, Any]) -> Any:
     fields = {name: value for name, value in dict(model).items() if name != 'kind' and name not in unset(model)}
     if fields['size'] == FROM_WEIGHTS and set(_OF_SIZE) & set(cls.__dataclass_fields__) & set(unset(model)):
         raise ValueError("model.size='weights': weights is empty; name the folder that says what the model is")
+    for name, value in fields.items():
+        if name in cls.__dataclass_fields__ and cls.__dataclass_fields__[name].type is bool and isinstance(value, str):
+            launch.check_choice(f'model.{name}', value, _SWITCHES)
+            fields[name] = _SWITCHES[value]
     if fields.get('window') == _ALL_TOKENS:
         fields['window'] = 0
     if 'rope_scaling' in fields:
@@ -76,7 +81,9 @@ def fill(model: Config, module: Any) -> None:
         if name not in module.__dataclass_fields__:
             continue
         value = getattr(module, name)
-        if name == 'window':
+        if isinstance(value, bool):
+            value = 'yes' if value else 'no'
+        elif name == 'window':
             value = value or _ALL_TOKENS
         elif name == 'rope_scaling':
             value = {'kind': 'none'} if value is None else dataclasses.asdict(value)
