@@ -13,17 +13,17 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """A hook that measures the state every `every` steps and after the last; a subclass gives `measure`.
+    """A hook that measures the state every so many steps, and at the end; a subclass gives `measure`.
 
     It changes no state: a run ends the same with it or without.
 
     Args:
         every: steps between two measurements.
-        last: the run's last step.
+        last: the run's last step; None: it is measured only where its turn has come.
         writer: receives the values as a row of metrics; None: nothing is written.
     """
 
-    def __init__(self, every: int, last: int, writer: MetricsWriter | None):
+    def __init__(self, every: int, last: int | None, writer: MetricsWriter | None):
         self._every, self._last, self._writer = every, last, writer
 
     def __call__(self, step: int, state: TrainState, metrics: Any) -> None:

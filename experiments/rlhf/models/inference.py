@@ -21,6 +21,7 @@ from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, partition
+from experiments.runtime.evaluation import full_batches
 from rlhf_jax import chat, responses
 from rlhf_jax import generate as generate_lib
 from rlhf_jax.logprobs import token_logprobs
@@ -230,11 +231,12 @@ class Policy:
         num, size = len(arrays[0]), -(-batch_size // self._shards) * self._shards
         out, sharding = [], mesh_lib.batch_sharding(self.mesh)
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            for start in range(0, num, size):
-                index = np.minimum(np.arange(start, start + size), num - 1)
-                out.append(jax.device_get(fn(*(jax.device_put(x[index], sharding) for x in arrays))))
+            done = 0
+            for rows, count in full_batches(num, size):
+                out.append(jax.device_get(fn(*(jax.device_put(x[rows], sharding) for x in arrays))))
+                done += count
                 if progress:
-                    progress(min(start + size, num))
+                    progress(done)
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *out)
 
 

@@ -2,7 +2,6 @@
 
 `evaluate_policy` measures a policy that has been loaded; `HeldOutPrompts` is the hook that measures one in training.
 """
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +17,10 @@ from experiments.rlhf.models.inference import Policy, Progress, Prompt, Response
 from experiments.rlhf.policy import rollouts
 from experiments.rlhf.policy.rewards import Completions, Reward
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.evaluation import Evaluation
 from rlhf_jax.generate import Sampling
 from rlhf_jax.rollout.rewards import score
 from rlhf_jax.tasks import imdb, perplexity, stackexchange, tldr
-
-log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 Rows = Sequence[Mapping[str, Any]]
@@ -169,11 +167,9 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f'{name}={config[name]} must be at least {least}')
 
 
-class HeldOutPrompts:
-    """Every `eval_every` steps and at the end: the current policy on the first `eval_prompts` held-out prompts in a
-    fixed order, sampled and rewarded as in training; `eval_reward`, `eval_kl`, ... as a row of metrics.
-
-    Its draws are its own and it changes no state: a run ends the same with it or without.
+class HeldOutPrompts(Evaluation):
+    """The current policy on the first `eval_prompts` held-out prompts in a fixed order, sampled and rewarded as in
+    training; `eval_reward`, `eval_kl`, ... as a row of metrics. Its draws do not depend on those of training.
 
     Args:
         measure: (state, batch) -> {name: [B]}, means over a prompt's completions.
@@ -182,25 +178,18 @@ class HeldOutPrompts:
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh,
                  measure: Callable[[Any, Mapping[str, Any]], Mapping[str, jax.Array]], writer: Any):
-        own = config.copy_and_resolve_references()
+        super().__init__(config.eval_every, config.num_steps, writer)
+        heldout = config.copy_and_resolve_references()
         parts = mesh_lib.batch_shards(mesh) * config.accumulate * config.algorithm.num_minibatches
-        own.batch_size = min(-(-config.eval_prompts // parts) * parts, config.batch_size)
-        own.data.split = config.data.heldout
-        own.rollout.update(dict(chunk=0, slots=0))
-        self._config, self._mesh, self._writer = own, mesh, writer
-        self._generate = rollouts.Generator(own, mesh)
+        heldout.batch_size = min(-(-config.eval_prompts // parts) * parts, config.batch_size)
+        heldout.data.split = config.data.heldout
+        heldout.rollout.update(dict(chunk=0, slots=0))
+        self._config, self._mesh = heldout, mesh
+        self._generate = rollouts.Generator(heldout, mesh)
         self._task = self._generate.task
         self._num = min(config.eval_prompts, self._generate.num_prompts)
-        self._decoding = rollouts.Decoding(own, mesh)
+        self._decoding = rollouts.Decoding(heldout, mesh)
         self._measure = jax.jit(measure, out_shardings=mesh_lib.replicated(mesh))
-
-    def __call__(self, step: int, state: Any, metrics: Any) -> None:
-        if step % self._config.eval_every and step != self._config.num_steps:
-            return
-        found = self.measure(state)
-        log.info('step %d: %s', step, ', '.join(f'{name} {value:.4g}' for name, value in found.items()))
-        if self._writer:
-            self._writer.write(step, found)
 
     def measure(self, state: Any) -> Metrics:
         size, num_samples = self._config.batch_size, self._config.algorithm.num_samples
@@ -213,9 +202,9 @@ class HeldOutPrompts:
                 batch = self._generate(weights, index=index, version=0)
                 placed = {name: jax.device_put(batch[name], mesh_lib.batch_sharding(self._mesh))
                           for name in ('tokens', 'prompt_mask', 'mask')}
-                found = {name: batch[name] for name in ('rewards', 'gold', 'ended', 'replaced') if name in batch}
-                found |= {'length': batch['mask'].sum(-1)} | jax.device_get(self._measure(state, placed))
-                parts.append({name: x[:keep] for name, x in found.items()})
+                measured = {name: batch[name] for name in ('rewards', 'gold', 'ended', 'replaced') if name in batch}
+                measured |= {'length': batch['mask'].sum(-1)} | jax.device_get(self._measure(state, placed))
+                parts.append({name: x[:keep] for name, x in measured.items()})
                 rows += [row for row in self._generate.rows(index)[:keep] for _ in range(num_samples)]
                 length = batch['mask'].shape[-1]
                 flat = lambda x: x[:keep].reshape(keep * num_samples, -1)

@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 
 from experiments.rlhf.translation import data as data_lib
 from experiments.rlhf.translation import evaluation
-from experiments.runtime import launch, modules, optim, placement, storage
+from experiments.runtime import launch, modules, placement, runs
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
+from experiments.runtime.training import training
 from rlhf_jax import masked, responses
 from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models import seq2seq
@@ -89,16 +89,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     if languages not in PAIRS.values():
         raise ValueError(f'languages={languages} is not one of {tuple(PAIRS.values())}')
     model, (first, second) = make_agent(config), languages
-    shards = mesh_lib.batch_shards(mesh)
-    unit = shards * config.accumulate
-    tx = optim.adamw(config.optimizer, jax.eval_shape(lambda k: init_params(model, k), jax.random.key(0)),
-                     config.num_steps)
-
-    def init(key):
-        key, carried = jax.random.split(key)
-        params = init_params(model, key)
-        return TrainState(jnp.int32(0), params, tx.init(params), None, carried,
-                          {'vocabulary': jnp.zeros(2, jnp.uint32)})
+    unit = mesh_lib.batch_shards(mesh) * config.accumulate
 
     def loss(params, state, batch, rng):
         logprobs, mask = target_logprobs(model, params, source(batch, first), batch, second,
@@ -106,18 +97,15 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         value = cross_entropy(logprobs, mask)
         return value, jax.lax.stop_gradient({'perplexity': jnp.exp(value), 'tokens': mask.sum(dtype=jnp.float32)})
 
-    def step(state, batch):
-        rng = jax.random.fold_in(state.rng, state.step)
-        (value, metrics), grads = optim.value_and_grad(
-            lambda p, b, r: loss(p, state, b, r), state.params, batch, rng, config.accumulate, shards)
-        params, opt_state, norm = optim.apply(tx, grads, state)
-        return (state.replace(step=state.step + 1, params=params, opt_state=opt_state),
-                metrics | {'loss': value, 'grad_norm': norm})
+    trained = training(config, mesh, lambda key: init_params(model, key), loss, averaged=False)
+
+    def init(key):
+        return trained.init(key).replace(extra={'vocabulary': jnp.zeros(2, jnp.uint32)})
 
     def hooks(writer):
         return evaluation.hooks(config, writer, lambda: evaluation.AgentEvaluation(config, model))
 
-    return Experiment(init, loss, step, seq2seq.PARTITION_RULES, batch_spec(config, languages, unit),
+    return Experiment(init, loss, trained.step, seq2seq.PARTITION_RULES, batch_spec(config, languages, unit),
                       lambda: open_batches(config, languages, unit, placement.share_of(mesh)),
                       warm_start=lambda state: state.replace(extra={'vocabulary': checksums(config, languages)}),
                       hooks=hooks)
@@ -149,15 +137,7 @@ def load_state(workdir: str | os.PathLike, config: ml_collections.ConfigDict, bu
     Raises:
         ValueError: there is none yet.
     """
-    one = config.copy_and_resolve_references()
-    one.accumulate = 1
-    experiment = build_experiment(one, mesh_lib.make_mesh({}, jax.devices()[:1]))
-    checkpointer = Checkpointer(storage.resolve(workdir) / 'checkpoints', read_only=True)
-    restored = checkpointer.restore(jax.eval_shape(experiment.init, jax.random.key(0)))
-    checkpointer.close()
-    if restored is None:
-        raise ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
-    return restored[1]
+    return runs.restore(workdir, jax.eval_shape(runs.on_one_device(config, build_experiment).init, jax.random.key(0)))
 
 
 def check_vocabulary(name: str, saved: Array, config: ml_collections.ConfigDict, languages: tuple[str, ...]) -> None:

@@ -3,7 +3,6 @@
 `bleu_*` is `bleu.legacy` on tokenized, lower-cased text, as the game has been reported; `sacrebleu_*`, where sacrebleu
 is installed, is lower-cased BLEU of words joined by spaces against the text as it was written.
 """
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ import ml_collections
 import numpy as np
 
 from experiments.rlhf.translation import data as data_lib
+from experiments.runtime.evaluation import Evaluation, full_batches
+from experiments.runtime.state import TrainState
 from rlhf_jax import masked, responses
 from rlhf_jax.models.seq2seq import Seq2Seq
 from rlhf_jax.tasks import bleu, translation
@@ -20,7 +21,7 @@ from rlhf_jax.tasks import bleu, translation
 Array = jax.Array
 
 
-class _Evaluation:
+class _Scores:
     """Translates `data.valid`, or another split, with parameters it is called with; compiled once.
 
     Args:
@@ -64,8 +65,7 @@ class _Evaluation:
         batch = {language: self.corpus.tokens[language] for language in self.languages[:2]}
         batch |= {f'{language}_length': self.corpus.lengths[language] for language in self.languages[:2]}
         parts = []
-        for start in range(0, count, self._rows):
-            rows = np.minimum(np.arange(start, start + self._rows), count - 1)  # the last row fills up the last batch
+        for rows, _ in full_batches(count, self._rows):
             parts.append(jax.tree.map(np.asarray, self._run(params, {name: x[rows] for name, x in batch.items()})))
         whole = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
         return {name: [self._vocabularies[name].decode(row) for row in x.tolist()] if name in self._vocabularies else x
@@ -91,8 +91,8 @@ class _Evaluation:
     signature = ''  # of sacrebleu
 
 
-class AgentEvaluation(_Evaluation):
-    """Of one agent; called with its parameters."""
+class AgentEvaluation(_Scores):
+    """Scores of one agent; called with its parameters."""
 
     def __init__(self, config: ml_collections.ConfigDict, model: Seq2Seq, split: str | None = None):
         super().__init__(config, model, config.languages, split)
@@ -101,8 +101,8 @@ class AgentEvaluation(_Evaluation):
         return [params]
 
 
-class GameEvaluation(_Evaluation):
-    """Of both agents, one after the other; called with {'speaker': ..., 'listener': ...}."""
+class GameEvaluation(_Scores):
+    """Scores of both agents, one after the other; called with {'speaker': ..., 'listener': ...}."""
 
     def __init__(self, config: ml_collections.ConfigDict, model: Seq2Seq, split: str | None = None):
         super().__init__(config, model, translation.FIELDS, split)
@@ -111,20 +111,17 @@ class GameEvaluation(_Evaluation):
         return [params['speaker'], params['listener']]
 
 
-@dataclasses.dataclass
-class Hook:
-    """Every `every` steps: `measure(parameters)` as a row of metrics."""
-    writer: Any
-    every: int
-    measure: Callable[[Any], dict[str, float]]
+class Hook(Evaluation):
+    """The scores of a run's parameters, every so many steps."""
 
-    def __call__(self, step, state, metrics):
-        if step % self.every == 0:
-            values = self.measure(state.params)
-            if self.writer:
-                self.writer.write(step, values)
+    def __init__(self, scores: _Scores, every: int, writer: Any):
+        super().__init__(every, None, writer)
+        self._scores = scores
+
+    def measure(self, state: TrainState) -> dict[str, float]:
+        return self._scores(state.params)
 
 
-def hooks(config: ml_collections.ConfigDict, writer: Any, open_evaluation: Callable[[], _Evaluation]) -> list[Hook]:
+def hooks(config: ml_collections.ConfigDict, writer: Any, open_scores: Callable[[], _Scores]) -> list[Hook]:
     """The evaluation of a run as its hook, or none where `evaluation.every` is 0."""
-    return [Hook(writer, config.evaluation.every, open_evaluation())] if config.evaluation.every else []
+    return [Hook(open_scores(), config.evaluation.every, writer)] if config.evaluation.every else []
