@@ -319,7 +319,7 @@ def test_released_encoders_read_images(run, weights, pictures, tmp_path, monkeyp
     encoder = Encoder(reading.as_run('sem', MODULES['sem'], params['sem'], launch.load_config(
         kinds.published_config('sem')))[0], params['sem'])
     images = [np.asarray(Image.open(pictures / f'{i}.png')) for i in range(2)]
-    assert encoder.preprocess(images[0]).shape == (224, 224, 3)
+    assert encoder.transform(images[0]).shape == (224, 224, 3)
     np.testing.assert_array_equal(seen['codes'], encoder.encode_images(images)['codes'])
     assert len(np.unique(seen['codes'])) > 2
     assert (seen['config'].guidance, seen['config'].num_steps, 'guidance' in seen) == (4.0, 250, False)

@@ -86,7 +86,7 @@ def latent_store(encoder, vae, pictures, tmp_path_factory):
 def test_latents_are_one_posterior_sample_of_the_flipped_image(latent_store, encoder, vae, pictures):
     latents = np.asarray(latent_store.array('latents'), np.float32)
     assert latents.shape == (NUM, 8, 8, 4)
-    images = np.stack([encoder.preprocess(pictures[i]['image']) for i in range(NUM)])
+    images = np.stack([encoder.transform(pictures[i]['image']) for i in range(NUM)])
     encoded = jax.jit(lambda x: vae.module.apply({'params': vae.params}, x, method='encode'))
     distances = []
     for x in (images, images[:, :, ::-1]):
