@@ -56,8 +56,8 @@ class Checkpointer:
         if asynchronous is None:
             asynchronous = not on_cpu or os.environ.get(ASYNCHRONOUS) == '1'
         self._asynchronous = asynchronous and not read_only
-        # Arrays leave an accelerator by copy. On the CPU Orbax would write from the very buffer that the next step has
-        # been donated, so there it gets a copy.
+        # Arrays leave an accelerator by copy. On the CPU Orbax writes from the very buffer that the next step is given
+        # to reuse. jax 0.10.2 leaves one alone that is being read, but promises nothing, so there Orbax gets a copy.
         self._copies = self._asynchronous and on_cpu
         self._writing: int | None = None  # a step handed to Orbax that `wait` has not yet seen on disk
         options = ocp.CheckpointManagerOptions(

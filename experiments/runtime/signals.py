@@ -13,6 +13,7 @@ A command answers in one of three ways, each a context:
 A second signal is not caught: it does what it would have done without us.
 """
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
@@ -64,7 +65,7 @@ class Signals:
         self._raise: tuple[str, int | None] | None = None
         self._leave: tuple[str, int] | None = None
         self._before_leaving: list[Callable[[], None]] = []
-        self._alarmed = False
+        self._alarmed, self._watched = False, False
 
     # ---- Contexts ----------------------------------------------------------------------------------------------------
 
@@ -138,9 +139,11 @@ class Signals:
         before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(reads,), name='signals', daemon=True)
         watcher.start()
+        self._watched = True
         try:
             yield
         finally:
+            self._watched = False
             signal.set_wakeup_fd(before)
             os.close(writes)
             watcher.join()
@@ -198,6 +201,8 @@ class Signals:
         self._raise_stopped()
 
     def _raise_stopped(self) -> None:
+        if self._watched and self._leave is not None:
+            return  # the thread ends the process
         if self._raise is not None and self.received is not None:
             message, status = self._raise
             raise _Raised(f'stopped by signal; {message}', 128 + self.received if status is None else status,
@@ -219,6 +224,8 @@ class Signals:
                 came = came or received[0] in ANSWERED
             leave = self._leave
             if came and leave is not None:
+                for process in multiprocessing.active_children():  # readers of data, which would outlive this process
+                    process.terminate()
                 for work in reversed(self._before_leaving):
                     with contextlib.suppress(Exception):
                         work()

@@ -1,11 +1,17 @@
 """Signals inside one process; tests/runtime/test_kills_and_signals.py has those of whole runs."""
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from experiments.runtime.signals import Interrupted, Stopped, signals
+
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def send():
@@ -76,3 +82,37 @@ def test_handlers_are_what_they_were():
             send()
             time.sleep(5)
     assert handlers() == before
+
+
+LEAVES = """
+import multiprocessing, os, signal, time
+from experiments.runtime.signals import signals
+if __name__ == '__main__':
+    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,))
+    child.start()
+    print(child.pid, flush=True)
+    with signals.watched(), signals.raising('unwound', 0), signals.leaving('left at once'):
+        with signals.before_leaving(lambda: print('lease released', flush=True)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                time.sleep(600)
+            except:  # what unwinds here may crash, or hang as this does
+                time.sleep(600)
+"""
+
+
+def test_leaving_takes_its_processes_along():
+    left = subprocess.run([sys.executable, '-c', LEAVES], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert left.returncode == 0 and 'left at once' in left.stderr
+    child, released = left.stdout.splitlines()
+    assert released == 'lease released'
+    for _ in range(50):
+        try:
+            state = pathlib.Path(f'/proc/{child}/stat').read_text().rsplit(')', 1)[1].split()[0]
+        except OSError:
+            return
+        if state == 'Z':
+            return
+        time.sleep(0.1)
+    os.kill(int(child), signal.SIGKILL)
+    pytest.fail('the process that it had started is still there')
