@@ -39,11 +39,25 @@ def normalize(x: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...], *,
     return out
 
 
+LONGEST_SIDES = 32  # of the short side: how much of a long image is resized before its centre is cut out
+
+
+def _central(picture: Image.Image) -> Image.Image:
+    """The middle of `picture`, `LONGEST_SIDES` times as long as it is wide; `picture` itself where it is not longer."""
+    limit = LONGEST_SIDES * min(picture.size)
+    width, height = (min(side, limit) for side in picture.size)
+    if (width, height) == picture.size:
+        return picture
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """ADM's preprocessing (openai/guided-diffusion, `image_datasets.py`).
 
     Halved by averaging while twice too large, then resized (bicubic) so that the short side is `size`, then the central
-    square. Smaller images are enlarged.
+    square. Smaller images are enlarged. Of images longer than `LONGEST_SIDES` times their short side, only the central
+    part is resized: whole, a picture of 1 x 60000 pixels would grow to gigabytes.
 
     Args:
         image: [H, W, C] uint8.
@@ -52,7 +66,7 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
         [size, size, C] uint8.
     """
     channels = check_image(image)
-    picture = to_pil(image)
+    picture = _central(to_pil(image))
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
@@ -66,7 +80,7 @@ def resize_center_crop(image: np.ndarray, resize: int, size: int) -> np.ndarray:
     if size > resize:
         raise ValueError(f'size={size} is larger than resize={resize}')
     channels = check_image(image)
-    picture = to_pil(image)
+    picture = _central(to_pil(image))
     width, height = picture.size
     short = min(width, height)
     picture = picture.resize((int(resize * width / short), int(resize * height / short)), Image.Resampling.BICUBIC)
