@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from dlc_jax.diffusion import row_keys
 from rlhf_jax.inversion import invert
 
 Array = jax.Array
@@ -251,7 +252,8 @@ class DiscreteDiffusion:
         """Codes at time 1: all masks, or uniform tokens. int32 of `shape` [B, L]."""
         if self.process == 'absorbing':
             return jnp.full(shape, self.vocab_size, jnp.int32)
-        return jax.random.randint(key, shape, 0, self.vocab_size, jnp.int32)
+        draw = lambda one, shape: jax.random.randint(one, shape, 0, self.vocab_size, jnp.int32)
+        return row_keys.draw(draw, key, shape)
 
     def sample(self, score_fn: ScoreFn, key: Array, shape: tuple[int, int], *, sampler: str = 'analytic',
                num_steps: int = 1024, eta: float = 0.01, window: tuple[float, float] = (0.3, 0.55),
@@ -265,7 +267,7 @@ class DiscreteDiffusion:
 
         Args:
             score_fn: see the class.
-            key: typed key, of the first codes and the steps.
+            key: typed key, of the first codes and the steps; or keys [B], from which each row draws alone.
             shape: [B, L].
             sampler: one of `SAMPLERS` of the process.
             num_steps: see above.
@@ -290,7 +292,7 @@ class DiscreteDiffusion:
             raise ValueError(f'eta={eta} is a probability; choose it between 0 and 1')
         if temperature <= 0:
             raise ValueError(f'temperature={temperature} must be positive')
-        prior_key, key = jax.random.split(key)
+        prior_key, key = row_keys.split(key)
         x = self.prior(prior_key, shape)
         if sampler == 'first_hitting':
             return self._first_hitting(score_fn, key, x, tokens_per_call, temperature)
@@ -306,14 +308,14 @@ class DiscreteDiffusion:
                 most = jnp.expm1(self.sigma(t)) - jnp.expm1(self.sigma_increment(t, dt))
                 rate = jnp.where((window[0] < t) & (t < window[1]), jnp.minimum(eta, most), 0.0)
             move = self.jumps(self._scores(score_fn, x, t), x, t, dt, sampler=sampler, eta=rate, parity=parity)
-            return self._step(jax.random.fold_in(key, i), x, move, rate, temperature)
+            return self._step(row_keys.fold_in(key, i), x, move, rate, temperature)
 
         x = jax.lax.fori_loop(0, num_steps, body, x)
         t = self.final_time
         move = self.jumps(self._scores(score_fn, x, t), x, t, t)
         if self.process == 'absorbing':
             move = move._replace(stay=jnp.zeros_like(move.stay))
-        return self._step(jax.random.fold_in(key, num_steps), x, move, 0.0, temperature)
+        return self._step(row_keys.fold_in(key, num_steps), x, move, 0.0, temperature)
 
     def _scores(self, score_fn: ScoreFn, x: Array, t: ArrayLike) -> Array:
         return score_fn(x, jnp.full(x.shape[:1], self.sigma(t), jnp.float32))
@@ -325,23 +327,23 @@ class DiscreteDiffusion:
         Gumbel noise is cut off and acts as a lower temperature (arXiv 2409.02908, §5; the original draws in float64). A
         Bernoulli draw on 46 bits and a categorical one among the tokens alone have no such tail.
         """
-        jump_key, value_key, remask_key = jax.random.split(key, 3)
+        jump_key, value_key, remask_key = row_keys.split(key, 3)
         total, stay = jnp.exp(move.log_weights).sum(-1), jnp.maximum(move.stay, 0.0)
         chance = jnp.where(stay > 0, total / (total + stay), 1.0)  # 1 even where `total` has underflowed
         value = _draw(value_key, move.log_weights, temperature)
-        jumped = jnp.where(jax.random.bernoulli(jump_key, chance, mode='high'), value, x)
+        jumped = jnp.where(row_keys.bernoulli(jump_key, chance), value, x)
         if self.process == 'uniform':
             return jumped
-        back = jax.random.bernoulli(remask_key, jnp.broadcast_to(jnp.float32(remask), x.shape), mode='high')
+        back = row_keys.bernoulli(remask_key, jnp.broadcast_to(jnp.float32(remask), x.shape))
         return jnp.where(x == self.vocab_size, jumped, jnp.where(back, self.vocab_size, x))
 
     def _first_hitting(self, score_fn: ScoreFn, key: Array, x: Array, tokens: int, temperature: float) -> Array:
         length, v = x.shape[1], self.vocab_size
         calls = network_calls('first_hitting', length, num_steps=0, tokens_per_call=tokens)
-        time_key, value_key = jax.random.split(key)
+        time_key, value_key = row_keys.split(key)
         # Going back in time a position is still masked at t with probability (1 - e^-sigma(t)) / (1 - e^-sigma(1)):
         # setting that to a uniform draw and solving for sigma gives the noise level at which it unmasks.
-        u = jax.random.uniform(time_key, x.shape)
+        u = row_keys.draw(jax.random.uniform, time_key, x.shape)
         order = jnp.argsort(-u, axis=1).astype(jnp.int32)
         hit = -jnp.log1p(jnp.take_along_axis(u, order, 1) * jnp.expm1(-self.sigma(1.0)))
         hit = jnp.maximum(hit, self.sigma(self.final_time))  # u can be 0
@@ -352,7 +354,7 @@ class DiscreteDiffusion:
             sigma = jax.lax.dynamic_index_in_dim(hit, first, 1, keepdims=False)
             where = jax.lax.dynamic_slice_in_dim(order, first, tokens, 1)  # [B, tokens]; past the end: index `length`
             log_score = jnp.take_along_axis(score_fn(x, sigma)[..., :v], jnp.minimum(where, length - 1)[..., None], 1)
-            value = _draw(jax.random.fold_in(value_key, i), log_score.astype(jnp.float32), temperature)
+            value = _draw(row_keys.fold_in(value_key, i), log_score.astype(jnp.float32), temperature)
             return jax.vmap(lambda row, at, new: row.at[at].set(new, mode='drop'))(x, where, value)
 
         return jax.lax.fori_loop(0, calls, body, x)
@@ -370,8 +372,9 @@ def _draw(key: Array, log_weights: Array, temperature: float) -> Array:
     size = math.isqrt(weights.shape[-1] - 1) + 1
     weights = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % size)])
     weights = weights.reshape(*weights.shape[:-1], -1, size)
-    block_key, entry_key = jax.random.split(key)
-    block_share, entry_share = (jax.random.uniform(k, weights.shape[:-2]) for k in (block_key, entry_key))
+    block_key, entry_key = row_keys.split(key)
+    block_share, entry_share = (row_keys.draw(jax.random.uniform, one, weights.shape[:-2])
+                                for one in (block_key, entry_key))
     block = invert(weights.sum(-1), block_share)
     entries = jnp.take_along_axis(weights, block[..., None, None], -2)[..., 0, :]
     return block * size + invert(entries, entry_share)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dlc_jax.diffusion import row_keys
+
 Array = jax.Array
 ModelFn = Callable[[Array, Array], Array]
 
@@ -199,7 +201,7 @@ class GaussianDiffusion:
 
         Args:
             model_fn: see the class; `guided` makes one with classifier-free guidance.
-            key: typed key, for the first noise and the steps.
+            key: typed key, for the first noise and the steps; or keys [B], from which each row draws alone.
             shape: [B, H, W, C].
             sampler: 'ddpm' (ancestral) or 'ddim' (arXiv 2010.02502).
             eta: of DDIM; 0 is deterministic given the first noise, 1 has the ancestral sampler's variance.
@@ -211,8 +213,8 @@ class GaussianDiffusion:
         """
         if sampler not in ('ddpm', 'ddim'):
             raise ValueError(f"sampler={sampler!r} is not one of ('ddpm', 'ddim')")
-        first_key, step_key = jax.random.split(key)
-        x = jax.random.normal(first_key, shape) if noise is None else jnp.asarray(noise, jnp.float32)
+        first_key, step_key = row_keys.split(key)
+        x = row_keys.draw(jax.random.normal, first_key, shape) if noise is None else jnp.asarray(noise, jnp.float32)
         if x.shape != tuple(shape):
             raise ValueError(f'noise has shape {x.shape} but shape={tuple(shape)} was asked for')
         move = self._ddpm_step if sampler == 'ddpm' else functools.partial(self._ddim_step, eta=eta)
@@ -222,12 +224,12 @@ class GaussianDiffusion:
             index = len(self) - 1 - count
             output = model_fn(x, jnp.broadcast_to(timesteps[index], shape[:1])).astype(jnp.float32)
             p = self.posterior(output, x, index[None], clip_denoised=clip_denoised)
-            return move(p, x, index, jax.random.fold_in(step_key, index))
+            return move(p, x, index, row_keys.fold_in(step_key, index))
 
         return jax.lax.fori_loop(0, len(self), body, x)
 
     def _ddpm_step(self, p: Posterior, x: Array, index: Array, key: Array) -> Array:
-        noise = jax.random.normal(key, x.shape)
+        noise = row_keys.draw(jax.random.normal, key, x.shape)
         return p.mean + jnp.where(index > 0, jnp.exp(0.5 * p.log_variance), 0.0) * noise
 
     def _ddim_step(self, p: Posterior, x: Array, index: Array, key: Array, eta: float) -> Array:
@@ -236,7 +238,7 @@ class GaussianDiffusion:
         noise = (jnp.asarray(t.sqrt_recip)[index] * x - p.x0) / jnp.asarray(t.sqrt_recip_minus_one)[index]
         sigma = eta * jnp.sqrt((1 - before) / (1 - now) * (1 - now / before))  # 0 at index 0, where before = 1
         x = jnp.sqrt(before) * p.x0 + jnp.sqrt(jnp.maximum(1 - before - sigma ** 2, 0.0)) * noise
-        return x if eta == 0 else x + sigma * jax.random.normal(key, x.shape)
+        return x if eta == 0 else x + sigma * row_keys.draw(jax.random.normal, key, x.shape)
 
 
 def guided(predict: Callable[[Array, Array, Array | None, Array | None], Array], cond: Array | None, *, scale: float,

@@ -52,7 +52,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     return Experiment(trained.init, loss, step, sedd.PARTITION_RULES,
                       {'codes': jax.ShapeDtypeStruct((config.batch_size, num_codes), jnp.int32)},
                       lambda: open_batches(config, placement.share_of(mesh)),
-                      sampler=lambda params, key: sample(config, params, key, config.batch_size))
+                      sampler=lambda params, key: sample(
+                          config, params, jax.random.split(key, config.batch_size), config.batch_size))
 
 
 def open_batches(config: ml_collections.ConfigDict, share: placement.Share = placement.WHOLE) -> ArrayBatches:
@@ -62,7 +63,10 @@ def open_batches(config: ml_collections.ConfigDict, share: placement.Share = pla
 
 
 def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: int) -> jax.Array:
-    """`num` codes [num, L] int32 by `config.sampler`; pure, so that it can be jitted whole."""
+    """`num` codes [num, L] int32 by `config.sampler`; pure, so that it can be jitted whole.
+
+    `key`: one, or one a row.
+    """
     model, sampler = make_model(config), config.sampler
     score = lambda tokens, sigma: model.apply({'params': params}, tokens, sigma)
     return make_diffusion(config).sample(score, key, (num, config.model.num_codes), sampler=sampler.name,
@@ -81,10 +85,17 @@ class CodeModel:
 
     def sample(self, key: jax.Array, num: int, *, batch_size: int = 256, progress: Any = None,
                **sampler: Any) -> np.ndarray:
-        """int32 [num, L]. `sampler` overrides fields of `config.sampler`; batch b uses `fold_in(key, b)`."""
-        return self._compiled(min(batch_size, num), tuple(sorted(sampler.items())))(key, None, num, progress)
+        """int32 [num, L]. `sampler` overrides fields of `config.sampler`.
+
+        Code i is a function of `fold_in(key, i)`, whatever the batches.
+        """
+        run = self._compiled(min(batch_size, num), tuple(sorted(sampler.items())))
+        return run(key, modules.row_keys(key, num), num, progress)
 
     @functools.lru_cache(maxsize=4)
     def _compiled(self, batch_size: int, sampler: tuple) -> modules.Batched:
         config = modules.with_sampler(self.config, dict(sampler))
-        return modules.Batched(lambda p, k, _: sample(config, p, k, batch_size), self.params, batch_size)
+
+        def one(params, _, keys):
+            return sample(config, params, jax.random.wrap_key_data(keys), len(keys))
+        return modules.Batched(one, self.params, batch_size)

@@ -66,6 +66,37 @@ def with_sampler(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]
     return config
 
 
+class _Unread(Exception):
+    """Raised in place of reading tensors whose names and shapes are as they should be."""
+
+
+def check_released(convert: Callable[[Callable[[Any], Any]], Any],
+                   compare: Callable[[Any], None] | None = None) -> None:
+    """Lets `convert` look at the names and shapes of released weights, and ends it before it reads one.
+
+    Args:
+        convert: takes `shardings`, which it calls with the parameters' shapes between the two (`convert.from_torch`).
+        compare: is shown these shapes.
+
+    Raises:
+        ValueError, OSError: what `convert` or `compare` finds.
+    """
+    def stop(shapes):
+        if compare:
+            compare(shapes)
+        raise _Unread
+
+    try:
+        convert(stop)
+    except _Unread:
+        pass
+
+
+def row_keys(key: jax.Array, num: int) -> np.ndarray:
+    """Data of the keys `fold_in(key, i)` of rows i = 0..num - 1: what a row draws depends on its number alone."""
+    return np.asarray(jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(num))))
+
+
 class Batched:
     """A function of rows, compiled once for one batch size and run on any number of rows over all devices.
 

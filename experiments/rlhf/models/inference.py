@@ -228,7 +228,8 @@ class Policy:
         """`fn` of rows, a batch of them at a time, the last one filled up with its last row; on the host."""
         if batch_size < 1:
             raise ValueError(f'batch_size={batch_size} must be at least 1')
-        num, size = len(arrays[0]), -(-batch_size // self._shards) * self._shards
+        num = len(arrays[0])
+        size = -(-min(batch_size, num) // self._shards) * self._shards
         out, sharding = [], mesh_lib.batch_sharding(self.mesh)
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
             done = 0
