@@ -23,12 +23,18 @@ Batch = dict[str, np.ndarray]
 FIELDS = ('tokens', 'mask', 'logprobs', 'rewards', 'policy_version')
 
 
-def check(batch: Mapping[str, Any], where: str = 'rollout') -> None:
+def check(batch: Mapping[str, Any], where: str = 'rollout', vocab_size: int | None = None) -> None:
     """Refuses a batch that a learner would choke on, or worse, not choke on.
 
+    Args:
+        batch: see above.
+        where: begins the errors.
+        vocab_size: ids that the learner's model has; None: not known here.
+
     Raises:
-        ValueError: a field is missing or has another shape than the others, there is no completion, or a
-            log-probability of a counted token or a reward is not finite.
+        ValueError: a field is missing or has another shape than the others, there is no completion, a token is no id of
+            the model (an embedding would be read past its end, as NaN or as the last row), or a log-probability of a
+            counted token or a reward is not finite.
     """
     for name in FIELDS:
         if name not in batch:
@@ -44,6 +50,10 @@ def check(batch: Mapping[str, Any], where: str = 'rollout') -> None:
     tokens = np.shape(batch['tokens'])
     if len(tokens) != 3 or tokens[2] < shape[2]:
         raise ValueError(f'{where}: tokens have shape {tokens}, expected [{axes}, at least {shape[2]}]')
+    ids = np.asarray(batch['tokens'])
+    if ids.size and (ids.min() < 0 or vocab_size is not None and ids.max() >= vocab_size):
+        raise ValueError(f'{where}: tokens lie in {ids.min()}..{ids.max()}, outside the ids of the model, '
+                         f'0..{"" if vocab_size is None else vocab_size - 1}')
     if np.shape(batch['rewards']) != shape[:2]:
         raise ValueError(f"{where}: rewards have shape {np.shape(batch['rewards'])}, expected {shape[:2]}, one a "
                          'completion')
@@ -104,6 +114,13 @@ def to_json(batch: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def from_json(saved: Mapping[str, Mapping[str, Any]]) -> Batch:
-    """The batch that `to_json` was given."""
-    return {name: np.frombuffer(zlib.decompress(base64.b64decode(x['data'])), jax.numpy.dtype(x['dtype']))
-            .reshape(x['shape']).copy() for name, x in saved.items()}
+    """The batch that `to_json` was given.
+
+    Raises:
+        ValueError: it was given no such thing, or what it gave is damaged.
+    """
+    try:
+        return {name: np.frombuffer(zlib.decompress(base64.b64decode(x['data'])), jax.numpy.dtype(x['dtype']))
+                .reshape(x['shape']).copy() for name, x in saved.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, zlib.error) as error:
+        raise ValueError(f'a rollout batch is damaged ({" ".join(repr(error).split())})') from None

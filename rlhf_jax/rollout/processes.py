@@ -134,8 +134,11 @@ class Remote:
                 raise RuntimeError('the rollout stream was closed while a batch was awaited')
         # A batch stays until the learner has surely drawn it, so that a generator that starts anew finds it done.
         self._folder.remove(unless=lambda a, i: (a, i) >= (attempt, index - self._max_staleness))
-        saved = json.loads(path.read_bytes())
-        return batch_lib.from_json(saved['batch']) | {'seconds': saved['seconds']}
+        try:
+            saved = json.loads(path.read_bytes())
+            return batch_lib.from_json(saved['batch']) | {'seconds': saved['seconds']}
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f'{path}: damaged ({error}); delete it, and its generator makes it again') from None
 
     def finish(self) -> None:
         """Tells generators that are started later that there is nothing left to do."""

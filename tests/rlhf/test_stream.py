@@ -424,6 +424,7 @@ def full(**changes):
     ({'logprobs': np.full((2, 2, 3), -np.inf)}, '12 of 12 logprobs are not finite'),
     ({'logprobs': np.zeros((4, 3))}, r'logprobs have shape \(4, 3\), expected \[prompts, completions, response tokens'),
     ({'prompt_id': np.zeros(2)}, r'prompt_id has shape \(2,\), expected \[2, 2, ...\]'),
+    ({'tokens': np.full((2, 2, 5), -1)}, r'tokens lie in -1..-1, outside the ids of the model'),
     ({'logprobs': np.zeros((2, 0, 3))}, 'at least one completion')])
 def test_a_bad_field_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -431,6 +432,23 @@ def test_a_bad_field_is_named(changes, message):
     for name in batch_lib.FIELDS:
         with pytest.raises(ValueError, match=f'field {name} is missing'):
             batch_lib.check({k: v for k, v in full().items() if k != name})
+
+
+def test_tokens_that_the_model_does_not_have_are_named():
+    tokens = np.zeros((2, 2, 5), np.int32)
+    tokens[1, 0, 4] = 100
+    batch_lib.check(full(tokens=tokens), vocab_size=101)
+    with pytest.raises(ValueError, match='batch 7: tokens lie in 0..100, outside the ids of the model, 0..99'):
+        batch_lib.check(full(tokens=tokens), 'batch 7', vocab_size=100)
+
+
+@pytest.mark.parametrize('damage', [
+    {'tokens': {}}, {'tokens': 3}, [], {'tokens': {'dtype': 'int32', 'shape': [2], 'data': '!'}},
+    {'tokens': {'dtype': 'no', 'shape': [], 'data': ''}}])
+def test_a_damaged_batch_file_is_one_line(damage):
+    with pytest.raises(ValueError, match='a rollout batch is damaged') as error:
+        batch_lib.from_json(damage)
+    assert '\n' not in str(error.value)
 
 
 def test_hidden_logprobs_may_be_anything():

@@ -30,6 +30,7 @@ from experiments.runtime.stream import EpochOrder
 from rlhf_jax import generate as generate_lib
 from rlhf_jax import refill, responses
 from rlhf_jax.models import decoder, lora
+from rlhf_jax.rollout import batch as batch_lib
 from rlhf_jax.rollout import processes, publish
 from rlhf_jax.rollout.stream import RolloutStream
 
@@ -285,10 +286,12 @@ class Rollouts:
     Args:
         convert: the policy's parameters -> weights for decoding.
         num_steps: of the run; nothing is published after the last.
+        vocab_size: ids of the policy; a batch with others (a generator of another model, a damaged file) is refused.
     """
 
-    def __init__(self, stream: RolloutStream, convert: Callable[[Any], Any], num_steps: int):
-        self._stream, self._convert, self._num_steps = stream, convert, num_steps
+    def __init__(self, stream: RolloutStream, convert: Callable[[Any], Any], num_steps: int,
+                 vocab_size: int | None = None):
+        self._stream, self._convert, self._num_steps, self._vocab_size = stream, convert, num_steps, vocab_size
         self._failed = False
 
     def publish(self, version: int, state: Any) -> None:
@@ -308,7 +311,9 @@ class Rollouts:
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
-            return next(self._stream)
+            batch = next(self._stream)
+            batch_lib.check(batch, 'a rollout batch', self._vocab_size)
+            return batch
         except Interrupted:
             raise
         except Exception:
@@ -361,4 +366,4 @@ def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | 
     threaded = r.threaded and not shared
     stream = RolloutStream(generate, weights, max_staleness=r.max_staleness, threaded=threaded, newest=r.newest,
                            num_batches=config.num_steps, timeout=r.timeout or None, check=signals.check)
-    return Rollouts(stream, decoding.convert, config.num_steps)
+    return Rollouts(stream, decoding.convert, config.num_steps, architecture.decoder(config.model).vocab_size)
