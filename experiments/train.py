@@ -110,9 +110,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
                 batches.set_state(position)
                 log.info('%s: continuing from step %d of %d', workdir, start, config.num_steps)
             else:
-                if config.get('pretrained') and not storage.resolve(config.pretrained).exists():
-                    raise FileNotFoundError(f'pretrained={config.pretrained}: nothing there; give released '
-                                            'weights, or leave it empty')
+                if experiment.check:
+                    experiment.check()
                 start, state = 0, jax.jit(experiment.init, out_shardings=shardings)(jax.random.key(config.seed))
                 if experiment.warm_start:
                     state = jax.device_put(experiment.warm_start(state), shardings)
@@ -171,7 +170,8 @@ def with_stream_metrics(step: loop.Step, batches: Any) -> loop.Step:
 def main() -> None:
     p = launch.parser(__doc__, config='what to train, a file such as configs/dlc/encoder_digits.py')
     p.add_argument('--workdir', help='checkpoints, metrics.jsonl and tensorboard/ go here; the same one resumes')
-    p.add_argument('--dry_run', action='store_true', help='print mesh, parameters, memory and batch split, then exit')
+    p.add_argument('--dry_run', action='store_true', help='print mesh, parameters, memory and batch split, '
+                   'look at released weights and tokenizer, then exit')
     p.add_argument('--profile', metavar='DIR', help='write a profiler trace of the whole (short) run to DIR')
     args, config = launch.parse(p)
     if not (args.workdir or args.dry_run):
@@ -180,7 +180,10 @@ def main() -> None:
     if args.dry_run:
         mesh = mesh_of(config)
         with jax.set_mesh(mesh):
-            print(experiment_lib.describe(build(config, mesh), config, mesh))
+            experiment = build(config, mesh)
+            print(experiment_lib.describe(experiment, config, mesh), flush=True)
+            if experiment.check:  # after the report, which needs neither weights nor tokenizer
+                experiment.check()
         return
     if args.profile:
         with jax.profiler.trace(args.profile):

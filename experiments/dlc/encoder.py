@@ -107,10 +107,14 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         images = jax.random.normal(key, spec['global_crops'].shape[:1] + spec['global_crops'].shape[2:])
         return encode(config, params['encoder'], images)
 
+    def check_inputs():
+        check_pretrained(config, jax.eval_shape(init_params, jax.random.key(0))['encoder'])
+
     rules = partition.prefixed('encoder', sem.PARTITION_RULES) + tuple(
         rule for name in dict.fromkeys(objective.heads) for rule in partition.prefixed(name, dino.PARTITION_RULES))
     return Experiment(init, loss, step, rules, spec,
                       lambda: open_batches(config, groups, placement.share_of(mesh)), sampler=encode_once,
+                      check=check_inputs if config.pretrained else None,
                       warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
 
 
@@ -168,26 +172,61 @@ def open_batches(config: ml_collections.ConfigDict, groups: int, share: placemen
         share=share, num_workers=config.data.num_workers)
 
 
+def check_pretrained(config: ml_collections.ConfigDict, encoder: Any) -> None:
+    """Raises unless the released weights `config.pretrained` have every parameter of the backbone of `encoder` (shapes,
+    or arrays), of its shape, and no others. Reads names and shapes only.
+
+    Raises:
+        OSError: no such file, or a damaged one.
+        ValueError: weights of another model.
+    """
+    modules.check_released(lambda shardings: read_pretrained(config, shardings),
+                           lambda shapes: fits(config, shapes, encoder))
+
+
+def read_pretrained(config: ml_collections.ConfigDict, shardings: Any) -> Any:
+    """Module and parameters of `config.pretrained`; `shardings`: see `convert.from_torch`."""
+    path = storage.resolve(config.pretrained)
+    if not path.exists():
+        raise FileNotFoundError(f'pretrained={config.pretrained}: nothing there; give released weights, or leave it '
+                                'empty')
+    try:
+        return convert.from_torch('dinov2', load_state_dict(storage.local_copy(config.pretrained)),
+                                  num_heads=make_model(config).num_heads, shardings=shardings)
+    except ValueError as error:
+        message = str(error).removeprefix('convert: ')
+        raise ValueError(message if message.startswith('pretrained=') else
+                         f'pretrained={config.pretrained}: {message}') from None
+
+
+def fits(config: ml_collections.ConfigDict, released: Any, encoder: Any) -> None:
+    """Raises a ValueError unless `released` are the backbone of `encoder`: all of it, and nothing else."""
+    theirs, ours = partition.flatten(released), partition.flatten(encoder)
+    for name, leaf in theirs.items():
+        if name not in ours:
+            raise ValueError(f'pretrained={config.pretrained}: {name} has no place in this config')
+        if ours[name].shape != leaf.shape:
+            raise ValueError(f'pretrained={config.pretrained}: {name} is {leaf.shape} there but {ours[name].shape} in '
+                             'this config')
+    if missing := [name for name in ours if name not in theirs and not name.startswith('sem_')]:
+        raise ValueError(f'pretrained={config.pretrained}: has no {missing[0]}, which would start at random; set the '
+                         'model to what was released (model.num_registers=0 for weights without registers)')
+
+
 def warm_start(config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
     """Student and teacher backbones from released DINOv2 weights, each tensor straight into the shards of `state`; the
     SEM and DINO heads keep their random start."""
-    fresh = partition.flatten(state.params['encoder'])
+    fresh = state.params['encoder']
 
-    def sharding(path, leaf):
-        name = partition.path_name(path)
-        if name not in fresh:
-            raise ValueError(f'pretrained={config.pretrained}: {name} has no place in this config')
-        if fresh[name].shape != leaf.shape:
-            raise ValueError(f'pretrained={config.pretrained}: {name} is {leaf.shape} there but {fresh[name].shape} in '
-                             'this config')
-        return fresh[name].sharding
+    def shardings(shapes):
+        fits(config, shapes, fresh)
+        flat = partition.flatten(fresh)
+        return jax.tree_util.tree_map_with_path(lambda path, _: flat[partition.path_name(path)].sharding, shapes)
 
-    _, released = convert.from_torch(
-        'dinov2', load_state_dict(storage.local_copy(config.pretrained)), num_heads=make_model(config).num_heads,
-        shardings=lambda shapes: jax.tree_util.tree_map_with_path(sharding, shapes))
+    _, released = read_pretrained(config, shardings)
     flat = partition.flatten(released)
     encoder = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: flat.get(partition.path_name(path), leaf).astype(leaf.dtype), state.params['encoder'])
+        lambda path, leaf: flat.get(partition.path_name(path), leaf).astype(leaf.dtype), fresh)
     params = state.params | {'encoder': encoder}
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from dlc_jax import convert, text_to_code
 from dlc_jax.diffusion.remasking import Sampling
 from experiments.dlc.data import captions as captions_lib
+from experiments.dlc.data import codestore
 from experiments.runtime import evaluation, modules, partition, placement, runs, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
@@ -80,9 +81,15 @@ def build(config: Config, mesh: Mesh) -> Experiment:
         return text_to_code.loss(model, params, rng, batch['codes'], batch['captions'], batch['caption_mask'], words,
                                  objective)
 
-    def open_batches():
+    def check_inputs():
+        captions_lib.open_tokenizer(config)
         if config.pretrained:
             open_pretrained(config)
+
+    def open_batches():
+        if config.eval_every:
+            codestore.check_one_encoder({f'data.{name}': codestore.open_code_store(config.data[name])
+                                         for name in ('path', 'heldout')})
         return captions_lib.open_batches(config.data.path, config, words, share)
 
     def hooks(writer):
@@ -102,7 +109,7 @@ def build(config: Config, mesh: Mesh) -> Experiment:
 
     trained = training(config, mesh, init_params, loss, averaged=False)
     return Experiment(trained.init, loss, trained.step, llama.PARTITION_RULES, spec, open_batches,
-                      sampler_program=sampler_program, hooks=hooks,
+                      sampler_program=sampler_program, hooks=hooks, check=check_inputs,
                       warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
 
 

@@ -33,6 +33,8 @@ class Experiment:
         open_rollouts: workdir -> stream of batches made by the model that is trained. It is told every new state
             (`publish(version, state)`, before the first batch and after each step), and gives `metrics` of the last
             batch.
+        check: opens the released weights and the tokenizer that the config names, reads names and shapes only, and
+            raises a ValueError or OSError where they do not fit the model; None where there is nothing to look at.
         warm_start: applied to a fresh state, never to a resumed one (released weights).
         sampler: (params, key) -> samples (of an encoder: codes of random images) as one program, for compile checks.
         sampler_program: devices -> (jitted sampler, its abstract arguments, their mesh), for the same where sampling
@@ -47,6 +49,7 @@ class Experiment:
     batch: Mapping[str, jax.ShapeDtypeStruct]
     open_batches: Callable[[], Iterator[dict[str, np.ndarray]]] | None
     open_rollouts: Callable[[Any], Any] | None = None
+    check: Callable[[], None] | None = None
     warm_start: Callable[[TrainState], TrainState] | None = None
     sampler: Callable[[Any, jax.Array], Any] | None = None
     sampler_program: Callable[[Sequence[jax.Device]], tuple[Any, tuple, Mesh]] | None = None

@@ -11,6 +11,7 @@ from configs.dlc import encoder_imagenet, quickstart
 from dlc_jax import convert
 from dlc_jax.convert import dinov2
 from dlc_jax.models import sem, vit
+from experiments import train
 from experiments.dlc import encoder, self_distillation
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import optim, partition
@@ -170,3 +171,48 @@ def test_released_backbones_go_into_the_shards_of_the_state(tmp_path):
     files.save_state_dict(config.pretrained, convert.tensors('dinov2', released, wrong))
     with pytest.raises(ValueError, match=r'dino.safetensors: pos_embed is \(1, \d+, \d+\) there but'):
         encoder.warm_start(config, state)
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A config that starts from released weights, and what writes these."""
+    config = quickstart.get_config('tiny').encoder.copy_and_resolve_references()
+    config.pretrained, config.model.num_registers = str(tmp_path / 'dino.safetensors'), 2
+    module = encoder.make_model(config)
+    fields = {name: getattr(module, name) for name in (
+        'width', 'depth', 'num_heads', 'patch_size', 'num_registers', 'pos_grid', 'pos_antialias', 'mlp_ratio')}
+
+    def write(left_out=(), **changes):
+        released = vit.VisionTransformer(**fields | changes)
+        shapes = dinov2.shapes_of(released, config.data.channels)
+        weights = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+        tensors = convert.tensors('dinov2', released, weights)
+        files.save_state_dict(config.pretrained, {name: tensors[name] for name in tensors if name not in left_out})
+    return config, write
+
+
+@pytest.mark.parametrize('change, match', [
+    (dict(num_registers=0), 'dino.safetensors: has no register_tokens, which would start at random; .*num_registers=0'),
+    (dict(pos_grid=9), r'dino.safetensors: pos_embed is \(1, 82, \d+\) there but'),
+    (dict(left_out=('norm.bias',)), 'dino.safetensors: .*norm.bias'), (dict(depth=1), 'dino.safetensors: blocks/')])
+def test_weights_of_another_model_are_named_before_a_state_is_built(pretrained, tmp_path, monkeypatch, capsys, change,
+                                                                   match):
+    config, write = pretrained
+    write(**change)
+    monkeypatch.setattr(jax, 'jit', lambda *unused, **also: pytest.fail('built a state'))
+    with pytest.raises(ValueError, match=match) as error:
+        train.train(config, tmp_path / 'run')
+    assert '\n' not in str(error.value)
+    # A dry run looks at them too, after its report.
+    monkeypatch.setattr(train.launch, 'parse', lambda p: (p.parse_args(['--dry_run']), config))
+    with pytest.raises(ValueError, match=match):
+        train.main()
+    assert 'memory a device' in capsys.readouterr().out
+
+
+def test_weights_that_fit_are_not_read_to_see_it(pretrained, monkeypatch):
+    config, write = pretrained
+    write()
+    experiment = train.build(config, mesh_lib.make_mesh(config.mesh))
+    monkeypatch.setattr(rules, '_read', lambda *unused: pytest.fail('read a tensor'))
+    experiment.check()

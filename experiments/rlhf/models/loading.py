@@ -174,18 +174,28 @@ def _open_folder(folder: Any, saved: Mapping[str, Any], **fields: Any) -> tuple[
     return convert.from_torch(saved['model_type'], files.load_state_dict(folder), config=saved, **fields)
 
 
-def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str, ...], shardings: Any) -> Params:
+def check_decoder(path: str | os.PathLike, config: Config) -> None:
+    """Raises what `load_decoder` would raise of the model that lies there, without reading its tensors."""
+    _load(path, config, architecture.decoder(config.model), POLICIES, None, read=False)
+
+
+def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str, ...], shardings: Any,
+          read: bool = True) -> Params | None:
     folder, saved = storage.resolve(path), folders.read_settings(path, field='weights=')
     if folders.names_experiment(saved):
         trained = runs.read_config(path, *kinds, field='weights=')
         theirs = architecture.decoder(trained.model)
         architecture.check_same(path, theirs, module)
+        if not read:
+            return None
         params = adapters.merged(_restore(path, trained, theirs))
         return params if shardings is None else jax.device_put(params, shardings)
     kind = saved.get('model_type')
     if kind != config.model.kind:
         raise ValueError(f'model.kind={config.model.kind!r}, but weights={path} are of a {kind!r}')
     architecture.check_same(path, _module_of(folder, saved), module)
+    if not read:
+        return modules.check_released(lambda stop: _open_folder(folder, saved, shardings=stop))
     placed = None if shardings is None else lambda shapes: shardings
     opened, params = _open_folder(folder, saved, shardings=placed)
     return params['backbone'] if hasattr(opened, 'backbone') else params

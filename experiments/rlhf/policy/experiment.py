@@ -141,6 +141,11 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         return (state.replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra),
                 metrics | (seen if elastic else {}))
 
+    def check_inputs():
+        tokenizer_lib.tokenizer_of(config)
+        if config.weights:
+            loading.check_decoder(config.weights, config)
+
     def warm_start(state):
         placed = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
         params = dict(state.params)
@@ -166,7 +171,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
         return (evaluation.HeldOutPrompts(config, mesh, divergence, writer),) if config.eval_every else ()
 
     rules = (*architecture.rules(config.model, 'policy'), *architecture.rules(config.model, 'value/backbone'))
-    return Experiment(init, loss, step, rules, batch_shapes(config), None, warm_start=warm_start,
+    return Experiment(init, loss, step, rules, batch_shapes(config), None, check=check_inputs, warm_start=warm_start,
                       sampler_program=lambda devices: rollouts.sampler_program(config, devices),
                       open_rollouts=lambda workdir: rollouts.open_rollouts(config, mesh, workdir), hooks=hooks,
                       config=config)

@@ -103,6 +103,11 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
         return (state.replace(step=state.step + 1, params=lora.join(frozen, trained), opt_state=opt_state),
                 metrics | {'loss': value, 'grad_norm': norm})
 
+    def check_inputs():
+        tokenizer_lib.tokenizer_of(config)
+        if config.weights:
+            loading.check_decoder(config.weights, config)
+
     def warm_start(state):
         plain = lora.without(state.params)
         inner = plain[objective.prefix] if objective.prefix else plain
@@ -127,7 +132,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
         return texts.batches(objective.open(config, config.data.split), config, placement.share_of(mesh))
 
     rules = architecture.rules(config.model, objective.prefix)
-    return Experiment(init, loss, step, rules, objective.batch, open_batches,
+    return Experiment(init, loss, step, rules, objective.batch, open_batches, check=check_inputs,
                       warm_start=warm_start if config.weights else None, hooks=hooks, config=config)
 
 
