@@ -29,6 +29,7 @@ RUNNER = TEXT + [
     'array-record>=0.8',
     'grain>=0.2.18',
     'etils[epath]>=1.13',
+    'psutil>=5.9',  # how much memory is free
     'scikit-learn>=1.5',
     'matplotlib>=3.9',
     'tensorboardX>=2.6.2',

@@ -49,8 +49,12 @@ def encoder() -> ConfigDict:
         pretrained='',  # released DINOv2 weights, .safetensors or .pth; '': from scratch
         data=dict(
             name='digits', split='train', path='',  # name: digits | fake | folder | npz | a TFDS name
+            layout='auto',  # auto | classes | splits: what the folders of a folder are
             image_size=0,  # pixels; 0: as stored
             channels=3,
+            exif_orientation='ignore',  # ignore | apply
+            transparency='drop',  # drop | white | black: alpha forgotten, or the image on that ground
+            deep_pixels='refuse',  # refuse | clip | stretch: images of 32-bit pixels
             mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
             global_size=224, global_scale=(0.32, 1.0),  # pixels; share of the area
             local_size=98, local_scale=(0.05, 0.32), num_local=8,
@@ -61,7 +65,7 @@ def encoder() -> ConfigDict:
             mask_ratio=(0.1, 0.5),  # share of a masked crop's patches
             mask_min_patches=4,  # a block
             num_workers=0,  # processes, at most one a core that this one may use; 0: threads of this one
-            heldout=0.25, split_seed=0,  # digits only: share kept apart, and by which shuffle
+            heldout=0.25, split_seed=0,  # share kept apart where the data set has no parts, and by which shuffle
         ),
     )).lock()
 

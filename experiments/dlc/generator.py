@@ -64,7 +64,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     def sample_once(params, key):
         spec = condition_spec(config, config.batch_size)
         cond = None if spec is None else jnp.zeros(spec.shape, spec.dtype)
-        return sample(config, params, key, config.batch_size, cond)
+        return sample(config, params, jax.random.split(key, config.batch_size), config.batch_size, cond)
 
     trained = training(config, mesh, init_params, loss)
     return Experiment(trained.init, loss, trained.step, dit.PARTITION_RULES, batch_spec,
@@ -75,7 +75,8 @@ def open_batches(config: ml_collections.ConfigDict, share: placement.Share = pla
     """Latents (as stored) or images (scaled to [-1, 1]) with their condition, from a code store.
 
     Raises:
-        ValueError: the store lacks what the model needs, or holds codes of another L x V.
+        ValueError: the store lacks what the model needs, holds codes of another L x V, or labels of other classes: a
+            label of `model.num_classes` would be the null class, one beyond it NaN.
     """
     model = config.model
     expect = dict(num_codes=model.num_codes, vocab_size=model.vocab_size) if model.condition == 'code' else {}
@@ -85,7 +86,8 @@ def open_batches(config: ml_collections.ConfigDict, share: placement.Share = pla
         raise ValueError(f'{config.data.path}: {config.data.target} are {arrays["x"].shape[1:]} but the model takes '
                          f'{sample_shape(config)}; set model.input_size and model.channels')
     if model.condition != 'none':
-        arrays['cond'] = store.array(CONDITION_ARRAY[model.condition])
+        arrays['cond'] = (store.labels(model.num_classes) if model.condition == 'class' else
+                          store.array(CONDITION_ARRAY[model.condition]))
     if model.condition == 'embedding' and arrays['cond'].shape[1] != model.embedding_dim:
         raise ValueError(f'{config.data.path}: embeddings have {arrays["cond"].shape[1]} dimensions but '
                          f'model.embedding_dim={model.embedding_dim}')
@@ -100,7 +102,10 @@ def to_model_range(x: np.ndarray) -> np.ndarray:
 
 def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: int,
            cond: jax.Array | None) -> jax.Array:
-    """`num` samples [num, H, W, C] in model range, by `config.sampler`; pure, so that it can be jitted whole."""
+    """`num` samples [num, H, W, C] in model range, by `config.sampler`; pure, so that it can be jitted whole.
+
+    `key`: one, or one a row.
+    """
     model, sampler = make_model(config), config.sampler
     diffusion = make_diffusion(config).respaced(sampler.num_steps)
     predict = lambda x, t, c, drop: model.apply({'params': params}, x, t, c, drop=drop)
@@ -124,17 +129,23 @@ class Generator:
                **sampler: Any) -> np.ndarray:
         """float32 [num, H, W, C] in model range. `sampler` overrides fields of `config.sampler`.
 
+        Sample i is a function of `fold_in(key, i)` and its condition, whatever the batches.
+
         Args:
-            key: typed key; batch b uses `fold_in(key, b)`.
+            key: typed key.
             cond: [num, ...] condition, or None.
             num: how many.
             batch_size: samples at once.
             progress: called with the number done after each batch.
         """
         run = self._compiled(min(batch_size, num), tuple(sorted(sampler.items())))
-        return run(key, cond, num, progress)
+        return run(key, {'keys': modules.row_keys(key, num), 'cond': cond}, num, progress)
 
     @functools.lru_cache(maxsize=4)
     def _compiled(self, batch_size: int, sampler: tuple) -> modules.Batched:
         config = modules.with_sampler(self.config, dict(sampler))
-        return modules.Batched(lambda p, k, c: sample(config, p, k, batch_size, c), self.params, batch_size)
+
+        def one(params, _, rows):
+            keys = jax.random.wrap_key_data(rows['keys'])
+            return sample(config, params, keys, len(keys), rows['cond'])
+        return modules.Batched(one, self.params, batch_size)

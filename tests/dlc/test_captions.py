@@ -1,6 +1,7 @@
 """Captions on their way from images to tokens: read, stored, cut, batched."""
 import json
 import logging
+import lzma
 import types
 
 import numpy as np
@@ -64,11 +65,41 @@ def test_an_image_without_caption_is_named(folder, change, message):
         captions.attach(source(folder), 'txt')
 
 
-@pytest.mark.parametrize('line', ['{"file_name": "a/0.png"}', '{"file_name": ', '[1]', '{"name": "x", "text": 3}'])
+@pytest.mark.parametrize('line', ['{"file_name": "a/0.png"}', '{"file_name": ', '[1]', '{"name": "x", "text": 3}',
+                                  '[' * 100_000, '{"name": ["x"], "text": "y"}', '{"name": "x", "text": "\\ud800"}'])
 def test_a_damaged_line_is_named(folder, tmp_path, line):
     (tmp_path / 'x.jsonl').write_text('{"file_name": "a/0.png", "caption": "zero"}\n' + line)
     with pytest.raises(ValueError, match='x.jsonl: line 2 is not'):
         captions.attach(source(folder), str(tmp_path / 'x.jsonl'))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(folder, tmp_path):
+    (folder / 'a' / '0.txt').write_bytes(b'\xef\xbb\xbfa red fox')
+    images = source(folder)
+    captions.attach(images, 'txt')
+    assert images.captions['a/0.png'] == 'a red fox'
+    (tmp_path / 'x.jsonl').write_bytes(b'\xef\xbb\xbf{"name": "a", "text": "b"}')
+    assert captions.read_jsonl(tmp_path / 'x.jsonl') == {'a': 'b'}
+
+
+def test_control_characters_do_not_reach_the_store(tmp_path):
+    lines = [{'name': 'a', 'text': 'red\x1b[31m \x9b5n\x00 fox\u2028 runs'}, {'name': 'b', 'text': '\u0627\u200d'}]
+    (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    assert captions.read_jsonl(tmp_path / 'x.jsonl') == {'a': 'red [31m 5n fox runs', 'b': '\u0627\u200d'}
+
+
+def test_repeated_names_are_counted(tmp_path, caplog):
+    (tmp_path / 'x.jsonl').write_text(''.join(f'{{"name": "a", "text": "{i}"}}\n' for i in range(3)))
+    with caplog.at_level(logging.WARNING):
+        assert captions.read_jsonl(tmp_path / 'x.jsonl') == {'a': '2'}
+    assert 'x.jsonl: 2 lines repeat the name of an image' in caplog.text
+
+
+@pytest.mark.parametrize('content', [b'\xff\xfe{\x00', lzma.compress(b'{}'), b'{"name": "a", "text": "\xe9"}'])
+def test_a_jsonl_that_is_not_utf8_is_named(tmp_path, content):
+    (tmp_path / 'x.jsonl').write_bytes(content)
+    with pytest.raises(ValueError, match=r'x.jsonl: not UTF-8 text \(byte'):
+        captions.read_jsonl(tmp_path / 'x.jsonl')
 
 
 def test_only_folders_have_files_beside_images():
@@ -77,7 +108,7 @@ def test_only_folders_have_files_beside_images():
 
 
 def test_encoded_images_keep_their_captions(folder, tmp_path):
-    """Of a damaged image too: the next good one takes its place, and brings its caption."""
+    """A damaged image has no row, and its caption none either."""
     (folder / 'a' / '2.png').write_bytes(b'\x89PNG but no more')
     model = types.SimpleNamespace(num_codes=2, vocab_size=256)
     first = lambda x, **kw: np.repeat(x.reshape(len(x), -1)[:, :1].astype(int), 2, 1)
@@ -88,9 +119,9 @@ def test_encoded_images_keep_their_captions(folder, tmp_path):
     captions.attach(images, 'txt')
     encode.encode(encoder, images, tmp_path / 'codes', image_size=8, batch_size=3)
     store = codestore.open_code_store(tmp_path / 'codes')
-    assert store.names == ['a/0.png', 'b/1.png', 'b/1.png', 'b/3.png']
-    numbers = [int(store.captions[i].split()[-1]) for i in range(4)]
-    assert numbers == [0, 1, 1, 3] and list(store.array('codes')[:, 0]) == [50 * i for i in numbers]
+    assert store.names == ['a/0.png', 'b/1.png', 'b/3.png'] and store.meta['items'] == 4
+    numbers = [int(store.captions[i].split()[-1]) for i in range(3)]
+    assert numbers == [0, 1, 3] and list(store.array('codes')[:, 0]) == [50 * i for i in numbers]
     images.captions = {name: 'another' for name in images.captions}
     with pytest.raises(ValueError, match='holds a store with captions='):
         encode.encode(encoder, images, tmp_path / 'codes', image_size=8)
@@ -211,3 +242,55 @@ def test_words_of_the_captions_are_those_of_the_config():
     assert config.vocabulary == digit_pairs.WORDS
     longest = max(len(tokenizer.encode(digit_pairs.caption(7, 2, k))) for k in range(4))
     assert longest <= config.caption_length and text_to_code.Words(**config.words, num_codes=16) == make_words(config)
+
+
+# ---- Fuzz ------------------------------------------------------------------------------------------------------------
+
+def damaged(data, rng):
+    """`data` with a few bytes changed, cut out or put in."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 4) if data else 0):
+        at, kind = rng.integers(len(data)), rng.integers(3)
+        if kind == 0:
+            data[at] = rng.integers(256)
+        elif kind == 1:
+            del data[at:at + rng.integers(1, 20)]
+        if not data:
+            break
+        else:
+            data[at:at] = rng.bytes(rng.integers(1, 20))
+    return bytes(data)
+
+
+def test_damaged_jsonl_ends_in_one_line(tmp_path):
+    lines = [json.dumps({'file_name': f'{i}.png', 'caption': f'picture {i} é'}, ensure_ascii=False) for i in range(4)]
+    whole = '\n'.join(lines).encode()
+    rng, read = np.random.default_rng(0), 0
+    for _ in range(400):
+        (tmp_path / 'fuzz.jsonl').write_bytes(damaged(whole, rng))
+        try:
+            found = captions.read_jsonl(tmp_path / 'fuzz.jsonl')
+            assert all(text.isprintable() for text in found.values())
+            ' '.join([*found.values()]).encode()
+            read += 1
+        except (ValueError, OSError) as error:
+            assert 'fuzz.jsonl' in str(error) and '\n' not in str(error)
+    assert 0 < read < 400
+
+
+@pytest.mark.parametrize('name', ['meta.json', 'codes.npy', 'captions.txt', 'names.txt'])
+def test_a_damaged_store_ends_in_one_line(tmp_path, name):
+    path = write(tmp_path / 'codes').path
+    whole, rng, opened = (path / name).read_bytes(), np.random.default_rng(0), 0
+    for _ in range(150):
+        (path / name).write_bytes(damaged(whole, rng))
+        try:
+            store = codestore.open_code_store(path)
+            assert 0 <= store.array('codes').min() and store.array('codes').max() < store.vocab_size
+            store.labels() if 'labels' in store.arrays else None
+            [store.captions[i] for i in range(len(store))]
+            assert isinstance(store.names, list)
+            opened += 1
+        except (ValueError, OSError) as error:
+            assert str(path) in str(error) and '\n' not in str(error)
+    assert opened < 150 or name == 'names.txt'

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_killed_after_rows_that_were_not_noted(tmp_path):
     partial = tmp_path / 'codes.partial'
     note = json.loads((partial / 'progress.json').read_text())
     names = (partial / 'names.txt').read_bytes().split(b'\n')
-    note |= {'done': 3, 'names_bytes': len(b'\n'.join(names[:3])) + 1}
+    note |= {'done': 3, 'written': 3, 'names_bytes': len(b'\n'.join(names[:3])) + 1}
     (partial / 'progress.json').write_text(json.dumps(note))
     assert fill(tmp_path / 'codes') == 3
     assert_complete(tmp_path / 'codes')
@@ -126,6 +127,41 @@ def test_too_many_rows(tmp_path):
             store.append(rows(0, 11), names=['x'] * 11)
 
 
+@pytest.mark.parametrize('stop_at', [None, 4, 8])
+def test_items_left_out_have_no_row(tmp_path, stop_at):
+    """As images that cannot be read: the arrays end where the rows do, wherever an interruption came."""
+    def fill_without(bad, stop_at=None):
+        with writer(tmp_path / 'codes', num=NUM, meta=META) as store:
+            for start in range(store.done, NUM, 2):
+                if start == stop_at:
+                    raise KeyboardInterrupt
+                index = [i for i in range(start, start + 2) if i not in bad]
+                batch = {name: array[[i - start for i in index]] for name, array in rows(start, start + 2).items()}
+                store.append(batch, names=[str(i) for i in index], left_out=2 - len(index))
+    bad = (0, 1, 5, 9)
+    if stop_at:
+        with pytest.raises(KeyboardInterrupt):
+            fill_without(bad, stop_at)
+    fill_without(bad)
+    store, kept = open_code_store(tmp_path / 'codes'), [i for i in range(NUM) if i not in bad]
+    assert len(store) == 6 and store.meta['items'] == NUM and store.names == [str(i) for i in kept]
+    for name, expected in rows(0, NUM).items():
+        np.testing.assert_array_equal(store.array(name), expected[kept])
+        np.testing.assert_array_equal(np.load(tmp_path / 'codes' / f'{name}.npy'), expected[kept])
+    fill_without(bad)  # finished: returns at once
+    with pytest.raises(ValueError, match='none of the 10 items could be read'):
+        with writer(tmp_path / 'none', num=NUM, meta=META) as store:
+            store.append({name: array[:0] for name, array in rows(0, 1).items()}, names=[], left_out=NUM)
+
+
+def test_names_need_not_be_utf8(tmp_path):
+    name = 'caf\udce9.png'  # as Python shows the byte E9 of a file's name
+    with writer(tmp_path / 'codes', num=1, meta=META) as store:
+        store.append(rows(0, 1), names=[name])
+    assert open_code_store(tmp_path / 'codes').names == [name]
+    assert (tmp_path / 'codes' / 'names.txt').read_bytes() == b'caf\xe9.png\n'
+
+
 @pytest.mark.parametrize('stop_at', [6, None])
 def test_another_store_is_not_continued(tmp_path, stop_at):
     try:
@@ -161,6 +197,17 @@ def test_missing_store(tmp_path):
         open_code_store(tmp_path / 'nowhere')
 
 
+def change_meta(path, **fields):
+    meta = json.loads((path / 'meta.json').read_text())
+    (path / 'meta.json').write_text(json.dumps(meta | fields))
+
+
+def as_pipe(path):
+    """Opening it would wait for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-5])
 
@@ -172,7 +219,18 @@ def truncate(path):
     (lambda p: np.save(p / 'labels.npy', np.zeros(9)), 'labels.npy: 9 rows, meta.json says 10'),
     (lambda p: np.save(p / 'codes.npy', np.zeros((10, 3), np.uint8)), r'codes.npy is \(10, 3\)'),
     (lambda p: np.save(p / 'codes.npy', np.full((10, 4), 77, np.uint8)), 'holds 77'),
+    (lambda p: np.save(p / 'codes.npy', np.zeros((10, 4))), 'holds float64, not whole numbers'),
+    (lambda p: np.save(p / 'codes.npy', np.full((10, 4), -1, np.int8)), 'holds -1 in row 0'),
+    (lambda p: np.save(p / 'labels.npy', np.int32(3)), 'labels.npy: truncated or damaged'),
     (lambda p: truncate(p / 'meta.json'), 'meta.json: damaged'),
+    (lambda p: (p / 'meta.json').write_text('[' * 100_000), 'meta.json: damaged'),
+    (lambda p: change_meta(p, num='10'), "meta.json: damaged .*num='10'"),
+    (lambda p: change_meta(p, num=True), 'meta.json: damaged'),
+    (lambda p: change_meta(p, arrays=['labels']), "meta.json: damaged .*without 'codes'"),
+    (lambda p: change_meta(p, arrays=['codes', '../labels']), 'meta.json: damaged .*arrays='),
+    (lambda p: change_meta(p, class_names=3), 'meta.json: damaged .*class_names'),
+    (lambda p: as_pipe(p / 'labels.npy'), 'labels.npy: missing'),
+    (lambda p: as_pipe(p / 'meta.json'), 'meta.json: damaged'),
 ])
 def test_damage_is_named(tmp_path, damage, match):
     fill(tmp_path / 'codes')
@@ -190,3 +248,56 @@ def test_absent_array_is_named(tmp_path):
 
 def test_code_dtype():
     assert [code_dtype(v).name for v in (256, 257, 65536, 65537)] == ['uint8', 'uint16', 'uint16', 'int32']
+
+
+@pytest.mark.parametrize('row', [0, 70_000])
+@pytest.mark.parametrize('wrong', [-1, 300])
+def test_every_code_is_looked_at(tmp_path, row, wrong):
+    num = 70_001
+    with writer(tmp_path / 'codes', num=num, meta=dict(num_codes=2, vocab_size=300)) as store:
+        store.append({'codes': np.zeros((num, 2), int)}, names=[''] * num)
+    codes = np.zeros((num, 2), np.int32)
+    codes[row, 1] = wrong
+    np.save(tmp_path / 'codes' / 'codes.npy', codes)
+    with pytest.raises(ValueError, match=f'holds {wrong} in row {row} but meta.json says vocab_size=300'):
+        open_code_store(tmp_path / 'codes')
+
+
+@pytest.mark.parametrize('labels, num_classes, match', [
+    ([0, 1, 2], None, '1 of 3 labels are outside 0..1, the first is 2 in row 2'),
+    ([0, -1, 0], 5, '1 of 3 .* -1 in row 1'),
+    ([0, 1, 5], 5, 'outside 0..4'), ([0.0, 1.0, 0.0], None, 'float64'), ([[0], [1], [0]], None, r'\(3, 1\)')])
+def test_labels_out_of_range_are_named(tmp_path, labels, num_classes, match):
+    with writer(tmp_path / 'codes', num=3, meta=META) as store:
+        store.append({'codes': np.zeros((3, 4), int), 'labels': np.array(labels)}, names='abc')
+    store = open_code_store(tmp_path / 'codes')
+    with pytest.raises(ValueError, match=match) as error:
+        store.labels(num_classes)
+    assert '\n' not in str(error.value)
+
+
+def test_stores_of_two_encoders_are_told_apart(tmp_path):
+    stores = {}
+    for name, meta in (('a', dict(encoder='x')), ('b', dict(encoder='x')), ('c', dict(encoder='y')), ('d', {}),
+                       ('e', dict(encoder='x', class_names=('b', 'a')))):
+        fill(tmp_path / name, meta=META | meta)
+        stores[f'--{name}'] = open_code_store(tmp_path / name)
+    codestore.check_one_encoder({name: stores[name] for name in ('--a', '--b', '--d')})
+    with pytest.raises(ValueError, match='--a .* and --c .* were written by different encoders'):
+        codestore.check_one_encoder({name: stores[name] for name in ('--a', '--b', '--c')})
+    with pytest.raises(ValueError, match='have other classes'):
+        codestore.check_one_encoder({name: stores[name] for name in ('--a', '--e')})
+
+
+@pytest.mark.parametrize('damage', [
+    '[' * 100_000, '{"done": 3}', '[]', '{"done": -1, "meta": {"items": 10}, "arrays": {}}', '',
+    '{"done": 1, "meta": 3}',
+    '{"done": 1, "meta": {"items": 10}, "arrays": {"../x": [[1], "u1"]}, "names_bytes": 1}'])
+def test_damaged_progress_is_named(tmp_path, damage):
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path / 'codes', stop_at=3)
+    (tmp_path / 'codes.partial' / 'progress.json').write_text(damage)
+    for act in (open_code_store, fill):
+        with pytest.raises(OSError, match='progress.json: damaged .*delete .*codes.partial') as error:
+            act(tmp_path / 'codes')
+        assert '\n' not in str(error.value)

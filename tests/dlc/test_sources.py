@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.dlc.data.images import MAX_SKIPPED_IN_A_ROW, ArrayImages, split_rows
-from experiments.dlc.data.sources import image_source, read_image
+from experiments.dlc.data.decode import Decoding, read_image
+from experiments.dlc.data.images import MAX_TRIES, NAMED_IN_LOG, ArrayImages, split_rows
+from experiments.dlc.data.sources import image_source
 
 
 def encoded(image, form='png', **options):
@@ -141,8 +142,8 @@ def test_colour_modes(tmp_path):
     Image.fromarray(plain(9)).convert('RGBA').save(tmp_path / 'alpha.png')
     Image.fromarray(plain(9)).convert('P').save(tmp_path / 'palette.png')
     for name in ('gray.png', 'deep.png'):
-        np.testing.assert_array_equal(read_image(tmp_path / name, 3), np.repeat(gray[..., None], 3, -1))
-        np.testing.assert_array_equal(read_image(tmp_path / name, 1), gray[..., None])
+        np.testing.assert_array_equal(read_image(tmp_path / name, Decoding(3)), np.repeat(gray[..., None], 3, -1))
+        np.testing.assert_array_equal(read_image(tmp_path / name, Decoding(1)), gray[..., None])
     np.testing.assert_array_equal(read_image(tmp_path / 'alpha.png'), plain(9))
     assert read_image(tmp_path / 'palette.png').shape == (6, 6, 3)
 
@@ -156,29 +157,36 @@ def test_image_size_crops_every_item(tmp_path):
         image_source(dict(name='folder', path=str(tmp_path), in_memory=True), 'all')
 
 
-def test_damaged_images_are_skipped_counted_and_named(tmp_path, caplog):
-    root = make_folder(tmp_path, classes=('a',), count=6)
+def test_unreadable_images_are_counted_named_and_replaced_by_others(tmp_path, caplog):
+    root = make_folder(tmp_path, classes=('a',), count=40)
     whole = (root / 'a' / '2.png').read_bytes()
-    (root / 'a' / '2.png').write_bytes(whole[:len(whole) // 2])
-    (root / 'a' / '3.png').write_bytes(b'no image at all')
-    (root / 'a' / '5.png').write_bytes(b'')
+    bad = [f'a/{i}.png' for i in range(10, 30)]
+    for name in bad:
+        (root / name).write_bytes(whole[:len(whole) // 2])
     source = image_source(dict(name='folder', path=str(root)), 'all')
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            names = [source[i]['name'] for i in range(6)]
-    assert names == ['a/0.png', 'a/1.png', 'a/4.png', 'a/4.png', 'a/4.png', 'a/0.png']
-    assert sorted(source.skipped) == ['a/2.png', 'a/3.png', 'a/5.png']
-    assert [sum(name in record.getMessage() for record in caplog.records) for name in source.skipped] == [1, 1, 1]
+            items = [source[i] for i in range(40)]
+    assert sorted(source.skipped) == sorted(bad)
+    for i, item in enumerate(items):
+        assert item['name'] not in bad and (source.name(i) in bad or item['index'] == i)
+        np.testing.assert_array_equal(item['image'], plain(int(item['name'][2:-4])))
+    # A damaged stretch is not one image twenty times over, and the same item is the same each time.
+    stand_ins = [item['name'] for i, item in enumerate(items) if source.name(i) in bad]
+    assert len(set(stand_ins)) > 8 and stand_ins == [source[i]['name'] for i in range(40) if source.name(i) in bad]
+    said = [record.getMessage() for record in caplog.records]
+    assert sum('skipped unreadable image' in line for line in said) == NAMED_IN_LOG
+    assert any('skipped 16 unreadable images so far' in line for line in said) and len(said) == NAMED_IN_LOG + 1
     (root / 'a' / '1.png').unlink()
-    assert source[1]['name'] == 'a/4.png'
+    assert source[1]['name'] != 'a/1.png' and source.skipped['a/1.png'] == 'no such file'
 
 
 def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / 'x.png').write_bytes(b'')
     source = image_source(dict(name='folder', path=str(tmp_path)), 'all')
-    with pytest.raises(OSError, match='1 images in a row from x.png') as error:
+    with pytest.raises(OSError, match='x.png: unreadable .*so are all 1 images tried') as error:
         source[0]
-    assert one_line(error) and MAX_SKIPPED_IN_A_ROW >= 100
+    assert one_line(error) and MAX_TRIES >= 100
 
 
 # ---- npz -----------------------------------------------------------------------------------------------------------
@@ -211,7 +219,7 @@ def test_damaged_bytes_in_npz_are_skipped(tmp_path):
     np.savez(path, **arrays)
     source = image_source(dict(name='npz', path=str(path), in_memory=True), 'train')
     assert isinstance(source, ArrayImages) and list(source.skipped) == ['set/3']
-    np.testing.assert_array_equal(source.images[3], plain(80))
+    np.testing.assert_array_equal(source.images, [plain(20 * i) for i in range(7) if i != 3])
 
 
 @pytest.mark.parametrize('compress', [False, True])
@@ -292,7 +300,7 @@ def test_tfds_reads_array_record_without_tensorflow(tfds_dir):
     assert len(source) == 5 and source.class_names == ('a', 'b')
     np.testing.assert_array_equal(source[3]['image'], plain(3))
     assert source[3]['label'] == 1 and source[3]['name'] == 'tiny/train/3'
-    assert source[2]['name'] == 'tiny/train/3' and list(source.skipped) == ['tiny/train/2']
+    assert source[2]['name'] != 'tiny/train/2' and list(source.skipped) == ['tiny/train/2']
     heldout = image_source(dict(name='tiny', path=str(tfds_dir)), 'heldout')
     np.testing.assert_array_equal(heldout[0]['image'], plain(99))
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[4]['image'], plain(4))
@@ -344,7 +352,7 @@ def test_bad_fields_are_named(config, match):
 
 
 def test_bad_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no .png, .jpg'):
+    with pytest.raises(FileNotFoundError, match='no .png, .jpg.*.tiff.* file below it'):
         image_source(dict(name='folder', path=str(tmp_path)), 'train')
     make_folder(tmp_path / 'pets')
     (tmp_path / 'pets' / 'stray.png').write_bytes(encoded(plain(1)))

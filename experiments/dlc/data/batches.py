@@ -27,22 +27,34 @@ VECTORIZED_PIXELS = 32  # up to this side, a whole batch in numpy beats one PIL 
 
 # ---- Images in parallel --------------------------------------------------------------------------------------------
 
-def read_parallel(source: ImageSource, row: Callable[[int], Batch], finish: Callable[[Batch, int], Batch], rows: int, *,
-                  count: int = ENDLESS, num_threads: int | None = None, num_workers: int = 0) -> Iterator[Batch]:
-    """Batch i = 0 .. count - 1: `finish(stack of row(i * rows) .. row(i * rows + rows - 1), i)`, made ahead of use.
+def read_parallel(source: ImageSource, index: Callable[[int], int], make: Callable[[int, Mapping[str, Any]], Batch],
+                  finish: Callable[[Batch, int], Batch], rows: int, *, count: int = ENDLESS,
+                  num_threads: int | None = None, num_workers: int = 0) -> Iterator[Batch]:
+    """Batches i = 0 .. count - 1 of `rows` items each, made ahead of use.
 
-    Images that `source` skips in worker processes are recorded in this one.
+    What was met on the way (unreadable images, notes) comes with the batch and is recorded in `source` here, whatever
+    thread or process read it.
+
+    Args:
+        index: k -> which image of `source` item k is.
+        make: (k, `source.fetch(index(k))`) -> arrays of one row.
+        finish: (stacked rows, i) -> batch i.
     """
     import grain  # its import takes seconds; small data sets never need it
     from absl import flags
 
-    def collate(items: list[tuple[int, Batch]]) -> dict:
-        batch = {name: np.stack([item[name] for _, item in items]) for name in items[0][1]}
-        return {'batch': finish(batch, items[0][0] // rows), 'skipped': tuple(source.skipped.items())}
+    def load(k: int) -> tuple[int, Batch, tuple]:
+        item = source.fetch(index(k))
+        return k, make(k, item), (item['skipped'], item['notes'], item['name'])
+
+    def collate(items: list[tuple[int, Batch, tuple]]) -> dict:
+        batch = {name: np.stack([row[name] for _, row, _ in items]) for name in items[0][1]}
+        met = tuple(events for _, _, events in items if events[0] or events[1])
+        return {'batch': finish(batch, items[0][0] // rows), 'met': met}
 
     # Of the cores that this process may use: eight processes of a node with 32 workers each would be 256.
     num_workers = min(num_workers, usable_cores())
-    items = grain.MapDataset.range(count * rows).map(lambda k: (k, row(k)))
+    items = grain.MapDataset.range(count * rows).map(load)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # grain's worker pool reads absl flags, which this code base does not use
             flags.FLAGS.mark_as_parsed()
@@ -55,8 +67,8 @@ def read_parallel(source: ImageSource, row: Callable[[int], Batch], finish: Call
         ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * rows, num_threads))
         batches = items.to_iter_dataset(ahead).batch(rows, batch_fn=collate)
     for made in batches:
-        for name, reason in made['skipped']:
-            source.skip(name, reason)
+        for events in made['met']:
+            source.record(*events)
         yield made['batch']
 
 
@@ -90,13 +102,18 @@ class ImageStream(Stream):
         source, transform, order, seed, finish = self._source, self._transform, self._order, self._seed, self._finish
         start, step, rows = self._position, self._batch_size, self._rows
 
-        def row(k: int) -> Batch:
+        def position_of(k: int) -> int:
+            """Global position of this process's item k: `rows` are its rows of each global batch."""
             batch_number, row_in_batch = divmod(k, len(rows))
-            position = start + batch_number * step + int(rows[row_in_batch])
-            item = source[int(order(np.array([position]))[0])]
-            arrays = transform(np.random.default_rng((seed, AUGMENT, position)), item['image'])
+            return start + batch_number * step + int(rows[row_in_batch])
+
+        def index(k: int) -> int:
+            return int(order(np.array([position_of(k)]))[0])
+
+        def make(k: int, item: Mapping[str, Any]) -> Batch:
+            arrays = transform(np.random.default_rng((seed, AUGMENT, position_of(k))), item['image'])
             return arrays | {'label': np.int32(item['label'])}
-        return read_parallel(source, row, lambda batch, i: finish(batch, start + i * step), len(rows),
+        return read_parallel(source, index, make, lambda batch, i: finish(batch, start + i * step), len(rows),
                              **self._parallel)
 
     def _draw(self) -> Batch:
@@ -220,19 +237,24 @@ def eval_batches(source: ImageSource, transform: Callable[[np.ndarray], Any], ba
 
     Returns:
         Iterator of the transform's arrays [B, ...], `label` [B] int32, `index` [B] int64 into the source, and `mask`
-        [B] bool: False on rows that only fill up the last batch. In place of a damaged image stands the next good one.
+        [B] bool: False on rows that only fill up the last batch, and on those of unreadable images, whose arrays are
+        another's.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(f'batch_size={batch_size} is not divisible by {process_count} processes; use a multiple')
     rows, share, length = batch_size // process_count, -(-len(source) // process_count), len(source)
     first, stop = process_index * share + start, min((process_index + 1) * share, length)
 
-    def row(k: int) -> Batch:
-        item = source[min(first + k, stop - 1, length - 1)]
-        return named(transform(item['image'])) | {'label': np.int32(item['label'])}
+    def index(k: int) -> int:
+        return min(first + k, stop - 1, length - 1)
+
+    def make(k: int, item: Mapping[str, Any]) -> Batch:
+        return named(transform(item['image'])) | {'label': np.int32(item['label']),
+                                                  'readable': np.bool_(item['index'] == index(k))}
 
     def finish(batch: Batch, i: int) -> Batch:
-        index = first + i * rows + np.arange(rows)
-        return batch | {'index': np.minimum(index, length - 1), 'mask': index < stop}
-    return read_parallel(source, row, finish, rows, count=-(-max(share - start, 0) // rows), num_threads=num_threads,
-                         num_workers=num_workers)
+        position = first + i * rows + np.arange(rows)
+        mask = (position < stop) & batch.pop('readable')
+        return batch | {'index': np.minimum(position, length - 1), 'mask': mask}
+    return read_parallel(source, index, make, finish, rows, count=-(-max(share - start, 0) // rows),
+                         num_threads=num_threads, num_workers=num_workers)

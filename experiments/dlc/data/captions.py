@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pathlib
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from dlc_jax import text_to_code
 from experiments.dlc.data.codestore import open_code_store
 from experiments.dlc.data.image_files import FolderImages
 from experiments.dlc.data.images import ImageSource
+from experiments.dlc.data.printable import printable
 from experiments.runtime import placement
 from experiments.runtime.stream import ArrayBatches, Batch
 from rlhf_jax import tokenizers
@@ -22,56 +24,82 @@ log = logging.getLogger(__name__)
 NAME_FIELDS, CAPTION_FIELDS = ('file_name', 'name'), ('caption', 'text')  # of a line of a jsonl file
 
 
-# ---- Of images -------------------------------------------------------------------------------------------------------
+# ---- Captions of images ----------------------------------------------------------------------------------------------
 
 def attach(source: ImageSource, where: str) -> None:
     """Gives `source` captions: from the .txt beside each image ('txt', as LAION and webdataset have them), or from a
     jsonl file of `{"file_name": ..., "caption": ...}`, names as the source has them.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, a damaged line, or an image without caption.
+        OSError, ValueError: no such file, a damaged line, or an image without caption.
     """
     names = [source.name(i) for i in range(len(source))]
     if where == 'txt':
         if not isinstance(source, FolderImages):
             raise ValueError('--captions=txt: only images in a folder (--data=folder) have files beside them; give a '
                              'jsonl file')
-        found = {name: _beside(source.root / name) for name in names}
+        captions = {name: _beside(source.root / name) for name in names}
     else:
-        found = read_jsonl(where)
-    missing = [name for name in names if not found.get(name)]
+        captions = read_jsonl(where)
+    missing = [name for name in names if not captions.get(name)]
     if missing:
-        hint = f'no {pathlib.Path(missing[0]).with_suffix(".txt")} with text' if where == 'txt' else f'not in {where}'
+        first = printable(missing[0])
+        hint = f'no {pathlib.Path(first).with_suffix(".txt")} with text' if where == 'txt' else f'not in {where}'
         raise ValueError(f'--captions={where}: {len(missing)} of {len(names)} images have no caption, the first is '
-                         f'{missing[0]} ({hint})')
-    source.captions = {name: found[name] for name in names}
+                         f'{first} ({hint})')
+    source.captions = {name: captions[name] for name in names}
+
+
+def clean(text: str) -> str:
+    """`text` on one line, without the control characters that a terminal would obey and a tokenizer never learnt."""
+    return ' '.join(''.join(' ' if unicodedata.category(c) == 'Cc' else c for c in text).split())
 
 
 def _beside(image: pathlib.Path) -> str:
+    """Caption in the .txt file beside `image`, '' where there is none."""
+    path = image.with_suffix('.txt')
     try:
-        return ' '.join(image.with_suffix('.txt').read_text(encoding='utf-8').split())
+        return clean(_read_text(path))
     except FileNotFoundError:
         return ''
-    except UnicodeDecodeError:
-        raise ValueError(f'{image.with_suffix(".txt")}: not UTF-8 text') from None
+
+
+def _read_text(path: pathlib.Path) -> str:
+    """The whole of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file, or not UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f'{printable(str(path))}: not a file of text')
+    try:
+        return path.read_bytes().decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{printable(str(path))}: not UTF-8 text (byte {error.start})') from None
 
 
 def read_jsonl(path: str | os.PathLike) -> dict[str, str]:
-    """{name of the image: caption}."""
-    file, out = pathlib.Path(path).expanduser(), {}
+    """{name of the image: caption}; of several captions of one image the last, and a warning."""
+    file, captions, again = pathlib.Path(path).expanduser(), {}, 0
     if not file.is_file():
         raise FileNotFoundError(f"--captions={path}: no such file; give a jsonl file, or 'txt' for files beside images")
-    for number, line in enumerate(file.read_text(encoding='utf-8').split('\n'), 1):
+    for number, line in enumerate(_read_text(file).split('\n'), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             name, caption = ([row[field] for field in fields if field in row][0]
                              for fields in (NAME_FIELDS, CAPTION_FIELDS))
-            out[name] = ' '.join(caption.split())
-        except (ValueError, TypeError, AttributeError, IndexError):
-            raise ValueError(f'{path}: line {number} is not {{"file_name": "...", "caption": "..."}}') from None
-    return out
+            caption.encode(), name.encode('utf-8', 'surrogateescape')  # no halves of characters
+            again += name in captions
+            captions[name] = clean(caption)
+        except (ValueError, TypeError, AttributeError, IndexError, RecursionError):
+            raise ValueError(f'{path}: line {number} is not {{"file_name": "...", "caption": "..."}} of whole '
+                             'characters') from None
+    if again:
+        log.warning('%s: %d lines repeat the name of an image; the last caption of each is used', path, again)
+    return captions
 
 
 # ---- As tokens -------------------------------------------------------------------------------------------------------

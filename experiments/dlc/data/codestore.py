@@ -7,8 +7,9 @@
     meta.json                                        num, num_codes, vocab_size, arrays, class_names, ...
 
 `writer` streams rows into `<path>.partial` and renames it when all are there, so that a store exists whole or not at
-all; interrupted, it continues after the last rows known to be on disk. A store at a URL (`gs://...`) is written to a
-local cache and copied there when it is complete, and copied back before it is opened.
+all; interrupted, it continues after the last rows known to be on disk. Images that cannot be read have no row:
+`items` in meta.json is the length of the data set, `num` that of the arrays. A store at a URL (`gs://...`) is written
+to a local cache and copied there when it is complete, and copied back before it is opened.
 """
 import dataclasses
 import errno
@@ -17,14 +18,21 @@ import json
 import os
 import pathlib
 import time
+import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from experiments.dlc.data.printable import printable
 from experiments.runtime import storage
 
 SYNC_SECONDS = 10.0  # at most this much work is done again after a kill
+SCAN_ROWS = 2 ** 14  # codes looked at together when a store is opened
+# What numpy raises on damaged .npy files, and json on damaged ones of its own.
+ARRAY_ERRORS = (ValueError, EOFError, OSError, TypeError, KeyError, OverflowError, MemoryError, RecursionError,
+                SyntaxError, tokenize.TokenError)
+JSON_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def code_dtype(vocab_size: int) -> np.dtype:
@@ -54,8 +62,18 @@ class CodeStore:
 
     @property
     def names(self) -> list[str]:
-        """One a row: where in its data set the image came from."""
-        return (self.path / 'names.txt').read_text(encoding='utf-8').split('\n')[:-1]
+        """One a row: where in its data set the image came from.
+
+        Raises:
+            OSError: the file is missing or of another length.
+        """
+        path = self.path / 'names.txt'
+        if not path.is_file():
+            raise FileNotFoundError(f'{path}: missing; encode the data set again')
+        names = path.read_bytes().decode('utf-8', 'surrogateescape').split('\n')[:-1]
+        if len(names) != len(self):
+            raise OSError(f'{path}: {len(names)} lines, meta.json says {len(self)}; encode the data set again')
+        return names
 
     @property
     def captions(self) -> 'Lines':
@@ -81,15 +99,35 @@ class CodeStore:
             raise ValueError(f'{self.path}: holds {sorted(self.arrays)} but no {name!r}; encode the data set with it')
         return self.arrays[name]
 
+    def labels(self, num_classes: int | None = None) -> np.ndarray:
+        """[N] integers in 0..num_classes - 1 (None: as many as `class_names`, where the store has them).
+
+        Raises:
+            ValueError: no labels, or one out of range.
+        """
+        labels = self.array('labels')
+        num_classes = num_classes or len(self.meta.get('class_names') or ()) or None
+        if labels.ndim != 1 or labels.dtype.kind not in 'iu':
+            raise ValueError(f'{self.path}: labels are {labels.dtype} {labels.shape}; need whole numbers, one a row')
+        bad = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
+        if bad.any():
+            row = int(bad.argmax())
+            limit = 'negative' if num_classes is None else f'outside 0..{num_classes - 1}'
+            raise ValueError(f'{self.path}: {int(bad.sum())} of {len(labels)} labels are {limit}, the first is '
+                             f'{labels[row]} in row {row}; encode a data set with these classes, or set '
+                             'model.num_classes')
+        return labels
+
 
 class Lines:
     """The lines of a UTF-8 file by number, read when asked for: captions of millions of images need not be in memory.
 
     Raises:
-        ValueError: an empty line.
+        ValueError: an empty line, or, when it is asked for, one that is no text.
     """
 
     def __init__(self, path: pathlib.Path):
+        self._path = path
         self._bytes = np.memmap(path, np.uint8, 'r') if path.stat().st_size else np.zeros(0, np.uint8)
         self._ends = np.flatnonzero(self._bytes == ord('\n'))
         empty = np.flatnonzero(np.diff(self._ends, prepend=-1) == 1)
@@ -101,7 +139,10 @@ class Lines:
 
     def __getitem__(self, i: int) -> str:
         start = self._ends[i - 1] + 1 if i else 0
-        return self._bytes[start:self._ends[i]].tobytes().decode('utf-8')
+        try:
+            return self._bytes[start:self._ends[i]].tobytes().decode('utf-8')
+        except UnicodeDecodeError:
+            raise ValueError(f'{self._path}: line {i + 1} is not UTF-8 text; encode the data set again') from None
 
 
 def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
@@ -116,27 +157,117 @@ def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
     if not (path / 'meta.json').exists():
         partial = partial_path(path)
         if (partial / 'progress.json').exists():
-            found = json.loads((partial / 'progress.json').read_text())
-            raise FileNotFoundError(f'{shown}: unfinished, {found["done"]} of {found["meta"]["num"]} rows; run the '
-                                    'same python -m experiments.encode command again to complete it')
+            progress = read_progress(partial / 'progress.json')
+            raise FileNotFoundError(f'{shown}: unfinished, {progress["done"]} of {progress["meta"]["items"]} rows; run '
+                                    'the same python -m experiments.encode command again to complete it')
         raise FileNotFoundError(f'{shown}: no code store there; write one with python -m experiments.encode '
                                 f'--out={shown}')
-    try:
-        meta = json.loads((path / 'meta.json').read_text())
-        num, codes, vocab = meta['num'], meta['num_codes'], meta['vocab_size']
-        names = meta['arrays']
-    except (ValueError, KeyError) as error:
-        raise OSError(f'{path / "meta.json"}: damaged ({error!r}); encode the data set again') from None
-    for field, found, wanted in (('num_codes', codes, num_codes), ('vocab_size', vocab, vocab_size)):
-        if wanted is not None and found != wanted:
+    meta = read_meta(path / 'meta.json')
+    num, codes, vocab = meta['num'], meta['num_codes'], meta['vocab_size']
+    for field, size, wanted in (('num_codes', codes, num_codes), ('vocab_size', vocab, vocab_size)):
+        if wanted is not None and size != wanted:
             raise ValueError(f'{path}: holds codes of L x V = {codes} x {vocab} but model.{field}={wanted}; set '
-                             f'model.{field}={found} or encode the data set with the matching encoder')
-    arrays = {name: open_array(path / f'{name}.npy', num) for name in names}
-    if arrays['codes'].shape != (num, codes):
-        raise ValueError(f'{path}: codes.npy is {arrays["codes"].shape}, meta.json says {(num, codes)}; encode again')
-    if (largest := int(arrays['codes'][:2 ** 16].max())) >= vocab:
-        raise ValueError(f'{path}: codes.npy holds {largest} but meta.json says vocab_size={vocab}; encode again')
+                             f'model.{field}={size} or encode the data set with the matching encoder')
+    arrays = {name: open_array(path / f'{name}.npy', num) for name in meta['arrays']}
+    check_codes(arrays['codes'], num, codes, vocab, path)
     return CodeStore(path, meta, arrays)
+
+
+def check_codes(codes: np.ndarray, num: int, length: int, vocab_size: int, path: pathlib.Path) -> None:
+    """Raises a ValueError unless `codes` are [num, length] whole numbers in 0..vocab_size - 1; reads all of them,
+    unless their dtype can hold no others."""
+    if codes.shape != (num, length):
+        raise ValueError(f'{path}: codes.npy is {codes.shape}, meta.json says {(num, length)}; encode again')
+    if codes.dtype.kind not in 'iu':
+        raise ValueError(f'{path}: codes.npy holds {codes.dtype}, not whole numbers; encode again')
+    if codes.dtype.kind == 'u' and np.iinfo(codes.dtype).max < vocab_size:
+        return
+    for start in range(0, num, SCAN_ROWS):
+        part = codes[start:start + SCAN_ROWS]
+        least, most = int(part.min()), int(part.max())
+        if least < 0 or most >= vocab_size:
+            wrong = least if least < 0 else most
+            row = start + int((part == wrong).any(1).argmax())
+            raise ValueError(f'{path}: codes.npy holds {wrong} in row {row} but meta.json says '
+                             f'vocab_size={vocab_size}; encode again')
+
+
+def check_one_encoder(stores: Mapping[str, CodeStore]) -> None:
+    """Raises a ValueError where two of `stores` (name, such as a flag -> store) were encoded by different encoders, or
+    number other classes: their codes and labels mean different things. Stores that do not say pass.
+    """
+    for field, what in (('encoder', 'were written by different encoders'), ('class_names', 'have other classes')):
+        said = {name: store.meta[field] for name, store in stores.items() if store.meta.get(field)}
+        names = list(said)
+        for name in names[1:]:
+            if said[name] != said[names[0]]:
+                raise ValueError(f'{names[0]} ({stores[names[0]].path}) and {name} ({stores[name].path}) {what}; '
+                                 'encode both data sets with one encoder')
+
+
+def read_meta(path: pathlib.Path) -> dict[str, Any]:
+    """meta.json of a finished store.
+
+    Raises:
+        OSError: damaged, or of values that no store has.
+    """
+    try:
+        meta = read_json(path)
+        for field in ('num', 'num_codes', 'vocab_size'):
+            if type(meta[field]) is not int or not 1 <= meta[field] < 2 ** 40:
+                raise ValueError(f'{field}={meta[field]!r}')
+        names = meta['arrays']
+        if not isinstance(names, list) or not all(isinstance(n, str) and n.isidentifier() for n in names):
+            raise ValueError(f'arrays={names!r}')
+        if 'codes' not in names:
+            raise ValueError("arrays without 'codes'")
+        if not isinstance(meta.get('class_names') or [], list):
+            raise ValueError('class_names are no list')
+    except JSON_ERRORS as error:
+        raise OSError(f'{path}: damaged ({shown_error(error)}); encode the data set again') from None
+    return meta
+
+
+def read_progress(path: pathlib.Path) -> dict[str, Any]:
+    """progress.json of an unfinished store: `done`, `written`, `meta`, `arrays` (name -> shape, dtype), `*_bytes`.
+
+    Raises:
+        OSError: damaged.
+    """
+    try:
+        progress = read_json(path)
+        meta = progress['meta']
+        meta.setdefault('items', meta.get('num'))
+        progress.setdefault('written', progress['done'])
+        counts = [meta['items'], progress['done'], progress['written'],
+                  *(value for name, value in progress.items() if name.endswith('_bytes'))]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError('counts that are none')
+        if not progress['written'] <= progress['done'] <= meta['items'] or 'names_bytes' not in progress:
+            raise ValueError('counts that do not fit together')
+        progress['arrays'] = {name: (tuple(map(int, shape)), np.dtype(dtype))
+                              for name, (shape, dtype) in progress['arrays'].items() if _is_array_name(name)}
+    except JSON_ERRORS as error:
+        raise OSError(f'{path}: damaged ({shown_error(error)}); delete {path.parent} and encode the data set '
+                      'again') from None
+    return progress
+
+
+def _is_array_name(name: str) -> bool:
+    if not name.isidentifier():
+        raise ValueError(f'array {name!r}')
+    return True
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file; one of `JSON_ERRORS` where there is none."""
+    if not path.is_file():
+        raise ValueError('not a file')
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def shown_error(error: BaseException) -> str:
+    return printable(' '.join(repr(error).split()))
 
 
 def local_folder(path: str | os.PathLike) -> pathlib.Path:
@@ -148,14 +279,20 @@ def local_folder(path: str | os.PathLike) -> pathlib.Path:
 
 
 def open_array(path: pathlib.Path, num: int) -> np.ndarray:
+    """The array [num, ...] in a .npy file, memory-mapped.
+
+    Raises:
+        OSError: missing, truncated, damaged or of another length.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: missing; encode the data set again')
     try:
         array = np.load(path, mmap_mode='r', allow_pickle=False)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: missing; encode the data set again') from None
-    except (ValueError, EOFError, OSError) as error:
-        raise OSError(f'{path}: truncated or damaged ({error}); encode the data set again') from None
-    if len(array) != num:
-        raise OSError(f'{path}: {len(array)} rows, meta.json says {num}; encode the data set again')
+        rows = len(array)
+    except ARRAY_ERRORS as error:
+        raise OSError(f'{path}: truncated or damaged ({shown_error(error)}); encode the data set again') from None
+    if rows != num:
+        raise OSError(f'{path}: {rows} rows, meta.json says {num}; encode the data set again')
     return array
 
 
@@ -174,89 +311,94 @@ class writer:
 
     Args:
         path: of the store. Where a finished one with the same `meta` is there already, `done` is `num` at once.
-        num: rows in all.
+        num: items of the data set; each becomes a row or is left out.
         meta: `num_codes`, `vocab_size`, and whatever else should be kept beside the arrays (json). With `captions`,
             rows come with captions.
 
     Attributes:
-        done: rows written so far; append the next ones from here on.
+        done: items written or left out so far; append the next ones from here on.
 
     Raises:
-        ValueError: another store is there, rows do not fit, or fewer than `num` came before the block ended.
+        ValueError: another store is there, rows do not fit, or fewer than `num` items came before the block ended.
         OSError: the disk is full.
     """
 
     def __init__(self, path: str | os.PathLike, *, num: int, meta: Mapping[str, Any]):
         self._remote = os.fspath(path) if storage.is_remote(path) else None
         self.path = storage.cached(path) if self._remote else pathlib.Path(path).expanduser()
-        self.meta = json.loads(json.dumps(dict(meta) | {'num': num}))
-        self.done = 0
+        self.meta = json.loads(json.dumps(dict(meta) | {'items': num}))
+        self.done = self._written = 0
         self._partial = partial_path(self.path)
         self._files, self._shapes = {}, {}
-        self._lines = {name: None for name in ('names', 'captions')[:1 + bool(self.meta.get('captions'))]}
+        columns = ['names'] + (['captions'] if self.meta.get('captions') else [])
+        self._lines = dict.fromkeys(columns)
         self._lines_bytes = dict.fromkeys(self._lines, 0)
         self._synced, self._finished = time.monotonic(), False
 
     def __enter__(self) -> 'writer':
         if self._remote and (storage.resolve(self._remote) / 'meta.json').exists():
-            self._claim(json.loads((storage.resolve(self._remote) / 'meta.json').read_text()), self._remote)
-            self.done, self._finished, self._remote = self.meta['num'], True, None
-            return self
+            return self._finished_before(storage.resolve(self._remote) / 'meta.json', self._remote)
         if (self.path / 'meta.json').exists():
-            self._claim(json.loads((self.path / 'meta.json').read_text()), self.path)
-            self.done, self._finished = self.meta['num'], True
-            return self
-        if self.path.exists() and any(self.path.iterdir()):
+            return self._finished_before(self.path / 'meta.json', self.path)
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f'{self.path}: is there already but is no code store; choose another place')
         self._partial.mkdir(parents=True, exist_ok=True)
         if (self._partial / 'progress.json').exists():
-            progress = json.loads((self._partial / 'progress.json').read_text())
+            progress = read_progress(self._partial / 'progress.json')
             self._claim(progress['meta'], self._partial)
-            self.done = progress['done']
+            self.done, self._written = progress['done'], progress['written']
             for name, (shape, dtype) in progress['arrays'].items():
-                self._open(name, tuple(shape), np.dtype(dtype))
+                self._open(name, shape, dtype)
             self._lines_bytes = {name: progress[f'{name}_bytes'] for name in self._lines}
         for name in self._lines:
             self._lines[name] = open(self._partial / f'{name}.txt', 'ab', buffering=0)
             self._lines[name].truncate(self._lines_bytes[name])
         return self
 
-    def _claim(self, found: Mapping[str, Any], where: str | pathlib.Path) -> None:
+    def _finished_before(self, meta: Any, where: str | pathlib.Path) -> 'writer':
+        """Takes the finished store at `where` for this one, or raises."""
+        before = read_meta(meta)
+        self._claim({'items': before['num']} | before, where)
+        self.done, self._finished, self._remote = self.meta['items'], True, None
+        return self
+
+    def _claim(self, before: Mapping[str, Any], where: str | pathlib.Path) -> None:
         """Raises unless the store found is the one that is to be written."""
         for key, value in self.meta.items():
-            if found.get(key) != value:
-                raise ValueError(f'{where}: holds a store with {key}={found.get(key)!r}, not {value!r}; choose another '
-                                 'place or delete it')
+            if before.get(key) != value:
+                raise ValueError(f'{where}: holds a store with {key}={shortened(before.get(key))}, not '
+                                 f'{shortened(value)}; choose another place or delete it')
 
     def _open(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        """Opens array `name` at row `done`, writing its header where it is new."""
+        """Opens array `name` at the next row to write, writing its header where it is new."""
         path = self._partial / f'{name}.npy'
         # Unbuffered: a full disk must show in the append it belongs to. And not memory-mapped: there it is a SIGBUS.
-        file = open(path, 'r+b' if self.done else 'w+b', buffering=0)
-        np.lib.format.write_array_header_1_0(file, {'descr': np.lib.format.dtype_to_descr(dtype),
-                                                    'fortran_order': False, 'shape': (self.meta['num'], *shape)})
-        file.seek(self.done * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, os.SEEK_CUR)
+        file = open(path, 'r+b' if self._written else 'w+b', buffering=0)
+        write_header(file, dtype, (self.meta['items'], *shape))
+        file.seek(self._written * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, os.SEEK_CUR)
         self._files[name], self._shapes[name] = file, (shape, dtype)
 
-    def append(self, rows: Mapping[str, np.ndarray], *, names: Sequence[str],
-               captions: Sequence[str] | None = None) -> None:
-        """Writes the next rows: `codes` [n, L] and any other arrays [n, ...], the same ones each time."""
+    def append(self, rows: Mapping[str, np.ndarray], *, names: Sequence[str], captions: Sequence[str] | None = None,
+               left_out: int = 0) -> None:
+        """Writes the next rows: `codes` [n, L] and any other arrays [n, ...], the same ones each time; `left_out` more
+        items among them have no row."""
         rows = {name: np.asarray(array) for name, array in rows.items()}
         rows['codes'] = self._check_codes(rows)
         count = len(names)
+        if self.done + count + left_out > self.meta['items']:
+            raise ValueError(f'{self.path}: {self.done + count + left_out} rows are more than num={self.meta["items"]}')
         if count == 0:
+            self.done += left_out
             return
         for name, array in rows.items():
             if len(array) != count:
                 raise ValueError(f'{name}: {len(array)} rows but {count} names')
-        if self.done + count > self.meta['num']:
-            raise ValueError(f'{self.path}: {self.done + count} rows are more than num={self.meta["num"]}')
         if not self._files:
             for name, array in rows.items():
                 self._open(name, array.shape[1:], array.dtype)
-        found = {name: (array.shape[1:], array.dtype) for name, array in rows.items()}
-        if found != self._shapes:
-            raise ValueError(f'{self.path}: rows are {found}, but those before were {self._shapes}')
+        shapes = {name: (array.shape[1:], array.dtype) for name, array in rows.items()}
+        if shapes != self._shapes:
+            raise ValueError(f'{self.path}: rows are {shapes}, but those before were {self._shapes}')
         texts = {'names': [' '.join(name.splitlines()) for name in names]}
         if (captions is not None) != ('captions' in self._lines):
             raise ValueError(f'{self.path}: captions come with every row of a store whose meta says so, and no other')
@@ -264,7 +406,9 @@ class writer:
             texts['captions'] = [' '.join(caption.split()) for caption in captions]
             if len(captions) != count or '' in texts['captions']:
                 raise ValueError(f'{self.path}: {count} rows but {sum(map(bool, texts["captions"]))} captions')
-        lines = {name: ''.join(line + '\n' for line in texts[name]).encode('utf-8') for name in texts}
+        # A file name on disk need not be UTF-8; its bytes are kept as they are.
+        lines = {name: ''.join(line + '\n' for line in texts[name]).encode('utf-8', 'surrogateescape')
+                 for name in texts}
         try:
             for name, array in rows.items():
                 write_all(self._files[name], np.ascontiguousarray(array).data)
@@ -274,7 +418,8 @@ class writer:
             raise self._full(error) from error
         for name, data in lines.items():
             self._lines_bytes[name] += len(data)
-        self.done += count
+        self.done += count + left_out
+        self._written += count
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
 
@@ -296,7 +441,7 @@ class writer:
         for file in (*self._files.values(), *self._lines.values()):
             os.fsync(file.fileno())
         # After a failed append the files are ahead of `done`; what is beyond it is written over.
-        progress = {'done': self.done, 'meta': self.meta,
+        progress = {'done': self.done, 'written': self._written, 'meta': self.meta,
                     'arrays': {name: (shape, dtype.str) for name, (shape, dtype) in self._shapes.items()},
                     **{f'{name}_bytes': size for name, size in self._lines_bytes.items()}}
         write_json(self._partial / 'progress.json', progress)
@@ -319,11 +464,38 @@ class writer:
                 file.close()
         if failed:
             return
-        if self.done != self.meta['num']:
-            raise ValueError(f'{self.path}: {self.done} of {self.meta["num"]} rows were written; append the rest')
-        write_json(self._partial / 'meta.json', self.meta | {'arrays': sorted(self._shapes)})
+        if self.done != self.meta['items']:
+            raise ValueError(f'{self.path}: {self.done} of {self.meta["items"]} rows were written; append the rest')
+        if not self._written:
+            raise ValueError(f'{self.path}: none of the {self.done} items could be read, there is nothing to store')
+        if self._written < self.done:
+            self._shorten()
+        write_json(self._partial / 'meta.json', self.meta | {'num': self._written, 'arrays': sorted(self._shapes)})
         (self._partial / 'progress.json').unlink()
         os.replace(self._partial, self.path)
+
+    def _shorten(self) -> None:
+        """Puts the number of rows that came into the arrays' headers, which expected one of every item."""
+        for name, (shape, dtype) in self._shapes.items():
+            with open(self._partial / f'{name}.npy', 'r+b') as file:
+                before = write_header(io.BytesIO(), dtype, (self.meta['items'], *shape))
+                if write_header(file, dtype, (self._written, *shape)) != before:
+                    raise AssertionError('numpy pads headers so that the first axis may change')
+                file.truncate(before + self._written * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def write_header(file: Any, dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """Writes the header of a .npy file; returns its length, where the data begin."""
+    np.lib.format.write_array_header_1_0(file, {'descr': np.lib.format.dtype_to_descr(dtype), 'fortran_order': False,
+                                                'shape': shape})
+    return file.tell()
+
+
+def shortened(value: Any) -> str:
+    """`value` for an error message."""
+    return printable(repr(value), 120)
 
 
 def write_all(file: io.RawIOBase, data: memoryview) -> None:

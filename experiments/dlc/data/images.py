@@ -1,57 +1,55 @@
-"""What an image source is, how images are decoded, and the sources that hold or make their images in memory.
+"""What an image source is, and the sources that hold or make their images in memory.
 
 No jax here: sources are pickled into the loader's worker processes.
 """
-import io
+import collections
+import hashlib
 import logging
-import os
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dlc_jax.preprocess import center_crop
+from experiments.dlc.data import memory
+from experiments.dlc.data.decode import NOTES, Unreadable
+from experiments.dlc.data.printable import printable
 
 log = logging.getLogger(__name__)
 
-# What Pillow and the decoders under it raise on damaged files.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, zlib.error, Image.DecompressionBombError)
-MAX_SKIPPED_IN_A_ROW = 1000
-
-
-class Unreadable(Exception):
-    """One image is damaged; the others may be fine."""
+MAX_TRIES = 1000  # images looked at in place of an unreadable one
+NAMED_IN_LOG = 10  # unreadable images that are logged by name; then whenever their number has doubled
 
 
 class ImageSource:
-    """Base of all sources. A damaged image is replaced by the next good one, logged once and listed in `skipped`.
+    """Base of all sources. Unreadable images are logged and listed in `skipped`.
 
-    A subclass gives `__len__`, `name(i)` and `read(i) -> (image, label)`, which raises `Unreadable`.
+    A subclass gives `__len__`, `name(i)` and `read(i) -> (image, label, *notes)`, which raises `Unreadable`; notes are
+    kinds of `decode.NOTES`.
 
     Attributes:
         class_names: one a class; `num_classes` is their number.
         image_size: side that items are brought to by the ADM centre crop; 0 leaves them as stored.
-        skipped: damaged images met so far, name -> reason.
+        skipped: unreadable images met so far, name -> reason.
+        notes: kind -> how many images were read of which that note holds.
         captions: name -> what the image shows, in words; None where the data set says nothing.
+        origin: fields of the config that named the data set; a code store made of it keeps them.
+        held_back: images of its data set that this split leaves to 'heldout', where the two were drawn here.
     """
 
     def __init__(self, class_names: tuple[str, ...], image_size: int = 0):
         self.class_names = tuple(str(name) for name in class_names)
         self.image_size = image_size
         self.skipped: dict[str, str] = {}
+        self.notes: collections.Counter[str] = collections.Counter()
         self.captions: Mapping[str, str] | None = None
+        self.origin: Mapping[str, Any] = {}
+        self.held_back = 0
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
-
-    def skip(self, name: str, reason: str) -> None:
-        """Records a damaged image; logs it the first time."""
-        if name not in self.skipped:
-            self.skipped[name] = reason
-            log.warning('skipped unreadable image %s (%s); the next good one takes its place', name, reason)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -59,52 +57,84 @@ class ImageSource:
     def name(self, i: int) -> str:
         raise NotImplementedError
 
-    def read(self, i: int) -> tuple[np.ndarray, int]:
+    def read(self, i: int) -> tuple[Any, ...]:
         raise NotImplementedError
 
-    def name_read(self, i: int) -> str:
-        """Name of the image that `self[i]` gave: its own or, where that is known as damaged, the next good one's."""
-        return next(name for k in range(len(self)) if (name := self.name((i + k) % len(self))) not in self.skipped)
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell this set of images from another of the same length.
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+        Here of the names and their order; a subclass adds what it knows of the contents without decoding them.
+        """
+        return digest(self.name(i).encode('utf-8', 'surrogateescape') + b'\n' for i in range(len(self)))
+
+    def fetch(self, i: int) -> dict[str, Any]:
+        """Image `i`, or a readable one in its place; what was met on the way is in the item, not yet in `skipped`.
+
+        The places that are tried in turn for an unreadable image are drawn from (i, attempt): the images of a damaged
+        stretch are not all replaced by the one behind it.
+
+        Returns:
+            `image` uint8 [H, W, C], `label` int, `name` and `index` of the image that was read, `skipped` (name ->
+            reason) and `notes` (kinds).
+
+        Raises:
+            IndexError: no image `i`.
+            OSError: no readable image was found.
+        """
         if not 0 <= i < len(self):
             raise IndexError(f'image {i} of {len(self)}')
-        for k in range(min(len(self), MAX_SKIPPED_IN_A_ROW)):
-            j = (i + k) % len(self)
-            name = self.name(j)
+        skipped: dict[str, str] = {}
+        for attempt in range(min(2 * len(self), MAX_TRIES)):
+            index = i if attempt == 0 else int(np.random.default_rng((i, attempt)).integers(len(self)))
+            name = self.name(index)
+            if name in skipped:
+                continue
             try:
-                image, label = self.read(j)
+                image, label, *notes = self.read(index)
             except Unreadable as error:
-                self.skip(name, str(error))
+                skipped[name] = str(error)
                 continue
             if self.image_size and image.shape[:2] != (self.image_size, self.image_size):
                 image = center_crop(image, self.image_size)
-            return {'image': image, 'label': int(label), 'name': name}
-        raise OSError(f'{k + 1} images in a row from {self.name(i)} on are unreadable; is the data set damaged?')
+            return {'image': image, 'label': int(label), 'name': name, 'index': index, 'skipped': skipped,
+                    'notes': tuple(notes)}
+        first, reason = next(iter(skipped.items()))
+        raise OSError(f'{printable(first)}: unreadable ({reason}), and so are all {len(skipped)} images tried in its '
+                      'place; is the data set damaged?')
+
+    def record(self, skipped: Mapping[str, str], notes: Iterable[str], name: str) -> None:
+        """Counts and logs what `fetch` met on the way to the image `name`."""
+        for unreadable, reason in skipped.items():
+            self.skip(unreadable, reason)
+        for kind in notes:
+            self.notes[kind] += 1
+            if self.notes[kind] == 1:
+                log.warning('some images (the first: %s) %s', printable(name), NOTES[kind])
+
+    def skip(self, name: str, reason: str) -> None:
+        """Records an unreadable image; logs the first ones by name, then their number whenever it has doubled."""
+        if name in self.skipped:
+            return
+        self.skipped[name] = reason
+        count = len(self.skipped)
+        if count <= NAMED_IN_LOG:
+            log.warning('skipped unreadable image %s (%s)', printable(name), reason)
+        elif count & (count - 1) == 0:
+            log.warning('skipped %d unreadable images so far, the last is %s (%s)', count, printable(name), reason)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """`fetch`, recorded."""
+        item = self.fetch(i)
+        self.record(item.pop('skipped'), item.pop('notes'), item['name'])
+        return item
 
 
-def decode_image(data: bytes | str | os.PathLike, channels: int = 3) -> np.ndarray:
-    """An encoded image, or a file, as uint8 [H, W, channels]; raises `Unreadable`."""
-    try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
-            if picture.mode.startswith('I;16'):  # Pillow would cut 16 bits to 8 instead of scaling
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            image = np.asarray(picture.convert('L' if channels == 1 else 'RGB'))
-    except FileNotFoundError:
-        raise
-    except DECODE_ERRORS as error:
-        raise Unreadable(' '.join(str(error).split()) or type(error).__name__) from error
-    return image.reshape(*image.shape[:2], channels)
-
-
-def read_image(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
-    """One image file as uint8 [H, W, channels]; a one-line OSError if there is none."""
-    try:
-        return decode_image(path, channels or 3)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: no such file') from None
-    except Unreadable as error:
-        raise OSError(f'{path}: not a readable image ({error})') from None
+def digest(parts: Iterable[bytes | memoryview]) -> str:
+    """16 hexadecimal digits of the SHA-256 of `parts`."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()[:16]
 
 
 def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
@@ -161,6 +191,10 @@ class ArrayImages(ImageSource):
     def read(self, i: int) -> tuple[np.ndarray, int]:
         return self.images[i], self.labels[i]
 
+    def digest(self) -> str:
+        return digest([super().digest().encode(), np.ascontiguousarray(self.images).data,
+                       np.ascontiguousarray(self.labels).data])
+
 
 class FakeImages(ImageSource):
     """Smooth coloured noise around a hue that depends on the class; the same for the same (split, seed, index)."""
@@ -176,6 +210,9 @@ class FakeImages(ImageSource):
     def name(self, i: int) -> str:
         return f'fake/{self._split}/{i}'
 
+    def digest(self) -> str:
+        return digest([super().digest().encode(), repr((self._size, self._channels, self._seed)).encode()])
+
     def read(self, i: int) -> tuple[np.ndarray, int]:
         rng = np.random.default_rng((self._seed, self._split != 'train', i))
         label = i % self.num_classes
@@ -187,13 +224,27 @@ class FakeImages(ImageSource):
 
 
 def in_memory(source: ImageSource) -> ArrayImages:
-    """Every image of `source`, decoded; all must have one size (set `image_size` otherwise)."""
-    items = [source[i] for i in range(len(source))]
-    shapes = {item['image'].shape for item in items}
-    if len(shapes) > 1:
-        raise ValueError(f'data.in_memory: images have {len(shapes)} different sizes; set data.image_size')
-    out = ArrayImages(np.stack([item['image'] for item in items]), np.array([item['label'] for item in items]),
-                      source.class_names, prefix=type(source).__name__)
+    """Every readable image of `source`, decoded; all must have one size (set `image_size` otherwise).
+
+    Raises:
+        ValueError: several sizes, or more than fits into memory.
+        OSError: no image is readable.
+    """
+    images, labels, rows = [], [], []
+    for i in range(len(source)):
+        item = source[i]
+        if item['index'] != i:  # a stand-in for an unreadable image
+            continue
+        if not images:
+            memory.check(2 * item['image'].nbytes * len(source), f'data.in_memory: {len(source)} images',
+                         'set data.in_memory=False')
+        elif item['image'].shape != images[0].shape:
+            raise ValueError('data.in_memory: images have different sizes; set data.image_size')
+        images.append(item['image'])
+        labels.append(item['label'])
+        rows.append(i)
+    out = ArrayImages(np.stack(images), np.array(labels), source.class_names, prefix=type(source).__name__)
+    out._rows = np.array(rows)  # images are named by their place in `source`
     for name, reason in source.skipped.items():
         out.skip(name, reason)
     return out

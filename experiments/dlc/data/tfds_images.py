@@ -1,11 +1,15 @@
 """TFDS image data sets through `tfds.data_source`: array_record files, no TensorFlow, no network."""
+import logging
 import os
 import re
 
 import numpy as np
 
-from experiments.dlc.data.images import ImageSource, decode_image
+from experiments.dlc.data.decode import Decoding, decode_image
+from experiments.dlc.data.images import ImageSource
 from experiments.runtime import tfds_folders
+
+log = logging.getLogger(__name__)
 
 OTHER_SOURCES = ('digits', 'fake', 'folder', 'npz')
 MIN_FILE_BYTES = 2 ** 16  # of an array_record file: it ends in a footer of that size
@@ -14,7 +18,8 @@ MIN_FILE_BYTES = 2 ** 16  # of an array_record file: it ends in a footer of that
 class TFDSImages(ImageSource):
     """A prepared TFDS data set with features `image` and, if it has classes, `label`."""
 
-    def __init__(self, name: str, data_dir: str, split: str, *, channels: int = 3, image_size: int = 0):
+    def __init__(self, name: str, data_dir: str, split: str, *, decoding: Decoding = Decoding(),
+                 image_size: int = 0):
         import tensorflow_datasets as tfds  # heavy, and wanted only here
         folder = tfds_folders.find(name, data_dir, field='data.name', others=OTHER_SOURCES)
         builder = tfds.builder_from_directory(str(folder))
@@ -23,6 +28,9 @@ class TFDSImages(ImageSource):
             found = [s for s in ('validation', 'test') if s in splits]
             if not found:
                 raise ValueError(f"data.split='heldout': {name} has only {splits}; name a part, as in 'train[90%:]'")
+            if found[1:]:
+                log.warning('data.name=%s: held out are the images of %s; left out: %s, read by naming it as the split',
+                            name, found[0], ', '.join(found[1:]))
             split = found[0]
         elif re.split(r'\W', split)[0] not in splits:
             raise ValueError(f'data.split={split!r}: {name} has {splits}')
@@ -39,7 +47,7 @@ class TFDSImages(ImageSource):
         for file in [] if '://' in str(folder) else builder.info.splits[split].filepaths:
             if not os.path.exists(file) or os.path.getsize(file) < MIN_FILE_BYTES:
                 raise OSError(f'{file}: missing or truncated; {self._repair}')
-        self._prefix, self._channels = f'{name}/{split}', channels or 3
+        self._prefix, self._decoding = f'{name}/{split}', decoding
 
     def __len__(self) -> int:
         return len(self._records)
@@ -47,12 +55,13 @@ class TFDSImages(ImageSource):
     def name(self, i: int) -> str:
         return f'{self._prefix}/{i}'
 
-    def read(self, i: int) -> tuple[np.ndarray, int]:
+    def read(self, i: int) -> tuple[np.ndarray | int | str, ...]:
         try:
             record = self._records[i]
         except RuntimeError as error:  # of a whole file, not of one image
             raise OSError(f'{self.name(i)}: a file is truncated ({first_line(error)}); {self._repair}') from None
-        return decode_image(record['image'], self._channels), int(record.get('label', 0))
+        image, notes = decode_image(record['image'], self._decoding)
+        return image, int(record.get('label', 0)), *notes
 
 
 def first_line(error: BaseException) -> str:
