@@ -9,11 +9,14 @@
 
 Run again after an interruption, it continues; on a finished store it returns at once.
 """
+import argparse
 import hashlib
+import logging
 import os
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from tqdm import tqdm
 
@@ -21,11 +24,18 @@ from dlc_jax.preprocess import center_crop
 from experiments.dlc.data import captions as captions_lib
 from experiments.dlc.data import codestore, sources
 from experiments.dlc.data.batches import eval_batches
+from experiments.dlc.data.decode import NOTES, OPTIONS
+from experiments.dlc.data.image_files import LAYOUTS
+from experiments.dlc.data.printable import printable
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import to_model_range
 from experiments.dlc.latents import LatentDecoder
 from experiments.dlc.weights import reading
 from experiments.runtime import launch, storage
+
+log = logging.getLogger(__name__)
+
+NAMED = 10  # unreadable images that are named at the end
 
 
 def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike, *, image_size: int,
@@ -43,6 +53,9 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
         batch_size: images at once.
         seed: of flips and posterior samples, which depend on the image's index alone.
         num_workers: processes that read and crop images; 0: threads of this one.
+
+    Raises:
+        ValueError, OSError: another store is there, the disk is full, or no image can be read.
     """
     if jax.process_count() > 1:
         raise ValueError('experiments.encode writes one store from one process; run it without --distributed')
@@ -56,7 +69,8 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
     # All that decides what is written: another store is never taken for this one.
     meta = dict(num_codes=m.num_codes, vocab_size=m.vocab_size, class_names=tuple(source.class_names or ()),
                 encoder=fingerprint(encoder.params), image_size=image_size,
-                stored='images' if vae is None else 'latents', store_sem=store_sem, flip=flip, seed=seed)
+                stored='images' if vae is None else 'latents', store_sem=store_sem, flip=flip, seed=seed,
+                vae=None if vae is None else fingerprint(vae.params), **source.origin, source=source.digest())
     if source.captions is not None:
         digest = hashlib.sha256('\n'.join(source.captions[source.name(i)] for i in range(len(source))).encode())
         meta['captions'] = digest.hexdigest()[:16]
@@ -65,6 +79,7 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
         for batch in eval_batches(source, prepare, min(batch_size, len(source)), start=store.done,
                                   num_workers=num_workers):
             real = batch['mask']
+            items = min(len(real), len(source) - store.done)  # the rest only fill up the last batch
             encoded = encoder.encode(batch['input'], batch_size=len(real), outputs=wanted)
             rows = {name: encoded[name][real] for name in wanted} | {'labels': batch['label'][real]}
             if store_sem:
@@ -78,12 +93,16 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
                 mean, std = vae.posterior(to_model_range(crops))
                 noise = np.stack([rng.standard_normal(vae.latent_shape(image_size), np.float32) for rng in rngs])
                 rows['latents'] = (mean + std * noise)[real].astype(np.float16)
-            names = [source.name_read(i) for i in batch['index'][real]]
-            store.append(rows, names=names, captions=source.captions and [source.captions[name] for name in names])
-            bar.update(int(real.sum()))
+            names = [source.name(i) for i in batch['index'][real]]
+            store.append(rows, names=names, captions=source.captions and [source.captions[name] for name in names],
+                         left_out=items - len(names))
+            bar.update(items)
     if source.skipped:
-        print(f'{len(source.skipped)} unreadable image(s), each with the next good one in its place: '
-              f'{", ".join(source.skipped)}')
+        first = ', '.join(printable(name) for name in list(source.skipped)[:NAMED])
+        more = ', ...' if len(source.skipped) > NAMED else ''
+        print(f'{len(source.skipped)} unreadable image(s) have no row in the store: {first}{more}')
+    for kind, count in source.notes.items():
+        print(f'{count} image(s) {NOTES[kind]}')
 
 
 def fingerprint(params: Any) -> str:
@@ -94,13 +113,45 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def data_config(trained_on: ml_collections.ConfigDict, args: argparse.Namespace) -> ml_collections.ConfigDict:
+    """The data set that the flags name, else that of the encoder.
+
+    Raises:
+        ValueError: a path without a data set that would read it.
+    """
+    data = trained_on.copy_and_resolve_references().unlock()
+    if args.path and not args.data and data.name in ('digits', 'fake'):
+        raise ValueError(f'--path={args.path}: the encoder was trained on {data.name!r}, which reads no files; say '
+                         'with --data=folder (or npz, or the name of a TFDS data set) how to read it')
+    if args.data and args.data != data.name:
+        data.path = ''  # that of another data set
+    data.name, data.path = args.data or data.name, args.path or data.path
+    for field in ('layout', *OPTIONS):
+        if getattr(args, field) is not None:
+            data[field] = getattr(args, field)
+    return data
+
+
+def warn_of_held_back(data: ml_collections.ConfigDict, split: str, source: sources.ImageSource) -> None:
+    """Logs how many images of the data set `split` leaves out, where the split was drawn here."""
+    if split != 'train' or not source.held_back:
+        return
+    log.warning('--split=train: %d images; %d more are held back (data.heldout=%g), --split=heldout encodes them and '
+                '--split=all encodes both', len(source), source.held_back, data.heldout)
+
+
 def main() -> None:
     p = launch.parser(__doc__)
     p.add_argument('--encoder', '--sem', required=True, metavar='RUN|DIR', help='a work directory, or released weights')
     p.add_argument('--out', required=True, metavar='DIR')
-    p.add_argument('--split', default='train')
+    p.add_argument('--split', default='train', help="part of the data set: train (default), heldout, all, or one that "
+                   'it names itself; a folder or npz without parts holds back data.heldout of each class from train')
     p.add_argument('--data', help='data set name, if not the one the encoder was trained on')
     p.add_argument('--path', help='its file or folder')
+    p.add_argument('--layout', choices=LAYOUTS, help='whether the folders of a folder are classes or parts of the data '
+                   'set (default: what they look like)')
+    for option, choices in OPTIONS.items():
+        p.add_argument(f'--{option}', choices=choices, help='of encoded images (default: as the encoder was trained)')
     p.add_argument('--captions', metavar='txt|FILE', help='of every image, to train text to image on: the .txt beside '
                    'it, or a jsonl file of {"file_name": ..., "caption": ...}')
     p.add_argument('--image_size', type=int, help='pixels (default: what the encoder reads; 256 with --vae)')
@@ -115,18 +166,22 @@ def main() -> None:
         raise ValueError('--batch_size and --image_size must be at least 1')
     if not 0 <= args.flip <= 1:
         raise ValueError(f'--flip={args.flip} is a probability; choose it between 0 and 1')
+    if not 0 <= args.seed < 2 ** 32:
+        raise ValueError(f'--seed={args.seed} must lie in 0..{2 ** 32 - 1}')
+    if args.num_workers is not None and args.num_workers < 0:
+        raise ValueError(f'--num_workers={args.num_workers} must not be negative; 0: threads')
     storage.check_writable(storage.resolve(args.out).parent, '--out')
     launch.initialize(args)
     if args.captions and args.captions != 'txt':
         captions_lib.read_jsonl(args.captions)  # a damaged file is found before weights are read
     encoder = reading.load(Encoder, args.encoder)
-    data = encoder.config.data.copy_and_resolve_references()
-    data.name, data.path = args.data or data.name, args.path or data.path
+    data = data_config(encoder.config.data, args)
     vae = LatentDecoder.load(args.vae) if args.vae else None
     image_size = args.image_size or (256 if vae else data.global_size)
     if data.image_size < image_size:
         data.image_size = 0  # what the encoder reads may be smaller than what is stored; both crop what is there
     source = sources.image_source(data, args.split)
+    warn_of_held_back(data, args.split, source)
     if args.captions:
         captions_lib.attach(source, args.captions)
     encode(encoder, source, args.out, vae=vae, flip=args.flip, store_sem=args.store_sem,

@@ -22,8 +22,11 @@ decides the form: one .png grid, an .npz of uint8 [N, H, W, C] under `arr_0` (wh
 of numbered files, each with its text beside it where there is one.
 """
 import argparse
+import logging
+import math
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Sequence
 
@@ -35,7 +38,10 @@ from dlc_jax import codes as codes_lib
 from dlc_jax.diffusion.gaussian import to_uint8
 from dlc_jax.diffusion.remasking import REMASKING
 from experiments.dlc.code_model import CodeModel
-from experiments.dlc.data.sources import read_image
+from experiments.dlc.data import memory
+from experiments.dlc.data.decode import SUFFIXES, Decoding, read_image
+from experiments.dlc.data.image_files import is_junk
+from experiments.dlc.data.printable import printable
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
@@ -43,6 +49,10 @@ from experiments.dlc.text_to_code import TextToCode
 from experiments.dlc.weights import reading
 from experiments.runtime import launch, png, storage
 from experiments.runtime.progress import bar
+
+log = logging.getLogger(__name__)
+
+SAMPLE = re.compile(r'\d{6,}\.(png|txt)')  # names of files in a directory of samples
 
 
 def check_out(out: str | os.PathLike) -> None:
@@ -52,12 +62,18 @@ def check_out(out: str | os.PathLike) -> None:
         raise ValueError(f'--out={out}: end it in .png (grid), .npz (array) or / (a directory of files)')
     if path.suffix and path.is_dir():
         raise ValueError(f'--out={out} is a directory; give the name of a file')
+    if not path.suffix and path.is_dir():
+        others = sorted(file.name for file in path.iterdir() if not SAMPLE.fullmatch(file.name)
+                        and file.suffix.lower() in (*SUFFIXES, '.txt') and not is_junk(file.name))
+        if others:
+            raise ValueError(f'--out={out} holds other pictures or texts, such as {printable(others[0])}; give a '
+                             'directory of its own')
     storage.check_writable(path.parent if path.suffix else path, '--out')
 
 
 def write(images: np.ndarray, out: str | os.PathLike, columns: int = 0, texts: Sequence[str] = ()) -> None:
     """uint8 [N, H, W, C] to a .png grid, an .npz or, for any other name, a directory of files, with `texts` beside
-    them."""
+    them; the samples of an earlier run there are replaced, all of them."""
     out = storage.resolve(out)
     if out.suffix == '.npz':
         with storage.write_whole(out) as file:
@@ -66,6 +82,11 @@ def write(images: np.ndarray, out: str | os.PathLike, columns: int = 0, texts: S
         png.save(out, png.grid(images, columns or int(np.ceil(np.sqrt(len(images))))))
     else:
         out.mkdir(parents=True, exist_ok=True)
+        earlier = [file for file in out.iterdir() if SAMPLE.fullmatch(file.name)]
+        for file in earlier:
+            file.unlink()
+        if earlier:
+            log.warning('%s: replaced %d files of an earlier run', out, len(earlier))
         for i, image in enumerate(images):
             png.save(out / f'{i:06d}.png', image)
         for i, text in enumerate(texts):
@@ -197,7 +218,12 @@ def read_texts(args: argparse.Namespace) -> list[str]:
         file = storage.resolve(args.text_file)
         if not file.is_file():
             raise FileNotFoundError(f'--text_file={args.text_file}: no such file')
-        texts = [line for line in file.read_text().splitlines() if line.strip()]
+        try:
+            text = file.read_bytes().decode('utf-8-sig')  # without a byte order mark
+        except UnicodeDecodeError as error:
+            raise ValueError(f'--text_file={args.text_file}: not UTF-8 text (byte {error.start})') from None
+        # Other separators of lines that Python knows, such as U+2028, belong to a text.
+        texts = [line.strip() for line in text.split('\n') if line.strip()]
         if not texts:
             raise ValueError(f'--text_file={args.text_file}: no text in it')
     if not all(text.strip() for text in texts):
@@ -207,6 +233,12 @@ def read_texts(args: argparse.Namespace) -> list[str]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises a ValueError for what is wrong whatever the models turn out to be."""
+    for name, value in vars(args).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f'--{name}={value}: must be a number')
+    if not 0 <= args.seed < 2 ** 32:
+        raise ValueError(f'--seed={args.seed} must lie in 0..{2 ** 32 - 1}')
     if args.text or args.text_file:
         if not args.text_model:
             raise ValueError('give the model that writes the codes of texts with --text_model=RUN or --llada=DIR')
@@ -251,6 +283,13 @@ def check_sampler(args: argparse.Namespace, config: ml_collections.ConfigDict) -
         raise ValueError(f'--guidance_channels={args.guidance_channels}: the generator has {config.model.channels}')
 
 
+def check_memory(num: int, config: ml_collections.ConfigDict, vae: LatentDecoder | None) -> None:
+    """Raises a ValueError where `num` samples would not fit into memory: they are written all together."""
+    numbers = config.model.input_size ** 2 * config.model.channels * 4  # bytes of a sample as float32
+    pixels = (config.model.input_size * vae.module.stride) ** 2 * 3 if vae else numbers // 4
+    memory.check(num * (numbers + pixels), f'{num} samples', 'make fewer at once, with another --seed each time')
+
+
 def main() -> None:
     if launch.given('--policy'):
         from experiments import sample_policy
@@ -266,6 +305,7 @@ def main() -> None:
     if (generator.config.data.target == 'latents') != bool(args.vae):
         raise ValueError('this generator makes latents: give the autoencoder weights with --vae=DIR'
                          if not args.vae else 'this generator makes pixels: leave --vae out')
+    check_memory(args.num or len(texts) * (args.per_text or 1), generator.config, vae)
     code_key, image_key = jax.random.split(jax.random.key(args.seed))
     num, cond = args.num or 16, None
 
@@ -296,7 +336,7 @@ def main() -> None:
         paths = args.from_images or args.compose
         encoder = reading.load(Encoder, args.encoder)
         num = args.num or (len(paths) if args.from_images else 16)
-        images = [read_image(path, encoder.config.data.channels) for path in paths]
+        images = [read_image(path, Decoding.of(encoder.config.data)) for path in paths]
         cond = read_condition(generator, encoder, images, num, compose=bool(args.compose), key=code_key,
                               method=args.composition, temperature=args.temperature)
 

@@ -46,9 +46,10 @@ def get_config(kind):
 """
 
 
-def write_store(path, num=64, num_codes=L, **arrays):
+def write_store(path, num=64, num_codes=L, meta=None, **arrays):
     rng = np.random.default_rng(0)
-    with codestore.writer(path, num=num, meta=dict(num_codes=num_codes, vocab_size=V, class_names=['a', 'b'])) as store:
+    meta = dict(num_codes=num_codes, vocab_size=V, class_names=['a', 'b'], encoder='a') | (meta or {})
+    with codestore.writer(path, num=num, meta=meta) as store:
         store.append({'codes': rng.integers(0, V, (num, num_codes)), 'labels': np.arange(num, dtype=np.int32) % 2,
                       'embeddings': rng.normal(size=(num, 32)).astype(np.float32),
                       'images': rng.integers(0, 256, (num, 8, 8, 1), np.uint8)} | arrays,
@@ -74,6 +75,9 @@ def places(tmp_path_factory):
     root = tmp_path_factory.mktemp('places')
     write_store(root / 'store')
     write_store(root / 'short_codes', num_codes=8)
+    write_store(root / 'unlabelled', labels=np.full(64, -1, np.int32))
+    write_store(root / 'odd_labels', labels=np.full(64, 10 ** 12), meta=dict(class_names=()))
+    write_store(root / 'other_encoder', meta=dict(encoder='b'))
     write_store(root / 'large_images', images=np.zeros((64, 16, 16, 1), np.uint8))
     (root / 'tiny.py').write_text(CONFIG.format(store=str(root / 'store')))
     for kind in ('encoder', 'code', 'none', 'code_model'):
@@ -91,6 +95,9 @@ def places(tmp_path_factory):
         Image.fromarray(np.full((16, 16), 90, np.uint8)).save(root / 'photos' / f'{name}.png')
     (root / 'photos' / 'broken').mkdir()
     (root / 'photos' / 'broken' / 'c.png').write_bytes(b'\x89PNG but no more')
+    (root / 'sizes').mkdir()
+    for name, side in (('a', 16), ('b', 8)):
+        Image.new('L', (side, side)).save(root / 'sizes' / f'{name}.png')
     (root / 'broken.py').write_text('def get_config(:\n')
     (root / 'raises.py').write_text('def get_config():\n    return {}["missing"]\n')
     (root / 'nothing.py').write_text('')
@@ -99,6 +106,7 @@ def places(tmp_path_factory):
     np.savez(root / 'samples.npz', arr_0=np.zeros((8, 8, 8, 1), np.uint8))
     np.savez(root / 'floats.npz', arr_0=np.zeros((8, 8, 8, 1), np.float32))
     np.savez(root / 'other.npz', labels=np.zeros(8))
+    np.savez(root / 'labels.npz', images=np.zeros((2, 8, 8), np.uint8), labels=np.array([0, 10 ** 12]))
     (root / 'cut.npz').write_bytes((root / 'samples.npz').read_bytes()[:150])
     return root
 
@@ -131,6 +139,7 @@ def nothing_computed(monkeypatch):
 
 
 TRAIN = '--config={at}/tiny.py:code --workdir={at}/new'
+CLASSES = TRAIN + ' --config.model.condition=class'
 GENERATOR = '--config=configs/dlc/generator_digits.py --workdir={at}/new'
 ENCODER = '--config=configs/dlc/encoder_digits.py --workdir={at}/new'
 SAMPLE = '--unconditional --code_model={at}/code_model --generator={at}/code --out={at}/new.png'
@@ -181,6 +190,10 @@ BAD = {
                                 'L x V = 16 x 16 but model.vocab_size=32'),
     'images of another size': ('train', TRAIN + ' --config.data.path={at}/large_images',
                                r'images are \(16, 16, 1\).*input_size'),
+    'class labels': ('train', CLASSES + ' --config.model.num_classes=1',
+                     'labels are outside 0..0, the first is 1 in row 1'),
+    'negative labels': ('train', CLASSES + ' --config.data.path={at}/unlabelled',
+                        'labels are outside 0..999, the first is -1|labels are outside 0..9, the first is -1'),
     'latents absent': ('train', TRAIN + ' --config.data.target=latents', "no 'latents'; encode"),
     'data set': ('train', ENCODER + ' --config.data.name=digit', "did you mean 'digits'"),
     'split': ('train', ENCODER + ' --config.data.split=dev', "data.split='dev'"),
@@ -230,6 +243,14 @@ BAD = {
     'guidance of nothing': ('sample', '--unconditional --guidance=2 --generator={at}/none --out={at}/new.png',
                             '--guidance: this generator is unconditional'),
     'no samples': ('sample', SAMPLE + ' --num=0', '--num=0 must be at least 1'),
+    'guidance that is no number': ('sample', SAMPLE + ' --guidance=nan', '--guidance=nan: must be a number'),
+    'endless window': ('sample', SAMPLE + ' --window 0 inf', r'--window=.*inf.*: must be a number'),
+    'sample seed': ('sample', SAMPLE + ' --seed=-1', '--seed=-1 must lie in 0..4294967295'),
+    'sample seed too large': ('sample', SAMPLE + f' --seed={2 ** 32}', '--seed=4294967296 must lie in'),
+    'more samples than there is memory': ('sample', SAMPLE + ' --num=1000000000000',
+                                          '1000000000000 samples would take .*; make fewer at once'),
+    'samples among other pictures': ('sample', SAMPLE.replace('{at}/new.png', '{at}/photos'),
+                                     'photos holds other pictures or texts, such as a.png; give a directory'),
     'no batch': ('sample', SAMPLE + ' --batch_size=0', '--batch_size=0 must be at least 1'),
     'steps': ('sample', SAMPLE + ' --steps=0', r'--steps=0 must lie in 2..1000'),
     'code steps': ('sample', SAMPLE + ' --code_steps=-3', '--code_steps=-3 must be at least 1'),
@@ -251,6 +272,15 @@ BAD = {
     'encode split': ('encode', ENCODE + ' --split=dev', "data.split='dev'"),
     'encode data': ('encode', ENCODE + ' --data=folder --path={at}/empty', 'empty: no .png'),
     'encode batch': ('encode', ENCODE + ' --batch_size=0', '--batch_size'),
+    'encode a path that is not read': ('encode', ENCODE + ' --path={at}/photos',
+                                       "--path=.*photos: the encoder was trained on 'digits', which reads no files; .*"
+                                       '--data=folder'),
+    'encode a path of digits': ('encode', ENCODE + ' --data=digits --path={at}/photos',
+                                "data.path=.*photos: data.name='digits' reads no files"),
+    'encode seed': ('encode', ENCODE + ' --seed=-1', '--seed=-1 must lie in 0..4294967295'),
+    'encode workers': ('encode', ENCODE + ' --num_workers=-1', '--num_workers=-1 must not be negative'),
+    'encode labels of a trillion': ('encode', ENCODE + ' --data=npz --path={at}/labels.npz',
+                                    'labels lie in 0..1000000000000'),
     'encode flip': ('encode', ENCODE + ' --flip=1.5', '--flip=1.5 is a probability'),
     # ---- Evaluating --------------------------------------------------------------------------------------------------
     'nothing to measure': ('evaluate', '', 'nothing to measure'),
@@ -272,6 +302,15 @@ BAD = {
                      r'--samples are \(8, 8, 1\) but --reference'),
     'stores differ': ('evaluate', '--train={at}/store --heldout={at}/short_codes',
                       r'L x V = \(16, 16\) but --heldout \(8, 16\)'),
+    'stores of two encoders': ('evaluate', '--train={at}/store --heldout={at}/other_encoder',
+                               r'--train .* and --heldout .* were written by different encoders'),
+    'labels of a trillion': ('evaluate', '--train={at}/odd_labels --heldout={at}/odd_labels', 'go up to 1000000000000'),
+    'pictures of two sizes': ('evaluate', '--samples={at}/sizes --reference={at}/store --train={at}/store',
+                              r'sizes: b.png is \(8, 8, 1\) but a.png \(16, 16, 1\)'),
+    'a broken picture': ('evaluate', '--samples={at}/photos/broken --reference={at}/store --train={at}/store',
+                         'c.png: not a readable image'),
+    'neither store nor pictures': ('evaluate', '--samples={at}/empty --reference={at}/store --train={at}/store',
+                                   'empty: holds neither a code store nor images'),
     'json': ('evaluate', '--train={at}/store --heldout={at}/store --json={at}/file/x.json',
              '--json: .*file cannot be written'),
     # ---- Compiling ---------------------------------------------------------------------------------------------------
@@ -328,9 +367,51 @@ def test_a_corrupt_image_is_skipped_counted_and_named(call, encoder, tmp_path):
     (tmp_path / '4.png').write_bytes(b'\x89PNG but no more')
     status, _ = call('encode', f'--encoder=x --data=folder --path={tmp_path} --split=all --out={tmp_path}/codes')
     assert status == 0
-    assert '1 unreadable image(s), each with the next good one in its place: 4.png' in call.printed
+    assert '1 unreadable image(s) have no row in the store: 4.png' in call.printed
     store = codestore.open_code_store(tmp_path / 'codes')
-    assert store.names == ['0.png', '1.png', '2.png', '3.png', '5.png', '5.png']
+    assert store.names == ['0.png', '1.png', '2.png', '3.png', '5.png']
+
+
+def test_encode_says_what_it_holds_back(call, encoder, tmp_path, caplog):
+    np.savez(tmp_path / 'set.npz', images=np.zeros((8, 16, 16), np.uint8), labels=np.zeros(8, int))
+    arguments = f'--encoder=x --data=npz --path={tmp_path}/set.npz --out={tmp_path}'
+    assert call('encode', arguments + '/train')[0] == 0
+    assert '--split=train: 6 images; 2 more are held back (data.heldout=0.25)' in caplog.text
+    caplog.clear()
+    for split in ('all', 'heldout'):
+        assert call('encode', f'{arguments}/{split} --split={split}')[0] == 0
+    assert 'held back' not in caplog.text
+    assert [len(codestore.open_code_store(tmp_path / split)) for split in ('train', 'all', 'heldout')] == [6, 8, 2]
+
+
+def folder_of_pictures(path, value, names=('a', 'b', 'c', 'd')):
+    path.mkdir(parents=True)
+    for name in names:
+        Image.new('L', (16, 16), value).save(path / f'{name}.png')
+    return path
+
+
+@pytest.mark.parametrize('stopped', [False, True])
+def test_the_store_of_another_data_set_is_not_taken_for_this_one(call, encoder, tmp_path, stopped, monkeypatch):
+    """Of as many images, encoded by the same encoder: told apart by path, split, names, sizes and how they are read."""
+    monkeypatch.setattr(codestore, 'SYNC_SECONDS', 0)
+    first = folder_of_pictures(tmp_path / 'first' / 'set', 10)
+    arguments = f'encode --encoder=x --data=folder --split=all --batch_size=2 --out={tmp_path}/codes --path='
+    if stopped:
+        encoder.each_batch = hit_at(2)
+    run = lambda path, more='': call('encode', f'{arguments}{path} {more}'.removeprefix('encode '))
+    assert run(first)[0] == 0
+    for change, field in (('', 'path'), ('--transparency=white', 'transparency'), ('--exif_orientation=apply', 'exif')):
+        other = first if change else folder_of_pictures(tmp_path / 'second' / 'set', 200)
+        status, said = run(other, change)
+        assert status == 2 and f'holds a store with {field}' in said
+    (first / 'd.png').rename(first / 'e.png')
+    status, said = run(first)
+    assert status == 2 and 'holds a store with source=' in said
+    (first / 'e.png').rename(first / 'd.png')
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)).save(first / 'd.png')
+    status, said = run(first)
+    assert status == 2 and 'holds a store with source=' in said
 
 
 def test_encode_stopped_by_a_signal_continues(call, encoder, tmp_path):
@@ -369,6 +450,36 @@ def test_sample_stopped_by_a_signal_says_so(call, generator, tmp_path):
     assert status == 128 + signal.SIGTERM
     assert 'stopped by signal; nothing was written; run the same command again' in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_holds_the_samples_of_one_run(call, generator, tmp_path, caplog):
+    out = tmp_path / 'x'
+    arguments = f'sample --unconditional --generator=x --out={out}/'.removeprefix('sample ')
+    assert call('sample', arguments + ' --num=5')[0] == 0
+    (out / '000001.txt').write_text('of an earlier run')
+    (out / 'notes.md').write_text('stay')
+    assert call('sample', arguments + ' --num=3')[0] == 0
+    assert sorted(file.name for file in out.iterdir()) == ['000000.png', '000001.png', '000002.png', 'notes.md']
+    assert 'replaced 6 files of an earlier run' in caplog.text
+
+
+def test_evaluate_reads_what_sample_writes(call, generator, places, tmp_path):
+    assert call('sample', f'--unconditional --generator=x --num=3 --out={tmp_path}/x/')[0] == 0
+    images = evaluate.load_images(f'{tmp_path}/x')
+    assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
+    Image.fromarray(np.full((4, 6, 3), 7, np.uint8)).save(places / 'new_rgb.png')
+    (tmp_path / 'rgb').mkdir()
+    (places / 'new_rgb.png').rename(tmp_path / 'rgb' / '0.png')
+    np.testing.assert_array_equal(evaluate.load_images(f'{tmp_path}/rgb'), np.full((1, 4, 6, 3), 7))
+
+
+def test_texts_in_a_file(tmp_path):
+    (tmp_path / 'x.txt').write_bytes('\ufeffa fox\u2028 in snow\r\n\n a hare \n'.encode())
+    args = sample.parser().parse_args(['--text_file', str(tmp_path / 'x.txt'), '--generator=x', '--out=x'])
+    assert sample.read_texts(args) == ['a fox\u2028 in snow', 'a hare']
+    (tmp_path / 'x.txt').write_bytes(b'\xff\xfea\x00')
+    with pytest.raises(ValueError, match='x.txt: not UTF-8 text .byte 0'):
+        sample.read_texts(args)
 
 
 def test_a_full_disk_does_not_cost_the_samples(call, generator, tmp_path, monkeypatch):

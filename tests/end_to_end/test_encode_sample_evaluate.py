@@ -13,7 +13,8 @@ from dlc_jax.metrics import frechet
 from dlc_jax.models.inception import InceptionOutput
 from dlc_jax.models.vae import SCALING_FACTOR, AutoencoderKL
 from experiments import encode, evaluate, sample
-from experiments.dlc import generator
+from experiments.dlc import code_model, generator
+from experiments.dlc.code_model import CodeModel
 from experiments.dlc.data import codestore, sources
 from experiments.dlc.encoder import Encoder, make_model
 from experiments.dlc.generator import Generator
@@ -169,6 +170,30 @@ def test_latents_are_decoded_to_bytes(monkeypatch, tmp_path, vae):
     assert np.abs(images.astype(int) - want).max() <= 1 and want.std() > 1
     with pytest.raises(ValueError, match='--vae=DIR'):
         run_sample(monkeypatch, tmp_path, arguments[:-1], model)
+
+
+def test_samples_are_those_of_their_row_whatever_the_batches():
+    model, key = make_generator('class'), jax.random.key(3)
+    cond = np.arange(5, dtype=np.int32)
+    whole = model.sample(key, cond, 5, batch_size=8)
+    near = dict(rtol=0, atol=1e-5 * np.abs(whole).max())  # the network's random weights make large numbers
+    np.testing.assert_allclose(model.sample(key, cond, 5, batch_size=2), whole, **near)
+    np.testing.assert_allclose(model.sample(key, cond[:3], 3, batch_size=3), whole[:3], **near)
+    assert np.abs(whole[0] - whole[1]).max() > 0.1 and np.abs(
+        model.sample(jax.random.key(4), cond, 5, batch_size=8) - whole).max() > 0.1
+
+
+def test_codes_are_those_of_their_row_whatever_the_batches():
+    config = quickstart.get_config('tiny').code_model.copy_and_resolve_references()
+    config.sampler.num_steps = 4
+    m = config.model
+    model = CodeModel(config, random_params(code_model.make_model(config), jnp.zeros((1, m.num_codes), jnp.int32),
+                                            jnp.ones(1)))
+    for sampler in (dict(name='remasking', window=(0.0, 1.0), eta=0.2), dict(name='first_hitting')):
+        whole = model.sample(jax.random.key(3), 5, batch_size=8, **sampler)
+        np.testing.assert_array_equal(model.sample(jax.random.key(3), 5, batch_size=2, **sampler), whole)
+        np.testing.assert_array_equal(model.sample(jax.random.key(3), 3, batch_size=3, **sampler), whole[:3])
+        assert (whole[0] != whole[1]).any()
 
 
 def write_digits(tmp_path, pictures):
