@@ -84,8 +84,10 @@ def test_fields_from_the_command_line(tmp_path):
     assert architecture.decoder(config.model).window == 4096
     config.model.window = -1
     assert architecture.decoder(config.model).window == 0
-    config.model.tied = 'no'
-    assert architecture.decoder(config.model).tied is False
+    tied = base.model('llama', '3.2-1B')  # a size whose head is tied
+    assert architecture.decoder(tied).tied is True
+    for off in ('no', False):
+        assert architecture.decoder(tied | {'tied': off}).tied is False
     config.model.tied = 'maybe'
     with pytest.raises(ValueError, match="model.tied='maybe' is not one of"):
         architecture.decoder(config.model)
