@@ -24,10 +24,12 @@ import numpy as np
 from flax import struct
 
 from rlhf_jax.inversion import invert
+from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models.decoder import split_blocks
 
 Array = jax.Array
 
+SCORED = ('drawn', 'all')
 _BLOCK = 128  # vocabulary entries in the second stage of `draw`
 
 
@@ -43,6 +45,9 @@ class Sampling:
         min_new_tokens: no stop token before so many others.
         stop_tokens: a row ends with the first of these that it draws.
         pad_token: fills the rest of a row. It may be a stop token: `Samples.mask` says what was drawn.
+        scored: the distribution that log-probabilities are of: 'drawn', the one tokens are drawn from, after the cuts
+            (`top_k`, `top_p`, `min_new_tokens`); or 'all', that of the whole vocabulary at the temperature, as some
+            published runs had it, whose samples then are not quite those of the policy that is trained.
     """
     max_new_tokens: int
     temperature: float = 1.0
@@ -51,6 +56,7 @@ class Sampling:
     min_new_tokens: int = 0
     stop_tokens: tuple[int, ...] = ()
     pad_token: int = 0
+    scored: str = 'drawn'
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -64,6 +70,13 @@ class Sampling:
             raise ValueError(f'sampling: top_k={self.top_k} must not be negative; 0 is off')
         if not 0 < self.top_p <= 1:
             raise ValueError(f'sampling: top_p={self.top_p} must be above 0 and at most 1')
+        if self.scored not in SCORED:
+            raise ValueError(f'sampling: scored={self.scored!r} is not one of {SCORED}')
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens cannot be drawn that the model gives a probability."""
+        return bool(self.top_k) or self.top_p < 1 or self.min_new_tokens > 0
 
 
 @struct.dataclass
@@ -72,7 +85,8 @@ class Samples:
 
     Attributes:
         tokens: int32 [B, K, L], `pad_token` after the stop token.
-        logprobs: float32 [B, K, L], of each token in the distribution it was drawn from; 0 after the stop token.
+        logprobs: float32 [B, K, L], of each token in the distribution it was drawn from (`Sampling.scored`); 0 after
+            the stop token.
         mask: bool [B, K, L], True up to and with the stop token.
     """
     tokens: Array
@@ -131,27 +145,31 @@ def completion_keys(key: Array, num_prompts: int, num_samples: int) -> Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))(key, number)
 
 
-def sampling_logits(logits: Array, drawn: Array, sampling: Sampling) -> Array:
+def sampling_logits(logits: Array, drawn: Array, sampling: Sampling, stop_tokens: Array | None = None) -> Array:
     """Logits whose softmax is the distribution that tokens are drawn from.
 
     Args:
-        logits: [R, V].
-        drawn: int32 [R], tokens of the response so far.
+        logits: [..., V].
+        drawn: int32 [...], tokens of the response so far.
+        stop_tokens: int [..., S], which broadcasts against `drawn` but for S, in place of those of `sampling`.
 
     Returns:
-        float32 [R, V], -inf where a token cannot be drawn. With temperature 0 only `min_new_tokens` is applied.
+        float32 [..., V], -inf where a token cannot be drawn. With temperature 0 only `min_new_tokens` is applied.
     """
     logits = logits.astype(jnp.float32)
-    if sampling.min_new_tokens and sampling.stop_tokens:
-        stops = jnp.zeros(logits.shape[-1], bool).at[jnp.array(sampling.stop_tokens)].set(True)
-        logits = jnp.where(stops & (drawn < sampling.min_new_tokens)[:, None], -jnp.inf, logits)
+    if stop_tokens is None:
+        stop_tokens = jnp.array(sampling.stop_tokens, jnp.int32)
+    if sampling.min_new_tokens and stop_tokens.shape[-1]:
+        stops = (stop_tokens[..., None] == jnp.arange(logits.shape[-1])).any(-2)
+        logits = jnp.where(stops & (drawn < sampling.min_new_tokens)[..., None], -jnp.inf, logits)
     if sampling.temperature == 0:
         return logits
     logits = logits / sampling.temperature
     top_k = min(sampling.top_k, logits.shape[-1])
     if top_k or sampling.top_p < 1:
-        likely = jax.lax.top_k(logits, top_k)[0] if top_k else jnp.sort(logits, -1, descending=True)
-        threshold = likely[:, -1:]
+        fixed = jax.lax.stop_gradient(logits)  # which tokens are cut has no gradient
+        likely = jax.lax.top_k(fixed, top_k)[0] if top_k else jnp.sort(fixed, -1, descending=True)
+        threshold = likely[..., -1:]
         if sampling.top_p < 1:
             probs = jax.nn.softmax(likely, -1)
             before = jnp.cumsum(probs, -1) - probs
@@ -194,15 +212,42 @@ def next_token(logits: Array, keys: Array, drawn: Array, sampling: Sampling) -> 
         The tokens, int32 [R]; their log-probabilities, float32 [R]; and whether they end their rows, bool [R]. With
         temperature 0 it is the first of the most likely tokens, which has all the mass: log-probability 0.
     """
-    logits = sampling_logits(logits, drawn, sampling)
+    allowed = sampling_logits(logits, drawn, sampling)
     if sampling.temperature == 0:
-        token, logprob = jnp.argmax(logits, -1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
+        token, logprob = jnp.argmax(allowed, -1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
     else:
-        token, logprob = draw(jax.vmap(jax.random.fold_in)(keys, drawn), logits)
+        token, logprob = draw(jax.vmap(jax.random.fold_in)(keys, drawn), allowed)
+        if sampling.cuts and sampling.scored == 'all':
+            logprob = token_logprobs(logits, token, sampling.temperature)
     stop = jnp.zeros(token.shape, bool)
     for stop_token in sampling.stop_tokens:
         stop |= token == stop_token
     return token, logprob, stop
+
+
+def rescore(logits: Array, tokens: Array, sampling: Sampling, *, stop_tokens: Array | None = None) -> Array:
+    """Log-probabilities of responses that `sampling` drew, from the logits of a forward pass of any weights.
+
+    With the weights that drew the tokens, these are the log-probabilities that `generate` returned. With others, the
+    cuts (`top_k`, `top_p`, `min_new_tokens`) are made anew from their logits and what is left is normalised, so that a
+    ratio of two policies, or their KL, compares two samplers. A drawn token that these cuts would leave out counts as
+    kept: its probability would be 0, and nothing could be learned from it.
+
+    Args:
+        logits: [..., L, V]; position t predicts token t of the response.
+        tokens: int [..., L].
+        sampling: temperature above 0.
+        stop_tokens: int [..., 1, S], in place of those of `sampling`.
+
+    Returns:
+        float32 [..., L]. What stands past the end of a response is of no use.
+    """
+    if not sampling.cuts or sampling.scored == 'all':
+        return token_logprobs(logits, tokens, sampling.temperature)
+    drawn = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+    allowed = sampling_logits(logits, drawn, sampling, stop_tokens)
+    is_token = tokens[..., None] == jnp.arange(logits.shape[-1])
+    return token_logprobs(jnp.where(is_token, logits.astype(jnp.float32) / sampling.temperature, allowed), tokens)
 
 
 def prefill(module: Any, params: Any, tokens: Array, mask: Array, cache_length: int) -> tuple[Array, Any]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.generate import Sampling, completion_keys, draw, generate, pad_prompts, sampling_logits
+from rlhf_jax.generate import Sampling, completion_keys, draw, generate, pad_prompts, rescore, sampling_logits
 from rlhf_jax.models.decoder import split_blocks
 from tiny_models import MODELS, random_params
 
@@ -178,6 +178,47 @@ def test_filters_by_hand():
     np.testing.assert_allclose(kept(min_new_tokens=1, stop_tokens=(0, 1)), [0, 0, 2 / 3, 1 / 3], rtol=1e-5)
 
 
+CUTS = {'top_k': dict(top_k=4), 'top_p': dict(top_p=.6, temperature=1.5), 'both': dict(top_k=6, top_p=.7),
+        'min_new_tokens': dict(min_new_tokens=3, stop_tokens=(2, 5, 7), temperature=3.0), 'none': {}}
+
+
+@pytest.mark.parametrize('name', CUTS)
+def test_a_learner_scores_what_the_sampler_drew_from(llama, full_forward, name):
+    """Another forward pass of the same weights gives the sampler's own log-probabilities, whatever the sampler cuts."""
+    settings = dict(max_new_tokens=6, temperature=2.0) | CUTS[name]
+    samples = run(llama, Sampling(**settings), num_samples=2)
+    logits = full_forward(*llama, samples)
+    scored = np.where(samples.mask, rescore(logits, samples.tokens, Sampling(**settings)), 0)
+    np.testing.assert_allclose(scored, samples.logprobs, atol=1e-4)
+    plain = np.where(samples.mask, rescore(logits, samples.tokens, Sampling(6, settings['temperature'])), 0)
+    assert (np.abs(plain - samples.logprobs).max() > 0.05) == (name != 'none')
+    if name == 'min_new_tokens':  # the stop tokens may come as data
+        stops = jnp.array(settings.pop('stop_tokens'))[None, None, None]
+        again = rescore(logits, samples.tokens, Sampling(**settings), stop_tokens=stops)
+        np.testing.assert_array_equal(np.where(samples.mask, again, 0), scored)
+
+
+def test_cut_samples_may_be_scored_under_all(llama, full_forward):
+    cut = Sampling(max_new_tokens=6, temperature=2.0, top_k=4)
+    under_all = dataclasses.replace(cut, scored='all')
+    drawn, scored = (run(llama, sampling, num_samples=2) for sampling in (cut, under_all))
+    np.testing.assert_array_equal(scored.tokens, drawn.tokens)
+    logits = full_forward(*llama, scored)
+    want = jnp.take_along_axis(jax.nn.log_softmax(logits / 2), scored.tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(scored.logprobs, want, atol=1e-4)
+    np.testing.assert_allclose(rescore(logits, scored.tokens, under_all), want, atol=1e-4)
+    assert np.abs(drawn.logprobs - want).max() > 0.1
+
+
+def test_a_token_that_new_weights_would_cut_keeps_a_gradient():
+    logits = jnp.log(jnp.array([[.4, .3, .2, .1]]))
+    top = Sampling(max_new_tokens=1, top_k=2)
+    score = lambda logits, token: rescore(logits, jnp.array([token]), top)[0]
+    np.testing.assert_allclose(jnp.exp(score(logits, 1)), .3 / .7, rtol=1e-5)
+    np.testing.assert_allclose(jnp.exp(score(logits, 3)), .1 / .8, rtol=1e-5)  # beside the two that are kept
+    np.testing.assert_allclose(jax.grad(score)(logits, 3)[0], [-.5, -.375, 0, .875], atol=1e-6)
+
+
 def test_prompts_go_into_the_shortest_bucket():
     tokens, mask = pad_prompts(PROMPTS, buckets=(16, 4, 8), pad_token=1)
     assert tokens.shape == (3, 8) and tokens.dtype == np.int32
@@ -200,6 +241,7 @@ def test_prompts_go_into_the_shortest_bucket():
     (lambda m: Sampling(max_new_tokens=2, temperature=-1), 'temperature=-1'),
     (lambda m: Sampling(max_new_tokens=2, top_p=0), 'top_p=0'),
     (lambda m: Sampling(max_new_tokens=2, top_k=-1), 'top_k=-1'),
+    (lambda m: Sampling(max_new_tokens=2, scored='some'), "scored='some' is not one of"),
 ], ids=lambda x: x if isinstance(x, str) else '')
 def test_bad_calls_are_named(llama, call, message):
     with pytest.raises(ValueError, match=message):
