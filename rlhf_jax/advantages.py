@@ -51,7 +51,8 @@ def leave_one_out(rewards: Array) -> Array:
     """RLOO (arXiv 2402.14740): each reward minus the mean of the other completions of its prompt.
 
     Args:
-        rewards: [B, K], K >= 2.
+        rewards: [B, K], K >= 2. One that is not finite is missing: the others are compared with each other, and its own
+            advantage is 0, as is that of a reward that is alone.
 
     Returns:
         [B, K] float32.
@@ -59,18 +60,20 @@ def leave_one_out(rewards: Array) -> Array:
     Raises:
         ValueError: K < 2.
     """
-    rewards = _groups(rewards, 'a leave-one-out baseline')
-    others = rewards.shape[1] - 1
-    return rewards - (rewards.sum(1, keepdims=True) - rewards) / others
+    rewards, given, others = _groups(rewards, 'a leave-one-out baseline')
+    baseline = (rewards.sum(1, keepdims=True) - rewards) / jnp.maximum(others, 1)
+    return jnp.where(given & (others > 0), rewards - baseline, 0.0)
 
 
 def group_normalized(rewards: Array, *, scale: bool = True, eps: float = 1e-7) -> Array:
     """GRPO (arXiv 2402.03300, §4.1.2): `(r - mean) / (std + eps)` over the completions of each prompt.
 
-    The standard deviation is the unbiased one. A group whose rewards all agree gets zeros.
+    The standard deviation is the unbiased one. A group whose rewards all agree gets zeros. KL belongs into the loss
+    (`losses.grpo`) and not into these rewards: divided by their deviation, it alone would decide in such a group.
 
     Args:
-        rewards: [B, K], K >= 2.
+        rewards: [B, K], K >= 2. One that is not finite is missing: mean and deviation are of the others, and its own
+            advantage is 0.
         scale: False leaves the standard deviation out.
 
     Returns:
@@ -79,20 +82,27 @@ def group_normalized(rewards: Array, *, scale: bool = True, eps: float = 1e-7) -
     Raises:
         ValueError: K < 2.
     """
-    rewards = _groups(rewards, 'a group')
-    centered = rewards - rewards.mean(1, keepdims=True)
+    rewards, given, others = _groups(rewards, 'a group')
+    centered = jnp.where(given, rewards - rewards.sum(1, keepdims=True) / jnp.maximum(others + 1, 1), 0.0)
     # Rounding of the mean alone would leave a tied group with a spurious sign.
-    centered = jnp.where((rewards == rewards[:, :1]).all(1, keepdims=True), 0.0, centered)
+    highest = jnp.where(given, rewards, -jnp.inf).max(1, keepdims=True)
+    lowest = jnp.where(given, rewards, jnp.inf).min(1, keepdims=True)
+    centered = jnp.where(highest <= lowest, 0.0, centered)
     if scale:
-        variance = (centered * centered).sum(1, keepdims=True) / (rewards.shape[1] - 1)
+        variance = (centered * centered).sum(1, keepdims=True) / jnp.maximum(others, 1)
         centered = centered / (jnp.sqrt(variance) + eps)
     return centered
 
 
-def _groups(rewards: Array, what: str) -> Array:
-    """Rewards [B, K] in at least float32; a ValueError says why `what` cannot be made of other shapes."""
+def _groups(rewards: Array, what: str) -> tuple[Array, Array, Array]:
+    """Rewards [B, K] in at least float32 with 0 for missing ones, which are given, and how many others are: [B, 1].
+
+    A ValueError says why `what` cannot be made of other shapes.
+    """
     rewards = jnp.asarray(rewards)
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f'rewards have shape {rewards.shape}, expected [prompts, completions]: {what} needs at least '
                          '2 completions of a prompt')
-    return rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32))
+    rewards = rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32))
+    given = jnp.isfinite(rewards)
+    return jnp.where(given, rewards, 0.0), given, given.sum(1, keepdims=True) - 1

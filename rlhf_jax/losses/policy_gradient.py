@@ -165,16 +165,20 @@ def proximal_rloo(logprobs: Array, old_logprobs: Array, advantages: Array, mask:
 
 
 def grpo(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, *, ref_logprobs: Array | None = None,
-         beta: float = 0.0, clip: float = 0.2, clip_high: float | None = None, weights: Array | None = None,
+         beta: float | Array = 0.0, clip: float = 0.2, clip_high: float | None = None, weights: Array | None = None,
          mean_over: str = 'sequence') -> Loss:
     """Group relative policy optimisation (arXiv 2402.03300, eq. 3):
 
         loss = mean_i mean_t [ w_t max(-A_i rho_t, -A_i clip(rho_t)) + beta k3(pi || ref)_t ]
 
+    KL has its price here and not in the rewards, as in the paper: taken off a reward, it would be divided by the
+    deviation of its group, and a group of equal rewards would be trained on differences of its KL alone.
+
     Args:
         logprobs, old_logprobs, mask: [B, K, L].
         advantages: [B, K], `advantages.group_normalized`.
         ref_logprobs: [B, K, L], needed if `beta` is not 0.
+        beta: price of KL; an array broadcasts against [B, K, L].
         clip, clip_high, weights: as in `ppo`.
         mean_over: 'sequence' gives every response one vote, as published; 'token' every token (arXiv 2503.14476, §3.3).
 
@@ -186,7 +190,7 @@ def grpo(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, *
     """
     if mean_over not in MEANS:
         raise ValueError(f'mean_over={mean_over!r} is not one of {MEANS}')
-    if beta and ref_logprobs is None:
+    if ref_logprobs is None and not (isinstance(beta, (int, float)) and beta == 0):
         raise ValueError(f'beta={beta} needs ref_logprobs')
     losses, metrics = _clipped(logprobs, old_logprobs, advantages[..., None], mask, clip, clip_high)
     if weights is not None:
@@ -196,8 +200,7 @@ def grpo(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, *
         ref_kl = estimate(masked.zeroed(logprobs, mask),
                           jax.lax.stop_gradient(masked.zeroed(ref_logprobs, mask)), 'k3')
         metrics |= {'ref_kl': masked.mean(ref_kl, mask)}
-        if beta:
-            losses = losses + beta * ref_kl
+        losses = losses + beta * ref_kl
     loss = masked.mean(losses, mask) if mean_over == 'token' else masked.mean(losses, mask, -1).mean()
     return loss, jax.lax.stop_gradient(metrics)
 

@@ -58,7 +58,8 @@ def best_worst(rewards: Array, *, ties: str = 'drop') -> tuple[Array, Array, Arr
     """The best and the worst completion of each prompt.
 
     Args:
-        rewards: [B, K], K >= 2; the first of several equal ones is taken. With K > 2 only the extremes are used.
+        rewards: [B, K], K >= 2; the first of several equal ones is taken. With K > 2 only the extremes are used. One
+            that is not finite is missing, and its completion is not chosen.
         ties: what becomes of a prompt whose completions all have one reward (common: none of them ended, and all got
             the same penalty). 'drop' does not count it; 'order' makes the first the chosen and the second the rejected;
             'same' takes one completion for both, which has no gradient but counts in the mean. The last two are the
@@ -66,7 +67,7 @@ def best_worst(rewards: Array, *, ties: str = 'drop') -> tuple[Array, Array, Arr
 
     Returns:
         `(chosen, rejected, counts)`: int32 [B] and [B], which of the K completions, and bool [B], whether the pair
-        counts. A group that holds a reward which is not finite does not count either.
+        counts; a group with fewer than two rewards has none.
 
     Raises:
         ValueError: K < 2, or another `ties`.
@@ -76,14 +77,23 @@ def best_worst(rewards: Array, *, ties: str = 'drop') -> tuple[Array, Array, Arr
                          '2 completions of a prompt')
     if ties not in TIES:
         raise ValueError(f'ties={ties!r} is not one of {TIES}')
-    best, worst = jnp.argmax(rewards, 1), jnp.argmin(rewards, 1)
-    tied = rewards.max(1) == rewards.min(1)
-    counts = jnp.isfinite(rewards).all(1)
+    given = jnp.isfinite(rewards)
+    best = jnp.argmax(jnp.where(given, rewards, -jnp.inf), 1)
+    worst = jnp.argmin(jnp.where(given, rewards, jnp.inf), 1)
+    tied = _gap(rewards) == 0
+    counts = given.sum(1) > 1
     if ties == 'drop':
         counts &= ~tied
     if ties != 'same':
-        worst = jnp.where(tied, 1, worst)
+        second = jnp.argmax(given & (jnp.arange(rewards.shape[1]) != best[:, None]), 1)
+        worst = jnp.where(tied, second, worst)
     return best.astype(jnp.int32), worst.astype(jnp.int32), counts
+
+
+def _gap(rewards: Array) -> Array:
+    """Best minus worst of the finite rewards [B, K]: [B], -inf where there is none."""
+    given = jnp.isfinite(rewards)
+    return jnp.where(given, rewards, -jnp.inf).max(1) - jnp.where(given, rewards, jnp.inf).min(1)
 
 
 def online_dpo(logprobs: Array, ref_logprobs: Array, mask: Array, rewards: Array, *, beta: float = 0.1,
@@ -95,7 +105,7 @@ def online_dpo(logprobs: Array, ref_logprobs: Array, mask: Array, rewards: Array
     Args:
         logprobs, ref_logprobs: [B, K, L] of the sampled tokens under policy and reference (`token_logprobs`).
         mask: [B, K, L].
-        rewards: [B, K], K >= 2.
+        rewards: [B, K], K >= 2; those that are not finite are missing.
         beta, loss_type: as in `dpo`.
         ties: as in `best_worst`.
 
@@ -103,18 +113,27 @@ def online_dpo(logprobs: Array, ref_logprobs: Array, mask: Array, rewards: Array
     `responses.pick` first and call `dpo`.
 
     Returns:
-        The metrics of `dpo`, and `tied` (share of prompts whose rewards all agree), `not_finite` (share that hold a
-        reward which is not finite, and do not count), `reward` and `reward_gap` (best - worst), means over the others.
+        The metrics of `dpo`, and those of `group_metrics`.
     """
     chosen, rejected, counts = best_worst(rewards, ties=ties)
     pair = jnp.stack([chosen, rejected], 1)
     s, ref = (pick(sequence_logprobs(x, mask), pair) for x in (logprobs, ref_logprobs))
     loss, metrics = dpo(s[:, 0], s[:, 1], ref[:, 0], ref[:, 1], beta=beta, loss_type=loss_type, weights=counts)
+    return loss, metrics | jax.lax.stop_gradient(group_metrics(rewards))
+
+
+def group_metrics(rewards: Array) -> dict[str, Array]:
+    """Measures of rewards [B, K] that pairs are made of.
+
+    Returns:
+        `reward`, mean of those that are finite; `missing_rewards`, share of the others; `tied`, share of prompts whose
+        rewards all agree, and `reward_gap`, mean of best minus worst, both of prompts with two rewards at least.
+    """
     rewards = rewards.astype(jnp.float32)
-    gap, finite = rewards.max(1) - rewards.min(1), jnp.isfinite(rewards).all(1)
-    return loss, metrics | jax.lax.stop_gradient({
-        'tied': (gap == 0).mean(dtype=jnp.float32), 'not_finite': 1 - finite.mean(dtype=jnp.float32),
-        'reward': masked.mean(rewards.mean(1), finite), 'reward_gap': masked.mean(gap, finite)})
+    given = jnp.isfinite(rewards)
+    gap, paired = _gap(rewards), given.sum(1) > 1
+    return {'reward': masked.mean(rewards, given), 'missing_rewards': 1 - given.mean(dtype=jnp.float32),
+            'tied': masked.mean((gap == 0).astype(jnp.float32), paired), 'reward_gap': masked.mean(gap, paired)}
 
 
 def best_of_n(logprobs: Array, mask: Array, rewards: Array) -> Loss:
@@ -124,13 +143,15 @@ def best_of_n(logprobs: Array, mask: Array, rewards: Array) -> Loss:
 
     Args:
         logprobs, mask: [B, K, L].
-        rewards: [B, K]; K = 1 is plain fine-tuning on samples.
+        rewards: [B, K]; K = 1 is plain fine-tuning on samples. One that is not finite is missing and cannot be the
+            best; a prompt without any does not count.
 
     Returns:
-        Metrics `reward` (of all) and `best_reward`. A group that holds a reward which is not finite does not count.
+        Metrics `reward` (of all) and `best_reward`.
     """
     rewards = rewards.astype(jnp.float32)
-    counts = jnp.isfinite(rewards).all(1)
-    best = pick(sequence_logprobs(logprobs, mask), jnp.argmax(rewards, 1)[:, None])[:, 0]
+    given = jnp.isfinite(rewards)
+    counts, ranked = given.any(1), jnp.where(given, rewards, -jnp.inf)
+    best = pick(sequence_logprobs(logprobs, mask), jnp.argmax(ranked, 1)[:, None])[:, 0]
     return -masked.mean(best, counts), jax.lax.stop_gradient({
-        'reward': masked.mean(rewards.mean(1), counts), 'best_reward': masked.mean(rewards.max(1), counts)})
+        'reward': masked.mean(rewards, given), 'best_reward': masked.mean(ranked.max(1), counts)})

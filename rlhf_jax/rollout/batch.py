@@ -5,7 +5,7 @@ A batch is a dict of arrays over B prompts and K completions of each:
     tokens          int [B, K, P + L], prompt (padded on the left) and response
     mask            [B, K, L], True at the response's tokens up to and including EOS
     logprobs        float32 [B, K, L], as the sampler drew them
-    rewards         float32 [B, K]
+    rewards         float32 [B, K], NaN where a completion has none
     policy_version  int32 [B, K, L], of the weights that drew each token
 
 and whatever else the task wants to carry (prompt ids, reference log-probabilities), each [B, K, ...].
@@ -33,8 +33,8 @@ def check(batch: Mapping[str, Any], where: str = 'rollout', vocab_size: int | No
 
     Raises:
         ValueError: a field is missing or has another shape than the others, there is no completion, a token is no id of
-            the model (an embedding would be read past its end, as NaN or as the last row), or a log-probability of a
-            counted token or a reward is not finite.
+            the model (an embedding would be read past its end, as NaN or as the last row), no completion has a reward,
+            one is infinite, or a log-probability of a counted token is not finite.
     """
     for name in FIELDS:
         if name not in batch:
@@ -60,9 +60,12 @@ def check(batch: Mapping[str, Any], where: str = 'rollout', vocab_size: int | No
     for name, x in batch.items():
         if np.shape(x)[:2] != shape[:2]:
             raise ValueError(f'{where}: {name} has shape {np.shape(x)}, expected [{axes}, ...]')
-    for name, x in (('rewards', batch['rewards']), ('logprobs', np.where(batch['mask'], batch['logprobs'], 0))):
-        if bad := int((~np.isfinite(x)).sum()):
-            raise ValueError(f'{where}: {bad} of {np.size(x)} {name} are not finite')
+    if np.isnan(batch['rewards']).all():
+        raise ValueError(f'{where}: all rewards are missing (NaN)')
+    for name, bad in (('rewards', np.isinf(batch['rewards'])),
+                      ('logprobs', ~np.isfinite(np.where(batch['mask'], batch['logprobs'], 0)))):
+        if bad.any():
+            raise ValueError(f'{where}: {int(bad.sum())} of {bad.size} {name} are not finite')
 
 
 def complete(batch: Batch, version: int) -> None:

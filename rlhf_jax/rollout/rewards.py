@@ -10,15 +10,17 @@ LOOK_SECONDS = 0.1  # between two calls of `check`
 
 
 def score(reward: Callable[..., Sequence[float]], *args: Any, num: int, timeout: float | None = None,
-          replacement: float | None = None,
+          replacement: float | None = None, may_miss: bool = False,
           check: Callable[[], None] | None = None) -> tuple[np.ndarray, int]:
-    """`reward(*args)` as `num` finite numbers.
+    """`reward(*args)` as `num` numbers.
 
     Args:
         num: N, how many there must be.
         timeout: seconds for the whole batch; the call is left behind in its thread then. None: for ever.
         replacement: put where a reward is not finite, and in all N places if the function raises or times out, so that
             a long run goes on; the caller logs the count. None: these are errors.
+        may_miss: a completion may have no reward, None or NaN: it comes back as NaN, and whatever compares completions
+            leaves it out. With a `replacement` that is put there; no reward at all is an error.
         check: called a few times a second while the function runs; what it raises is raised here (the process has been
             asked to stop), and the call is left behind.
 
@@ -27,7 +29,7 @@ def score(reward: Callable[..., Sequence[float]], *args: Any, num: int, timeout:
 
     Raises:
         ValueError: another number of rewards than N (whatever `replacement`: it is a mistake in the function), rewards
-            that are no numbers, or not finite.
+            that are no numbers, not finite, or all missing.
         TimeoutError: the function took longer than `timeout`.
         RuntimeError: the function called `sys.exit`.
         Exception: what the function raised.
@@ -47,11 +49,15 @@ def score(reward: Callable[..., Sequence[float]], *args: Any, num: int, timeout:
     if rewards.shape != (num,):
         raise ValueError(f'rewards have shape {rewards.shape}, expected ({num},), one a completion')
     bad = ~np.isfinite(rewards)
+    if replacement is not None:
+        return np.where(bad, np.float32(replacement), rewards), int(bad.sum())
+    if may_miss and np.isnan(rewards).all():
+        raise ValueError(f'rewards: all {num} are missing (None or NaN)')
+    if may_miss:
+        bad = np.isinf(rewards)
     if bad.any():
-        if replacement is None:
-            raise ValueError(f'rewards: {int(bad.sum())} of {num} are not finite')
-        rewards = np.where(bad, np.float32(replacement), rewards)
-    return rewards, int(bad.sum())
+        raise ValueError(f'rewards: {int(bad.sum())} of {num} are not finite')
+    return rewards, 0
 
 
 class _Checked(Exception):

@@ -1,4 +1,6 @@
 """Advantages, KL estimators, reward shaping and KL controllers."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,19 @@ def test_a_tied_group_has_no_advantage_whatever_the_rounding():
     r = np.full((1, 7), 0.1, np.float32)
     np.testing.assert_array_equal(advantages.group_normalized(r), 0)
     np.testing.assert_allclose(advantages.leave_one_out(r), 0, atol=1e-7)
+
+
+@pytest.mark.parametrize('missing', [np.nan, np.inf])
+def test_a_missing_reward_leaves_its_group(missing):
+    """What is left of a group is one by itself; a reward alone, or none, has no baseline and no advantage."""
+    r = np.array([[1., missing, 2, 6], [5, 5, missing, 5], [missing, 4, missing, missing], [missing] * 4], np.float32)
+    for f in (advantages.leave_one_out, advantages.group_normalized,
+              functools.partial(advantages.group_normalized, scale=False)):
+        a = f(r)
+        np.testing.assert_allclose(a[0, [0, 2, 3]], f(r[:1, [0, 2, 3]])[0], rtol=1e-6)
+        assert np.abs(a[0, [0, 2, 3]]).min() > 0.1 and a[0, 1] == 0
+        np.testing.assert_array_equal(a[1:], 0)
+    np.testing.assert_allclose(advantages.leave_one_out(r)[0], [1 - 4, 0, 2 - 3.5, 6 - 1.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize('f', [advantages.leave_one_out, advantages.group_normalized])

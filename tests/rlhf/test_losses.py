@@ -254,14 +254,27 @@ def test_online_dpo_does_not_depend_on_the_order_of_prompts_or_samples():
     close(loss(x[p][:, s], ref[p][:, s], rewards[p][:, s]), loss(x, ref, rewards), 1e-6)
 
 
-def test_a_group_with_a_reward_that_is_not_finite_is_counted_and_left_out():
-    rewards = jnp.array([[1.0, jnp.nan], [5, 2]])
-    only, _ = losses.online_dpo(NEW[1:], REF[1:], MASK[1:], rewards[1:])
-    loss, metrics = losses.online_dpo(NEW, REF, MASK, rewards)
+def test_a_missing_reward_leaves_its_group():
+    """The pair is of the others, and a group of one reward has no pair; the best is the best of the others."""
+    rng, nan = np.random.default_rng(5), jnp.nan
+    x, ref = (rng.normal(-1, .3, (3, 3, 4)).astype(np.float32) for _ in range(2))
+    mask, rewards = np.ones((3, 3, 4)), jnp.array([[nan, 1, 5], [3, nan, nan], [2, 4, 3]])
+    chosen, rejected, counts = losses.best_worst(rewards)
+    assert chosen[0] == 2 and rejected[0] == 1 and counts.tolist() == [True, False, True]
+    pairs = np.array([[0, 0, 2, 2], [1, 2, 0, 1]])
+    picked = lambda x: np.asarray(x)[pairs[0], pairs[1]].reshape(2, 2, *np.shape(x)[2:])
+    only, _ = losses.online_dpo(picked(x), picked(ref), picked(mask), picked(rewards))
+    (loss, metrics), grad = jax.value_and_grad(losses.online_dpo, has_aux=True)(x, ref, mask, rewards)
     close(loss, only)
-    assert metrics['not_finite'] == .5 and metrics['reward'] == 3.5
-    best, _ = losses.best_of_n(NEW, MASK, rewards)
-    close(best, -sums(NEW)[1, 0])
+    assert metrics['missing_rewards'] == pytest.approx(1 / 3) and metrics['reward'] == 3
+    assert metrics['reward_gap'] == 3 and metrics['pairs'] == 2
+    assert (np.asarray(grad)[[0, 1, 1, 1], [0, 0, 1, 2]] == 0).all()
+    tied = jnp.array([[nan, 1, 1]])
+    assert [int(i[0]) for i in losses.best_worst(tied, ties='order')[:2]] == [1, 2]
+    assert not losses.best_worst(tied)[2][0] and losses.best_worst(tied, ties='order')[2][0]
+    best, metrics = losses.best_of_n(x, mask, jnp.array([[nan, 1, 5], [nan, nan, nan], [nan, 0, -1]]))
+    close(best, -(x[0, 2].sum() + x[2, 1].sum()) / 2)
+    assert metrics['best_reward'] == 2.5 and metrics['reward'] == 1.25
 
 
 @pytest.mark.parametrize('shape, ties, message', [
@@ -432,7 +445,18 @@ def test_grpo_by_hand():
     w = np.array([[[1.], [.5]], [[0], [1]]], np.float32)
     weighted, _ = losses.grpo(NEW, OLD, ADVANTAGES, MASK, weights=w)
     close(weighted, ((surrogate(WIDE, ratio) * w * MASK).sum(-1) / MASK.sum(-1)).mean())
+    as_array, _ = losses.grpo(NEW, OLD, ADVANTAGES, MASK, ref_logprobs=REF, beta=jnp.full((2, 1, 1), .1))
+    close(as_array, loss, 1e-7)
     with pytest.raises(ValueError, match='beta=0.1 needs ref_logprobs'):
         losses.grpo(NEW, OLD, ADVANTAGES, MASK, beta=.1)
     with pytest.raises(ValueError, match="mean_over='batch'"):
         losses.grpo(NEW, OLD, ADVANTAGES, MASK, mean_over='batch')
+
+
+def test_a_tied_group_pays_for_its_divergence_alone():
+    """Whatever KL costs, equal rewards give no advantage: no gradient where policy and reference agree."""
+    a = advantages.group_normalized(jnp.ones((2, 2)))
+    f = lambda x, ref: losses.grpo(x, OLD, a, MASK, ref_logprobs=ref, beta=.1)[0]
+    np.testing.assert_array_equal(jax.grad(f)(jnp.asarray(NEW), NEW), 0)
+    d = np.float64(REF) - NEW
+    close(f(NEW, REF), .1 * (((np.exp(d) - d - 1) * MASK).sum(-1) / MASK.sum(-1)).mean())

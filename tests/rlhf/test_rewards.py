@@ -34,6 +34,17 @@ def test_a_long_run_may_go_on_with_replacements():
         score(lambda: [1.0], num=3, replacement=0)  # of the wrong length is a mistake and not bad luck
 
 
+def test_completions_may_have_no_reward():
+    rewards, replaced = score(lambda: [1.0, None, float('nan')], num=3, may_miss=True)
+    np.testing.assert_array_equal(rewards, np.array([1, np.nan, np.nan], np.float32))
+    assert rewards.dtype == np.float32 and replaced == 0
+    assert score(lambda: [1.0, None], num=2, may_miss=True, replacement=-1)[0].tolist() == [1, -1]
+    with pytest.raises(ValueError, match='1 of 3 are not finite'):
+        score(lambda: [1.0, None, np.inf], num=3, may_miss=True)
+    with pytest.raises(ValueError, match=r'rewards: all 2 are missing \(None or NaN\)'):
+        score(lambda: [None, np.nan], num=2, may_miss=True)
+
+
 def test_a_reward_that_hangs_times_out():
     release = threading.Event()
     hang = lambda: release.wait(20)

@@ -420,7 +420,8 @@ def full(**changes):
     ({'policy_version': np.zeros((2, 2))}, 'policy_version has shape'),
     ({'tokens': np.zeros((2, 2, 2))}, r'tokens have shape \(2, 2, 2\), expected \[2, 2, at least 3\]'),
     ({'rewards': np.zeros(4)}, r'rewards have shape \(4,\), expected \(2, 2\), one a completion'),
-    ({'rewards': np.array([[1, np.nan], [np.inf, 2]])}, '2 of 4 rewards are not finite'),
+    ({'rewards': np.array([[1, np.nan], [np.inf, 2]])}, '1 of 4 rewards are not finite'),
+    ({'rewards': np.full((2, 2), np.nan)}, r'all rewards are missing \(NaN\)'),
     ({'logprobs': np.full((2, 2, 3), -np.inf)}, '12 of 12 logprobs are not finite'),
     ({'logprobs': np.zeros((4, 3))}, r'logprobs have shape \(4, 3\), expected \[prompts, completions, response tokens'),
     ({'prompt_id': np.zeros(2)}, r'prompt_id has shape \(2,\), expected \[2, 2, ...\]'),
@@ -455,6 +456,10 @@ def test_hidden_logprobs_may_be_anything():
     mask = np.ones((2, 2, 3), bool)
     mask[..., 2] = False
     batch_lib.check(full(mask=mask, logprobs=np.where(mask, -1.0, -np.inf)))
+
+
+def test_a_completion_may_have_no_reward():
+    batch_lib.check(full(rewards=np.array([[1, np.nan], [np.nan, 2]])))
 
 
 def test_batches_survive_json_bit_for_bit():
