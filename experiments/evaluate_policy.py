@@ -141,7 +141,7 @@ def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | Non
     """
     uses_config = config is not None and config.get('reward') and data['task'] == config.data.task
     if uses_config:
-        default = {'reward': rewards.kind_of(config.reward), 'gold': config.reward.gold}
+        default = {'reward': rewards.reward_name(config.reward), 'gold': config.reward.gold}
     else:
         default = {'reward': 'task' if task.reward else '', 'gold': 'task' if task.gold else ''}
     names = {'reward': args.reward or default['reward'], 'gold': args.gold or default['gold']}

@@ -48,7 +48,7 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
     if not 0 <= generator < config.rollout.num_generators:
         raise ValueError(f'--generator={generator} must be in 0..{config.rollout.num_generators - 1} '
                          '(rollout.num_generators)')
-    names = {'reward.function': rewards.kind_of(config.reward), 'reward.gold': config.reward.gold}
+    names = {'reward.function': rewards.reward_name(config.reward), 'reward.gold': config.reward.gold}
     rewards.check_code(names, f'--workdir={workdir}', trust)
     folder, mesh = storage.resolve(workdir) / 'rollouts', rollouts.generator_mesh(config)
     decoding = rollouts.Decoding(config, mesh)

@@ -91,7 +91,8 @@ def policy() -> ConfigDict:
             num_minibatches=1,  # N updates a batch, one after another
             num_epochs=1,  # T passes over a batch
             beta=0.1, loss_type='sigmoid', ties='drop',  # of Online DPO; drop | order | same
-            kl_coefficient=0.05, kl_estimator='k1',  # price of KL in the reward; k1 | k2 | k3
+            kl_coefficient=0.05,  # price of KL: in the reward; GRPO: in the loss, estimated by k3
+            kl_estimator='k1',  # of KL in the reward: k1 | k2 | k3
             kl_target=0.0, kl_rate=0.1, kl_unit='token',  # coefficient that seeks a KL a token | sequence; 0: fixed
             clip=0.2, clip_high=0.0,  # of ratios; 0: as clip
             gamma=1.0, lam=0.95,  # of PPO's advantages
@@ -100,13 +101,15 @@ def policy() -> ConfigDict:
             critic_weights='',  # a reward model to start the critic from; '': the policy's own weights, a fresh head
             correction='none',  # of stale samples: none | truncate | mask | decoupled (PPO)
             correction_cap=2.0,
-            ref_beta=0.0,  # of GRPO's own KL term
             scale_rewards=True,  # GRPO: by the group's standard deviation
             mean_over='sequence',  # GRPO: sequence | token
             after_eos=False,  # PPO: the score one position past EOS, as published runs had it
         ),
         sampling=dict(
             max_new_tokens=53, temperature=0.7, top_k=0, top_p=1.0, min_new_tokens=0,
+            # What log-probabilities are of, in sampler, learner and reference: drawn, the distribution with the cuts of
+            # top_k, top_p and min_new_tokens | all, the whole vocabulary's, though tokens are drawn with the cuts.
+            scored='drawn',
             max_prompt=512,  # tokens; longer prompts are left out, counted and logged
             buckets=(),  # prompt lengths to compile for; (): max_prompt alone
         ),
@@ -118,7 +121,8 @@ def policy() -> ConfigDict:
             gold='',  # a second one, logged and never trained on: task | a reward model | package.module:function
             missing_eos='',  # in place of the reward of a response that does not end, such as -1; '': no penalty
             timeout=0.0,  # seconds a batch; 0: none
-            replacement='',  # in place of a reward that is not finite or did not come; '': that is an error
+            replacement='',  # in place of a reward that is missing (None, NaN), infinite or did not come; '': missing
+            # ones are left out of their groups and not trained on, the others are errors
         ),
         reference=dict(dtype='float32'),  # in which frozen weights are kept: float32 | bfloat16
         rollout=dict(

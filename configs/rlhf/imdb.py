@@ -13,11 +13,13 @@ once an iteration, and where there is one KL is measured against it, as in the r
 (--config.elastic.kl_reference=init: against the initial policy, as in the text).
 
 What differs: a minibatch holds two whole responses (96 tokens, theirs 64), so that an iteration of 30 has 75 updates
-and not 100; advantages are whitened over the iteration; tokens are drawn from the whole distribution that they are
-scored under, not its 50 likeliest; the first 300 held-out prompts are evaluated in training, where the released code
-reads 5,000 and all 25,000 at the end (--config.eval_prompts). The published reward, a DistilBERT classifier of prompt
-and continuation, is no model of this repository: wrap it in a function (--config.reward.kind=function
---config.reward.function=package.module:function) or train a reward model on reviews of either sentiment.
+and not 100; advantages are whitened over the iteration; tokens are drawn from the whole distribution but for EOS, and
+scored in it, where the authors drew among the 50 likeliest and scored under all (--config.sampling.top_k=50
+--config.sampling.scored=all; top_k alone draws and scores among the 50); the first 300 held-out prompts are evaluated
+in training, where the released code reads 5,000 and all 25,000 at the end (--config.eval_prompts). The published
+reward, a DistilBERT classifier of prompt and continuation, is no model of this repository: wrap it in a function
+(--config.reward.kind=function --config.reward.function=package.module:function) or train a reward model on reviews of
+either sentiment.
 
 Hardware: one GPU. Drift, the policy's perplexity on human reviews: `experiments.evaluate --policy=RUN --drift=5000`.
 """
@@ -44,7 +46,8 @@ def get_config(name: str = 'elastic_reset'):
         name='ppo', num_samples=1, num_minibatches=15, num_epochs=5, clip=0.2, gamma=0.99, lam=0.95,
         value_coefficient=0.5, value_clip=0.0, kl_coefficient=coefficient, kl_target=target, kl_rate=0.1,
         kl_unit='token', critic='separate'))
-    config.sampling.update(dict(max_new_tokens=48, min_new_tokens=48, temperature=1.0, max_prompt=64))
+    config.sampling.update(dict(max_new_tokens=48, min_new_tokens=48, temperature=1.0, top_k=0, scored='drawn',
+                                max_prompt=64))
     config.reward.kind = 'function'
     if method:
         config.elastic.update(dict(

@@ -13,8 +13,16 @@ def same(texts, rows):
     return [1.0] * len(texts)
 
 
-def nan(texts, rows):
-    return [float('nan')] + [i / len(texts) for i in range(1, len(texts))]
+def no_rewards(texts, rows):
+    return [None, float('nan')] * (len(texts) // 2)
+
+
+def infinite(texts, rows):
+    return [float('inf')] + [i / len(texts) for i in range(1, len(texts))]
+
+
+def none(texts, rows):
+    return [None] + ascii_share(texts, rows)[1:]
 
 
 def too_few(texts, rows):

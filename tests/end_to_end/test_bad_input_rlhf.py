@@ -210,7 +210,8 @@ def policy_call(call, steps, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('arguments,message', [
-    ('function=policy_rewards:nan', 'rewards: 1 of 16 are not finite'),
+    ('function=policy_rewards:infinite', 'rewards: 1 of 16 are not finite'),
+    ('function=policy_rewards:no_rewards', r'rewards: all 16 are missing \(None or NaN\)'),
     ('function=policy_rewards:too_few', r'rewards have shape \(15,\), expected \(16,\), one a completion'),
     ('function=policy_rewards:too_few replacement=0', r'rewards have shape \(15,\), expected \(16,\)'),
     ('function=policy_rewards:hangs timeout=0.2', 'the reward function did not return within timeout=0.2 s'),

@@ -17,8 +17,10 @@ import pytest
 from configs.rlhf import base
 from experiments import train
 from experiments.rlhf.models import architecture
+from experiments.rlhf.policy import algorithms, rollouts
 from experiments.rlhf.policy import experiment as policy
-from experiments.rlhf.policy import rollouts
+from experiments.rlhf.policy import step as policy_step
+from experiments.rlhf.policy.models import PolicyModels
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import optim, partition
 from experiments.runtime.checkpoint import Checkpointer
@@ -133,7 +135,7 @@ KINDS = {
                        algorithm__after_eos=True, algorithm__kl_estimator='k3'),
     'rloo': dict(algorithm__correction='truncate', algorithm__kl_target=0.08, algorithm__kl_rate=0.3),
     'proximal_rloo': {},
-    'grpo': dict(algorithm__ref_beta=0.2, algorithm__mean_over='token', algorithm__correction='mask',
+    'grpo': dict(algorithm__kl_coefficient=0.2, algorithm__mean_over='token', algorithm__correction='mask',
                  algorithm__clip_high=0.4, algorithm__kl_target=0.32, algorithm__kl_unit='sequence'),
     'best_of_n': {},
 }
@@ -249,8 +251,8 @@ def test_learner_and_sampler_agree_before_the_first_update_only():
     config = kind('ppo')
     before, step = start(config)
     batch = rollout(config)
-    forward = policy.make_forward(config, policy.algorithms.get(config.algorithm))
-    own = jax.jit(lambda params, rows: forward(params, rows)[0])(before.params, batch)
+    models = PolicyModels(config, has_critic=algorithms.get(config.algorithm).critic)
+    own = jax.jit(lambda params, rows: models.forward(params, rows)[0])(before.params, batch)
     _, metrics = step(before, batch | {'logprobs': np.where(batch['mask'], own, 0)})
     assert metrics['logprob_gap_max'] < 1e-5 and metrics['logprob_gap'] < 1e-6
     assert abs(metrics['ratio'] - 1) > 1e-3 and metrics['old_kl'] > 1e-4
@@ -269,7 +271,7 @@ def test_the_coefficient_of_kl_follows_its_controller(name, measure):
 
 def test_parts_of_rows_come_back_in_order():
     rows = {'x': jnp.arange(24.0).reshape(12, 2)}
-    got = policy.in_parts(lambda part: part['x'] * 2, rows, 3, 2)
+    got = policy_step.in_parts(lambda part: part['x'] * 2, rows, 3, 2)
     np.testing.assert_array_equal(got, rows['x'] * 2)
 
 
@@ -505,6 +507,30 @@ def test_devices_apart():
     assert not set(learner.devices.flat) & set(generator.devices.flat)
     shared = rollouts.generator_mesh(config_of(), devices(3, data=-1))
     assert list(shared.devices.flat) == jax.devices()[:3]
+
+
+@pytest.mark.parametrize('scored', ['drawn', 'all'])
+def test_learner_and_sampler_agree_where_sampling_is_cut(scored, tmp_path):
+    """The first step on samples of the policy itself: ratio 1, nothing clipped, KL 0 from an identical reference; also
+    on held-out prompts."""
+    config = config_of(algorithm__name='proximal_rloo', sampling__top_k=30, sampling__top_p=0.8, num_steps=1,
+                       sampling__min_new_tokens=6, sampling__scored=scored, eval_every=1, eval_prompts=8)
+    train.train(config, tmp_path, mesh=devices(1))
+    first, held_out = read_metrics(tmp_path / 'metrics.jsonl')[:2]
+    found = first | held_out
+    assert found['ratio'] == pytest.approx(1, abs=1e-4) and found['clip_fraction'] == 0
+    assert found['logprob_gap_max'] < 1e-4 and found['kl'] == pytest.approx(0, abs=1e-4)
+    assert found['length'] > 6 and found['reward_std'] > 0
+    assert ('eval_kl' in found) and found['eval_kl'] < 1  # the held-out prompts follow the update
+
+
+def test_completions_without_reward_are_counted_and_left_out(tmp_path, caplog):
+    config = config_of(algorithm__name='rloo', reward__function='policy_rewards:none', num_steps=2)
+    train.train(config, tmp_path, mesh=devices(1))
+    rows = read_metrics(tmp_path / 'metrics.jsonl')
+    assert [row['missing_rewards'] for row in rows] == [1 / 16] * len(rows)
+    assert all(np.isfinite(row['loss']) and 0 < row['reward'] < 1 and row['reward_std'] > 0 for row in rows)
+    assert caplog.text.count('1 of 16 completions have no reward (None or NaN): they are left out') == 1
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------

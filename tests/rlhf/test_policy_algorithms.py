@@ -1,6 +1,7 @@
 """What the algorithms make of a rollout batch, against loops over completions and tokens in NumPy; no model."""
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,20 +34,24 @@ def case():
     return batch, worth
 
 
-def loss_of(config, case, *, policy='policy', sampler=None):
-    """(loss of the whole batch, function of prompts -> (loss, weights) of a part)."""
-    batch, worth = case
-    batch = dict(batch) | {'place': worth['place']}
+def prepared(config, case, *, policy='policy', sampler=None):
+    """((rows, metrics) of the whole batch, name -> function of rows -> what their tokens are worth to it)."""
+    batch, worth = dict(case[0]), case[1]
     if sampler is not None:
         batch['logprobs'] = worth[sampler]
-    algorithm = algorithms.get(config)
-    at = lambda name: lambda rows: jnp.asarray(worth[name].reshape(B * K, L))[place(rows)]
     # Which completions the rows are is told by their tokens, which nobody else reads here.
     batch['tokens'] = np.broadcast_to(worth['place'][..., None], batch['tokens'].shape).astype(np.int32)
-    place = lambda rows: np.asarray(rows['tokens'])[..., 0]
+    number = lambda rows: np.searchsorted(worth['place'].ravel(), np.asarray(rows['tokens'])[..., 0])
+    at = lambda name: lambda rows: jnp.asarray(worth[name].reshape(-1, L))[number(rows)]
     batch = {name: jnp.asarray(x) for name, x in batch.items()}
-    rows, metrics = algorithm.prepare(config, batch, algorithms.Scorers(at('reference'), at(policy), at('values')),
-                                      config.kl_coefficient)
+    scorers = algorithms.Scorers(at('reference'), at(policy), at('values'))
+    return algorithms.get(config).prepare(config, batch, scorers, config.kl_coefficient), at
+
+
+def loss_of(config, case, *, policy='policy', sampler=None):
+    """(loss of the whole batch, function of prompts -> (loss, weights) of a part, metrics)."""
+    (rows, metrics), at = prepared(config, case, policy=policy, sampler=sampler)
+    algorithm = algorithms.get(config)
 
     def part(prompts):
         some = {name: x[np.array(prompts)] for name, x in rows.items()}
@@ -134,11 +139,12 @@ def test_proximal_rloo(case):
 @pytest.mark.parametrize('mean_over,correction,scale', [('sequence', 'none', True), ('token', 'mask', True),
                                                        ('sequence', 'truncate', False)])
 def test_grpo(mean_over, correction, scale, case):
+    """KL is priced in the loss, by k3, and does not enter the rewards."""
     batch, worth = case
-    found = scores(case, .3)
-    advantages = found - found.mean(1, keepdims=True)
+    rewards = np.float64(batch['rewards'])
+    advantages = rewards - rewards.mean(1, keepdims=True)
     if scale:
-        advantages /= found.std(1, ddof=1, keepdims=True)
+        advantages /= rewards.std(1, ddof=1, keepdims=True) + 1e-7
     losses = []
     for b, k in np.ndindex(B, K):
         row = []
@@ -148,12 +154,52 @@ def test_grpo(mean_over, correction, scale, case):
             w = np.exp(own - old)
             w = {'none': 1, 'truncate': min(w, 1.1), 'mask': w * (w <= 1.1)}[correction]
             row.append(w * clipped(advantages[b, k], np.exp(new - old), .2, .4)
-                       + .5 * (np.exp(ref - new) - 1 - (ref - new)))
+                       + .3 * (np.exp(ref - new) - 1 - (ref - new)))
         losses.append(row)
     expected = np.mean(sum(losses, [])) if mean_over == 'token' else np.mean([np.mean(row) for row in losses])
-    got, _, _ = loss_of(settings('grpo', kl_coefficient=.3, ref_beta=.5, clip_high=.4, mean_over=mean_over,
-                                 correction=correction, correction_cap=1.1, scale_rewards=scale), case)
+    got, _, _ = loss_of(settings('grpo', kl_coefficient=.3, clip_high=.4, mean_over=mean_over, correction=correction,
+                                 correction_cap=1.1, scale_rewards=scale), case)
     assert got == pytest.approx(expected, rel=1e-4)
+
+
+def with_rewards(case, rewards):
+    """The case with other rewards, its batch as the step hands it over."""
+    batch = dict(case[0]) | {'rewards': np.asarray(rewards, np.float32)}
+    return algorithms.with_rewards(batch), case[1]
+
+
+def test_grpo_trains_no_tied_group(case):
+    """Neither does it where the policy has left the sampler, and so where tokens differ in their KL."""
+    tied = with_rewards(case, np.ones((B, K)))
+    (rows, _), _ = prepared(settings('grpo', kl_coefficient=.3), tied)
+    np.testing.assert_array_equal(rows['advantages'], 0)
+    price = loss_of(settings('grpo', kl_coefficient=.3), tied)[0]
+    assert price > 0 and loss_of(settings('grpo', kl_coefficient=.6), tied)[0] == pytest.approx(2 * price, rel=1e-5)
+    assert loss_of(settings('grpo', kl_coefficient=0), tied)[0] == 0
+
+
+@pytest.mark.parametrize('name', list(algorithms.ALGORITHMS))
+def test_a_completion_without_reward_is_not_trained_on(name, case):
+    """Its group's baseline, pair or best is of the others, its tokens do not count, and nothing becomes NaN."""
+    rewards = case[0]['rewards'].copy()
+    rewards[0, 1], rewards[2, :2], rewards[3] = np.nan, np.nan, np.nan
+    config = settings(name, kl_coefficient=.3)
+    (rows, metrics), at = prepared(config, with_rewards(case, rewards))
+    assert all(np.isfinite(x) for x in metrics.values())
+    new = jnp.nan_to_num(at('new')(rows))
+    algorithm, values = algorithms.get(config), at('new_values')(rows)
+    loss = lambda new, values: algorithm.loss(config, new, values if algorithm.critic else None, rows)[0]
+    grads = jax.grad(loss, (0, 1))(new, values)
+    assert np.isfinite(loss(new, values)) and all(np.isfinite(x).all() for x in grads)
+    trained = {tuple(np.argwhere(case[1]['place'] == i)[0]) for i in np.asarray(rows['tokens'])[
+        np.abs(grads[0]).sum(-1) > 0][:, 0]}
+    assert trained and not trained & {(0, 1), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)}
+    if name in ('rloo', 'grpo'):
+        kept = [0, 2]
+        alone = with_rewards(case, rewards)
+        alone = {n: x[:1, kept] for n, x in alone[0].items()}, {n: x[:1, kept] for n, x in alone[1].items()}
+        (of_others, _), _ = prepared(config, alone)
+        np.testing.assert_allclose(rows['advantages'][0, kept], of_others['advantages'][0], rtol=1e-5)
 
 
 @pytest.mark.parametrize('correction', ['none', 'truncate', 'mask', 'decoupled'])
@@ -229,6 +275,7 @@ def test_corrections_change_stale_samples_and_no_fresh_ones(name, correction, ca
     (dict(name='ppo', critic='shared', critic_weights='x'), "critic_weights=x: algorithm.critic='shared' has no"),
     (dict(name='grpo', critic_weights='x'), 'critic_weights=x: grpo has no critic; leave it empty'),
     (dict(name='grpo', num_epochs=0), 'algorithm.num_epochs=0 must be at least 1'),
+    (dict(name='grpo', kl_estimator='k2'), "kl_estimator='k2': grpo prices KL in its loss"),
 ])
 def test_settings_that_mean_nothing_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -1,8 +1,8 @@
 """A trained language model as its user sees it: prompts in, responses out, and the log-probabilities of either.
 
     policy = Policy.load('runs/policy')                       # or a Hugging Face folder with its tokenizer
-    found = policy.sample(['3+4='], policy.sampling(temperature=0.7, max_new_tokens=16), jax.random.key(0))
-    found.texts[0][0], policy.logprobs(found)
+    responses = policy.sample(['3+4='], policy.sampling(temperature=0.7, max_new_tokens=16), jax.random.key(0))
+    responses.texts[0][0], policy.logprobs(responses)
 """
 import dataclasses
 import functools
@@ -58,8 +58,9 @@ class Responses:
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask [N K, P + L], prompt and response, prompt by prompt."""
-        return tuple(np.concatenate([np.repeat(prompt, self.num_samples, 0), own.reshape(-1, own.shape[-1])], 1)
-                     for prompt, own in ((self.prompt_tokens, self.tokens), (self.prompt_mask, self.mask)))
+        pairs = (self.prompt_tokens, self.tokens), (self.prompt_mask, self.mask)
+        return tuple(np.concatenate([np.repeat(prompt, self.num_samples, 0), response.reshape(-1, response.shape[-1])],
+                                    1) for prompt, response in pairs)
 
 
 class Policy:
@@ -137,7 +138,7 @@ class Policy:
         Args:
             prompts: texts, or ids as they stand.
             batch_size: prompts at once, rounded up to the devices; the last batch is filled up.
-            progress: told how many prompts are done.
+            progress: callback that takes how many prompts are done.
 
         Raises:
             ValueError: no prompt, an empty one, or one that leaves no room for `max_new_tokens`.
@@ -197,10 +198,11 @@ class Policy:
 
     # ---- Log-probabilities -------------------------------------------------------------------------------------------
 
-    def logprobs(self, found: Responses, *, temperature: float = 1.0, batch_size: int = 64,
+    def logprobs(self, responses: Responses, *, temperature: float = 1.0, batch_size: int = 64,
                  progress: Progress | None = None) -> np.ndarray:
-        """float32 [N, K, L] of the tokens of `found`, which another policy with the same tokenizer may have drawn; 0
-        past their end.
+        """float32 [N, K, L] of the tokens of `responses`, which another policy with the same tokenizer may have drawn.
+
+        0 past their end.
 
         Args:
             batch_size: rows at once.
@@ -208,11 +210,11 @@ class Policy:
         Raises:
             ValueError: token ids or lengths that this model does not have.
         """
-        tokens, mask = found.rows()
-        length = found.tokens.shape[-1]
+        tokens, mask = responses.rows()
+        length = responses.tokens.shape[-1]
         out = self.token_logprobs(tokens, mask, length, temperature=temperature, batch_size=batch_size,
-                                  progress=progress).reshape(found.mask.shape)
-        return np.where(found.mask, out, 0)
+                                  progress=progress).reshape(responses.mask.shape)
+        return np.where(responses.mask, out, 0)
 
     def token_logprobs(self, tokens: np.ndarray, mask: np.ndarray, length: int, *, temperature: float = 1.0,
                        batch_size: int = 64, progress: Progress | None = None) -> np.ndarray:

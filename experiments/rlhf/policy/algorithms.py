@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments.rlhf.policy.models import TEXT
 from experiments.runtime import launch
 from rlhf_jax import advantages as advantages_lib
 from rlhf_jax import kl as kl_lib
@@ -43,7 +44,16 @@ class Algorithm(NamedTuple):
     least_samples: int = 2
 
 
-TEXT = ('tokens', 'prompt_mask', 'mask')  # what a forward pass reads
+def with_rewards(batch: Rows) -> Rows:
+    """The batch with no token counting in a completion whose reward is missing (not finite): it is not trained on."""
+    return batch | {'mask': batch['mask'] & jnp.isfinite(batch['rewards'])[..., None]}
+
+
+def texts(batch: Rows, *more: str, index: Array | None = None) -> Rows:
+    """What a model reads of the completions, their `logprobs` as drawn, and columns named in `more`; of the completions
+    `index` [B, C] only, if it is given."""
+    rows = {name: batch[name] for name in (*TEXT, 'logprobs', *more) if name in batch}
+    return rows if index is None else {name: pick(x, index) for name, x in rows.items()}
 
 
 # ---- Weights of prompts ----------------------------------------------------------------------------------------------
@@ -63,9 +73,10 @@ def count_prompts(_, rows: Rows) -> Array:
 def drift(settings: Any, batch: Rows, ref: Array) -> tuple[Array, Metrics]:
     """KL of each token under its estimator, [B, K, L], and its measures: nats a response and a token, by k1."""
     total = kl_lib.sequence_kl(batch['logprobs'], ref, batch['mask'])
+    mean = masked.mean(total, batch['mask'].any(-1))
     kl = kl_lib.estimate(masked.zeroed(batch['logprobs'], batch['mask']), masked.zeroed(ref, batch['mask']),
                          settings.kl_estimator)
-    return kl, {'kl': total.mean(), 'kl_per_token': total.sum() / jnp.maximum(batch['mask'].sum(), 1)}
+    return kl, {'kl': mean, 'kl_per_token': total.sum() / jnp.maximum(batch['mask'].sum(), 1)}
 
 
 # ---- Online DPO, Best-of-N -------------------------------------------------------------------------------------------
@@ -73,12 +84,12 @@ def drift(settings: Any, batch: Rows, ref: Array) -> tuple[Array, Metrics]:
 def _prepare_dpo(settings, batch, scorers, _):
     best, worst, counts = losses.best_worst(batch['rewards'], ties=settings.ties)
     pair = jnp.stack([best, worst], 1)
-    rows = {name: pick(batch[name], pair) for name in (*TEXT, 'logprobs')}
+    rows = texts(batch, index=pair)
     ref = scorers.reference(rows)
     _, metrics = drift(settings, rows, ref)
-    gap = batch['rewards'].max(1) - batch['rewards'].min(1)
     rows |= {'ref': sequence_logprobs(ref, rows['mask']), 'counts': counts}
-    return rows, metrics | {'tied': (gap == 0).mean(dtype=jnp.float32), 'reward_gap': gap.mean()}
+    measures = losses.group_metrics(batch['rewards'])
+    return rows, metrics | {name: measures[name] for name in ('tied', 'reward_gap')}
 
 
 def _dpo(settings, logprobs, _, rows):
@@ -90,9 +101,10 @@ def _dpo(settings, logprobs, _, rows):
 
 def _prepare_best_of_n(settings, batch, scorers, _):
     _, metrics = drift(settings, batch, scorers.reference(batch))
-    best = jnp.argmax(batch['rewards'], 1)[:, None]
-    rows = {name: pick(batch[name], best) for name in (*TEXT, 'logprobs', 'rewards')}
-    return rows, metrics | {'best_reward': batch['rewards'].max(1).mean()}
+    given = jnp.isfinite(batch['rewards'])
+    ranked = jnp.where(given, batch['rewards'], -jnp.inf)
+    rows = texts(batch, 'rewards', index=jnp.argmax(ranked, 1)[:, None])
+    return rows, metrics | {'best_reward': masked.mean(ranked.max(1), given.any(1))}
 
 
 def _best_of_n(settings, logprobs, _, rows):
@@ -100,13 +112,17 @@ def _best_of_n(settings, logprobs, _, rows):
     return loss, {'nll': loss, 'best_logprob': -loss}
 
 
+def _count_best_of_n(_, rows):
+    return jnp.isfinite(rows['rewards'][:, 0]).astype(jnp.float32)
+
+
 # ---- RLOO, GRPO ------------------------------------------------------------------------------------------------------
 
-def _penalized(settings, batch, scorers, coefficient):
-    """Rewards [B, K] less the price of their KL, the reference's log-probabilities and metrics."""
-    ref = scorers.reference(batch)
-    kl, metrics = drift(settings, batch, ref)
-    return kl_lib.penalized_scores(batch['rewards'], kl, batch['mask'], coefficient), ref, metrics
+def _left_out(settings, batch, scorers, coefficient):
+    """Rows with advantages over the other completions, of rewards less the price of their KL; and metrics."""
+    kl, metrics = drift(settings, batch, scorers.reference(batch))
+    scores = kl_lib.penalized_scores(batch['rewards'], kl, batch['mask'], coefficient)
+    return texts(batch) | {'advantages': advantages_lib.leave_one_out(scores)}, metrics
 
 
 def _with_weights(settings, rows, scorers, level):
@@ -119,8 +135,7 @@ def _with_weights(settings, rows, scorers, level):
 
 
 def _prepare_rloo(settings, batch, scorers, coefficient):
-    scores, _, metrics = _penalized(settings, batch, scorers, coefficient)
-    rows = {name: batch[name] for name in (*TEXT, 'logprobs')} | {'advantages': advantages_lib.leave_one_out(scores)}
+    rows, metrics = _left_out(settings, batch, scorers, coefficient)
     return _with_weights(settings, rows, scorers, 'sequence'), metrics
 
 
@@ -128,26 +143,23 @@ def _rloo(settings, logprobs, _, rows):
     return losses.rloo(logprobs, rows['advantages'], rows['mask'], weights=rows.get('weights'))
 
 
-def _prepare_proximal_rloo(settings, batch, scorers, coefficient):
-    scores, _, metrics = _penalized(settings, batch, scorers, coefficient)
-    rows = {name: batch[name] for name in (*TEXT, 'logprobs')} | {'advantages': advantages_lib.leave_one_out(scores)}
-    return rows, metrics
-
-
 def _proximal_rloo(settings, logprobs, _, rows):
     return losses.proximal_rloo(logprobs, rows['logprobs'], rows['advantages'], rows['mask'], clip=settings.clip)
 
 
 def _prepare_grpo(settings, batch, scorers, coefficient):
-    scores, ref, metrics = _penalized(settings, batch, scorers, coefficient)
-    rows = {name: batch[name] for name in (*TEXT, 'logprobs')}
-    rows |= {'advantages': advantages_lib.group_normalized(scores, scale=settings.scale_rewards), 'ref': ref}
+    """KL is priced in the loss: see `losses.grpo`."""
+    ref = scorers.reference(batch)
+    _, metrics = drift(settings, batch, ref)
+    rows = texts(batch) | {
+        'advantages': advantages_lib.group_normalized(batch['rewards'], scale=settings.scale_rewards), 'ref': ref,
+        'kl_coefficient': jnp.full((len(ref), 1, 1), coefficient)}
     return _with_weights(settings, rows, scorers, 'token'), metrics
 
 
 def _grpo(settings, logprobs, _, rows):
     return losses.grpo(logprobs, rows['logprobs'], rows['advantages'], rows['mask'], ref_logprobs=rows['ref'],
-                       beta=settings.ref_beta, clip=settings.clip, clip_high=settings.clip_high or None,
+                       beta=rows['kl_coefficient'], clip=settings.clip, clip_high=settings.clip_high or None,
                        mean_over=settings.mean_over, weights=rows.get('weights'))
 
 
@@ -159,14 +171,15 @@ def _count_grpo(settings, rows):
 
 def _prepare_ppo(settings, batch, scorers, coefficient):
     kl, metrics = drift(settings, batch, scorers.reference(batch))
-    mask = batch['mask']
-    values_mask = kl_lib.value_mask(mask, after_eos=settings.after_eos)
+    mask, given = batch['mask'], jnp.isfinite(batch['rewards'])
+    values_mask = kl_lib.value_mask(mask, after_eos=settings.after_eos) & given[..., None]
     values = masked.zeroed(scorers.values(batch), values_mask)
-    rewards = kl_lib.token_rewards(batch['rewards'], kl, mask, coefficient, after_eos=settings.after_eos)
+    rewards = kl_lib.token_rewards(masked.zeroed(batch['rewards'], given), kl, mask, coefficient,
+                                   after_eos=settings.after_eos)
     advantages, returns = advantages_lib.gae(rewards, values, gamma=settings.gamma, lam=settings.lam)
     advantages = advantages_lib.whiten(advantages, mask) if settings.whiten else masked.zeroed(advantages, mask)
-    rows = {name: batch[name] for name in (*TEXT, 'logprobs')}
-    rows |= {'advantages': advantages, 'returns': returns, 'old_values': values, 'values_mask': values_mask}
+    rows = texts(batch) | {'advantages': advantages, 'returns': returns, 'old_values': values,
+                           'values_mask': values_mask}
     if settings.correction == 'decoupled':
         rows['proximal'] = scorers.policy(batch)
     return _with_weights(settings, rows, scorers, 'token'), metrics | {'return': masked.mean(returns, values_mask)}
@@ -187,9 +200,9 @@ def _ppo(settings, logprobs, values, rows):
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     'online_dpo': Algorithm(_prepare_dpo, _dpo, lambda _, rows: rows['counts'].astype(jnp.float32)),
-    'best_of_n': Algorithm(_prepare_best_of_n, _best_of_n, count_prompts),
+    'best_of_n': Algorithm(_prepare_best_of_n, _best_of_n, _count_best_of_n),
     'rloo': Algorithm(_prepare_rloo, _rloo, count_prompts),
-    'proximal_rloo': Algorithm(_prepare_proximal_rloo, _proximal_rloo, count_prompts),
+    'proximal_rloo': Algorithm(_left_out, _proximal_rloo, count_prompts),
     'grpo': Algorithm(_prepare_grpo, _grpo, _count_grpo),
     'ppo': Algorithm(_prepare_ppo, _ppo, count_tokens, critic=True, least_samples=1),
 }
@@ -218,8 +231,7 @@ def get(settings: Any) -> Algorithm:
                           ('critic', ('separate', 'shared')), ('mean_over', ('sequence', 'token'))):
         launch.check_choice(f'algorithm.{name}', settings[name], choices)
     for name, least in (('num_minibatches', 1), ('num_epochs', 1), ('kl_coefficient', 0), ('kl_target', 0),
-                        ('value_coefficient', 0), ('value_clip', 0), ('clip_high', 0), ('ref_beta', 0),
-                        ('correction_cap', 1e-9)):
+                        ('value_coefficient', 0), ('value_clip', 0), ('clip_high', 0), ('correction_cap', 1e-9)):
         if settings[name] < least:
             raise ValueError(f'algorithm.{name}={settings[name]} must be at least {least}')
     for name in ('beta', 'clip'):
@@ -228,6 +240,9 @@ def get(settings: Any) -> Algorithm:
     for name in ('clip', 'gamma', 'lam'):
         if not 0 <= settings[name] <= 1:
             raise ValueError(f'algorithm.{name}={settings[name]} must be at most 1 and not negative')
+    if settings.name == 'grpo' and settings.kl_estimator == 'k2':
+        raise ValueError("algorithm.kl_estimator='k2': grpo prices KL in its loss, estimated by k3, and not in the "
+                         'reward; leave it at its default')
     if settings.critic_weights and not (algorithm.critic and settings.critic == 'separate'):
         raise ValueError(f'algorithm.critic_weights={settings.critic_weights}: ' + (
             f"algorithm.critic={settings.critic!r} has no network of its own" if algorithm.critic else

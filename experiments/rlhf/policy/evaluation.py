@@ -15,6 +15,7 @@ from experiments.rlhf.data import tasks
 from experiments.rlhf.data import texts as text_arrays
 from experiments.rlhf.models.inference import Policy, Progress, Prompt, Responses
 from experiments.rlhf.policy import rollouts
+from experiments.rlhf.policy.models import TEXT
 from experiments.rlhf.policy.rewards import Completions, Reward
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.evaluation import Evaluation
@@ -36,11 +37,11 @@ def evaluate_policy(policy: Policy, prompts: Sequence[Prompt], rows: Rows, sampl
     Args:
         prompts: texts, or ids of those that were cut.
         rows: of the data set, one a prompt; those with a `reference` give the response to win against.
-        task: for its own metrics.
+        task: whose metrics are measured too.
         reward, gold: see `rewards.find`; of rewards that are 0 or 1 there is also pass@k.
         reference: what the policy started from, of the same tokenizer: KL, and perplexity of the responses.
         human_text: on which the policy's own perplexity is its drift.
-        progress: (what, how many) -> told how many are done.
+        progress: (what, how many) -> callback that takes how many are done.
 
     Returns:
         The metrics, `length` in tokens (EOS included), and the responses. See `of_drift`, `of_wins`, `of_text`.
@@ -49,11 +50,11 @@ def evaluate_policy(policy: Policy, prompts: Sequence[Prompt], rows: Rows, sampl
         ValueError: prompts that do not fit, rewards that are not finite.
     """
     bar = progress or (lambda what, total: None)
-    found = policy.sample(prompts, sampling, key, batch_size=batch_size, num_samples=num_samples,
+    responses = policy.sample(prompts, sampling, key, batch_size=batch_size, num_samples=num_samples,
                           progress=bar('sampling', len(prompts)))
-    completions = completions_of(found, rows)
+    completions = completions_of(responses, rows)
     out = {'num_prompts': len(prompts), 'num_samples': num_samples, 'temperature': sampling.temperature,
-           'length': float(found.mask.sum(-1).mean()), 'ended': float(found.ended.mean())}
+           'length': float(responses.mask.sum(-1).mean()), 'ended': float(responses.ended.mean())}
     if task is not None and task.metrics is not None:
         out |= task.metrics(completions.texts, completions.rows)
     for name, scorer in (('reward', reward), ('gold', gold)):
@@ -65,17 +66,18 @@ def evaluate_policy(policy: Policy, prompts: Sequence[Prompt], rows: Rows, sampl
             elif all('reference' in row for row in rows):
                 out |= of_wins(policy, prompts, rows, scores, gold)
     if reference is not None:
-        out |= of_drift(policy, reference, found, batch_size=batch_size, bar=bar)
+        out |= of_drift(policy, reference, responses, batch_size=batch_size, bar=bar)
     if human_text:
         out |= of_text(policy, human_text, batch_size=batch_size, progress=bar)
-    return out | of_variety(found), found
+    return out | of_variety(responses), responses
 
 
-def completions_of(found: Responses, rows: Rows) -> Completions:
+def completions_of(responses: Responses, rows: Rows) -> Completions:
     """The responses as rewards take them, prompt by prompt."""
-    tokens, mask = found.rows()
-    return Completions([text for row in found.texts for text in row],
-                       [row for row in rows for _ in range(found.num_samples)], tokens, mask, found.ended.reshape(-1))
+    tokens, mask = responses.rows()
+    texts = [text for row in responses.texts for text in row]
+    return Completions(texts, [row for row in rows for _ in range(responses.num_samples)], tokens, mask,
+                       responses.ended.reshape(-1))
 
 
 # ---- Measures --------------------------------------------------------------------------------------------------------
@@ -96,12 +98,12 @@ def of_wins(policy: Policy, prompts: Sequence[Prompt], rows: Rows, scores: np.nd
     wins, `win_ties` equal scores, `win_margin` is the mean difference."""
     references = policy.given(prompts, [row['reference'] for row in rows])
     theirs = score(gold, completions_of(references, rows), num=len(rows))[0]
-    found = tldr.win_rate(scores, np.repeat(theirs, len(scores) // len(theirs)))
-    return {'win_rate': found.win_rate, 'win_ties': found.ties, 'win_margin': found.margin,
+    wins = tldr.win_rate(scores, np.repeat(theirs, len(scores) // len(theirs)))
+    return {'win_rate': wins.win_rate, 'win_ties': wins.ties, 'win_margin': wins.margin,
             'reference_gold': float(theirs.mean())}
 
 
-def of_drift(policy: Policy, reference: Policy, found: Responses, *, batch_size: int = 64,
+def of_drift(policy: Policy, reference: Policy, responses: Responses, *, batch_size: int = 64,
              bar: Callable[[str, int], Progress | None] = lambda what, total: None) -> Metrics:
     """How far the responses are from what `reference` would say, both at temperature 1.
 
@@ -110,13 +112,14 @@ def of_drift(policy: Policy, reference: Policy, found: Responses, *, batch_size:
     over the same prompts alone (`tldr.legacy_perplexity`). KL is unbiased for samples drawn at temperature 1; of others
     it is the mean log-ratio of those samples.
     """
-    rows = found.mask.shape[0] * found.mask.shape[1]
-    own, ref = (model.logprobs(found, batch_size=batch_size, progress=bar(what, rows)).reshape(rows, -1)
-                for what, model in (('policy', policy), ('reference', reference)))
-    mask = found.mask.reshape(rows, -1)
-    lengths = np.repeat(found.prompt_mask.sum(1), found.num_samples)
-    out = {name: float(x) for name, x in tldr.response_drift(own, ref, mask).items()}
-    return out | {'legacy_kl_perplexity': float(tldr.legacy_perplexity(ref, mask, lengths).mean())}
+    rows = responses.mask.shape[0] * responses.mask.shape[1]
+    policy_logprobs, ref_logprobs = (
+        model.logprobs(responses, batch_size=batch_size, progress=bar(what, rows)).reshape(rows, -1)
+        for what, model in (('policy', policy), ('reference', reference)))
+    mask = responses.mask.reshape(rows, -1)
+    lengths = np.repeat(responses.prompt_mask.sum(1), responses.num_samples)
+    out = {name: float(x) for name, x in tldr.response_drift(policy_logprobs, ref_logprobs, mask).items()}
+    return out | {'legacy_kl_perplexity': float(tldr.legacy_perplexity(ref_logprobs, mask, lengths).mean())}
 
 
 def of_text(policy: Policy, text: str, *, size: int = imdb.WINDOW, stride: int = imdb.STRIDE, batch_size: int = 64,
@@ -129,12 +132,12 @@ def of_text(policy: Policy, text: str, *, size: int = imdb.WINDOW, stride: int =
     tokens = np.asarray(policy.encode(text), np.int32)
     size = min(size, policy.module.max_length)
     places = perplexity.windows(len(tokens), size=size, stride=min(stride, size - 1))
-    rows, there = np.full((len(places), size), policy.tokenizer.pad, np.int32), np.zeros((len(places), size), bool)
+    rows, mask = np.full((len(places), size), policy.tokenizer.pad, np.int32), np.zeros((len(places), size), bool)
     counted = np.zeros((len(places), size - 1), bool)  # of tokens 1, 2, ... of a row: nothing predicts the first
     for i, w in enumerate(places):
-        rows[i, :w.end - w.begin], there[i, :w.end - w.begin] = tokens[w.begin:w.end], True
+        rows[i, :w.end - w.begin], mask[i, :w.end - w.begin] = tokens[w.begin:w.end], True
         counted[i, w.first - w.begin - 1:w.end - w.begin - 1] = True
-    logprobs = policy.token_logprobs(rows, there, size - 1, batch_size=batch_size,
+    logprobs = policy.token_logprobs(rows, mask, size - 1, batch_size=batch_size,
                                      progress=progress('human text', len(rows)))
     sums, counts = -np.where(counted, logprobs, 0).sum(1, dtype=np.float64), counted.sum(1)
     return {'drift_perplexity': perplexity.perplexity(sums, counts),
@@ -143,18 +146,18 @@ def of_text(policy: Policy, text: str, *, size: int = imdb.WINDOW, stride: int =
 
 def human_text(task: tasks.Task, data: Mapping[str, Any], split: str, num_rows: int) -> str:
     """The first `num_rows` demonstrations of a split as one text for `of_text`."""
-    found = tasks.require(task, 'demonstrations', data)(data, split)
-    return imdb.drift_text(''.join(map(str, parts)) for parts in found[:num_rows])
+    demonstrations = tasks.require(task, 'demonstrations', data)(data, split)
+    return imdb.drift_text(''.join(map(str, parts)) for parts in demonstrations[:num_rows])
 
 
-def of_variety(found: Responses) -> Metrics:
+def of_variety(responses: Responses) -> Metrics:
     """`distinct_n`, `entropy_n` and `msttr` over all responses, by words, as far as they have words enough; of several
     samples `distinct_samples`, the share of different ones among those of a prompt."""
-    flat = [text for row in found.texts for text in row]
+    flat = [text for row in responses.texts for text in row]
     longest = max(len(text.split()) for text in flat)
     out = imdb.diversity(flat, orders=tuple(n for n in (1, 2, 3) if n <= longest))
-    if found.num_samples > 1:
-        out['distinct_samples'] = float(np.mean([len(set(row)) / len(row) for row in found.texts]))
+    if responses.num_samples > 1:
+        out['distinct_samples'] = float(np.mean([len(set(row)) / len(row) for row in responses.texts]))
     return out
 
 
@@ -192,6 +195,7 @@ class HeldOutPrompts(Evaluation):
         self._measure = jax.jit(measure, out_shardings=mesh_lib.replicated(mesh))
 
     def measure(self, state: Any) -> Metrics:
+        """`eval_...` metrics of the policy in `state`."""
         size, num_samples = self._config.batch_size, self._config.algorithm.num_samples
         parts: list[dict[str, np.ndarray]] = []
         texts, rows = [], []
@@ -201,7 +205,7 @@ class HeldOutPrompts(Evaluation):
                 keep = min(size, self._num - index * size)  # prompts of the next epoch fill the last batch up
                 batch = self._generate(weights, index=index, version=0)
                 placed = {name: jax.device_put(batch[name], mesh_lib.batch_sharding(self._mesh))
-                          for name in ('tokens', 'prompt_mask', 'mask')}
+                          for name in TEXT if name in batch}
                 measured = {name: batch[name] for name in ('rewards', 'gold', 'ended', 'replaced') if name in batch}
                 measured |= {'length': batch['mask'].sum(-1)} | jax.device_get(self._measure(state, placed))
                 parts.append({name: x[:keep] for name, x in measured.items()})
@@ -211,7 +215,7 @@ class HeldOutPrompts(Evaluation):
                 texts += text_arrays.decoded(
                     self._generate.tokenizer, flat(batch['tokens'][..., -length:]), flat(batch['mask']),
                     flat(batch['tokens'][..., :-length]), flat(batch['prompt_mask']))[0]
-        out = {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}
+        out = {name: float(np.nanmean(np.concatenate([part[name] for part in parts]))) for name in parts[0]}
         out |= {'reward': out.pop('rewards'), 'kl_per_token': out['kl'] / out['length']}
         if self._task.metrics is not None:
             out |= self._task.metrics(texts, rows)

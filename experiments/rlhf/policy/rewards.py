@@ -1,6 +1,7 @@
 """Rewards of completions as `config.reward` names them: a task's rule, a reward model, or a function of the user's."""
 import dataclasses
 import importlib
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from experiments.runtime.signals import signals
 from rlhf_jax.models import heads
 from rlhf_jax.rollout.rewards import score
 
+log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
@@ -53,23 +55,25 @@ class Scorer:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, task: Task, mesh: Mesh):
-        r = config.reward
-        self._timeout = r.timeout or None
-        self._missing_eos = number('reward.missing_eos', r.missing_eos)
-        self._replacement = number('reward.replacement', r.replacement)
+        section = config.reward
+        self._timeout = section.timeout or None
+        self._missing_eos = number('reward.missing_eos', section.missing_eos)
+        self._replacement = number('reward.replacement', section.replacement)
+        self._warned = False
 
         num_ids = tokenizer_of(config).vocab_size
 
         def model(path):
-            return shared(path, mesh, dtype=config.model.dtype, num_ids=num_ids,
-                          batch_size=r.batch_size)
+            return shared(path, mesh, dtype=config.model.dtype, num_ids=num_ids, batch_size=section.batch_size)
 
-        name = config.data.task
-        self._reward = find('reward.kind', kind_of(r), task, name, model)
-        self._gold = find('reward.gold', r.gold, task, name, model, gold=True) if r.gold else None
+        task_name = config.data.task
+        self._reward = find('reward.kind', reward_name(section), task, task_name, model)
+        self._gold = find('reward.gold', section.gold, task, task_name, model, gold=True) if section.gold else None
 
     def __call__(self, completions: Completions) -> dict[str, np.ndarray]:
         """`rewards` float32 [N], `replaced` bool [N], and `gold` float32 [N] where there is one.
+
+        A reward is NaN where a completion has none (and `reward.replacement` puts nothing in its place).
 
         Raises:
             ValueError, TimeoutError, Exception: as of `rlhf_jax.rollout.rewards.score`.
@@ -78,14 +82,20 @@ class Scorer:
         # Where the main thread waits, it answers signals; a thread that makes batches is waited for elsewhere.
         check = signals.check_late if threading.current_thread() is threading.main_thread() else None
         rewards, replaced = score(self._reward, completions, num=count, timeout=self._timeout,
-                                  replacement=self._replacement, check=check)
+                                  replacement=self._replacement, may_miss=True, check=check)
         if self._missing_eos is not None:
             rewards = penalized(rewards, completions, self._missing_eos)
-        # Which ones does not matter to anybody; how many is logged.
-        out = {'rewards': rewards, 'replaced': np.arange(count) < replaced}
+        missing = int(np.isnan(rewards).sum())
+        if missing and not self._warned:
+            self._warned = True
+            log.warning('%d of %d completions have no reward (None or NaN): they are left out of their groups and not '
+                        'trained on; the metric missing_rewards counts them', missing, count)
+        # Which ones were replaced does not matter to anybody; how many is logged.
+        scored = {'rewards': rewards, 'replaced': np.arange(count) < replaced}
         if self._gold:
-            out['gold'] = score(self._gold, completions, num=count, timeout=self._timeout, check=check)[0]
-        return out
+            scored['gold'] = score(self._gold, completions, num=count, timeout=self._timeout, may_miss=True,
+                                   check=check)[0]
+        return scored
 
 
 def penalized(rewards: np.ndarray, completions: Completions, missing_eos: float) -> np.ndarray:
@@ -98,14 +108,19 @@ def with_missing_eos(reward: Reward, missing_eos: float) -> Reward:
     return lambda completions: penalized(np.asarray(reward(completions)), completions, missing_eos)
 
 
-def kind_of(r: Mapping[str, Any]) -> str:
-    """What `reward.gold` would be to say the same as `reward.kind` with its field."""
-    if r['kind'] == 'task':
+def reward_name(section: Mapping[str, Any]) -> str:
+    """The training reward in the notation of `reward.gold`: 'task', a folder, or 'package.module:function'.
+
+    Raises:
+        ValueError: an unknown `reward.kind`, or the field it needs is empty.
+    """
+    kind = section['kind']
+    if kind == 'task':
         return 'task'
-    launch.check_choice('reward.kind', r['kind'], ('task', 'model', 'function'))
-    if not r[r['kind']]:
-        raise ValueError(f"reward.{r['kind']} is empty, but reward.kind={r['kind']!r} needs it")
-    return r[r['kind']]
+    launch.check_choice('reward.kind', kind, ('task', 'model', 'function'))
+    if not section[kind]:
+        raise ValueError(f'reward.{kind} is empty, but reward.kind={kind!r} needs it')
+    return section[kind]
 
 
 def number(name: str, text: Any) -> float | None:
@@ -169,13 +184,13 @@ def check_code(names: Mapping[str, str], source: str, trust: bool) -> None:
 
 
 def shared(path: str, mesh: Mesh, **settings: Any) -> 'RewardModel':
-    """`RewardModel(...)`, or the same one that is still held elsewhere in this process: a run that generates and
-    evaluates on the same devices needs its weights but once."""
+    """`RewardModel(...)`, or the same one where this process still uses it: a run that generates and evaluates on the
+    same devices needs its weights but once."""
     key = (str(path), mesh, *sorted(settings.items()))
-    found = _MODELS.get(key)
-    if found is None:
-        found = _MODELS[key] = RewardModel(path, mesh, **settings)
-    return found
+    model = _MODELS.get(key)
+    if model is None:
+        model = _MODELS[key] = RewardModel(path, mesh, **settings)
+    return model
 
 
 _MODELS: 'weakref.WeakValueDictionary[Any, RewardModel]' = weakref.WeakValueDictionary()
@@ -208,8 +223,8 @@ class RewardModel:
         self.max_length, self._path, self._before_eos = module.backbone.max_length, path, before_eos
         shards = mesh_lib.batch_shards(mesh)
         self._rows = -(-batch_size // shards) * shards
-        own = ml_collections.ConfigDict(dict(kind=architecture.family_name(module.backbone)))
-        rules = architecture.rules(own, 'backbone')
+        family = ml_collections.ConfigDict(dict(kind=architecture.family_name(module.backbone)))
+        rules = architecture.rules(family, 'backbone')
         self._params = jax.device_put(params, partition.param_shardings(params, rules, mesh))
         self._sharding = mesh_lib.batch_sharding(mesh)
 

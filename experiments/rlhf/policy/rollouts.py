@@ -23,6 +23,7 @@ from experiments.rlhf.data import texts as text_arrays
 from experiments.rlhf.models import architecture
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy import rewards
+from experiments.rlhf.policy.models import carries_stop_tokens, sampling_of
 from experiments.runtime import launch, partition, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.signals import GRACE_SECONDS, Interrupted, signals
@@ -41,22 +42,22 @@ TRANSPORTS = ('devices', 'files', 'transfer')
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises a ValueError for rollout settings that cannot work, before any data is read."""
-    r = config.rollout
-    if r.max_staleness < 0:
-        raise ValueError(f'rollout.max_staleness={r.max_staleness} must be at least 0')
-    launch.check_choice('rollout.transport', r.transport, TRANSPORTS)
-    if r.devices and r.transport != 'devices':
-        raise ValueError(f'rollout.devices={r.devices}: with rollout.transport={r.transport!r} generators have devices '
-                         'of their own process; set it to 0')
+    rollout = config.rollout
+    if rollout.max_staleness < 0:
+        raise ValueError(f'rollout.max_staleness={rollout.max_staleness} must be at least 0')
+    launch.check_choice('rollout.transport', rollout.transport, TRANSPORTS)
+    if rollout.devices and rollout.transport != 'devices':
+        raise ValueError(f'rollout.devices={rollout.devices}: with rollout.transport={rollout.transport!r} generators '
+                         'have devices of their own process; set it to 0')
     for name in ('devices', 'chunk', 'slots', 'timeout'):
-        if r[name] < 0:
-            raise ValueError(f'rollout.{name}={r[name]} must be at least 0')
-    if r.num_generators < 1:
-        raise ValueError(f'rollout.num_generators={r.num_generators} must be at least 1')
-    if r.chunk and not r.max_staleness:
-        raise ValueError(f'rollout.chunk={r.chunk} looks for newer weights while generating, but with '
+        if rollout[name] < 0:
+            raise ValueError(f'rollout.{name}={rollout[name]} must be at least 0')
+    if rollout.num_generators < 1:
+        raise ValueError(f'rollout.num_generators={rollout.num_generators} must be at least 1')
+    if rollout.chunk and not rollout.max_staleness:
+        raise ValueError(f'rollout.chunk={rollout.chunk} looks for newer weights while generating, but with '
                          'rollout.max_staleness=0 none come meanwhile; set one of them')
-    if r.chunk and not r.threaded:
+    if rollout.chunk and not rollout.threaded:
         raise ValueError('rollout.threaded=False generates in the loop, where no newer weights can come; set '
                          'rollout.chunk=0')
     if jax.process_count() > 1:
@@ -71,10 +72,11 @@ def learner_devices(config: ml_collections.ConfigDict,
     Raises:
         ValueError: none would be left.
     """
-    devices, held = list(jax.devices() if devices is None else devices), config.rollout.devices
-    if held >= len(devices):
-        raise ValueError(f'rollout.devices={held} leaves none of {len(devices)} devices to the learner; 0 shares them')
-    return devices[:len(devices) - held]
+    devices, generating = list(jax.devices() if devices is None else devices), config.rollout.devices
+    if generating >= len(devices):
+        raise ValueError(f'rollout.devices={generating} leaves none of {len(devices)} devices to the learner; 0 shares '
+                         'them')
+    return devices[:len(devices) - generating]
 
 
 def generator_mesh(config: ml_collections.ConfigDict, learner: Mesh | None = None,
@@ -87,13 +89,6 @@ def generator_mesh(config: ml_collections.ConfigDict, learner: Mesh | None = Non
     elif learner is not None:
         devices = list(learner.devices.flat)
     return mesh_lib.make_mesh(config.rollout.mesh, devices)
-
-
-def sampling_of(config: ml_collections.ConfigDict, stops: Sequence[int], pad: int) -> generate_lib.Sampling:
-    s = config.sampling
-    return generate_lib.Sampling(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
-                                 top_p=s.top_p, min_new_tokens=s.min_new_tokens, stop_tokens=tuple(stops),
-                                 pad_token=pad)
 
 
 # ---- Weights for decoding --------------------------------------------------------------------------------------------
@@ -125,7 +120,7 @@ def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Dev
     which train; for compile checks."""
     mesh, num_samples = generator_mesh(config, devices=devices), config.algorithm.num_samples
     decoding, batch = Decoding(config, mesh), mesh_lib.batch_sharding(mesh)
-    prompts, sampling = (config.batch_size, config.sampling.max_prompt), sampling_of(config, (0,), 0)
+    prompts, sampling = (config.batch_size, config.sampling.max_prompt), sampling_of(config, (0,))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (config.batch_size, num_samples)))
     program = jax.jit(
         lambda params, tokens, mask, keys: generate_lib.generate(decoding.module, params, tokens, mask, keys, sampling,
@@ -138,14 +133,14 @@ def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Dev
 def open_weights(config: ml_collections.ConfigDict, shardings: Any, shapes: Any, folder: Any, *,
                  reader: int = 0) -> Any:
     """The transport that `rollout.transport` names."""
-    r = config.rollout
-    keep, timeout = r.max_staleness + 1, r.timeout or None
-    if r.transport == 'devices':
+    rollout = config.rollout
+    keep, timeout = rollout.max_staleness + 1, rollout.timeout or None
+    if rollout.transport == 'devices':
         return publish.InProcess(shardings, timeout=timeout)
-    if r.transport == 'files':
+    if rollout.transport == 'files':
         return publish.Files(folder / 'weights', shardings, keep=keep, timeout=timeout)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return publish.Transfer(folder / 'weights', like, num_readers=r.num_generators, reader=reader, keep=keep,
+    return publish.Transfer(folder / 'weights', like, num_readers=rollout.num_generators, reader=reader, keep=keep,
                             timeout=timeout)
 
 
@@ -172,7 +167,7 @@ class Generator:
         self._prompts, self._rows = prompts_of(config, self.task, encode, config.data.split)
         self._order = EpochOrder(len(self._prompts), config.seed)
         self._scorer = rewards.Scorer(config, self.task, mesh)
-        self._sampling = sampling_of(config, self.tokenizer.stops, self.tokenizer.pad)
+        self._sampling = sampling_of(config, tuple(self.tokenizer.stops), self.tokenizer.pad)
         self._buckets = tuple(config.sampling.buckets) or (config.sampling.max_prompt,)
         shards = mesh_lib.batch_shards(mesh)
         if config.batch_size % shards:
@@ -201,27 +196,32 @@ class Generator:
             # By the draw, not the prompt: one that comes twice (a small set, the seam of two epochs) is answered anew.
             keys = responses.sample_keys(jax.random.key(self._config.seed), draws, num_samples, version)
             drawn, versions = self._draw(params, version, tokens, mask, keys)
-            return finish(self.tokenizer, self._scorer, tokens, mask, drawn, [self._rows[i] for i in ids]) | versions
+            batch = finish(self.tokenizer, self._scorer, tokens, mask, drawn, [self._rows[i] for i in ids])
+            if carries_stop_tokens(self._sampling):
+                stops = np.array(self._sampling.stop_tokens, np.int32)
+                batch['stop_tokens'] = np.broadcast_to(stops, (*drawn.mask.shape[:2], len(stops))).copy()
+            return batch | versions
 
     def _draw(self, params, version, tokens, mask, keys):
-        r, num_samples = self._config.rollout, self._config.algorithm.num_samples
-        if not (r.chunk or r.slots):
+        rollout, num_samples = self._config.rollout, self._config.algorithm.num_samples
+        if not (rollout.chunk or rollout.slots):
             place = functools.partial(jax.device_put, device=mesh_lib.batch_sharding(self._mesh))
             drawn = generate_lib.generate(self._module, params, place(tokens), place(mask), keys, self._sampling,
                                           num_samples=num_samples)
             return jax.device_get(drawn), {}
-        held = [params, version]
+        current = [params, version]
 
         def newest():
-            found = self._weights.newest() if r.chunk else None
-            if found is not None and found > held[1]:
-                held[:] = self._weights.fetch(found), found
-            return tuple(held)
+            published = self._weights.newest() if rollout.chunk else None
+            if published is not None and published > current[1]:
+                current[:] = self._weights.fetch(published), published
+            return tuple(current)
         drawn = refill.generate_refilled(self._module, newest, tokens, mask, keys, self._sampling,
-                                         slots=r.slots or keys.size, chunk=r.chunk or 16, num_samples=num_samples)
+                                         slots=rollout.slots or keys.size, chunk=rollout.chunk or 16,
+                                         num_samples=num_samples)
         drawn = jax.device_get(drawn)
         # Past the end of a response no version is meant; the newest there is keeps minima over tokens right.
-        return drawn, {'policy_version': np.where(drawn.mask, drawn.versions, held[1]).astype(np.int32)}
+        return drawn, {'policy_version': np.where(drawn.mask, drawn.versions, current[1]).astype(np.int32)}
 
 
 def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, encode: text_arrays.Encoder,
@@ -231,11 +231,11 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, encode: text
     Raises:
         ValueError: the task has no prompts, one is empty or ends in EOS, or none fits.
     """
-    found = tasks.require(task, 'prompts', config.data)(config.data, split)
+    prompts = tasks.require(task, 'prompts', config.data)(config.data, split)
     longest = config.sampling.max_prompt
-    text_arrays.count_spelled(encode, (prompt.text for prompt in found), 'data')
+    text_arrays.count_spelled(encode, (prompt.text for prompt in prompts), 'data')
     tokens, rows = [], []
-    for i, prompt in enumerate(found):
+    for i, prompt in enumerate(prompts):
         ids = list(encode(prompt.text))
         if not ids or ids[-1] == encode.tokenizer.eos:
             raise ValueError(f'data: prompt {i} ' + ('has no token' if not ids else 'ends in the EOS token'))
@@ -244,11 +244,11 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, encode: text
         if len(ids) <= longest:
             tokens.append(ids)
             rows.append({'prompt': str(prompt.text)} | dict(prompt.row))
-    if len(tokens) < len(found):
+    if len(tokens) < len(prompts):
         log.warning('%d of %d prompts are longer than sampling.max_prompt=%d tokens and left out',
-                    len(found) - len(tokens), len(found), longest)
+                    len(prompts) - len(tokens), len(prompts), longest)
     if not tokens:
-        raise ValueError(f'sampling.max_prompt={longest}: none of {len(found)} prompts is that short; raise it')
+        raise ValueError(f'sampling.max_prompt={longest}: none of {len(prompts)} prompts is that short; raise it')
     return tokens, rows
 
 
@@ -343,27 +343,28 @@ class Rollouts:
 
 def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | os.PathLike) -> Rollouts:
     """The stream of a learner on `mesh`; files between processes lie in `workdir/rollouts`."""
-    r = config.rollout
-    if r.transport != 'devices' and storage.is_remote(workdir):
-        raise ValueError(f'--workdir={workdir}: rollout.transport={r.transport!r} needs a folder that all processes '
-                         'see')
+    rollout = config.rollout
+    if rollout.transport != 'devices' and storage.is_remote(workdir):
+        raise ValueError(f'--workdir={workdir}: rollout.transport={rollout.transport!r} needs a folder that all '
+                         'processes see')
     generating = generator_mesh(config, mesh)
     decoding = Decoding(config, generating)
     weights = open_weights(config, decoding.shardings, decoding.shapes, storage.resolve(workdir) / 'rollouts')
-    if r.transport == 'devices':
+    if rollout.transport == 'devices':
         generate = Generator(config, generating, weights)
     else:
         generate = weights = processes.Remote(storage.resolve(workdir) / 'rollouts' / 'batches', weights,
-                                              max_staleness=r.max_staleness)
+                                              max_staleness=rollout.max_staleness)
     # Two threads that each start programs over several devices, the same ones, can leave those waiting for each other.
-    shared = r.transport == 'devices' and not r.devices and mesh.devices.size > 1
-    if shared and r.chunk:
-        raise ValueError(f'rollout.chunk={r.chunk} takes up weights while others are trained, which needs devices of '
-                         'its own; set rollout.devices')
-    if shared and r.max_staleness:
+    shared = rollout.transport == 'devices' and not rollout.devices and mesh.devices.size > 1
+    if shared and rollout.chunk:
+        raise ValueError(f'rollout.chunk={rollout.chunk} takes up weights while others are trained, which needs '
+                         'devices of its own; set rollout.devices')
+    if shared and rollout.max_staleness:
         log.warning('rollout.max_staleness=%d with rollout.devices=0: batches come from earlier weights, but are made '
-                    'and trained on in turn; set devices apart to do both at once', r.max_staleness)
-    threaded = r.threaded and not shared
-    stream = RolloutStream(generate, weights, max_staleness=r.max_staleness, threaded=threaded, newest=r.newest,
-                           num_batches=config.num_steps, timeout=r.timeout or None, check=signals.check)
+                    'and trained on in turn; set devices apart to do both at once', rollout.max_staleness)
+    threaded = rollout.threaded and not shared
+    stream = RolloutStream(generate, weights, max_staleness=rollout.max_staleness, threaded=threaded,
+                           newest=rollout.newest, num_batches=config.num_steps, timeout=rollout.timeout or None,
+                           check=signals.check)
     return Rollouts(stream, decoding.convert, config.num_steps, architecture.decoder(config.model).vocab_size)

@@ -1,0 +1,127 @@
+"""The networks of a run as functions of its parameters, `{'policy': ...}` and, where there is a critic, `'value'`."""
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from experiments.rlhf.models import architecture, loading
+from experiments.runtime import partition
+from rlhf_jax import generate
+from rlhf_jax.models import heads, lora
+
+Array = jax.Array
+Params = dict[str, Any]
+Rows = Mapping[str, Array]
+Forward = Callable[[Params, Rows], tuple[Array, Array | None]]
+
+TEXT = ('tokens', 'prompt_mask', 'mask', 'stop_tokens')  # the fields of a batch that `forward` reads
+
+
+class PolicyModels:
+    """The policy, a decoder with or without an adapter, and its critic: a network of its own or a head on the trunk.
+
+    Args:
+        config: of the run.
+        has_critic: whether the algorithm needs values.
+
+    Attributes:
+        sampling: how the sampler draws, without its stop tokens, which come with every batch that needs them.
+        rules: partition rules over the parameters.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, *, has_critic: bool):
+        self._config = config
+        self._policy = architecture.decoder(config.model)
+        self._critic = architecture.reward_model(config.model) if has_critic else None
+        self._shared = has_critic and config.algorithm.critic == 'shared'
+        self._head = heads.ScalarHead(True)
+        self.sampling = sampling_of(config)
+        self.rules: partition.Rules = (*architecture.rules(config.model, 'policy'),
+                                       *architecture.rules(config.model, 'value/backbone'))
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters."""
+        params = {'policy': architecture.init_decoder(self._config)(key)}
+        if self._critic is not None:
+            key = jax.random.fold_in(key, 7)
+            if self._shared:
+                params['value'] = {'value_head': self._head.init(key, jnp.zeros((1, self._policy.width)))['params']}
+            else:
+                params['value'] = self._critic.init(key, jnp.zeros((1, 2), jnp.int32))['params']
+        return params
+
+    def load(self, params: Params) -> Params:
+        """`params` with the weights that the config starts from: `weights`, and `algorithm.critic_weights` or a critic
+        that begins as the policy with a fresh head.
+
+        Raises:
+            FileNotFoundError, ValueError: no such weights, or weights of another model.
+        """
+        config, params = self._config, dict(params)
+        shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+        if config.weights:
+            loaded = loading.load_decoder(config.weights, config, shardings(lora.without(params['policy'])))
+            params['policy'] = loading.filled(params['policy'], loaded)
+        if self._critic is not None and not self._shared:
+            critic_weights = config.algorithm.critic_weights
+            if critic_weights:
+                module, critic = loading.load_reward_model(critic_weights, config.model)
+                architecture.check_same(critic_weights, module.backbone, self._policy, 'algorithm.critic_weights')
+                params['value'] = jax.device_put(critic, shardings(params['value']))
+            elif config.weights:
+                params['value'] = loading.filled(params['value'], {'backbone': loaded})
+        return params
+
+    def forward(self, params: Params, rows: Rows) -> tuple[Array, Array | None]:
+        """Log-probabilities of responses in the distribution that the sampler scores, and values if there is a critic.
+
+        Args:
+            rows: `TEXT` of b prompts with C completions each, [b, C, ...].
+
+        Returns:
+            float32 [b, C, L], and the same or None.
+        """
+        shape = rows['mask'].shape
+        flat = lambda x: x.reshape(-1, x.shape[-1])  # a model reads completions one a row
+        tokens, mask = flat(rows['tokens']), flat(jnp.concatenate([rows['prompt_mask'], rows['mask']], -1))
+        span = slice(-shape[-1] - 1, -1)  # each token is predicted one position before it
+        out = self._policy.apply({'params': params['policy']}, tokens, mask=mask, at=span,
+                                 output='both' if self._shared else 'logits')
+        logits, hidden = out if self._shared else (out, None)
+        stops = flat(rows['stop_tokens'])[:, None] if 'stop_tokens' in rows else None
+        logprobs = generate.rescore(logits, tokens[:, -shape[-1]:], self.sampling, stop_tokens=stops)
+        if self._shared:
+            values = self._head.apply({'params': params['value']['value_head']}, hidden)
+        elif self._critic is not None:
+            values = self._critic.apply({'params': params['value']}, tokens, mask=mask)[:, span]
+        else:
+            return logprobs.reshape(shape), None
+        return logprobs.reshape(shape), values.reshape(shape)
+
+    def divide(self, params: Params) -> tuple[Params, Params]:
+        """`(frozen, trained)`: with an adapter, the policy's own weights are frozen; else all are trained."""
+        if not self._config.lora.rank:
+            return {}, params
+        frozen, adapter = lora.split(params['policy'])
+        return {'policy': frozen}, params | {'policy': adapter}
+
+    def join(self, frozen: Params, trained: Params) -> Params:
+        """The inverse of `divide`."""
+        return lora.join(frozen, trained) if frozen else trained
+
+
+def sampling_of(config: ml_collections.ConfigDict, stop_tokens: tuple[int, ...] = (),
+                pad_token: int = 0) -> generate.Sampling:
+    """How `config.sampling` draws, with the tokenizer's stop tokens and padding."""
+    section = config.sampling
+    return generate.Sampling(
+        max_new_tokens=section.max_new_tokens, temperature=section.temperature, top_k=section.top_k,
+        top_p=section.top_p, min_new_tokens=section.min_new_tokens, scored=section.scored, stop_tokens=stop_tokens,
+        pad_token=pad_token)
+
+
+def carries_stop_tokens(sampling: generate.Sampling) -> bool:
+    """Whether a batch must say which tokens could not be drawn early: the learner scores what the sampler drew from."""
+    return sampling.min_new_tokens > 0 and sampling.scored == 'drawn'
