@@ -15,7 +15,7 @@ Conventions shared by all of it:
     L         response tokens; P, prompt tokens
     mask      [B, K, L], True where a token counts: up to and including EOS, nothing after it
     logprobs  [B, K, L] float32, of the tokens under the distribution that was sampled from (its temperature included)
-    rewards   [B, K], one scalar a completion
+    rewards   [B, K], one scalar a completion; NaN where it has none
 """
 import importlib
 from typing import Any
