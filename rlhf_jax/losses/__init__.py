@@ -13,8 +13,8 @@ from rlhf_jax.losses.policy_gradient import (
     rloo,
     value_loss,
 )
-from rlhf_jax.losses.preference import best_of_n, best_worst, dpo, online_dpo
+from rlhf_jax.losses.preference import best_of_n, best_worst, dpo, group_metrics, online_dpo
 from rlhf_jax.losses.supervised import reward_model, sft
 
-__all__ = ['best_of_n', 'best_worst', 'decoupled_ppo', 'dpo', 'grpo', 'importance_weights', 'online_dpo', 'ppo',
-           'proximal_rloo', 'reward_model', 'rloo', 'sft', 'value_loss']
+__all__ = ['best_of_n', 'best_worst', 'decoupled_ppo', 'dpo', 'group_metrics', 'grpo', 'importance_weights', 'online_dpo',
+           'ppo', 'proximal_rloo', 'reward_model', 'rloo', 'sft', 'value_loss']
