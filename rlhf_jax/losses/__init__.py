@@ -16,5 +16,5 @@ from rlhf_jax.losses.policy_gradient import (
 from rlhf_jax.losses.preference import best_of_n, best_worst, dpo, group_metrics, online_dpo
 from rlhf_jax.losses.supervised import reward_model, sft
 
-__all__ = ['best_of_n', 'best_worst', 'decoupled_ppo', 'dpo', 'group_metrics', 'grpo', 'importance_weights', 'online_dpo',
-           'ppo', 'proximal_rloo', 'reward_model', 'rloo', 'sft', 'value_loss']
+__all__ = ['best_of_n', 'best_worst', 'decoupled_ppo', 'dpo', 'group_metrics', 'grpo', 'importance_weights',
+           'online_dpo', 'ppo', 'proximal_rloo', 'reward_model', 'rloo', 'sft', 'value_loss']
