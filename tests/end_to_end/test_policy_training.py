@@ -161,8 +161,8 @@ GOLDEN = {
         'sequence_logprob': -26.33681, 'logprob_gap': 0.3592465},
     'proximal_rloo': {'loss': 0.0006930158, 'grad_norm': 2.776472, 'kl': 0.3392363, 'old_kl': 28.72341,
         'clip_fraction': 0.625, 'logprob_gap': 0.3592465},
-    'grpo': {'loss': -0.0736459, 'grad_norm': 1.366596, 'kl': 0.3392363, 'old_kl': 0.1878994,
-        'clip_fraction': 0.4667061, 'weight': 0.8578994, 'ref_kl': 0.1476643, 'logprob_gap': 0.3592465},
+    'grpo': {'loss': 0.002682619, 'grad_norm': 1.043507, 'kl': 0.3392363, 'old_kl': 0.144993,
+        'clip_fraction': 0.2722616, 'weight': 0.8578994, 'ref_kl': 0.1461187, 'logprob_gap': 0.3592465},
     'best_of_n': {'loss': 28.32774, 'grad_norm': 15.27473, 'kl': 0.3392363, 'logprob_gap': 0.3988169},
 }
 
