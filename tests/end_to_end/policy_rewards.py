@@ -13,6 +13,10 @@ def same(texts, rows):
     return [1.0] * len(texts)
 
 
+def nan(texts, rows):
+    return [float('nan')] + [i / len(texts) for i in range(1, len(texts))]
+
+
 def no_rewards(texts, rows):
     return [None, float('nan')] * (len(texts) // 2)
 

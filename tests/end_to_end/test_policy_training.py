@@ -514,7 +514,8 @@ def test_learner_and_sampler_agree_where_sampling_is_cut(scored, tmp_path):
     """The first step on samples of the policy itself: ratio 1, nothing clipped, KL 0 from an identical reference; also
     on held-out prompts."""
     config = config_of(algorithm__name='proximal_rloo', sampling__top_k=30, sampling__top_p=0.8, num_steps=1,
-                       sampling__min_new_tokens=6, sampling__scored=scored, eval_every=1, eval_prompts=8)
+                       sampling__min_new_tokens=6, sampling__scored=scored, eval_every=1, eval_prompts=8,
+                       data__heldout='train')
     train.train(config, tmp_path, mesh=devices(1))
     first, held_out = read_metrics(tmp_path / 'metrics.jsonl')[:2]
     found = first | held_out
