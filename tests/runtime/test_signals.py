@@ -10,7 +10,6 @@ import pytest
 
 from experiments.runtime.signals import Interrupted, Stopped, signals
 
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
