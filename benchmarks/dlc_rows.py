@@ -10,10 +10,10 @@ import ml_collections
 import numpy as np
 import torch
 
-from benchmarks import measure, torch_encoder
+from benchmarks import measure, torch_encoder, torch_steps
 from benchmarks import torch_reference as reference
 from benchmarks.dlc_sizes import Sizes
-from benchmarks.measure import Row, random_params
+from benchmarks.measure import Row, random_params, transformer_flops
 from configs.dlc import base
 from dlc_jax import convert
 from dlc_jax.ssl import masking
@@ -67,11 +67,6 @@ class Side:
             Disagreement: the two differ by more.
         """
         measure.agree(what, ours, theirs.detach().float().cpu().numpy(), 5e-2 if self.bf16 else 1e-4)
-
-
-def transformer_flops(depth: int, tokens: int, width: int) -> float:
-    """Of one sequence's forward pass through the blocks, 2 a multiply-add."""
-    return depth * (24 * tokens * width ** 2 + 4 * tokens ** 2 * width)
 
 
 # ---- DiT -------------------------------------------------------------------------------------------------------------
@@ -159,23 +154,12 @@ def dit_training(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
 
     x0, noise, index, codes = side.tensors(d.x, d.noise, d.t.astype(np.int64), d.codes.astype(np.int64))
     process = reference.GaussianDiffusion(np.arange(1000), side.device)
-    trained = [p for p in d.torch.parameters() if p.requires_grad]
+    trained = torch_steps.trained(d.torch)
     fresh = [p.detach().clone() for p in trained]
 
     def theirs(model):
-        ema = [p.detach().clone() for p in trained]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
-
-        def one():
-            optimizer.zero_grad(set_to_none=True)
-            drop = torch.rand(d.batch, device=side.device) < d.model.cond_dropout
-            draw = torch.randint(0, 1000, (d.batch,), device=side.device)
-            with side.autocast():
-                loss = process.loss(model, x0, draw, torch.randn_like(x0), codes, drop)
-            loss.backward()
-            optimizer.step()
-            torch._foreach_lerp_(ema, [p.detach() for p in trained], 1e-4)
-        return side.blocking(one)
+        return side.blocking(torch_steps.dit(model, process, x0, codes, bf16=side.bf16,
+                                             cond_dropout=d.model.cond_dropout))
 
     def check():
         def loss(params):
@@ -280,20 +264,9 @@ def encoder_training(sizes: Sizes, *, bf16: bool, compiled: bool) -> Row:
     student, teacher = twin(), twin()
 
     def theirs(wrap):
-        mine, target = wrap(student), wrap(teacher)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, weight_decay=0.04, fused=True)
-
-        def one():
-            optimizer.zero_grad(set_to_none=True)
-            with side.autocast():
-                value = torch_encoder.loss(mine, target, tensors, temperature)
-            value.backward()
-            for part in (student.encoder, student.head):
-                torch.nn.utils.clip_grad_norm_(part.parameters(), config.optimizer.clip_norm, foreach=True)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - config.ema.decay)
-        return side.blocking(one)
+        return side.blocking(torch_steps.encoder(
+            wrap(student), wrap(teacher), tensors, bf16=side.bf16, temperature=temperature,
+            clip=config.optimizer.clip_norm, ema_decay=config.ema.decay))
 
     def check():
         state = put()

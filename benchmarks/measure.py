@@ -155,6 +155,11 @@ def matmul_peak(side: int, dtype: str) -> float:
     return 2 * side ** 3 / min(seconds(run) for _ in range(10))
 
 
+def transformer_flops(depth: int, tokens: int, width: int) -> float:
+    """Of one sequence's forward pass through the blocks, 2 a multiply-add."""
+    return depth * (24 * tokens * width ** 2 + 4 * tokens ** 2 * width)
+
+
 def versions(device: str) -> dict[str, str]:
     try:
         import torch

@@ -11,6 +11,7 @@ import optax
 from benchmarks.measure import random_params
 from rlhf_jax import logprobs, losses
 from rlhf_jax.models import layers
+from rlhf_jax.models.decoder import split_blocks
 from rlhf_jax.models.gpt_neox import SIZES, GPTNeoX
 
 Array = jax.Array
@@ -60,27 +61,54 @@ def online_dpo_loss(module: GPTNeoX, params: Any, ref_logprobs: Array, batch: Ma
     return losses.online_dpo(new, ref_logprobs, batch['mask'], batch['rewards'], beta=BETA)[0]
 
 
-@functools.partial(jax.jit, static_argnames=('module',), donate_argnames=('params', 'opt_state'))
-def dpo_step(module: GPTNeoX, params: Any, opt_state: Any, reference: Any,
-             batch: Mapping[str, Array]) -> tuple[Any, Any, Array]:
-    """Forward of the reference, forward and backward of the policy, AdamW."""
-    ref = response_logprobs(module, reference, batch['tokens'], batch['mask'].shape[-1])
-    loss, grads = jax.value_and_grad(lambda p: online_dpo_loss(module, p, ref, batch))(params)
+@functools.partial(jax.jit, static_argnames=('module', 'parts'), donate_argnames=('params', 'opt_state'))
+def dpo_step(module: GPTNeoX, params: Any, opt_state: Any, reference: Any, batch: Mapping[str, Array],
+             parts: int = 1) -> tuple[Any, Any, Array]:
+    """Forward of the reference, forward and backward of the policy, AdamW; `parts` microbatches of whole pairs."""
+    def grad(part):
+        ref = response_logprobs(module, reference, part['tokens'], part['mask'].shape[-1])
+        return jax.value_and_grad(lambda p: online_dpo_loss(module, p, ref, part))(params)
+
+    if parts == 1:
+        loss, grads = grad(batch)
+    else:
+        total = lambda carry, part: (jax.tree.map(jnp.add, carry, grad(part)), None)
+        zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        out, _ = jax.lax.scan(total, zeros, {name: _split_pairs(x, parts) for name, x in batch.items()})
+        loss, grads = jax.tree.map(lambda x: x / parts, out)
     updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss
 
 
-class Learner:
-    """Policy, optimizer and reference; `step` trains on a batch and waits."""
+def _split_pairs(x: Array, parts: int) -> Array:
+    """[B, ...] -> [parts, B / parts, ...]: whole prompts, with both of their samples."""
+    return x.reshape(parts, -1, *x.shape[1:])
 
-    def __init__(self, module: GPTNeoX, params: Any, reference: Any):
+
+class Learner:
+    """Policy, optimizer and reference; `step` trains on a batch and waits, `launch` does not."""
+
+    def __init__(self, module: GPTNeoX, params: Any, reference: Any, parts: int = 1):
         self.module, self.params, self.reference = module, jax.tree.map(jnp.copy, params), reference
-        self.opt_state = jax.jit(OPTIMIZER.init)(self.params)
+        self.parts, self.opt_state = parts, jax.jit(OPTIMIZER.init)(self.params)
+
+    def launch(self, batch: Mapping[str, Any]) -> Any:
+        """The new parameters; they are gone with the next call."""
+        batch = {name: batch[name] for name in ('tokens', 'mask', 'rewards')}
+        self.params, self.opt_state, _ = dpo_step(self.module, self.params, self.opt_state, self.reference, batch,
+                                                  self.parts)
+        return self.params
 
     def step(self, batch: Mapping[str, Any]) -> None:
-        batch = {name: batch[name] for name in ('tokens', 'mask', 'rewards')}
-        self.params, self.opt_state, loss = dpo_step(self.module, self.params, self.opt_state, self.reference, batch)
-        jax.block_until_ready((self.params, loss))
+        jax.block_until_ready(self.launch(batch))
+
+
+class Decoding:
+    """A policy as it samples: `convert` casts its weights and lays them out a tree a block."""
+
+    def __init__(self, module: GPTNeoX):
+        self.module = module.clone(stacked=False)
+        self.convert = jax.jit(lambda params: split_blocks(module, params, dtype=module.dtype)[1])
 
 
 def pairs(module: GPTNeoX, rows: int, length: int, response: int) -> dict[str, np.ndarray]:

@@ -60,8 +60,9 @@ class SEMEncoder(nn.Module):
             square = pos.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2).float()
             pos = F.interpolate(square, (rows, columns), mode='bicubic', antialias=True).flatten(2).transpose(1, 2)
         b = x.shape[0]
-        cls = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls.expand(b, -1, -1), self.register_tokens.expand(b, -1, -1), x + pos], 1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
+        registers = self.register_tokens.to(x.dtype).expand(b, -1, -1)
+        x = torch.cat([cls.expand(b, -1, -1), registers, x + pos.to(x.dtype)], 1)
         for block in self.blocks:
             x = block(x)
         first = 1 + self.registers

@@ -82,13 +82,20 @@ class GPTNeoX(nn.Module):
         self.register_buffer('sin', angle.sin(), persistent=False)
 
     def forward(self, tokens, cache=None, slots=None, visible=None, response=0):
+        x = self.trunk(tokens, cache, slots, visible)
+        x = x[:, -(response or tokens.shape[1] - 1) - 1:-1] if cache is None else x[:, -1]
+        return self.embed_out(self.gpt_neox.final_layer_norm(x))
+
+    def trunk(self, tokens, cache=None, slots=None, visible=None):
+        """Output of the last block, [B, T, D], before the norm."""
         where = slice(0, tokens.shape[1]) if slots is None else slots
         x = self.gpt_neox.embed_in(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # what runs between blocks is in the compute dtype
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         rotary = self.cos[where].to(x.dtype), self.sin[where].to(x.dtype)
         for i, block in enumerate(self.gpt_neox.layers):
             x = block(x, rotary, None if cache is None else cache[i], slots, visible)
-        x = x[:, -(response or tokens.shape[1] - 1) - 1:-1] if cache is None else x[:, -1]
-        return self.embed_out(self.gpt_neox.final_layer_norm(x))
+        return x
 
     def new_cache(self, batch: int, length: int):
         """Keys and values of every layer, [B, H, S, D] each, allocated once."""
@@ -141,6 +148,107 @@ class Decoder:
             token, logprob = self.step(token, self.slots[slot:slot + 1] if self.compiled else slice(slot, slot + 1))
             self.tokens[:, t], self.logprobs[:, t] = token[:, 0], logprob
         return self.tokens, self.logprobs
+
+
+class GraphDecoder:
+    """Prefill once a prompt, then `num_samples` responses to each from a static cache: a CUDA graph a token.
+
+    What surrounds attention is compiled, attention reads only the slots written so far (so that PyTorch takes its flash
+    kernel, which wants no mask), and the graph of every step is captured once and replayed. On a CPU the same steps run
+    without graphs.
+
+    Args:
+        model: a `GPTNeoX` in the dtype to compute in.
+        batch: prompts.
+    """
+
+    def __init__(self, model: GPTNeoX, batch: int, prompt: int, new: int, *, num_samples: int = 1,
+                 temperature: float = 1.0):
+        self.model, self.prompt, self.new = model, prompt, new
+        self.num_samples, self.temperature = num_samples, temperature
+        device, rows = model.embed_out.weight.device, batch * num_samples
+        self.cache = model.new_cache(rows, prompt + new - 1)
+        self.prefilled = self.cache if num_samples == 1 else model.new_cache(batch, prompt)
+        self.token = torch.zeros((rows, 1), dtype=torch.long, device=device)
+        self.tokens = torch.zeros((rows, new), dtype=torch.long, device=device)
+        self.logprobs = torch.zeros((rows, new), device=device)
+        self.graphs: list = []
+        on_gpu = device.type == 'cuda'
+        wrap = functools.partial(torch.compile, dynamic=False) if on_gpu else lambda f: f
+        self._before, self._after, self._last = wrap(_before), wrap(_after), wrap(self._logits_and_draw)
+        if on_gpu:
+            self._capture()
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and lets the libraries choose and allocate
+                self._step(1)
+        torch.cuda.current_stream().wait_stream(stream)
+        pool = None
+        for t in range(1, self.new):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(t)
+            pool = pool or graph.pool()
+            self.graphs.append(graph)
+
+    def _logits_and_draw(self, x):
+        logits = self.model.embed_out(self.model.gpt_neox.final_layer_norm(x[:, -1])).float()
+        logprobs = torch.log_softmax(logits / self.temperature, -1)
+        token = (logprobs - torch.empty_like(logprobs).exponential_().log()).argmax(-1, keepdim=True)
+        return token, logprobs.gather(1, token)[:, 0]
+
+    def _write(self, x, t: int) -> None:
+        token, logprob = self._last(x)
+        self.token.copy_(token)
+        self.tokens[:, t], self.logprobs[:, t] = token[:, 0], logprob
+
+    def _step(self, t: int) -> None:
+        model, slot = self.model, self.prompt + t - 1
+        x = model.gpt_neox.embed_in(self.token)
+        cos, sin = model.cos[slot:slot + 1].to(x.dtype), model.sin[slot:slot + 1].to(x.dtype)
+        for block, (keys, values) in zip(model.gpt_neox.layers, self.cache):
+            q, k, v, rest = self._before(block, x, cos, sin)
+            keys[:, :, slot:slot + 1], values[:, :, slot:slot + 1] = k, v
+            x = self._after(block, F.scaled_dot_product_attention(q, keys[:, :, :slot + 1], values[:, :, :slot + 1]),
+                            rest)
+        self._write(x, t)
+
+    @torch.inference_mode()
+    def prefill(self, prompts) -> None:
+        """Fills the cache and draws the first token."""
+        x = self.model.trunk(prompts, self.prefilled, slice(0, self.prompt))[:, -1:]
+        if self.num_samples > 1:
+            for (keys, values), (k, v) in zip(self.cache, self.prefilled):
+                keys[:, :, :self.prompt] = k.repeat(self.num_samples, 1, 1, 1)
+                values[:, :, :self.prompt] = v.repeat(self.num_samples, 1, 1, 1)
+        self._write(x.repeat(self.num_samples, 1, 1), 0)
+
+    @torch.inference_mode()
+    def __call__(self, prompts):
+        """Tokens [K B, N] and log-probabilities [K B, N]; the same buffers at every call."""
+        self.prefill(prompts)
+        for t in range(1, self.new):
+            if self.graphs:
+                self.graphs[t - 1].replay()
+            else:
+                self._step(t)
+        return self.tokens, self.logprobs
+
+
+def _before(block, x, cos, sin):
+    """Queries, keys and values of a parallel block, and all of its output that does not wait for them."""
+    attention, length = block.attention, x.shape[1]
+    qkv = attention.query_key_value(block.input_layernorm(x)).view(len(x), length, attention.num_heads, -1)
+    q, k, v = qkv.transpose(1, 2).chunk(3, -1)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v, x + block.mlp(block.post_attention_layernorm(x))
+
+
+def _after(block, out, rest):
+    return rest + block.attention.dense(out.transpose(1, 2).reshape(rest.shape))
 
 
 def response_logprobs(model, tokens, length: int):

@@ -89,14 +89,16 @@ class DiT(nn.Module):
 
     def forward(self, x, t, codes, drop=None):
         """x [B, S, S, C], t [B], codes [B, L], drop [B] bool or None -> [B, S, S, 2C] float32."""
-        h = self.x_embedder.proj(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2) + self.pos_embed
+        h = self.x_embedder.proj(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        h = h + self.pos_embed.to(h.dtype)  # what runs between blocks is in the compute dtype, as in `dlc_jax`
         if drop is not None:
             codes = torch.where(drop[:, None], self.vocab, codes)
         table = self.sem_embedder.embedding_table
         # One flat lookup: index_select and its scatter-add are the fast pair of forward and backward.
         flat = (self.positions * (self.vocab + 1) + codes).reshape(-1)
         rows = F.embedding(flat, table.reshape(-1, table.shape[-1])).view(*codes.shape, -1)
-        c = self.t_embedder.mlp(sinusoidal(t)) + rows.mean(1)
+        c = self.t_embedder.mlp(sinusoidal(t))
+        c = c + rows.mean(1).to(c.dtype)
         for block in self.blocks:
             h = block(h, c)
         h = self.final_layer(h, c)
@@ -167,9 +169,9 @@ class GaussianDiffusion:
 
 
 class SEDDBlock(nn.Module):
-    def __init__(self, width, num_heads, cond_dim):
+    def __init__(self, width, num_heads, cond_dim, dropout=0.0):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.attn_qkv, self.attn_out = nn.Linear(width, 3 * width, False), nn.Linear(width, width, False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU('tanh'), nn.Linear(4 * width, width))
@@ -182,8 +184,9 @@ class SEDDBlock(nn.Module):
         q, k, v = self.attn_qkv(h).view(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
-        x = torch.addcmul(x, gate_a[:, None], self.attn_out(h))
-        return torch.addcmul(x, gate_m[:, None], self.mlp(modulate(self.norm2(x), shift_m, scale_m)))
+        drop = lambda h: F.dropout(h, self.dropout, self.training) if self.dropout else h
+        x = torch.addcmul(x, gate_a[:, None], drop(self.attn_out(h)))
+        return torch.addcmul(x, gate_m[:, None], drop(self.mlp(modulate(self.norm2(x), shift_m, scale_m))))
 
 
 def rotate(x, cos, sin):
@@ -205,7 +208,7 @@ class SEDDHead(nn.Module):
 class SEDD(nn.Module):
     """Absorbing process, scores scaled by sigma."""
 
-    def __init__(self, *, vocab_size, length, width, depth, num_heads, cond_dim=128):
+    def __init__(self, *, vocab_size, length, width, depth, num_heads, cond_dim=128, dropout=0.0):
         super().__init__()
         self.vocab = vocab_size
         self.pos_embed = nn.Parameter(torch.zeros(length, width))
@@ -213,7 +216,7 @@ class SEDD(nn.Module):
         self.vocab_embed.embedding = nn.Parameter(torch.zeros(vocab_size + 1, width))
         self.sigma_map = nn.Module()
         self.sigma_map.mlp = nn.Sequential(nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
-        self.blocks = nn.ModuleList(SEDDBlock(width, num_heads, cond_dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(SEDDBlock(width, num_heads, cond_dim, dropout) for _ in range(depth))
         self.output_layer = SEDDHead(width, vocab_size + 1, cond_dim)
         self.rotary_emb = nn.Module()
         half = torch.arange(0, width // num_heads, 2) / (width // num_heads)
@@ -225,12 +228,25 @@ class SEDD(nn.Module):
     def forward(self, tokens, sigma):
         x = F.embedding(tokens, self.vocab_embed.embedding) + self.pos_embed
         c = F.silu(self.sigma_map.mlp(sinusoidal(sigma)))
+        x = x.to(c.dtype)
         for block in self.blocks:
             x = block(x, c, self.cos, self.sin)
         with torch.autocast(x.device.type, enabled=False):
             score = self.output_layer(x.float(), c.float())
         score = score - (torch.expm1(sigma).log() + math.log(self.vocab))[:, None, None]
         return score.scatter(-1, tokens[..., None], 0.0)
+
+
+def score_entropy(model, x0, xt, t, eps=1e-3):
+    """Mean training loss of codes x0 [B, L], corrupted to xt, at times t [B]: `DiscreteDiffusion.example_loss`."""
+    kept = (1 - t) + eps * t
+    sigma = torch.where(t < 0.5, -torch.log1p(-(1 - eps) * t), -kept.log())
+    score = model(xt, sigma)[..., :model.vocab]
+    log_r = -torch.expm1(sigma).log()[:, None]
+    d = score - log_r[..., None]
+    at_x0 = d.gather(-1, x0[..., None])[..., 0]
+    entropy = torch.where(xt == model.vocab, log_r.exp() * (d.exp().sum(-1) - 1 - at_x0), 0.0)
+    return ((1 - eps) / kept * entropy.sum(-1)).mean()
 
 
 def jumps(score, vocab, t, dt, eps=1e-3):

@@ -176,7 +176,7 @@ class Block(nn.Module):
     """
     num_heads: int
     hidden: int
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -252,7 +252,7 @@ class DiT(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = 'none'
     unroll: bool = False
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
 
     @nn.compact
     def __call__(self, x: Array, t: Array, cond: Array | None = None, *, drop: Array | None = None,

@@ -4,17 +4,18 @@ Every module takes `dtype` (compute) and `param_dtype` (storage). Normalisation
 statistics, softmax and rotary angles are float32 whatever `dtype` is.
 
 GELU, layer norm and softmax carry derivative rules of their own: the same derivatives, arranged so that the backward
-pass needs one array of each, not every intermediate of its formula. `computed_once` is the one place where platforms
-differ.
+pass needs one array of each, not every intermediate of its formula. Where platforms differ, in `computed_once` and
+`gelu`, is decided when the program is lowered.
 """
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.models.attention import fused
 from rlhf_jax.models.layers import rope, rope_frequencies, rotary
 
 Array = jax.Array
@@ -33,17 +34,33 @@ def computed_once(x: Any) -> Any:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
+computed_anew = jax.lax.optimization_barrier  # what follows in the backward pass is not taken from the forward pass
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def gelu(x: Array, approximate: bool = True) -> Array:
-    """GELU (arXiv 1606.08415), by its tanh approximation or exact; keeps its slope for the backward pass."""
+    """GELU (arXiv 1606.08415), by its tanh approximation or exact.
+
+    Keeps for the backward pass its slope on a CPU, and `x` elsewhere, where computing the slope anew costs less than
+    writing it.
+    """
     return jax.nn.gelu(x, approximate=approximate)
 
 
 @gelu.defjvp
 def _gelu_jvp(approximate, primals, tangents):
     (x,), (dx,) = primals, tangents
-    y, slope = jax.jvp(functools.partial(jax.nn.gelu, approximate=approximate), (x,), (jnp.ones_like(x),))
-    return y, computed_once(slope) * dx
+
+    def slope(x):
+        return jax.jvp(functools.partial(jax.nn.gelu, approximate=approximate), (x,), (jnp.ones_like(x),))[1]
+
+    kept = jax.lax.platform_dependent(x, cpu=lambda x: jax.lax.optimization_barrier(slope(x)), default=lambda x: x)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tangent(kept, dx):
+        return jax.lax.platform_dependent(kept, dx, cpu=lambda slope_x, dx: slope_x * dx,
+                                          default=lambda x, dx: slope(computed_anew(x)) * dx)
+    return gelu(x, approximate), tangent(kept, dx)
 
 
 @jax.custom_jvp
@@ -60,36 +77,54 @@ def _softmax_jvp(primals, tangents):
     return p, p * (dx - jnp.sum(p * dx, -1, keepdims=True))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def standardize(x: Array, eps: float) -> Array:
-    """Standardizes, `(x - mean) / sqrt(variance + eps)`, over the last axis in float32.
-
-    Keeps its result for the backward pass.
-    """
-    return _standardize(x, eps)[0]
-
-
-def _standardize(x: Array, eps: float) -> tuple[Array, Array]:
-    x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
-    return x * inverse, inverse
-
-
-@standardize.defjvp
-def _standardize_jvp(eps, primals, tangents):
-    (x,), (dx,) = primals, tangents
-    y, inverse = computed_once(_standardize(x, eps))
-    dx = dx.astype(jnp.float32)
-    return y, inverse * (dx - dx.mean(-1, keepdims=True) - y * jnp.mean(y * dx, -1, keepdims=True))
-
-
 def layer_norm(x: Array, scale: Array | None = None, bias: Array | None = None, *, eps: float) -> Array:
-    """Layer norm over the last axis, computed in float32, returned in float32."""
-    x = standardize(x, eps)
-    if scale is not None:
-        x = x * scale.astype(jnp.float32)
-    return x if bias is None else x + bias.astype(jnp.float32)
+    """`(x - mean) / sqrt(variance + eps) scale + bias` over the last axis, computed and returned in float32.
+
+    Keeps `x` as it is, and mean and 1 / deviation of each row, for the backward pass.
+
+    Args:
+        x: [..., D].
+        scale, bias: broadcast against `x`; None: none.
+        eps: added to the variance.
+    """
+    return _layer_norm(x, scale, bias, eps)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _layer_norm(x: Array, scale: Array | None, bias: Array | None, eps: float) -> Array:
+    return _affine(_standardized(x, *_moments(x, eps)), scale, bias)
+
+
+def _moments(x: Array, eps: float) -> tuple[Array, Array]:
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    return mean, jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+
+
+def _standardized(x: Array, mean: Array, inverse: Array) -> Array:
+    return (x.astype(jnp.float32) - mean) * inverse
+
+
+def _affine(y: Array, scale: Array | None, bias: Array | None) -> Array:
+    y = y if scale is None else y * scale.astype(jnp.float32)
+    return y if bias is None else y + bias.astype(jnp.float32)
+
+
+@_layer_norm.defjvp
+def _layer_norm_jvp(eps, primals, tangents):
+    x, scale, bias = primals
+    mean, inverse = _moments(x, eps)
+
+    # From `x` and the moments, which are kept, not from a float32 copy of the output.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tangent(x, mean, inverse, scale, dx, dscale, dbias):
+        y, dx = _standardized(computed_anew(x), mean, inverse), dx.astype(jnp.float32)
+        dy = inverse * (dx - dx.mean(-1, keepdims=True) - y * jnp.mean(y * dx, -1, keepdims=True))
+        out = _affine(dy, scale, dbias)
+        return out if scale is None else out + y * dscale.astype(jnp.float32)
+
+    return (_affine(_standardized(x, mean, inverse), scale, bias),
+            tangent(x, mean, inverse, scale, *tangents))
 
 
 class LayerNorm(nn.Module):
@@ -115,21 +150,23 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 
 def modulated_layer_norm(x: Array, shift: Array, scale: Array, *, eps: float, dtype: Any = jnp.float32) -> Array:
     """Computes `modulate(layer_norm(x), shift, scale)`, the norm without scale and bias, in float32; gives `dtype`."""
-    return modulate(layer_norm(x, eps=eps), shift.astype(jnp.float32), scale.astype(jnp.float32)).astype(dtype)
+    shift, scale = shift.astype(jnp.float32)[:, None], scale.astype(jnp.float32)[:, None]
+    return layer_norm(x, 1 + scale, shift, eps=eps).astype(dtype)
 
 
-def attention(q: Array, k: Array, v: Array, *, impl: str = 'xla') -> Array:
+def attention(q: Array, k: Array, v: Array, *, impl: str = 'auto') -> Array:
     """Full bidirectional softmax attention.
 
     Args:
         q, k, v: [B, N, H, D].
-        impl: 'xla', or 'cudnn' on an NVIDIA GPU in bf16 or fp16.
+        impl: 'auto', 'xla' or 'cudnn', see `rlhf_jax.models.attention.choose`.
 
     Returns:
         [B, N, H, D] in the dtype of `v`.
     """
-    if impl != 'xla':
-        return jax.nn.dot_product_attention(q, k, v, implementation=cast(Any, impl))
+    out = fused(q, k, v, impl=impl)
+    if out is not None:
+        return out
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     logits = jnp.einsum('bhqd,bhkd->bhqk', q, k, preferred_element_type=jnp.float32)
     probs = softmax(logits * q.shape[-1] ** -0.5).astype(v.dtype)
@@ -144,7 +181,7 @@ class Attention(nn.Module):
     num_heads: int
     use_bias: bool = True
     use_rope: bool = False
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32

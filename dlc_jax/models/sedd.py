@@ -82,7 +82,7 @@ class Block(nn.Module):
     hidden: int
     dropout: float
     train: bool
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -153,7 +153,7 @@ class SEDD(nn.Module):
     learned_positions: bool = True
     remat: str = 'none'
     unroll: bool = False
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

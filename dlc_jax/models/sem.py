@@ -66,6 +66,27 @@ class JointLayerNorm(nn.Module):
         return x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def exact_dot(x: Array, kernel: Array, dims: Any) -> Array:
+    """`lax.dot_general` with sums in float32 whatever the compute dtype, and no TF32 or bf16 passes for float32.
+
+    A near tie between two logits decides a token of the code. No gradient is that delicate: the backward pass computes
+    in the dtype of `x`.
+    """
+    return jax.lax.dot_general(x, kernel, dims, precision=jax.lax.Precision.HIGHEST,
+                               preferred_element_type=jnp.float32)
+
+
+def _exact_dot_bwd(dims, kept, gradient):
+    x, kernel = kept
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    plain = functools.partial(jax.lax.dot_general, dimension_numbers=dims, precision=precision)
+    return jax.vjp(plain, x, kernel)[1](gradient.astype(x.dtype))
+
+
+exact_dot.defvjp(lambda x, kernel, dims: (exact_dot(x, kernel, dims), (x, kernel)), _exact_dot_bwd)
+
+
 class SEMEncoder(vit.VisionTransformer):
     """Vision transformer, with the same parameters under the same names, and the SEM bottleneck on its class token.
 
@@ -108,12 +129,10 @@ class SEMEncoder(vit.VisionTransformer):
             raise ValueError(f'temperature={temperature} must be positive; near 0 gives one-hot SEMs')
         tokens = self.encode_tokens(images, masks, train)
         first = 1 + self.num_registers
-        # Sums in float32 whatever the compute dtype, and no TF32 or bf16 passes for float32 inputs: a near tie between
-        # two logits decides a token of the code.
         embed = nn.DenseGeneral(
             (self.num_codes, self.vocab_size), use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
-            kernel_init=vit.torch_default_init, precision=jax.lax.Precision.HIGHEST,
-            dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32), name='sem_embed')
+            kernel_init=vit.torch_default_init, dot_general=lambda x, kernel, dims, **_: exact_dot(x, kernel, dims),
+            name='sem_embed')
         rows = nn.with_logical_constraint(tokens[:, :first].reshape(len(tokens), -1), ('rows', 'embed'))
         logits = nn.with_logical_constraint(embed(rows), ('rows', 'codes', 'vocab'))
         logits = JointLayerNorm(param_dtype=self.param_dtype, name='sem_norm')(logits)

@@ -54,7 +54,7 @@ class ResnetBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions, one head as wide as the features, plus the input."""
     num_groups: int
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -112,7 +112,7 @@ class Tower(nn.Module):
     out_channels: int
     up: bool
     num_groups: int
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -154,7 +154,7 @@ class AutoencoderKL(nn.Module):
     latent_channels: int = 4
     image_channels: int = 3
     num_groups: int = 32
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

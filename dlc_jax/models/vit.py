@@ -151,7 +151,7 @@ class Block(nn.Module):
     init_std: float = 0.02
     drop_path: float = 0.0
     drop_path_groups: int = 1
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -237,7 +237,7 @@ class VisionTransformer(nn.Module):
     drop_path_groups: int = 1
     remat: str = 'none'
     unroll: bool = False
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import chex
 import flax.linen as nn
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.models import layers
+from rlhf_jax.models import attention, decode_attention, layers
 
 Array = jax.Array
 
@@ -140,7 +140,8 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
         k, v: [B, T, Hkv, D]; each is read by H / Hkv queries.
         kv: keys and values of the layer in the cache, [B, Hkv, S, D].
         causal: a token does not see later ones. With a cache it never does.
-        impl: 'xla', or 'cudnn' on an NVIDIA GPU in bf16 or fp16; without a cache.
+        impl: 'auto', 'xla' or 'cudnn', see `attention.choose`; over a cache 'xla', or else `decode_attention` where it
+            takes the call.
 
     Returns:
         [B, T, H, D], and keys and values: `k` and `v` themselves, or the updated `kv`.
@@ -149,11 +150,16 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
     chex.assert_equal_shape((k, v))
     chex.assert_equal_shape((q, k), dims=(0, 1, 3))
     if kv is None:
-        out = jax.nn.dot_product_attention(q, k, v, mask=context.mask, is_causal=causal, implementation=cast(Any, impl))
+        out = attention.fused(q, k, v, mask=context.mask, causal=causal, impl=impl)
+        if out is None:
+            out = jax.nn.dot_product_attention(q, k, v, mask=context.mask, is_causal=causal, implementation='xla')
         return out, (k, v)
     assert context.index is not None and context.mask is not None  # `prepare` gives both where there is a cache
     keys, values = (_write(buffer, new, context.index) for buffer, new in zip(kv, (k, v)))
     batch, length, heads, dim = q.shape
+    if impl != 'xla' and decode_attention.takes(q, keys):
+        ends = jnp.broadcast_to(context.index + 1, (batch,))
+        return decode_attention.decode_attention(q, keys, values, context.mask[:, 0, 0], ends), (keys, values)
     q = q.reshape(batch, length, k.shape[2], -1, dim)
     scores = jnp.einsum('bthgd,bhsd->bhgts', q, keys.astype(q.dtype), preferred_element_type=jnp.float32) * dim ** -0.5
     scores = jnp.where(context.mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
@@ -273,7 +279,7 @@ class Decoder(nn.Module, kw_only=True):
     stacked: bool = True
     remat: str = 'none'
     unroll: bool = False
-    attention_impl: str = 'xla'
+    attention_impl: str = 'auto'
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

@@ -1,0 +1,115 @@
+"""Fused attention: which kernel a call gets, how it is brought into the kernel's shape, and the decode kernel."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import attention, decode_attention
+from rlhf_jax.models.gpt_neox import GPTNeoX
+
+
+def qkv(length, heads=4, kv_heads=4, dim=8, dtype=jnp.float32, batch=2):
+    rng = np.random.default_rng(0)
+    return tuple(jnp.asarray(rng.standard_normal((batch, length, h, dim)), dtype) for h in (heads, kv_heads, kv_heads))
+
+
+def masks(length):
+    """Left- and right-padded rows, and three sequences packed in a row."""
+    there = np.ones((2, length), bool)
+    there[0, :2], there[1, -3:] = False, False
+    number = np.sort(np.random.default_rng(1).integers(0, 4, (2, length)), 1)
+    see = lambda same, key: jnp.asarray((same & key[:, None, :])[:, None])
+    return {'none': None, 'padded': see(there[:, :, None] & there[:, None, :], there),
+            'packed': see(number[:, :, None] == number[:, None, :], number != 0)}
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """What cuDNN would be called with, computed by the plain formula; refuses what cuDNN refuses in training."""
+    calls = []
+
+    def plain(q, k, v, *, implementation, **how):
+        assert implementation == 'cudnn' and q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+        calls.append(how)
+        return dot_product_attention(q, k, v, **how)
+    dot_product_attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', plain)
+    monkeypatch.setattr(attention, 'choose', lambda impl, q: 'cudnn')
+    return dot_product_attention, calls
+
+
+@pytest.mark.parametrize('kind', ['none', 'padded', 'packed'])
+@pytest.mark.parametrize('causal', [False, True])
+def test_odd_lengths_and_masks_reach_the_kernel_as_the_same_attention(cudnn, kind, causal):
+    plain, calls = cudnn
+    for length in (11, 12):
+        q, k, v = qkv(length, kv_heads=2)
+        mask = masks(length)[kind]
+        weigh = jnp.sin(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
+        weigh = weigh if mask is None else weigh * mask.any(-1)[:, 0, :, None, None]  # nothing is promised at padding
+
+        def value_and_gradient(f):
+            return jax.jit(jax.value_and_grad(lambda x: (f(*x) * weigh).sum()))((q, k, v))
+        got = value_and_gradient(lambda q, k, v: attention.fused(q, k, v, mask=mask, causal=causal))
+        want = value_and_gradient(lambda q, k, v: plain(q, k, v, mask=mask, is_causal=causal))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert calls and all(how['is_causal'] == causal for how in calls)
+
+
+def test_the_platform_decides(monkeypatch):
+    half, full = qkv(4, dtype=jnp.bfloat16)[0], qkv(4)[0]
+    choices = lambda: [attention.choose('auto', x) for x in (half, full, half[..., :4])]
+    assert attention.target()[0] == 'cpu' and choices() == ['xla'] * 3
+    monkeypatch.setattr(attention, 'target', lambda: ('gpu', 'NVIDIA H100 80GB HBM3'))
+    assert choices() == ['cudnn', 'xla', 'xla'] and attention.choose('xla', half) == 'xla'
+    monkeypatch.setattr(attention, 'target', lambda: ('tpu', 'TPU v5e'))
+    assert choices() == ['xla'] * 3
+
+
+def test_what_cannot_be_is_an_error_that_names_the_field():
+    with pytest.raises(ValueError, match="attention_impl='flash' is not one of"):
+        attention.fused(*qkv(4), impl='flash')
+    with pytest.raises(ValueError, match="attention_impl='cudnn' wants bfloat16"):
+        attention.fused(*qkv(4), impl='cudnn')
+
+
+@pytest.mark.parametrize('heads, kv_heads, slots, dim', [(4, 4, 70, 16), (4, 2, 130, 24)])
+def test_decode_kernel(heads, kv_heads, slots, dim):
+    """Keys past a row's end are poison: they must not be read into the result."""
+    rng = np.random.default_rng(2)
+    q = jnp.asarray(rng.standard_normal((2, 1, heads, dim)), jnp.float32)
+    keys, values = (rng.standard_normal((2, kv_heads, slots, dim)).astype(np.float32) for _ in range(2))
+    ends = np.array([slots - 5, 9], np.int32)
+    slot = np.arange(slots)
+    visible = (slot < ends[:, None]) & (slot >= np.array([[3], [0]]))
+    for row, end in enumerate(ends):
+        keys[row, :, end:], values[row, :, end:] = 1e6, 1e6
+    got = decode_attention.decode_attention(q, keys, values, jnp.asarray(visible), jnp.asarray(ends), interpret=True)
+    want = jax.nn.dot_product_attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2),
+                                        mask=jnp.asarray(visible)[:, None, None])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_decode_step_through_the_kernel_is_the_plain_one(monkeypatch):
+    module = GPTNeoX(vocab_size=31, width=32, depth=2, num_heads=2, stacked=False)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 31, (2, 6)))
+    mask = jnp.ones((2, 6), bool).at[0, :2].set(False)
+    params = module.init(jax.random.key(0), tokens)['params']
+
+    def steps():
+        _, cache = module.apply({'params': params}, tokens, mask=mask, cache_length=9)
+        out = []
+        for t in range(2):
+            logits, cache = module.apply({'params': params}, tokens[:, t:t + 1], cache=cache)
+            out.append(logits)
+        return jnp.concatenate(out)
+    want, kernel, calls = steps(), decode_attention.decode_attention, []
+
+    def interpreted(*args):
+        calls.append(args)
+        return kernel(*args, interpret=True)
+    monkeypatch.setattr(decode_attention, 'takes', lambda q, keys: q.shape[1] == 1)
+    monkeypatch.setattr(decode_attention, 'decode_attention', interpreted)
+    np.testing.assert_allclose(steps(), want, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 4
