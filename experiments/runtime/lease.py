@@ -94,12 +94,14 @@ class Lease:
         Raises:
             Taken: somebody else holds it; names them.
         """
-        found = self._read()
-        if found is not None:
-            self._wait_for(*found)
-        self._write()
-        time.sleep(SETTLE_REMOTE_SECONDS if storage.is_remote(self._directory) else SETTLE_SECONDS)
-        self.check()
+        remote = storage.is_remote(self._directory)
+        if remote or not self._create():
+            found = self._read()
+            if found is not None:
+                self._wait_for(*found)
+            self._write()
+            time.sleep(SETTLE_REMOTE_SECONDS if remote else SETTLE_SECONDS)
+            self.check()
         self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
         self._thread.start()
 

@@ -167,7 +167,9 @@ def test_a_generator_that_comes_when_the_run_is_over_leaves(tmp_path):
         train(stream, 2)
     stream.finish()
     generators.join()
+    began = time.monotonic()
     assert Generators(tmp_path, 0).join().made == [0]
+    assert time.monotonic() - began < WAIT / 2
 
 
 def test_a_generator_without_a_learner_leaves(tmp_path):

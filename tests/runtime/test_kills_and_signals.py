@@ -217,7 +217,10 @@ def test_at_random_moments(processes, whole, tmp_path):
             run = Run(processes, workdir, f'--slow={rng.choice([0, 0.02, 0.1])}',
                       saving=saving)
             kind = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            time.sleep(rng.uniform(0.2, 4.0))
+            if rng.random() < 0.7:  # else the strike may come before the command has put its handlers in place
+                while run.process.is_alive() and not (run.marks / 'tracing').exists():
+                    time.sleep(0.01)
+            time.sleep(rng.uniform(0.0, 3.0))
             if run.process.is_alive():
                 run.send(kind)
             status = run.status()
