@@ -229,6 +229,7 @@ def test_microbatches_add_up_to_the_batch(name):
     assert tokens[0] != tokens[1]
     assert one['loss'] == pytest.approx(two['loss'], rel=1e-5)
     assert one['grad_norm'] == pytest.approx(two['grad_norm'], rel=1e-5)
+    assert one.get('pairs') == two.get('pairs')
     for name, got in partition.flatten(adam(b).mu).items():
         np.testing.assert_allclose(got, partition.flatten(adam(a).mu)[name], rtol=1e-4, atol=1e-6, err_msg=name)
 

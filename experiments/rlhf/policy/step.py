@@ -19,6 +19,8 @@ from rlhf_jax import elastic_reset as er
 from rlhf_jax import kl, masked
 from rlhf_jax.models import lora
 
+COUNTS = ('pairs',)  # metrics of a loss that are numbers of things: they add up over microbatches, others are means
+
 Array = jax.Array
 Params = dict[str, Any]
 Rows = dict[str, Array]
@@ -208,8 +210,10 @@ def value_and_grad(loss: Callable, params: Any, rows: Rows, weights: Array, accu
 
     def body(total, inputs):
         weight, part = inputs
-        out = grad(params, part)
-        return jax.tree.map(lambda t, o: t + weight * o.astype(t.dtype), total, out), None
+        (value, metrics), grads = grad(params, part)
+        metrics = {name: x if name in COUNTS else weight * x for name, x in metrics.items()}
+        out = (weight * value, metrics), jax.tree.map(lambda g: weight * g, grads)
+        return jax.tree.map(lambda t, o: t + o.astype(t.dtype), total, out), None
 
     shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micro))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
