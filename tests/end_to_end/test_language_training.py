@@ -162,9 +162,10 @@ def test_killed_and_resumed_is_bit_identical(kind, trained, tmp_path):
         np.testing.assert_array_equal(leaf, other, err_msg=name)
 
 
-def test_microbatches_weigh_their_tokens():
+@pytest.mark.parametrize('kind', ['sft', 'dpo'])
+def test_metrics_do_not_depend_on_microbatches(kind):
     """Rows hold different numbers of answers: the loss is the mean over the tokens of the batch all the same."""
-    (_, (whole, *_)), (_, (parts,)) = unsharded('sft'), run(config_of('sft', accumulate=2), one_device(), 1)
+    (_, (whole, *_)), (_, (parts,)) = unsharded(kind), run(config_of(kind, accumulate=2), one_device(), 1)
     for name in whole:
         assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
 

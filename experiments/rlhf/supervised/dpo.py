@@ -36,6 +36,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     def loss(params, reference, batch):
         metrics = reduce(rows(params, reference, batch))
+        metrics['pairs'] *= config.accumulate  # metrics are means over microbatches; this one is a number of things
         return metrics.pop('loss'), metrics
 
     return supervised.build(config, mesh, supervised.Objective(
