@@ -15,7 +15,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from experiments.runtime import experiment as experiment_lib
-from experiments.runtime import launch, lease, leftovers, loop, partition, storage
+from experiments.runtime import compiler, launch, lease, leftovers, loop, partition, placement, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.hooks import PENDING, Log, Metrics, Save
@@ -101,7 +101,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
             online = experiment.open_rollouts is not None
             batches = (experiment.open_rollouts(workdir) if online else
                        Prefetch(experiment.open_batches(), mesh_lib.batch_sharding(mesh)))
-            launch.save_config(config, workdir)
+            if jax.process_index() == 0:
+                launch.save_config(config, workdir)
             metrics = Metrics()
             if restored:
                 start, state, position = restored
@@ -114,10 +115,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
                     experiment.check()
                 start, state = 0, jax.jit(experiment.init, out_shardings=shardings)(jax.random.key(config.seed))
                 if experiment.warm_start:
-                    state = jax.device_put(experiment.warm_start(state), shardings)
+                    state = placement.place_tree(experiment.warm_start(state), shardings)
 
             step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
-                           out_shardings=(shardings, mesh_lib.replicated(mesh)))
+                           out_shardings=(shardings, mesh_lib.replicated(mesh)),
+                           compiler_options=compiler.options(mesh.devices.flat[0].platform))
             if online:
                 step = with_stream_metrics(step, batches)
                 hooks = (*hooks, lambda n, state, _: batches.publish(n, state))

@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from experiments.runtime import storage
+from experiments.runtime import processes, storage
 from experiments.runtime.signals import Stopped, signals
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,7 @@ def parser(description: str, *, config: str | None = None) -> argparse.ArgumentP
     if config:
         p.add_argument('--config', metavar='FILE[:ARG]', help=config + '; override any field with --config.FIELD=VALUE')
     p.add_argument('--traceback', action='store_true', help='show where an error was raised')
-    p.add_argument('--distributed', action='store_true',
-                   help='join the other processes of this job (TPU pod, SLURM, GKE or Open MPI are detected)')
+    processes.add_flags(p)
     p.add_argument('--compilation_cache', metavar='DIR', default=os.environ.get('JAX_COMPILATION_CACHE_DIR'),
                    help='keep compiled programs here between runs; they are run as they lie there, so let nobody else '
                         'write to it')
@@ -271,7 +270,7 @@ def main(command: Callable[[], None], *, stopped: str = 'run the same command to
     """
     log_to_stderr()
     try:
-        with signals.watched(), signals.raising(stopped, status):
+        with signals.watched(), processes.watched(), signals.raising(stopped, status):
             command()
     except Stopped as stop:
         print(stop.message, file=sys.stderr)
@@ -279,8 +278,14 @@ def main(command: Callable[[], None], *, stopped: str = 'run the same command to
     except USER_ERRORS as error:
         if '--traceback' in sys.argv:
             traceback.print_exc()
-        print('error: ' + ' '.join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
+        line = ' '.join(str(error).split())
+        print(f'error: {line}', file=sys.stderr)
+        processes.fail(line, 2)
+    except Exception as error:  # a defect of ours: it keeps its traceback, and the other processes end with it
+        if processes.alone():
+            raise
+        traceback.print_exc()
+        processes.fail(' '.join(f'{type(error).__name__}: {error}'.split()), 1)
 
 
 def initialize(args: argparse.Namespace) -> None:
@@ -288,8 +293,7 @@ def initialize(args: argparse.Namespace) -> None:
     if jax.config.jax_num_cpu_devices > 1:
         # With XLA's default of one thread a device, the devices' collectives can lock each other out (jax 0.10.2).
         os.environ.setdefault('PJRT_NPROC', str(4 * jax.config.jax_num_cpu_devices))
-    if args.distributed:
-        jax.distributed.initialize()
+    processes.join(args)
     if not args.compilation_cache:
         return
     if jax.default_backend() == 'cpu' and jax.device_count() > 1:

@@ -5,8 +5,8 @@ import threading
 from collections.abc import Iterator, Mapping
 
 import jax
-import numpy as np
 
+from experiments.runtime.placement import check_replicas, place_batch
 from experiments.runtime.signals import signals
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class Prefetch:
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._state, self._stop = batches.get_state(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._checked = False  # that devices with the same rows have got the same ones
 
     def set_state(self, state: Mapping) -> None:
         if self._thread is not None:
@@ -40,14 +41,11 @@ class Prefetch:
     def get_state(self) -> dict:
         return self._state
 
-    def _place(self, batch: Mapping[str, np.ndarray]) -> dict:
-        return {name: jax.make_array_from_process_local_data(self._sharding, x) for name, x in batch.items()}
-
     def _work(self) -> None:
         item: object = None
         while not (self._stop.is_set() or isinstance(item, BaseException)):
             try:
-                item = (self._place(next(self._batches)), self._batches.get_state())
+                item = (place_batch(next(self._batches), self._sharding), self._batches.get_state())
             except BaseException as error:  # handed to the consumer, which raises it where the batch is missed
                 item = error
             while not self._stop.is_set():
@@ -81,6 +79,9 @@ class Prefetch:
         if isinstance(item, BaseException):
             raise item
         batch, self._state = item
+        if not self._checked:
+            check_replicas(batch)
+            self._checked = True
         return batch
 
     def close(self) -> None:

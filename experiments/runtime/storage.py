@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
@@ -91,7 +92,7 @@ def check_writable(directory: str | os.PathLike, what: str) -> None:
     directory = resolve(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f'.writable-{os.getpid()}'
+        probe = directory / f'.writable-{uuid.uuid4().hex}'  # machines of a job may have equal process ids
         probe.write_text('')
         probe.unlink()
     except OSError as error:

@@ -1,0 +1,131 @@
+"""The processes of one job: joining them, and ending all of them soon when one fails.
+
+A process that fails writes its first error line to the job's key-value store before it leaves; a thread in each of the
+others looks for such lines and ends its process with it. A process that dies without a word (SIGKILL, a machine that is
+gone, SIGSTOP) is missed by its heartbeats, and JAX ends the others with a message that names its task.
+"""
+import argparse
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+
+HEARTBEAT_SECONDS = 40   # without a sign of life, after which a process counts as dead
+SHUTDOWN_SECONDS = 60    # between the first and the last process that ends
+LOOK_SECONDS = 1.0       # between two looks for a failed process
+FAREWELL_SECONDS = 3.0   # that process 0, which keeps the store, stays after it failed
+
+_FAILED = 'experiments/failed/'
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """`--distributed`, and the flags that say where and who where no cluster does."""
+    parser.add_argument('--distributed', action='store_true',
+                        help='join the other processes of this job (TPU pod, SLURM, GKE or Open MPI are detected; '
+                             'elsewhere give the next three as well)')
+    parser.add_argument('--coordinator', metavar='HOST:PORT', help='where process 0 of a --distributed job listens')
+    parser.add_argument('--num_processes', type=int, metavar='N', help='processes of the job')
+    parser.add_argument('--join_timeout', type=int, metavar='SECONDS', default=120,
+                        help='how long to wait for all processes to join (default 120)')
+    parser.add_argument('--process_id', type=int, metavar='I', help='which of them this is, from 0')
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises a ValueError where the flags that name a job's processes do not fit together."""
+    if args.join_timeout < 1:
+        raise ValueError(f'--join_timeout={args.join_timeout} must be at least 1 second')
+    flags = {f'--{name}': getattr(args, name) for name in ('coordinator', 'num_processes', 'process_id')}
+    missing = [flag for flag, value in flags.items() if value is None]
+    if len(missing) == len(flags):
+        return
+    if missing:
+        raise ValueError(f'{missing[0]} is missing: give all of {", ".join(flags)}, or none where they are detected')
+    if not args.distributed:
+        raise ValueError('--coordinator, --num_processes and --process_id need --distributed')
+    if not 0 <= args.process_id < args.num_processes:
+        raise ValueError(f'--process_id={args.process_id} must lie between 0 and --num_processes={args.num_processes} '
+                         'less 1')
+
+
+def join(args: argparse.Namespace) -> None:
+    """Joins the job that the flags, or the cluster, describe. Before anything touches a device.
+
+    Raises:
+        ValueError: flags that do not fit together.
+        OSError: not all processes came within `--join_timeout`.
+    """
+    check_flags(args)
+    if not args.distributed:
+        return
+    try:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id,
+                                   initialization_timeout=args.join_timeout,
+                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                                   shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+    except jax.errors.JaxRuntimeError as error:
+        raise OSError(f'--distributed: not all processes of the job joined within {args.join_timeout} s '
+                      f'({str(error).splitlines()[0]}); start them together, and check that process 0 can be reached '
+                      'from the others') from error
+
+
+def _client() -> Any:
+    """The job's key-value store; None in a job of one process."""
+    from jax._src import distributed  # jax.distributed does not say what the store holds
+    return distributed.global_state.client
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Inside the block this process ends, with status 1 and the other's message, soon after another has failed."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(LOOK_SECONDS):
+            client = _client()
+            if client is None:
+                continue
+            try:
+                failed = client.key_value_dir_get(_FAILED)
+            except jax.errors.JaxRuntimeError:  # the store is gone: what is left to say JAX says itself
+                return
+            if failed and not done.is_set():
+                _end(f'error: {failed[0][1]}', 1)
+    thread = threading.Thread(target=watch, name='processes', daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def alone() -> bool:
+    """Whether this is the only process of its job."""
+    return _client() is None or jax.process_count() == 1
+
+
+def fail(line: str, status: int) -> NoReturn:
+    """Ends this process with `status` and, in a job of several, the others with `line`; it waits for none of them."""
+    client = _client()
+    if client is None or alone():
+        raise SystemExit(status) from None
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(f'{_FAILED}{jax.process_index()}', f'process {jax.process_index()} of '
+                             f'{jax.process_count()} failed: {line}', allow_overwrite=True)
+    if jax.process_index() == 0:
+        time.sleep(FAREWELL_SECONDS)
+    _end('', status)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    """Leaves without the barrier that JAX puts at a process's end, where the others would be waited for."""
+    if line:
+        print(line, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

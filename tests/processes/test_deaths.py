@@ -1,0 +1,78 @@
+"""What becomes of a job when one of its processes fails, is killed, or never comes."""
+import signal
+import time
+
+import pytest
+
+import jobs
+from experiments.runtime import launch, processes
+
+SFT = ('--config=configs/rlhf/sft_arithmetic.py', '--config.model.width=32', '--config.model.depth=1',
+       '--config.model.num_heads=2', '--config.model.vocab_size=264', '--config.data.num_rows=40',
+       '--config.batch_size=8', '--config.log_every=1', '--config.checkpoint_every=0')
+LONG = (*SFT, '--config.num_steps=100000')
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize('failing', [0, 1])
+def test_an_error_in_one_process_ends_the_others_with_its_line(tmp_path, failing):
+    started = time.monotonic()
+    ends = jobs.run('experiments.train', *LONG, f'--workdir={tmp_path / "run"}', processes=2, devices=1,
+                    own={failing: ('--config.batch_size=7',)})
+    assert time.monotonic() - started < 100
+    (status, _, own), (other_status, _, other) = ends[failing], ends[1 - failing]
+    assert status == 2 and 'error: batch_size=7 is not divisible by' in own
+    assert other_status == 1 and f'error: process {failing} of 2 failed: batch_size=7 is not divisible' in other
+
+
+def test_a_killed_process_is_missed_and_the_job_continues_to_the_same_end(tmp_path):
+    workdir = tmp_path / 'run'
+    command = (*SFT, '--config.checkpoint_every=2', f'--workdir={workdir}')
+    job = jobs.start('experiments.train', *command, '--config.num_steps=100000', processes=2, devices=1)
+    wait_for(lambda: (workdir / 'checkpoints' / '4').is_dir())
+    job[1].send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    (status, _, stderr), _ = jobs.finish(job)
+    assert status != 0 and time.monotonic() - started < 120
+    assert 'task:1' in stderr or 'task 1' in stderr, stderr[-2000:]
+    last = max(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
+    jobs.succeed('experiments.train', *command, f'--config.num_steps={last + 2}', processes=2, devices=1)
+    assert (workdir / 'checkpoints' / str(last + 2)).is_dir()
+
+
+def test_a_process_that_never_comes_is_not_awaited_for_ever(tmp_path):
+    started = time.monotonic()
+    (status, _, stderr), = jobs.finish(jobs.start(
+        'experiments.train', *LONG, f'--workdir={tmp_path / "run"}', '--join_timeout=8', processes=2, devices=1,
+        absent=(1,)))
+    assert status not in (0, None) and time.monotonic() - started < 90
+    assert 'not all processes of the job joined within 8 s' in stderr
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+    workdir = tmp_path / 'run'
+    job = jobs.start('experiments.train', *LONG, f'--workdir={workdir}', processes=2, devices=1)
+    wait_for(lambda: (workdir / 'metrics.jsonl').exists() and (workdir / 'metrics.jsonl').stat().st_size)
+    job[1].send_signal(signal.SIGTERM)
+    ends = jobs.finish(job)
+    assert [status for status, _, _ in ends] == [0, 0], ends[0][2][-2000:] + ends[1][2][-2000:]
+    lines = {line for _, _, stderr in ends for line in stderr.splitlines() if 'stopped by signal at step' in line}
+    assert len(lines) == 1
+    assert len([path for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()]) == 1
+
+
+def test_flags_of_a_job_that_do_not_fit_together():
+    args = launch.parser('').parse_args
+    for flags, message in ((('--distributed', '--process_id=1'), '--coordinator is missing'),
+                           (('--coordinator=a:1', '--num_processes=2', '--process_id=1'), 'need --distributed'),
+                           (('--distributed', '--coordinator=a:1', '--num_processes=2', '--process_id=2'),
+                            r'--process_id=2 must lie between 0 and --num_processes=2'),
+                           (('--distributed', '--join_timeout=0'), '--join_timeout=0 must be at least 1 second')):
+        with pytest.raises(ValueError, match=message):
+            processes.check_flags(args(list(flags)))
