@@ -1,4 +1,4 @@
-"""Jobs of several JAX processes on this machine, joined as those of a pod are (`jax.distributed`, collectives by gloo)."""
+"""Jobs of several JAX processes on this machine, joined as those of a pod are: `jax.distributed`, with gloo between them."""
 import os
 import pathlib
 import socket
