@@ -45,8 +45,9 @@ def finish(job: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int,
     return [(process.returncode, *texts) for process, texts in zip(job, out)]
 
 
-def run(module: str, *args: str, processes: int, devices: int, timeout: float = 300) -> list[tuple[int, str, str]]:
-    return finish(start(module, *args, processes=processes, devices=devices), timeout)
+def run(module: str, *args: str, timeout: float = 300, **how) -> list[tuple[int, str, str]]:
+    """`start` and `finish`."""
+    return finish(start(module, *args, **how), timeout)
 
 
 def succeed(module: str, *args: str, processes: int, devices: int) -> list[str]:
