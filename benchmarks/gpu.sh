@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that is measured on one GPU, in under eight minutes; needs no network. Results: $OUT (default: runs/gpu).
+# Everything that is measured on one GPU, within --budget seconds; needs no network. Results: $OUT (default: runs/gpu).
 set -e
 cd "$(dirname "$0")/.."
 out="${OUT:-runs/gpu}"
