@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dlc_jax.preprocess import center_crop
 from experiments.dlc.data import captions as captions_lib
-from experiments.dlc.data import codestore, sources
+from experiments.dlc.data import codestore_writer, sources
 from experiments.dlc.data.batches import eval_batches
 from experiments.dlc.data.decode import NOTES, OPTIONS
 from experiments.dlc.data.image_files import LAYOUTS
@@ -74,7 +74,7 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
     if source.captions is not None:
         digest = hashlib.sha256('\n'.join(source.captions[source.name(i)] for i in range(len(source))).encode())
         meta['captions'] = digest.hexdigest()[:16]
-    with codestore.writer(out, num=len(source), meta=meta) as store, \
+    with codestore_writer.writer(out, num=len(source), meta=meta) as store, \
             tqdm(total=len(source), initial=store.done, desc='encode', unit='image', dynamic_ncols=True) as bar:
         for batch in eval_batches(source, prepare, min(batch_size, len(source)), start=store.done,
                                   num_workers=num_workers):

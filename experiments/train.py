@@ -14,8 +14,8 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.runtime import experiment as experiment_lib
 from experiments.runtime import compiler, launch, lease, leftovers, loop, partition, placement, storage
+from experiments.runtime import experiment as experiment_lib
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.hooks import PENDING, Log, Metrics, Save

@@ -18,7 +18,7 @@ from dlc_jax import codes as codes_lib
 from dlc_jax.diffusion.gaussian import to_uint8
 from experiments import encode as encode_lib
 from experiments.dlc import evaluation
-from experiments.dlc.data import codestore, digit_pairs
+from experiments.dlc.data import codestore, codestore_writer, digit_pairs
 from experiments.dlc.data.digit_pairs import DigitPairs
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
@@ -39,7 +39,7 @@ PROMPTS = tuple((label, digit_pairs.caption(*divmod(label, 10), phrase))
 def write_codes(encoder: Encoder, pairs: DigitPairs, path: pathlib.Path, batch_size: int) -> None:
     """The code store of `pairs`: the code of a picture is that of its upper digit, then that of its lower one."""
     model = encoder.config.model
-    with codestore.writer(path, num=len(pairs), meta=dict(
+    with codestore_writer.writer(path, num=len(pairs), meta=dict(
             num_codes=2 * model.num_codes, vocab_size=model.vocab_size, class_names=pairs.class_names, captions=True,
             encoder=encode_lib.fingerprint(encoder.params))) as store:
         if store.done < len(pairs):

@@ -11,7 +11,7 @@ from PIL import Image
 from configs.dlc import text_to_code_digits
 from dlc_jax import text_to_code
 from experiments import encode
-from experiments.dlc.data import captions, codestore, digit_pairs, sources
+from experiments.dlc.data import captions, codestore, codestore_writer, digit_pairs, sources
 from experiments.dlc.text_to_code import make_words
 from experiments.runtime.stream import Share
 
@@ -130,7 +130,7 @@ def test_encoded_images_keep_their_captions(folder, tmp_path):
 # ---- In a store ------------------------------------------------------------------------------------------------------
 
 def write(path, texts=TEXTS, meta=META, stop=None):
-    with codestore.writer(path, num=len(texts), meta=meta) as store:
+    with codestore_writer.writer(path, num=len(texts), meta=meta) as store:
         for i in range(store.done, len(texts)):
             if i == stop:
                 raise KeyboardInterrupt
@@ -148,12 +148,12 @@ def test_interrupted_store_has_each_caption_once(tmp_path):
 
 
 def test_captions_that_are_not_there_are_named(tmp_path):
-    with codestore.writer(tmp_path / 'bare', num=5, meta=dict(num_codes=4, vocab_size=8)) as store:
+    with codestore_writer.writer(tmp_path / 'bare', num=5, meta=dict(num_codes=4, vocab_size=8)) as store:
         store.append({'codes': codes()}, names=TEXTS)
     with pytest.raises(ValueError, match='bare: holds codes without captions; encode the data set with --captions'):
         _ = codestore.open_code_store(tmp_path / 'bare').captions
     with pytest.raises(ValueError, match='captions come with every row'):
-        with codestore.writer(tmp_path / 'none', num=5, meta=META) as store:
+        with codestore_writer.writer(tmp_path / 'none', num=5, meta=META) as store:
             store.append({'codes': codes()}, names=TEXTS)
     with pytest.raises(ValueError, match='1 rows but 0 captions'):
         write(tmp_path / 'empty', ['a', ' '])

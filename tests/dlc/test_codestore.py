@@ -5,8 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from experiments.dlc.data import codestore
-from experiments.dlc.data.codestore import code_dtype, open_code_store, writer
+from experiments.dlc.data import codestore, codestore_writer
+from experiments.dlc.data.codestore import code_dtype, open_code_store
+from experiments.dlc.data.codestore_writer import writer
 
 META = dict(num_codes=4, vocab_size=10, class_names=('a', 'b'))
 NUM = 10
@@ -79,7 +80,7 @@ def test_killed_after_rows_that_were_not_noted(tmp_path):
 
 
 def test_full_disk_loses_nothing(tmp_path, monkeypatch):
-    real, calls = codestore.write_all, []
+    real, calls = codestore_writer.write_all, []
 
     def filling_up(file, data):
         calls.append(1)
@@ -87,11 +88,11 @@ def test_full_disk_loses_nothing(tmp_path, monkeypatch):
             real(file, data[:1])
             raise OSError(errno.ENOSPC, 'No space left on device')
         real(file, data)
-    monkeypatch.setattr(codestore, 'write_all', filling_up)
+    monkeypatch.setattr(codestore_writer, 'write_all', filling_up)
     with pytest.raises(OSError, match='disk is full after 3 rows.*same command') as error:
         fill(tmp_path / 'codes')
     assert '\n' not in str(error.value) and error.value.errno == errno.ENOSPC
-    monkeypatch.setattr(codestore, 'write_all', real)
+    monkeypatch.setattr(codestore_writer, 'write_all', real)
     assert fill(tmp_path / 'codes') == 3
     assert_complete(tmp_path / 'codes')
 

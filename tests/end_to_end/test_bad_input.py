@@ -21,7 +21,7 @@ from PIL import Image
 
 from experiments import compile as compile_command
 from experiments import encode, evaluate, quickstart, sample, train
-from experiments.dlc.data import codestore
+from experiments.dlc.data import codestore, codestore_writer
 from experiments.quickstarts import dlc as dlc_quickstart
 from experiments.runtime import hooks, launch, loop, modules
 from experiments.runtime import mesh as mesh_lib
@@ -49,7 +49,7 @@ def get_config(kind):
 def write_store(path, num=64, num_codes=L, meta=None, **arrays):
     rng = np.random.default_rng(0)
     meta = dict(num_codes=num_codes, vocab_size=V, class_names=['a', 'b'], encoder='a') | (meta or {})
-    with codestore.writer(path, num=num, meta=meta) as store:
+    with codestore_writer.writer(path, num=num, meta=meta) as store:
         store.append({'codes': rng.integers(0, V, (num, num_codes)), 'labels': np.arange(num, dtype=np.int32) % 2,
                       'embeddings': rng.normal(size=(num, 32)).astype(np.float32),
                       'images': rng.integers(0, 256, (num, 8, 8, 1), np.uint8)} | arrays,
@@ -394,7 +394,7 @@ def folder_of_pictures(path, value, names=('a', 'b', 'c', 'd')):
 @pytest.mark.parametrize('stopped', [False, True])
 def test_the_store_of_another_data_set_is_not_taken_for_this_one(call, encoder, tmp_path, stopped, monkeypatch):
     """Of as many images, encoded by the same encoder: told apart by path, split, names, sizes and how they are read."""
-    monkeypatch.setattr(codestore, 'SYNC_SECONDS', 0)
+    monkeypatch.setattr(codestore_writer, 'SYNC_SECONDS', 0)
     first = folder_of_pictures(tmp_path / 'first' / 'set', 10)
     arguments = f'encode --encoder=x --data=folder --split=all --batch_size=2 --out={tmp_path}/codes --path='
     if stopped:

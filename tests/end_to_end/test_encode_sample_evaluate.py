@@ -15,7 +15,7 @@ from dlc_jax.models.vae import SCALING_FACTOR, AutoencoderKL
 from experiments import encode, evaluate, sample
 from experiments.dlc import code_model, generator
 from experiments.dlc.code_model import CodeModel
-from experiments.dlc.data import codestore, sources
+from experiments.dlc.data import codestore, codestore_writer, sources
 from experiments.dlc.encoder import Encoder, make_model
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
@@ -273,7 +273,7 @@ def test_representation_leaves_images_on_disk(monkeypatch, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name, num in (('train', 60), ('heldout', 30)):
         labels = np.arange(num) % 3
-        with codestore.writer(tmp_path / name, num=num, meta=dict(num_codes=4, vocab_size=8)) as store:
+        with codestore_writer.writer(tmp_path / name, num=num, meta=dict(num_codes=4, vocab_size=8)) as store:
             store.append({'codes': np.minimum(labels[:, None] * 2 + rng.integers(0, 2, (num, 4)), 7),
                           'embeddings': rng.normal(size=(num, 5)).astype(np.float32), 'labels': labels.astype(np.int32),
                           'images': np.zeros((num, 4, 4, 1), np.uint8)}, names=[str(i) for i in range(num)])

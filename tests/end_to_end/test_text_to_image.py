@@ -19,7 +19,7 @@ from dlc_jax.convert import llada
 from dlc_jax.models import dit
 from dlc_jax.text_to_code import Sampling, Words
 from experiments import encode, sample, train
-from experiments.dlc.data import codestore
+from experiments.dlc.data import codestore_writer
 from experiments.dlc.generator import Generator
 from experiments.dlc.text_to_code import TextToCode, make_model
 from experiments.dlc.weights import kinds, reading, writing
@@ -96,7 +96,7 @@ def at(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, meta in (('store', dict(captions=True)), ('bare', {}), ('other', dict(captions=True))):
         length = 6 if name == 'other' else L
-        with codestore.writer(root / name, num=40, meta=dict(num_codes=length, vocab_size=V, **meta)) as store:
+        with codestore_writer.writer(root / name, num=40, meta=dict(num_codes=length, vocab_size=V, **meta)) as store:
             store.append({'codes': rng.integers(0, V, (40, length))}, names=[str(i) for i in range(40)],
                          captions=['red fox in snow' if i % 2 else 'blue' for i in range(40)] if meta else None)
     (root / 'texts').write_text('red fox in blue\n\nblue fox in snow\n')

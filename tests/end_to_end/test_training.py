@@ -9,7 +9,7 @@ import pytest
 
 from configs.dlc import quickstart, quickstart_text
 from experiments import train
-from experiments.dlc.data import codestore, digit_pairs, sources
+from experiments.dlc.data import codestore_writer, digit_pairs, sources
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
 
@@ -41,7 +41,8 @@ def store(tmp_path_factory):
     """Held-out digits with codes, embeddings and captions drawn at random: enough to train on."""
     path, rng = tmp_path_factory.mktemp('store') / 'codes', np.random.default_rng(0)
     source = sources.image_source(quickstart.get_config('tiny').encoder.data, 'heldout')
-    with codestore.writer(path, num=len(source), meta=dict(num_codes=16, vocab_size=16, captions=True)) as opened:
+    meta = dict(num_codes=16, vocab_size=16, captions=True)
+    with codestore_writer.writer(path, num=len(source), meta=meta) as opened:
         opened.append({'codes': rng.integers(0, 16, (len(source), 16)), 'labels': source.labels,
                        'images': source.images, 'embeddings': rng.normal(size=(len(source), 32)).astype(np.float32)},
                       names=[source.name(i) for i in range(len(source))],

@@ -1,4 +1,4 @@
-"""Jobs of several JAX processes on this machine, joined as those of a pod are: `jax.distributed`, with gloo between them."""
+"""Jobs of several JAX processes on this machine, joined as those of a pod are (`jax.distributed`, here over gloo)."""
 import os
 import pathlib
 import socket

@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments.dlc.data import codestore
+from experiments.dlc.data import codestore, codestore_writer
 from experiments.runtime import launch, metrics, png, storage
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.report import Report
@@ -102,7 +102,7 @@ def test_checkpoints_stay_at_their_url(bucket):
 
 
 def fill(path, *, stop_at=None, value=0):
-    with codestore.writer(path, num=6, meta=dict(num_codes=2, vocab_size=9)) as store:
+    with codestore_writer.writer(path, num=6, meta=dict(num_codes=2, vocab_size=9)) as store:
         began = store.done
         for i in range(store.done, 6):
             if i == stop_at:
