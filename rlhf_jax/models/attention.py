@@ -3,6 +3,8 @@
 `fused` computes softmax attention without ever writing the [B, H, T, S] scores to memory, where there is a kernel for
 the call; elsewhere it returns None and the caller computes the plain formula.
 """
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -74,7 +76,7 @@ def fused(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bo
         return None
     length, keys = q.shape[1], k.shape[1]
     q, k, v = (even(x) for x in (q, k, v))
-    how = dict(is_causal=causal, implementation='cudnn')
+    how: dict[str, Any] = dict(is_causal=causal, implementation='cudnn')
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, keys))
         how['mask'] = jnp.pad(mask, ((0, 0), (0, 0), (0, length % 2), (0, keys % 2)))
