@@ -166,7 +166,7 @@ def test_one_line_before_anything_is_computed(case, call, places, nothing_comput
     ('--workdir={at}/in_one_process', 'in_one_process: its run does not ask for generator processes; train it with '
      '--config.rollout.transport=files'),
     ('--workdir={at}/in_processes --generator=1', r'--generator=1 must be in 0..0 \(rollout.num_generators\)'),
-    ('--workdir={at}/nowhere --wait=0.1', 'nowhere: no learner started there within --wait=0.1 s'),
+    ('--workdir={at}/nowhere --wait=0.1', 'nowhere: no learner has started in it within --wait=0.1 s'),
     ('', '--workdir'),
 ])
 def test_generator_processes_that_cannot_work(arguments, message, call, nothing_computed):

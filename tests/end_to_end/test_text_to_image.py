@@ -254,7 +254,7 @@ BAD = {
 CHANGES = {
     'store without captions': ({'data.path': '{at}/bare'}, 'bare: holds codes without captions; encode'),
     'store of other codes': ({'data.path': '{at}/other'}, 'L x V = 6 x 4 but model.num_codes=8'),
-    'pretrained absent': (dict(pretrained='{at}/none'), 'none: no config.json there'),
+    'pretrained absent': (dict(pretrained='{at}/none'), 'none: no (such file|config.json there)'),
     'pretrained of another size': ({'model.width': 64}, 'model.width=64, but pretrained=.*base has 32'),
     'pretrained with other rows': ({'model.text_vocab_size': 8}, '10 rows of words; model.text_vocab_size=8'),
     'tokenizer': ({'words.separator': 6}, 'has 7 tokens before .*words.separator=6'),
@@ -288,5 +288,6 @@ def test_config_that_does_not_fit_is_named(changes, says, at, nothing_computed):
                                        for name, value in changes.items()})
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         experiment = train.build(config, mesh_lib.make_mesh(config.mesh))
+        experiment.check()
         experiment.open_batches()
         experiment.hooks(None)
