@@ -21,6 +21,7 @@ LOOK_SECONDS = 1.0       # between two looks for a failed process
 FAREWELL_SECONDS = 3.0   # that process 0, which keeps the store, stays after it failed
 
 _FAILED = 'experiments/failed/'
+_joined = threading.Event()  # JAX's store aborts a process that asks it anything before it is connected
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -71,10 +72,13 @@ def join(args: argparse.Namespace) -> None:
         raise OSError(f'--distributed: not all processes of the job joined within {args.join_timeout} s '
                       f'({str(error).splitlines()[0]}); start them together, and check that process 0 can be reached '
                       'from the others') from error
+    _joined.set()
 
 
 def _client() -> Any:
-    """The job's key-value store; None in a job of one process."""
+    """The job's key-value store; None in a job of one process, and before it is joined."""
+    if not _joined.is_set():
+        return None
     from jax._src import distributed  # jax.distributed does not say what the store holds
     return distributed.global_state.client
 
