@@ -6,6 +6,7 @@ gone, SIGSTOP) is missed by its heartbeats, and JAX ends the others with a messa
 """
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 40   # without a sign of life, after which a process counts as dead
 SHUTDOWN_SECONDS = 60    # between the first and the last process that ends
@@ -56,22 +59,21 @@ def check_flags(args: argparse.Namespace) -> None:
 def join(args: argparse.Namespace) -> None:
     """Joins the job that the flags, or the cluster, describe. Before anything touches a device.
 
+    Where not all processes come within `--join_timeout`, JAX ends this one with a message of its own, and a status
+    other than 0.
+
     Raises:
         ValueError: flags that do not fit together.
-        OSError: not all processes came within `--join_timeout`.
     """
     check_flags(args)
     if not args.distributed:
         return
-    try:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id,
-                                   initialization_timeout=args.join_timeout,
-                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                                   shutdown_timeout_seconds=SHUTDOWN_SECONDS)
-    except jax.errors.JaxRuntimeError as error:
-        raise OSError(f'--distributed: not all processes of the job joined within {args.join_timeout} s '
-                      f'({str(error).splitlines()[0]}); start them together, and check that process 0 can be reached '
-                      'from the others') from error
+    log.info('joining the job%s; waiting up to %d s for all of its processes',
+             '' if args.process_id is None else f' as process {args.process_id} of {args.num_processes}, process 0 at '
+             f'{args.coordinator}', args.join_timeout)
+    jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id,
+                               initialization_timeout=args.join_timeout, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                               shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     _joined.set()
 
 
