@@ -71,6 +71,8 @@ def join(args: argparse.Namespace) -> None:
     log.info('joining the job%s; waiting up to %d s for all of its processes',
              '' if args.process_id is None else f' as process {args.process_id} of {args.num_processes}, process 0 at '
              f'{args.coordinator}', args.join_timeout)
+    # JAX's own handler of SIGTERM would take the place of ours (runtime/signals.py), and nobody would save.
+    jax.config.update('jax_enable_preemption_service', False)
     jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id,
                                initialization_timeout=args.join_timeout, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                shutdown_timeout_seconds=SHUTDOWN_SECONDS)
