@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.dlc.data.codestore import open_code_store, writer
+from experiments.dlc.data.codestore import open_code_store
+from experiments.dlc.data.codestore_writer import writer
 from experiments.runtime.stream import ArrayBatches
 
 ROWS, BATCH, LENGTH, VOCAB, LATENT = 512, 64, 512, 256, (32, 32, 4)

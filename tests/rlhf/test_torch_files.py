@@ -130,7 +130,7 @@ class Attack:
 def test_no_code_runs(tmp_path, zipped):
     ran = tmp_path / 'ran'
     weights = collections.OrderedDict(a=torch.ones(2))
-    weights.items, weights.values = Attack(ran), 'no method'  # attributes of the state dict itself
+    weights.hook, weights.values = Attack(ran), 'no method'  # attributes of the state dict itself
     save({'model': weights, 'extra': Attack(ran)}, tmp_path / 'x.pt', zipped)
     np.testing.assert_array_equal(files.load_state_dict(tmp_path / 'x.pt')['a'], [1, 1])
     save({'a': torch.ones(2), 'b': Attack(ran)}, tmp_path / 'x.pt', zipped)

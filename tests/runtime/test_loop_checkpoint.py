@@ -1,4 +1,6 @@
 """The loop and its checkpoints, on a linear model: resume, fallback, NaN, signals, full disk."""
+import functools
+import io
 import json
 import os
 import pathlib
@@ -242,8 +244,10 @@ def test_restores_onto_another_mesh(tmp_path):
 
 # One failed write ends Orbax's event loop; TensorStore's other writes then report to a loop that is closed.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-def test_full_disk_loses_nothing(tmp_path, caplog):
+def test_full_disk_loses_nothing(tmp_path, caplog, monkeypatch):
     """A file-size limit stands in for a full disk: saves fail in between, training goes on, the end is an error."""
+    # The limit holds for every file, also the one that pytest captures the progress bar in.
+    monkeypatch.setattr(loop, 'tqdm', functools.partial(loop.tqdm, file=io.StringIO()))
     _, whole = start(tmp_path / 'whole')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
