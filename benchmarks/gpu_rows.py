@@ -283,8 +283,8 @@ def _torch_learner(size: gpu_sizes.Language, device: Any) -> Any:
     if device.type == 'cuda':
         torch_steps.compile_blocks(policy, frozen)
     module = rlhf_policy.policy(size.model)
-    tokens = rlhf_policy.pairs(module, size.batch, size.prompt + size.new, size.new)['tokens'].swapaxes(0, 1)
-    tokens = torch.tensor(tokens.reshape(size.batch, -1), device=device).long()
+    tokens = rlhf_policy.pairs(module, size.batch, size.prompt + size.new, size.new)['tokens']
+    tokens = torch.tensor(tokens, device=device).long()
     return policy, torch_steps.dpo(policy, frozen, tokens, size.new, bf16=True, beta=rlhf_policy.BETA,
                                    learning_rate=rlhf_policy.LEARNING_RATE, parts=size.parts)
 
@@ -346,8 +346,8 @@ def iteration_torch(size: gpu_sizes.Language, device: Any) -> Side:
             torch._foreach_copy_(*pairs)
             tokens = torch.cat([prompts.repeat(2, 1), decoder(prompts)[0]], 1)
             better = (reward.trunk(tokens)[:, -1] @ head).view(2, -1)
-            first = better[0] >= better[1]  # the better sample of each prompt into the first half
+            first = better[0] >= better[1]  # the better sample of each prompt comes first
             halves = tokens.view(2, -1, tokens.shape[1])
             order = torch.where(first[:, None], halves[0], halves[1]), torch.where(first[:, None], halves[1], halves[0])
-        update(torch.cat(order))
+        update(torch.stack(order, 1))
     return Side({'step': step})

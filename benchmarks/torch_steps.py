@@ -102,15 +102,15 @@ def encoder(student: Any, teacher: Any, batch: dict[str, torch.Tensor], *, bf16:
 
 def dpo(policy: Any, frozen: Any, tokens: torch.Tensor, response: int, *, bf16: bool, beta: float, learning_rate: float,
         parts: int = 1) -> Step:
-    """Reference, policy forward and backward, AdamW. Rows: all chosen ones, then the rejected ones."""
+    """Reference, policy forward and backward, AdamW, on `tokens` [B, 2, T], the chosen response of each pair first."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
 
     def step(tokens: torch.Tensor = tokens):
         optimizer.zero_grad(set_to_none=True)
-        for pairs in tokens.view(2, -1, tokens.shape[1]).chunk(parts, 1):
+        for pairs in tokens.chunk(parts):
             with autocast(tokens.device, bf16):
-                loss = torch_gpt_neox.dpo_loss(policy, frozen, pairs.flatten(0, 1), response, beta) / parts
+                loss = torch_gpt_neox.dpo_loss(policy, frozen, pairs, response, beta) / parts
             loss.backward()
         optimizer.step()
     return step
