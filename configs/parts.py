@@ -40,3 +40,54 @@ def precision() -> dict:
         unroll=False,  # emit blocks one after another: slower to compile, at times faster to run
         attention_impl='auto',  # auto: the fused kernel where there is one | xla | cudnn
     )
+
+
+def learning() -> dict:
+    """How a policy learns from what it samples, whatever it writes (arXiv 2410.18252, arXiv 2312.07551)."""
+    return dict(
+        algorithm=dict(
+            name='online_dpo',  # online_dpo | ppo | rloo | proximal_rloo | grpo | best_of_n
+            num_samples=2,  # K completions a prompt
+            num_minibatches=1,  # N updates a batch, one after another
+            num_epochs=1,  # T passes over a batch
+            beta=0.1, loss_type='sigmoid', ties='drop',  # of Online DPO; drop | order | same
+            kl_coefficient=0.05,  # price of KL: in the reward; GRPO: in the loss, estimated by k3
+            kl_estimator='k1',  # of KL in the reward: k1 | k2 | k3
+            kl_target=0.0, kl_rate=0.1, kl_unit='token',  # coefficient that seeks a KL a token | sequence; 0: fixed
+            clip=0.2, clip_high=0.0,  # of ratios; 0: as clip
+            gamma=1.0, lam=0.95,  # of PPO's advantages
+            value_coefficient=0.1, value_clip=0.2, whiten=True,
+            critic='separate',  # a network of its own | shared: a head on the policy's trunk
+            critic_weights='',  # a reward model to start the critic from; '': the policy's own weights, a fresh head
+            correction='none',  # of stale samples: none | truncate | mask | decoupled (PPO)
+            correction_cap=2.0,
+            scale_rewards=True,  # GRPO: by the group's standard deviation
+            mean_over='sequence',  # GRPO: sequence | token
+            after_eos=False,  # PPO: the score one position past EOS, as published runs had it
+        ),
+        reference=dict(dtype='float32'),  # in which frozen weights are kept: float32 | bfloat16
+        rollout=dict(
+            max_staleness=0,  # S, versions; 0: synchronous, 1: asynchronous
+            devices=0,  # the last so many devices generate; 0: the learner's own
+            mesh=dict(data=-1, fsdp=1, tensor=1),  # of the generating devices
+            transport='devices',  # devices | files | transfer: generators are other processes (experiments.generate)
+            num_generators=1,  # processes, where they are
+            threaded=True,  # False: the same batches, generated in the loop
+            newest=False,  # each batch with the newest weights there are
+            chunk=0,  # tokens between looks for new weights while generating (in-flight updates); 0: not looked for
+            slots=0,  # rows that decode at a time, refilled as they end; 0: all
+            timeout=0.0,  # seconds the learner waits for a batch; 0: for ever
+        ),
+        elastic=dict(
+            method='',  # '' | elastic_reset, or one of the others in rlhf_jax.elastic_reset.METHODS
+            period=0, decay=0.995,  # between resets, counted in reset_on; of the average, a tick
+            tick_on='step', tick_every=1, tick_offset=1,  # iteration | epoch | step
+            reset_on='iteration', reset_offset=1, reset_skip_first=False,
+            ema_period=0,  # 0: as period
+            reset_optimizer=False, reset_critic=False,
+            kl_reference='init',  # init | ema
+        ),
+        eval_every=0,  # steps between evaluations on data.heldout, and at the end; 0: none
+        eval_prompts=256,  # of it, the first so many
+        lr_per='step',  # the learning rate moves each update | batch: each rollout batch, ahead of it (published runs)
+    )

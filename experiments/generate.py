@@ -9,14 +9,18 @@ the learner is done. Killed, it is simply started again; several share the work 
 rollout.num_generators). A run that is rewarded by a function (reward.kind=function) has its name in DIR/config.json;
 add `--trust`, for code is run at your word and not at a folder's.
 """
+import importlib
 import logging
 import time
 
 from experiments.rlhf.policy import rewards, rollouts
 from experiments.runtime import launch, storage
+from experiments.train import EXPERIMENTS
 from rlhf_jax.rollout import processes
 
 log = logging.getLogger(__name__)
+
+POLICIES = ('policy',)  # experiments whose module has a `KIND`
 
 
 def wait_for_config(workdir: str, timeout: float) -> None:
@@ -42,7 +46,7 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
         ValueError: the run has no generator processes, data that does not fit, or a reward function without `trust`.
     """
     config = launch.read_config(workdir)
-    if config.get('experiment') != 'policy' or config.rollout.transport == 'devices':
+    if config.get('experiment') not in POLICIES or config.rollout.transport == 'devices':
         raise ValueError(f"--workdir={workdir}: its run does not ask for generator processes; train it with "
                          '--config.rollout.transport=files')
     if not 0 <= generator < config.rollout.num_generators:
@@ -51,9 +55,10 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
     names = {'reward.function': rewards.reward_name(config.reward), 'reward.gold': config.reward.gold}
     rewards.check_code(names, f'--workdir={workdir}', trust)
     folder, mesh = storage.resolve(workdir) / 'rollouts', rollouts.generator_mesh(config)
-    decoding = rollouts.Decoding(config, mesh)
+    kind = importlib.import_module(EXPERIMENTS[config.experiment]).KIND
+    decoding = kind.decoding(config, mesh)
     weights = rollouts.open_weights(config, decoding.shardings, decoding.shapes, folder, reader=generator)
-    make = rollouts.Generator(config, mesh, weights)
+    make = kind.generator(config, mesh, weights)
     log.info('%s: generator %d of %d is ready', workdir, generator, config.rollout.num_generators)
     return processes.serve(make, weights, folder / 'batches', generator=generator,
                            num_generators=config.rollout.num_generators, idle_timeout=idle_timeout)

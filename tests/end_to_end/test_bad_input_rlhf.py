@@ -176,7 +176,7 @@ def test_generator_processes_that_cannot_work(arguments, message, call, nothing_
 
 def test_processes_meet_in_a_folder():
     with pytest.raises(ValueError, match="gs://bucket/run: rollout.transport='files' needs a folder that all"):
-        rollouts.open_rollouts(config_of(rollout__transport='files'), devices(1), 'gs://bucket/run')
+        rollouts.open_rollouts(policy.KIND, config_of(rollout__transport='files'), devices(1), 'gs://bucket/run')
 
 
 def test_bad_rows_may_be_left_out(places, caplog):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments.rlhf.policy.kind import RATIOS, SEQUENCE_RATIOS, SUMS, VALUES
 from experiments.rlhf.policy.models import TEXT
 from experiments.runtime import launch
 from rlhf_jax import advantages as advantages_lib
@@ -27,21 +28,55 @@ Metrics = dict[str, Array]
 
 
 class Scorers(NamedTuple):
-    """Functions of rows [B, C, ...] without gradient: log-probabilities of the responses [B, C, L] under the reference
-    and under the learner's weights as they are before the batch, and values [B, C, L]."""
+    """Functions of rows [B, C, ...] without gradient, and what their numbers mean (`kind.Networks`).
+
+    Attributes:
+        reference, policy: log-probabilities [B, C, L] of the responses under the reference, and under the learner's
+            weights as they are before the batch.
+        values: [B, C, L].
+        columns: fields that they read.
+        as_drawn, scale: whether they compare with the log-probabilities as drawn; what sums are multiplied by.
+    """
     reference: Callable[[Rows], Array]
     policy: Callable[[Rows], Array]
     values: Callable[[Rows], Array]
+    columns: tuple[str, ...] = TEXT
+    as_drawn: bool = True
+    scale: float = 1.0
+
+    def sampled(self, rows: Rows) -> Array:
+        """Log-probabilities [B, C, L] of the responses under the weights that drew them, comparable with `reference`;
+        where only scores can be compared, under the learner's before the batch."""
+        return rows['logprobs'] if self.as_drawn else self.policy(rows)
+
+    def whole(self, total: Array) -> Array:
+        """A sum over the counted tokens as an estimate of that over all tokens."""
+        return total if self.scale == 1 else self.scale * total
 
 
 class Algorithm(NamedTuple):
-    """prepare: (settings, batch, scorers, KL coefficient) -> (rows, metrics). loss: (settings, logprobs [b, C, L],
-    values [b, C, L] or None, rows) -> (loss, metrics). weights: (settings, rows) -> [B]."""
+    """One way to learn from samples.
+
+    Attributes:
+        prepare: (settings, batch, scorers, KL coefficient) -> (rows, metrics).
+        loss: (settings, scores [b, C, L], values [b, C, L] or None, rows) -> (loss, metrics).
+        weights: (settings, rows) -> [B].
+        use: what it does with the scores, of `kind.SUMS`, `RATIOS`, `SEQUENCE_RATIOS`.
+        critic: whether it needs values.
+        least_samples: completions a prompt.
+    """
     prepare: Callable[[Any, Rows, Scorers, Array], tuple[Rows, Metrics]]
     loss: Callable[[Any, Array, Array | None, Rows], tuple[Array, Metrics]]
     weights: Callable[[Any, Rows], Array]
+    use: str
     critic: bool = False
     least_samples: int = 2
+
+
+def uses(algorithm: Algorithm, settings: Any) -> tuple[str, ...]:
+    """All that `algorithm` with `settings` does with the scores of a policy."""
+    of_sequences = settings.name == 'rloo' and settings.correction in ('truncate', 'mask')
+    return (algorithm.use, *((SEQUENCE_RATIOS,) if of_sequences else ()), *((VALUES,) if algorithm.critic else ()))
 
 
 def with_rewards(batch: Rows) -> Rows:
@@ -49,10 +84,10 @@ def with_rewards(batch: Rows) -> Rows:
     return batch | {'mask': batch['mask'] & jnp.isfinite(batch['rewards'])[..., None]}
 
 
-def texts(batch: Rows, *more: str, index: Array | None = None) -> Rows:
+def completions(scorers: Scorers, batch: Rows, *more: str, index: Array | None = None) -> Rows:
     """What a model reads of the completions, their `logprobs` as drawn, and columns named in `more`; of the completions
     `index` [B, C] only, if it is given."""
-    rows = {name: batch[name] for name in (*TEXT, 'logprobs', *more) if name in batch}
+    rows = {name: batch[name] for name in (*scorers.columns, 'logprobs', *more) if name in batch}
     return rows if index is None else {name: pick(x, index) for name, x in rows.items()}
 
 
@@ -70,13 +105,13 @@ def count_prompts(_, rows: Rows) -> Array:
 
 # ---- KL --------------------------------------------------------------------------------------------------------------
 
-def drift(settings: Any, batch: Rows, ref: Array) -> tuple[Array, Metrics]:
+def drift(settings: Any, scorers: Scorers, batch: Rows, ref: Array) -> tuple[Array, Metrics]:
     """KL of each token under its estimator, [B, K, L], and its measures: nats a response and a token, by k1."""
-    total = kl_lib.sequence_kl(batch['logprobs'], ref, batch['mask'])
-    mean = masked.mean(total, batch['mask'].any(-1))
-    kl = kl_lib.estimate(masked.zeroed(batch['logprobs'], batch['mask']), masked.zeroed(ref, batch['mask']),
-                         settings.kl_estimator)
-    return kl, {'kl': mean, 'kl_per_token': total.sum() / jnp.maximum(batch['mask'].sum(), 1)}
+    logprobs, mask = scorers.sampled(batch), batch['mask']
+    total = scorers.whole(kl_lib.sequence_kl(logprobs, ref, mask))
+    mean = masked.mean(total, mask.any(-1))
+    kl = kl_lib.estimate(masked.zeroed(logprobs, mask), masked.zeroed(ref, mask), settings.kl_estimator)
+    return kl, {'kl': mean, 'kl_per_token': total.sum() / jnp.maximum(scorers.whole(mask.sum()), 1)}
 
 
 # ---- Online DPO, Best-of-N -------------------------------------------------------------------------------------------
@@ -84,9 +119,9 @@ def drift(settings: Any, batch: Rows, ref: Array) -> tuple[Array, Metrics]:
 def _prepare_dpo(settings, batch, scorers, _):
     best, worst, counts = losses.best_worst(batch['rewards'], ties=settings.ties)
     pair = jnp.stack([best, worst], 1)
-    rows = texts(batch, index=pair)
+    rows = completions(scorers, batch, index=pair)
     ref = scorers.reference(rows)
-    _, metrics = drift(settings, rows, ref)
+    _, metrics = drift(settings, scorers, rows, ref)
     rows |= {'ref': sequence_logprobs(ref, rows['mask']), 'counts': counts}
     measures = losses.group_metrics(batch['rewards'])
     return rows, metrics | {name: measures[name] for name in ('tied', 'reward_gap')}
@@ -100,10 +135,10 @@ def _dpo(settings, logprobs, _, rows):
 
 
 def _prepare_best_of_n(settings, batch, scorers, _):
-    _, metrics = drift(settings, batch, scorers.reference(batch))
+    _, metrics = drift(settings, scorers, batch, scorers.reference(batch))
     given = jnp.isfinite(batch['rewards'])
     ranked = jnp.where(given, batch['rewards'], -jnp.inf)
-    rows = texts(batch, 'rewards', index=jnp.argmax(ranked, 1)[:, None])
+    rows = completions(scorers, batch, 'rewards', index=jnp.argmax(ranked, 1)[:, None])
     return rows, metrics | {'best_reward': masked.mean(ranked.max(1), given.any(1))}
 
 
@@ -120,9 +155,11 @@ def _count_best_of_n(_, rows):
 
 def _left_out(settings, batch, scorers, coefficient):
     """Rows with advantages over the other completions, of rewards less the price of their KL; and metrics."""
-    kl, metrics = drift(settings, batch, scorers.reference(batch))
-    scores = kl_lib.penalized_scores(batch['rewards'], kl, batch['mask'], coefficient)
-    return texts(batch) | {'advantages': advantages_lib.leave_one_out(scores)}, metrics
+    kl, metrics = drift(settings, scorers, batch, scorers.reference(batch))
+    scores = kl_lib.penalized_scores(batch['rewards'], scorers.whole(kl), batch['mask'], coefficient)
+    # The loss multiplies them with a sum over counted tokens.
+    advantages = scorers.whole(advantages_lib.leave_one_out(scores))
+    return completions(scorers, batch) | {'advantages': advantages}, metrics
 
 
 def _with_weights(settings, rows, scorers, level):
@@ -150,8 +187,8 @@ def _proximal_rloo(settings, logprobs, _, rows):
 def _prepare_grpo(settings, batch, scorers, coefficient):
     """KL is priced in the loss: see `losses.grpo`."""
     ref = scorers.reference(batch)
-    _, metrics = drift(settings, batch, ref)
-    rows = texts(batch) | {
+    _, metrics = drift(settings, scorers, batch, ref)
+    rows = completions(scorers, batch) | {
         'advantages': advantages_lib.group_normalized(batch['rewards'], scale=settings.scale_rewards), 'ref': ref,
         'kl_coefficient': jnp.full((len(ref), 1, 1), coefficient)}
     return _with_weights(settings, rows, scorers, 'token'), metrics
@@ -170,7 +207,7 @@ def _count_grpo(settings, rows):
 # ---- PPO -------------------------------------------------------------------------------------------------------------
 
 def _prepare_ppo(settings, batch, scorers, coefficient):
-    kl, metrics = drift(settings, batch, scorers.reference(batch))
+    kl, metrics = drift(settings, scorers, batch, scorers.reference(batch))
     mask, given = batch['mask'], jnp.isfinite(batch['rewards'])
     values_mask = kl_lib.value_mask(mask, after_eos=settings.after_eos) & given[..., None]
     values = masked.zeroed(scorers.values(batch), values_mask)
@@ -178,7 +215,7 @@ def _prepare_ppo(settings, batch, scorers, coefficient):
                                    after_eos=settings.after_eos)
     advantages, returns = advantages_lib.gae(rewards, values, gamma=settings.gamma, lam=settings.lam)
     advantages = advantages_lib.whiten(advantages, mask) if settings.whiten else masked.zeroed(advantages, mask)
-    rows = texts(batch) | {'advantages': advantages, 'returns': returns, 'old_values': values,
+    rows = completions(scorers, batch) | {'advantages': advantages, 'returns': returns, 'old_values': values,
                            'values_mask': values_mask}
     if settings.correction == 'decoupled':
         rows['proximal'] = scorers.policy(batch)
@@ -199,12 +236,12 @@ def _ppo(settings, logprobs, values, rows):
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
-    'online_dpo': Algorithm(_prepare_dpo, _dpo, lambda _, rows: rows['counts'].astype(jnp.float32)),
-    'best_of_n': Algorithm(_prepare_best_of_n, _best_of_n, _count_best_of_n),
-    'rloo': Algorithm(_prepare_rloo, _rloo, count_prompts),
-    'proximal_rloo': Algorithm(_left_out, _proximal_rloo, count_prompts),
-    'grpo': Algorithm(_prepare_grpo, _grpo, _count_grpo),
-    'ppo': Algorithm(_prepare_ppo, _ppo, count_tokens, critic=True, least_samples=1),
+    'online_dpo': Algorithm(_prepare_dpo, _dpo, lambda _, rows: rows['counts'].astype(jnp.float32), SUMS),
+    'best_of_n': Algorithm(_prepare_best_of_n, _best_of_n, _count_best_of_n, SUMS),
+    'rloo': Algorithm(_prepare_rloo, _rloo, count_prompts, RATIOS),
+    'proximal_rloo': Algorithm(_left_out, _proximal_rloo, count_prompts, SEQUENCE_RATIOS),
+    'grpo': Algorithm(_prepare_grpo, _grpo, _count_grpo, RATIOS),
+    'ppo': Algorithm(_prepare_ppo, _ppo, count_tokens, RATIOS, critic=True, least_samples=1),
 }
 # Which corrections of stale samples mean something to which algorithm. Pairs need none; Proximal RLOO's ratio is
 # already taken against the sampler.

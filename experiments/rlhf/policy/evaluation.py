@@ -12,10 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks
-from experiments.rlhf.data import texts as text_arrays
 from experiments.rlhf.models.inference import Policy, Progress, Prompt, Responses
-from experiments.rlhf.policy import rollouts
-from experiments.rlhf.policy.models import TEXT
+from experiments.rlhf.policy.kind import Kind
 from experiments.rlhf.policy.rewards import Completions, Reward
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.evaluation import Evaluation
@@ -175,48 +173,43 @@ class HeldOutPrompts(Evaluation):
     training; `eval_reward`, `eval_kl`, ... as a row of metrics. Its draws do not depend on those of training.
 
     Args:
+        kind: of the policy.
         measure: (state, batch) -> {name: [B]}, means over a prompt's completions.
+        columns: fields of a batch that it reads.
         writer: None: nothing is written.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh,
-                 measure: Callable[[Any, Mapping[str, Any]], Mapping[str, jax.Array]], writer: Any):
+    def __init__(self, kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh,
+                 measure: Callable[[Any, Mapping[str, Any]], Mapping[str, jax.Array]], columns: Sequence[str],
+                 writer: Any):
         super().__init__(config.eval_every, config.num_steps, writer)
-        heldout = config.copy_and_resolve_references()
+        heldout = kind.held_out(config)
         parts = mesh_lib.batch_shards(mesh) * config.accumulate * config.algorithm.num_minibatches
         heldout.batch_size = min(-(-config.eval_prompts // parts) * parts, config.batch_size)
-        heldout.data.split = config.data.heldout
-        heldout.rollout.update(dict(chunk=0, slots=0))
-        self._config, self._mesh = heldout, mesh
-        self._generate = rollouts.Generator(heldout, mesh)
-        self._task = self._generate.task
+        self._config, self._mesh, self._columns = heldout, mesh, columns
+        self._generate = kind.generator(heldout, mesh, None)
         self._num = min(config.eval_prompts, self._generate.num_prompts)
-        self._decoding = rollouts.Decoding(heldout, mesh)
+        self._decoding = kind.decoding(heldout, mesh)
         self._measure = jax.jit(measure, out_shardings=mesh_lib.replicated(mesh))
 
     def measure(self, state: Any) -> Metrics:
         """`eval_...` metrics of the policy in `state`."""
-        size, num_samples = self._config.batch_size, self._config.algorithm.num_samples
+        size = self._config.batch_size
         parts: list[dict[str, np.ndarray]] = []
-        texts, rows = [], []
+        batches, rows = [], []
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
             weights = jax.device_put(self._decoding.convert(state.params['policy']), self._decoding.shardings)
             for index in range(-(-self._num // size)):
                 keep = min(size, self._num - index * size)  # prompts of the next epoch fill the last batch up
                 batch = self._generate(weights, index=index, version=0)
                 placed = {name: jax.device_put(batch[name], mesh_lib.batch_sharding(self._mesh))
-                          for name in TEXT if name in batch}
+                          for name in self._columns if name in batch}
                 measured = {name: batch[name] for name in ('rewards', 'gold', 'ended', 'replaced') if name in batch}
                 measured |= {'length': batch['mask'].sum(-1)} | jax.device_get(self._measure(state, placed))
                 parts.append({name: x[:keep] for name, x in measured.items()})
-                rows += [row for row in self._generate.rows(index)[:keep] for _ in range(num_samples)]
-                length = batch['mask'].shape[-1]
-                flat = lambda x: x[:keep].reshape(keep * num_samples, -1)
-                texts += text_arrays.decoded(
-                    self._generate.tokenizer, flat(batch['tokens'][..., -length:]), flat(batch['mask']),
-                    flat(batch['tokens'][..., :-length]), flat(batch['prompt_mask']))[0]
+                batches.append({name: x[:keep] for name, x in batch.items()})
+                rows += self._generate.rows(index)[:keep]
         out = {name: float(np.nanmean(np.concatenate([part[name] for part in parts]))) for name in parts[0]}
         out |= {'reward': out.pop('rewards'), 'kl_per_token': out['kl'] / out['length']}
-        if self._task.metrics is not None:
-            out |= self._task.metrics(texts, rows)
+        out |= self._generate.measures(batches, rows)
         return {f'eval_{name}': value for name, value in out.items()}

@@ -1,4 +1,4 @@
-"""The networks of a run as functions of its parameters, `{'policy': ...}` and, where there is a critic, `'value'`."""
+"""The networks of a decoder that is trained as a policy, with its critic where the algorithm has one."""
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from experiments.rlhf.models import architecture, loading
+from experiments.rlhf.policy.kind import Networks
 from experiments.runtime import partition
 from rlhf_jax import generate
 from rlhf_jax.models import heads, lora
@@ -19,7 +20,7 @@ Forward = Callable[[Params, Rows], tuple[Array, Array | None]]
 TEXT = ('tokens', 'prompt_mask', 'mask', 'stop_tokens')  # the fields of a batch that `forward` reads
 
 
-class PolicyModels:
+class PolicyModels(Networks):
     """The policy, a decoder with or without an adapter, and its critic: a network of its own or a head on the trunk.
 
     Args:
@@ -28,11 +29,12 @@ class PolicyModels:
 
     Attributes:
         sampling: how the sampler draws, without its stop tokens, which come with every batch that needs them.
-        rules: partition rules over the parameters.
+        rules, columns: see `Networks`.
     """
+    columns = TEXT
 
     def __init__(self, config: ml_collections.ConfigDict, *, has_critic: bool):
-        self._config = config
+        super().__init__(config)
         self._policy = architecture.decoder(config.model)
         self._critic = architecture.reward_model(config.model) if has_critic else None
         self._shared = has_critic and config.algorithm.critic == 'shared'
@@ -99,17 +101,6 @@ class PolicyModels:
         else:
             return logprobs.reshape(shape), None
         return logprobs.reshape(shape), values.reshape(shape)
-
-    def divide(self, params: Params) -> tuple[Params, Params]:
-        """`(frozen, trained)`: with an adapter, the policy's own weights are frozen; else all are trained."""
-        if not self._config.lora.rank:
-            return {}, params
-        frozen, adapter = lora.split(params['policy'])
-        return {'policy': frozen}, params | {'policy': adapter}
-
-    def join(self, frozen: Params, trained: Params) -> Params:
-        """The inverse of `divide`."""
-        return lora.join(frozen, trained) if frozen else trained
 
 
 def sampling_of(config: ml_collections.ConfigDict, stop_tokens: tuple[int, ...] = (),

@@ -48,37 +48,53 @@ class Scorer:
     """`config.reward`: completions -> rewards, and what is logged beside them.
 
     Args:
-        mesh: of the devices that reward models run on.
+        section: `config.reward`, for what is done with rewards that are late, missing or not finite.
+        reward: that is trained on.
+        gold: that is logged beside it; None: none is.
 
     Raises:
-        ValueError, FileNotFoundError: a reward that is not there, before anything is compiled.
+        ValueError: a replacement or penalty that is no number.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, task: Task, mesh: Mesh):
-        section = config.reward
-        self._timeout = section.timeout or None
-        self._missing_eos = number('reward.missing_eos', section.missing_eos)
-        self._replacement = number('reward.replacement', section.replacement)
+    def __init__(self, section: Mapping[str, Any], reward: Callable[[Any], Any],
+                 gold: Callable[[Any], Any] | None = None):
+        self._timeout = section['timeout'] or None
+        self._missing_eos = number('reward.missing_eos', section['missing_eos'])
+        self._replacement = number('reward.replacement', section['replacement'])
         self._warned = False
+        self._reward, self._gold = reward, gold
 
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict, task: Task, mesh: Mesh) -> 'Scorer':
+        """The rewards of texts that `config.reward` names.
+
+        Args:
+            mesh: of the devices that reward models run on.
+
+        Raises:
+            ValueError, FileNotFoundError: a reward that is not there, before anything is compiled.
+        """
+        section, task_name = config.reward, config.data.task
         num_ids = tokenizer_of(config).vocab_size
 
         def model(path):
             return shared(path, mesh, dtype=config.model.dtype, num_ids=num_ids, batch_size=section.batch_size)
 
-        task_name = config.data.task
-        self._reward = find('reward.kind', reward_name(section), task, task_name, model)
-        self._gold = find('reward.gold', section.gold, task, task_name, model, gold=True) if section.gold else None
+        reward = find('reward.kind', reward_name(section), task, task_name, model)
+        gold = find('reward.gold', section.gold, task, task_name, model, gold=True) if section.gold else None
+        return cls(section, reward, gold)
 
-    def __call__(self, completions: Completions) -> dict[str, np.ndarray]:
-        """`rewards` float32 [N], `replaced` bool [N], and `gold` float32 [N] where there is one.
+    def __call__(self, completions: Any) -> dict[str, np.ndarray]:
+        """Scores N completions (`Completions`, or what else the rewards take) with `rows` and `ended` of each.
+
+        Returns `rewards` float32 [N], `replaced` bool [N], and `gold` float32 [N] where there is one.
 
         A reward is NaN where a completion has none (and `reward.replacement` puts nothing in its place).
 
         Raises:
             ValueError, TimeoutError, Exception: as of `rlhf_jax.rollout.rewards.score`.
         """
-        count = len(completions.texts)
+        count = len(completions.rows)
         # Where the main thread waits, it answers signals; a thread that makes batches is waited for elsewhere.
         check = signals.check_late if threading.current_thread() is threading.main_thread() else None
         rewards, replaced = score(self._reward, completions, num=count, timeout=self._timeout,
@@ -98,7 +114,7 @@ class Scorer:
         return scored
 
 
-def penalized(rewards: np.ndarray, completions: Completions, missing_eos: float) -> np.ndarray:
+def penalized(rewards: np.ndarray, completions: Any, missing_eos: float) -> np.ndarray:
     """Rewards [N] with `missing_eos` in place of those of responses that do not end."""
     return np.where(completions.ended, rewards, np.float32(missing_eos))
 
@@ -157,14 +173,23 @@ def find(field: str, name: str, task: Task, task_name: str, model: Callable[[str
         return lambda c: rule(c.texts, c.rows)
     if (storage.resolve(name) / 'config.json').exists():
         return model(name)
+    function = function_of(field, name)
+    return lambda c: function(c.texts, c.rows)
+
+
+def function_of(field: str, name: str) -> Callable[..., Any]:
+    """The function that 'package.module:function' names.
+
+    Raises:
+        ValueError, FileNotFoundError: there is none; `field` begins the message.
+    """
     module, colon, attribute = name.partition(':')
     if not colon:
         raise FileNotFoundError(f'{field}: {name} is neither a folder with a config.json nor a package.module:function')
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f'{field}: cannot import {name} ({error})') from None
-    return lambda c: function(c.texts, c.rows)
 
 
 def check_code(names: Mapping[str, str], source: str, trust: bool) -> None:

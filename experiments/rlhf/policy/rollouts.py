@@ -23,6 +23,7 @@ from experiments.rlhf.data import texts as text_arrays
 from experiments.rlhf.models import architecture
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy import rewards
+from experiments.rlhf.policy.kind import Kind
 from experiments.rlhf.policy.models import carries_stop_tokens, sampling_of
 from experiments.runtime import launch, partition, storage
 from experiments.runtime import mesh as mesh_lib
@@ -93,26 +94,41 @@ def generator_mesh(config: ml_collections.ConfigDict, learner: Mesh | None = Non
 
 # ---- Weights for decoding --------------------------------------------------------------------------------------------
 
-class Decoding:
-    """A policy's weights as the sampler wants them: adapter merged, matrices in compute dtype, a tree a block.
+class SamplerWeights:
+    """A policy's weights as a sampler wants them: adapter merged, matrices in compute dtype, a tree a block.
+
+    Args:
+        stacked: the decoder of the policy's parameters.
+        init: key -> these parameters.
+        rules: their partition rules.
+        adapted: whether they hold an adapter.
+        mesh: of the devices that generate.
 
     Attributes:
         module: the decoder for such weights.
-        shardings: of such weights on the generators' mesh.
+        convert: the policy's parameters -> such weights.
+        shapes, shardings: of such weights, on the generators' mesh.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
-        stacked = architecture.decoder(config.model)
+    def __init__(self, stacked: Any, init: Callable[[jax.Array], Any], rules: partition.Rules, adapted: bool,
+                 mesh: Mesh):
         self.module = stacked.clone(stacked=False)
 
         def convert(policy):
-            plain = lora.merge(policy) if config.lora.rank else policy
+            plain = lora.merge(policy) if adapted else policy
             return decoder.split_blocks(stacked, plain, dtype=stacked.dtype)[1]
 
         self.convert = jax.jit(convert)
-        self.shapes = jax.eval_shape(convert, jax.eval_shape(architecture.init_decoder(config), jax.random.key(0)))
-        self.shardings = partition.param_shardings(
-            self.shapes, decoder.split_rules(architecture.rules(config.model)), mesh)
+        self.shapes = jax.eval_shape(convert, jax.eval_shape(init, jax.random.key(0)))
+        self.shardings = partition.param_shardings(self.shapes, decoder.split_rules(rules), mesh)
+
+
+class Decoding(SamplerWeights):
+    """The weights of a policy that is a decoder."""
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+        super().__init__(architecture.decoder(config.model), architecture.init_decoder(config),
+                         architecture.rules(config.model), bool(config.lora.rank), mesh)
 
 
 def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Any, tuple, Mesh]:
@@ -146,8 +162,60 @@ def open_weights(config: ml_collections.ConfigDict, shardings: Any, shapes: Any,
 
 # ---- The generator ---------------------------------------------------------------------------------------------------
 
-class Generator:
-    """`Generate` of a `RolloutStream`: batch `index` of the run, under weights that `Decoding` converted.
+class Batches:
+    """`Generate` of a `RolloutStream`: batch `index` of the run, its prompts in an order that the seed gives.
+
+    A kind of policy says in `complete` how prompts are completed and rewarded.
+
+    Args:
+        rows: of the data set, one a prompt.
+        mesh: of the devices that generate.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, rows: Sequence[Mapping[str, Any]]):
+        self._config, self._mesh, self._rows = config, mesh, rows
+        self._order = EpochOrder(len(rows), config.seed)
+        shards = mesh_lib.batch_shards(mesh)
+        if config.batch_size % shards:
+            raise ValueError(f'batch_size={config.batch_size} prompts are not divisible by the {shards} generating '
+                             'shards (rollout.mesh data x fsdp); use a multiple')
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self._rows)
+
+    def rows(self, index: int) -> list[Mapping[str, Any]]:
+        """Of the data set, one for each of the B prompts of batch `index`."""
+        return [self._rows[i] for i in self._order(self._draws(index))]
+
+    def _draws(self, index: int) -> np.ndarray:
+        return index * self._config.batch_size + np.arange(self._config.batch_size)
+
+    def complete(self, params: Any, version: int, prompts: np.ndarray, draws: np.ndarray,
+                 keys: jax.Array) -> dict[str, np.ndarray]:
+        """A rollout batch [B, K, ...], see `rlhf_jax.rollout.batch`.
+
+        Args:
+            params: of `version`, as the kind's `decoding` converted them.
+            prompts: int [B], which of the data set.
+            draws: int [B], their positions in the run.
+            keys: typed keys [B, K], one a completion.
+        """
+        raise NotImplementedError
+
+    def __call__(self, params: Any, *, index: int, version: int) -> dict[str, np.ndarray]:
+        """A batch of B prompts and K completions of each, [B, K, ...]: see `rlhf_jax.rollout.batch`."""
+        # All of it, keys and reward models too: without a thread of its own this runs under the learner's mesh.
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+            draws = self._draws(index)
+            # By the draw, not the prompt: one that comes twice (a small set, the seam of two epochs) is answered anew.
+            keys = responses.sample_keys(jax.random.key(self._config.seed), draws, self._config.algorithm.num_samples,
+                                         version)
+            return self.complete(params, version, self._order(draws), draws, keys)
+
+
+class Generator(Batches):
+    """`Batches` of a decoder, under weights that `Decoding` converted.
 
     Args:
         mesh: of the devices that generate.
@@ -158,49 +226,42 @@ class Generator:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh, weights: Any = None):
-        self._config, self._mesh, self._weights = config, mesh, weights
         encode = tokenizer_lib.encoder_of(config)
         tokenizer_lib.check_stages(config, encode)
+        self._weights = weights
         self.tokenizer = encode.tokenizer
         self._module = architecture.decoder(config.model).clone(stacked=False)
         self.task = tasks.get(config.data, encode)
-        self._prompts, self._rows = prompts_of(config, self.task, encode, config.data.split)
-        self._order = EpochOrder(len(self._prompts), config.seed)
-        self._scorer = rewards.Scorer(config, self.task, mesh)
+        self._prompts, rows = prompts_of(config, self.task, encode, config.data.split)
+        self._scorer = rewards.Scorer.of(config, self.task, mesh)
         self._sampling = sampling_of(config, tuple(self.tokenizer.stops), self.tokenizer.pad)
         self._buckets = tuple(config.sampling.buckets) or (config.sampling.max_prompt,)
-        shards = mesh_lib.batch_shards(mesh)
-        if config.batch_size % shards:
-            raise ValueError(f'batch_size={config.batch_size} prompts are not divisible by the {shards} generating '
-                             'shards (rollout.mesh data x fsdp); use a multiple')
+        super().__init__(config, mesh, rows)
 
-    @property
-    def num_prompts(self) -> int:
-        return len(self._prompts)
+    def complete(self, params, version, prompts, draws, keys):
+        tokens, mask = generate_lib.pad_prompts([self._prompts[i] for i in prompts], buckets=self._buckets,
+                                                pad_token=self.tokenizer.pad)
+        drawn, versions = self._draw(params, version, tokens, mask, keys)
+        batch = finish(self.tokenizer, self._scorer, tokens, mask, drawn, [self._rows[i] for i in prompts])
+        if carries_stop_tokens(self._sampling):
+            stops = np.array(self._sampling.stop_tokens, np.int32)
+            batch['stop_tokens'] = np.broadcast_to(stops, (*drawn.mask.shape[:2], len(stops))).copy()
+        return batch | versions
 
-    def rows(self, index: int) -> list[Mapping[str, Any]]:
-        """Of the data set, one for each of the B prompts of batch `index`."""
-        return [self._rows[i] for i in self._order(self._draws(index))]
-
-    def _draws(self, index: int) -> np.ndarray:
-        return index * self._config.batch_size + np.arange(self._config.batch_size)
-
-    def __call__(self, params: Any, *, index: int, version: int) -> Mapping[str, np.ndarray]:
-        """A batch of B prompts and K completions of each, [B, K, ...]: see `rlhf_jax.rollout.batch`."""
-        # All of it, keys and reward models too: without a thread of its own this runs under the learner's mesh.
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            num_samples, draws = self._config.algorithm.num_samples, self._draws(index)
-            ids = self._order(draws)
-            tokens, mask = generate_lib.pad_prompts([self._prompts[i] for i in ids], buckets=self._buckets,
-                                                    pad_token=self.tokenizer.pad)
-            # By the draw, not the prompt: one that comes twice (a small set, the seam of two epochs) is answered anew.
-            keys = responses.sample_keys(jax.random.key(self._config.seed), draws, num_samples, version)
-            drawn, versions = self._draw(params, version, tokens, mask, keys)
-            batch = finish(self.tokenizer, self._scorer, tokens, mask, drawn, [self._rows[i] for i in ids])
-            if carries_stop_tokens(self._sampling):
-                stops = np.array(self._sampling.stop_tokens, np.int32)
-                batch['stop_tokens'] = np.broadcast_to(stops, (*drawn.mask.shape[:2], len(stops))).copy()
-            return batch | versions
+    def measures(self, batches: Sequence[Mapping[str, np.ndarray]],
+                 rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """The task's metrics of the responses in `batches`, whose prompts have `rows`; {} where it has none."""
+        if self.task.metrics is None:
+            return {}
+        texts, of_texts = [], iter(rows)
+        rows_of_texts = []
+        for batch in batches:
+            num_prompts, num_samples, length = batch['mask'].shape
+            flat = lambda x: x.reshape(num_prompts * num_samples, -1)
+            texts += text_arrays.decoded(self.tokenizer, flat(batch['tokens'][..., -length:]), flat(batch['mask']),
+                                         flat(batch['tokens'][..., :-length]), flat(batch['prompt_mask']))[0]
+            rows_of_texts += [row for _, row in zip(range(num_prompts), of_texts) for _ in range(num_samples)]
+        return self.task.metrics(texts, rows_of_texts)
 
     def _draw(self, params, version, tokens, mask, keys):
         rollout, num_samples = self._config.rollout, self._config.algorithm.num_samples
@@ -341,17 +402,17 @@ class Rollouts:
         self._stream.close(self._patience())
 
 
-def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | os.PathLike) -> Rollouts:
-    """The stream of a learner on `mesh`; files between processes lie in `workdir/rollouts`."""
+def open_rollouts(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | os.PathLike) -> Rollouts:
+    """The stream of a learner of a policy of `kind` on `mesh`; files between processes lie in `workdir/rollouts`."""
     rollout = config.rollout
     if rollout.transport != 'devices' and storage.is_remote(workdir):
         raise ValueError(f'--workdir={workdir}: rollout.transport={rollout.transport!r} needs a folder that all '
                          'processes see')
     generating = generator_mesh(config, mesh)
-    decoding = Decoding(config, generating)
+    decoding = kind.decoding(config, generating)
     weights = open_weights(config, decoding.shardings, decoding.shapes, storage.resolve(workdir) / 'rollouts')
     if rollout.transport == 'devices':
-        generate = Generator(config, generating, weights)
+        generate = kind.generator(config, generating, weights)
     else:
         generate = weights = processes.Remote(storage.resolve(workdir) / 'rollouts' / 'batches', weights,
                                               max_staleness=rollout.max_staleness)
@@ -367,4 +428,4 @@ def open_rollouts(config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | 
     stream = RolloutStream(generate, weights, max_staleness=rollout.max_staleness, threaded=threaded,
                            newest=rollout.newest, num_batches=config.num_steps, timeout=rollout.timeout or None,
                            check=signals.check)
-    return Rollouts(stream, decoding.convert, config.num_steps, architecture.decoder(config.model).vocab_size)
+    return Rollouts(stream, decoding.convert, config.num_steps, kind.num_tokens(config))

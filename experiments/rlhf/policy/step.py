@@ -12,7 +12,7 @@ import ml_collections
 import optax
 
 from experiments.rlhf.policy import algorithms
-from experiments.rlhf.policy.models import TEXT, PolicyModels
+from experiments.rlhf.policy.kind import Networks
 from experiments.runtime import modules, optim
 from experiments.runtime.state import TrainState
 from rlhf_jax import elastic_reset as er
@@ -48,16 +48,16 @@ class PolicyStep:
     Args:
         config: of the run.
         algorithm: that `config.algorithm` names.
-        models: the networks.
+        networks: of the policy and its critic.
         elastic: the method of resets; None: none.
         optimizer: of the trained parameters.
         shards: devices that a batch is laid out over.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, algorithm: algorithms.Algorithm, models: PolicyModels,
+    def __init__(self, config: ml_collections.ConfigDict, algorithm: algorithms.Algorithm, networks: Networks,
                  elastic: er.ElasticReset | None, optimizer: optax.GradientTransformation, shards: int):
         self._config, self._settings, self._algorithm = config, config.algorithm, algorithm
-        self._models, self._elastic, self._optimizer, self._shards = models, elastic, optimizer, shards
+        self._networks, self._elastic, self._optimizer, self._shards = networks, elastic, optimizer, shards
         self._controller = (kl.AdaptiveController(config.algorithm.kl_target, config.algorithm.kl_rate)
                             if config.algorithm.kl_target else kl.FixedController())
 
@@ -66,11 +66,11 @@ class PolicyStep:
     def init(self, key: Array) -> TrainState:
         """The state of a run from fresh parameters."""
         key, carried = jax.random.split(key)
-        return self.start(self._models.init(key), carried)
+        return self.start(self._networks.init(key), carried)
 
     def start(self, params: Params, key: Array) -> TrainState:
         """The state at the start of a run from `params`."""
-        trained = self._models.divide(params)[1]
+        trained = self._networks.divide(params)[1]
         extra = {'kl_coefficient': jnp.float32(self._settings.kl_coefficient)}
         if self._elastic:
             extra['elastic'] = er.init(self._elastic, trained)
@@ -82,9 +82,9 @@ class PolicyStep:
     def reference(self, state: TrainState) -> Params:
         """Parameters of the policy that KL is measured against."""
         if self._elastic:
-            frozen, trained = self._models.divide(state.params)
+            frozen, trained = self._networks.divide(state.params)
             elastic = er.reference(self._elastic, state.extra['elastic'], trained)
-            return self._models.join(frozen, elastic)['policy']
+            return self._networks.join(frozen, elastic)['policy']
         if self._config.lora.rank:
             return lora.without(state.params['policy'])
         return state.extra['reference']['policy']
@@ -95,33 +95,37 @@ class PolicyStep:
         """Log-probabilities under the reference and under the policy as it is, and values; without gradient."""
         reference = jax.lax.stop_gradient({'policy': self.reference(state), 'value': state.params.get('value')})
         policy = jax.lax.stop_gradient(state.params)
-        return algorithms.Scorers(self._scorer(reference, 0), self._scorer(policy, 0), self._scorer(policy, 1))
+        networks = self._networks
+        return algorithms.Scorers(self._scorer(reference, 0), self._scorer(policy, 0), self._scorer(policy, 1),
+                                  networks.columns, networks.as_drawn, networks.scale)
 
     def _scorer(self, params: Params, output: int) -> Callable[[Rows], Array]:
         parts = self._config.accumulate * self._settings.num_minibatches
 
         def score(rows: Rows) -> Array:
-            text = {name: rows[name] for name in TEXT if name in rows}
-            return in_parts(lambda part: self._models.forward(params, part)[output], text, parts, self._shards)
+            read = {name: rows[name] for name in self._networks.columns if name in rows}
+            return in_parts(lambda part: self._networks.forward(params, part)[output], read, parts, self._shards)
         return score
 
     def divergence(self, state: TrainState, batch: Rows) -> Metrics:
         """KL of each prompt's completions from the reference, in nats a response: {'kl': float32 [B]}."""
-        scorers = self.scorers(state)
+        scorers, batch = self.scorers(state), self._networks.annotated(batch, jax.random.key(0))
         difference = scorers.policy(batch) - scorers.reference(batch)
-        return {'kl': masked.zeroed(difference, batch['mask']).sum(-1).mean(-1)}
+        return {'kl': scorers.whole(masked.zeroed(difference, batch['mask']).sum(-1)).mean(-1)}
 
     # ---- Loss --------------------------------------------------------------------------------------------------------
 
     def prepare(self, state: TrainState, batch: Rows) -> tuple[Rows, Metrics]:
         """Rows to train on, made of a batch before its first update, and their metrics."""
-        return self._algorithm.prepare(self._settings, algorithms.with_rewards(batch), self.scorers(state),
-                                       state.extra['kl_coefficient'])
+        batch = self._networks.annotated(algorithms.with_rewards(batch), jax.random.fold_in(state.rng, state.step))
+        return self._algorithm.prepare(self._settings, batch, self.scorers(state), state.extra['kl_coefficient'])
 
     def loss_of_rows(self, params: Params, rows: Rows) -> tuple[Array, Metrics]:
         """The algorithm's loss of (a part of) the rows, and how far learner and sampler are apart on their tokens."""
-        logprobs, values = self._models.forward(params, rows)
+        logprobs, values = self._networks.forward(params, rows)
         loss, metrics = self._algorithm.loss(self._settings, logprobs, values, rows)
+        if not self._networks.as_drawn:
+            return loss, metrics
         gap = jnp.abs(masked.zeroed(logprobs - rows['logprobs'], rows['mask']))
         return loss, metrics | jax.lax.stop_gradient({'logprob_gap': masked.mean(gap, rows['mask']),
                                                       'logprob_gap_max': gap.max()})
@@ -138,7 +142,7 @@ class PolicyStep:
         """Trains on one rollout batch, `config.batch_size` prompts with their completions, [B, K, ...]."""
         settings = self._settings
         rows, metrics = self.prepare(state, batch)
-        frozen, trained = self._models.divide(state.params)
+        frozen, trained = self._networks.divide(state.params)
         minibatches = optim.split_microbatches(rows, settings.num_minibatches, self._shards)
 
         def minibatch(updated, inputs):
@@ -162,13 +166,13 @@ class PolicyStep:
         extra = state.extra | {'kl_coefficient': self._controller.update(state.extra['kl_coefficient'], measured)}
         if self._elastic:
             extra['elastic'] = updated.elastic
-        params = self._models.join(frozen, updated.trained)
+        params = self._networks.join(frozen, updated.trained)
         return state.replace(step=state.step + 1, params=params, opt_state=updated.opt_state, extra=extra), metrics
 
     def _update(self, frozen: Params, updated: _Updated, rows: Rows, k: Array) -> tuple[_Updated, Metrics]:
         """One optimizer update, the k-th of the run, on a minibatch."""
         (loss, metrics), grads = value_and_grad(
-            lambda trained, part: self.loss_of_rows(self._models.join(frozen, trained), part), updated.trained, rows,
+            lambda trained, part: self.loss_of_rows(self._networks.join(frozen, trained), part), updated.trained, rows,
             self._algorithm.weights(self._settings, rows), self._config.accumulate, self._shards)
         updates, opt_state = self._optimizer.update(grads, updated.opt_state, updated.trained)
         trained = jax.tree.map(lambda p, u: p + u.astype(p.dtype), updated.trained, updates)
