@@ -21,7 +21,7 @@ differs where `Objective` and `Sampling` say so; `AUTHORS` and `AUTHORS_BEFORE_W
 """
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -321,27 +321,50 @@ def sample(module: Llama, params: Params, key: Array, captions: Array, caption_m
     Raises:
         ValueError: a model that is causal or whose vocabulary was not extended.
     """
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(captions.shape[0]))
+    logits_of = network(module, params, captions, caption_mask, words, sampling.length, sampling.block,
+                        guidance=sampling.guidance)
+    return remasking.fill(logits_of, keys, sampling, words.num_codes)
+
+
+def network(module: Llama, params: Params, captions: Array, caption_mask: Array, words: Words, length: int,
+            block: int = 0, *, guidance: float = 0.0) -> Callable[[Array, Array | int], Array]:
+    """The model of some captions as a function of their codes, which may hold masks.
+
+    Args:
+        captions, caption_mask: [B, N], of `pad_captions`.
+        length: L.
+        block: positions whose logits are asked for at a time; 0: all.
+        guidance: see `Sampling`.
+
+    Returns:
+        (codes int32 [B, L] in 0..V with V a mask, first position) -> logits float32 [B, block, V] over the codes.
+
+    Raises:
+        ValueError: a model that is causal or whose vocabulary was not extended.
+    """
     _check(module, words)
     batch, v = captions.shape[0], words.num_codes
-    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    tokens, present = lay_out(jnp.full((batch, sampling.length), v, jnp.int32), captions, caption_mask, words)
-    prompt = tokens[:, sampling.length:]
-    if sampling.guidance:
-        blank = jnp.where(present[:, sampling.length:], words.mask_token, prompt)
+    tokens, present = lay_out(jnp.full((batch, length), v, jnp.int32), captions, caption_mask, words)
+    prompt = tokens[:, length:]
+    if guidance:
+        blank = jnp.where(present[:, length:], words.mask_token, prompt)
         prompt, present = jnp.concatenate([prompt, blank]), jnp.concatenate([present, present])
 
-    def logits_of(codes: Array, start: Array) -> Array:
+    def logits_of(codes: Array, start: Array | int = 0) -> Array:
         code = jnp.where(codes == v, words.mask_token, words.separator + 1 + codes)
-        code = jnp.concatenate([code, code]) if sampling.guidance else code
+        code = jnp.concatenate([code, code]) if guidance else code
         hidden: Any = module.apply({'params': params}, jnp.concatenate([code, prompt], 1), mask=present,
-                                   output='hidden', at=slice(0, sampling.length))
-        logits = code_logits(params, jax.lax.dynamic_slice_in_dim(hidden, start, sampling.block, 1), words)
-        if not sampling.guidance:
+                                   output='hidden', at=slice(0, length))
+        if block and block < length:
+            hidden = jax.lax.dynamic_slice_in_dim(hidden, start, block, 1)
+        logits = code_logits(params, hidden, words)
+        if not guidance:
             return logits
         conditional, unconditional = jnp.split(logits, 2)
-        return unconditional + (sampling.guidance + 1) * (conditional - unconditional)
+        return unconditional + (guidance + 1) * (conditional - unconditional)
 
-    return remasking.fill(logits_of, keys, sampling, v)
+    return logits_of
 
 
 def _check(module: Llama, words: Words) -> None:

@@ -1,6 +1,6 @@
 """Sampling of a masked-diffusion model: a row of masks is filled, some positions a step, in any order.
 
-    codes, filled_at = fill(logits_of, keys, sampling, vocab_size=256)
+    codes, filled_at, logprobs = fill(logits_of, keys, sampling, vocab_size=256)
 
 The sampler of LLaDA (arXiv 2502.09992 §2.4): each step draws a token for every position and commits a few of them; the
 others are masked again. It knows nothing of the network, which `dlc_jax.text_to_code.sample` brings. SEDD's samplers,
@@ -74,9 +74,17 @@ class Sampling:
 
 
 class Samples(NamedTuple):
-    """Codes int32 [B, L] in 0..V-1, and the step int32 [B, L] in 0..steps-1 at which each position was filled."""
+    """What the sampler drew.
+
+    Attributes:
+        codes: int32 [B, L] in 0..V-1.
+        filled_at: int32 [B, L] in 0..steps-1, the step at which each position was filled.
+        logprobs: float32 [B, L] of each token in the distribution that it was drawn from, temperature and guidance
+            included; 0 at temperature 0.
+    """
     codes: Array
     filled_at: Array
+    logprobs: Array
 
 
 def fill(logits_of: Callable[[Array, Array], Array], keys: Array, sampling: Sampling, vocab_size: int) -> Samples:
@@ -91,20 +99,31 @@ def fill(logits_of: Callable[[Array, Array], Array], keys: Array, sampling: Samp
     block, counts = sampling.block, jnp.array(sampling.schedule, jnp.int32)
     codes = jnp.full((len(keys), sampling.length), vocab_size, jnp.int32)
 
-    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        codes, filled_at = carry
+    def body(i: Array, carry: Samples) -> Samples:
         start, step = i // len(counts) * block, i % len(counts)
-        logits = logits_of(codes, start)
+        of_block = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, 1)
+        logits = logits_of(carry.codes, start)
         gumbel, priority = step_noise(keys, i, block, vocab_size)
         value, confidence = propose(logits, gumbel, priority if sampling.remasking == 'random' else None,
                                     sampling.temperature)
-        old = jax.lax.dynamic_slice_in_dim(codes, start, block, 1)
+        old = of_block(carry.codes)
         new = commit(old, value, confidence, counts[step], most=sampling.schedule[0], mask=vocab_size)
-        when = jnp.where(new != old, i, jax.lax.dynamic_slice_in_dim(filled_at, start, block, 1))
-        return (jax.lax.dynamic_update_slice_in_dim(codes, new, start, 1),
-                jax.lax.dynamic_update_slice_in_dim(filled_at, when, start, 1))
+        drawn = new != old
+        filled = Samples(new, jnp.where(drawn, i, of_block(carry.filled_at)),
+                         jnp.where(drawn, drawn_logprobs(logits, value, sampling.temperature),
+                                   of_block(carry.logprobs)))
+        return Samples(*(jax.lax.dynamic_update_slice_in_dim(x, part, start, 1) for x, part in zip(carry, filled)))
 
-    return Samples(*jax.lax.fori_loop(0, sampling.num_steps, body, (codes, jnp.full_like(codes, -1))))
+    empty = Samples(codes, jnp.full_like(codes, -1), jnp.zeros(codes.shape, jnp.float32))
+    return jax.lax.fori_loop(0, sampling.num_steps, body, empty)
+
+
+def drawn_logprobs(logits: Array, value: Array, temperature: float) -> Array:
+    """Log-probability float32 [...] of `value` under softmax(logits [..., V] / temperature); 0 at temperature 0."""
+    if not temperature:
+        return jnp.zeros(value.shape, jnp.float32)
+    logits = logits / temperature
+    return jnp.take_along_axis(logits, value[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
 
 
 def propose(logits: Array, gumbel: Array, priority: Array | None, temperature: float) -> tuple[Array, Array]:
