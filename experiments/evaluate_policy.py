@@ -23,7 +23,7 @@ import ml_collections
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models import flags
 from experiments.rlhf.models import tokenizer as tokenizer_lib
-from experiments.rlhf.models.inference import Policy, Prompt
+from experiments.rlhf.models.inference import Policy, Prompt, Responses
 from experiments.rlhf.policy import evaluation, rewards
 from experiments.runtime import launch, storage
 from experiments.runtime.progress import bar
@@ -40,6 +40,8 @@ def main() -> None:
                    help='read gold reward models one token before EOS, as published TL;DR win rates were')
     p.add_argument('--drift', type=int, default=0, metavar='ROWS',
                    help="perplexity of the policy on so many of the data's own texts")
+    p.add_argument('--interpolate', metavar='0,0.5,1', default='', help='measure the weights so far on the way from '
+                   'the --reference to the policy, a row a share: the control that a gain in reward for drift needs')
     p.add_argument('--task', choices=tuple(tasks.TASKS))
     p.add_argument('--path', metavar='PLACE', help='of the data: file, folder, or tfds:NAME')
     p.add_argument('--split', help='default: the data.heldout of the run, else validation')
@@ -51,6 +53,11 @@ def main() -> None:
     for name in ('json', 'out'):
         if getattr(args, name):
             storage.check_writable(storage.resolve(getattr(args, name)).parent, f'--{name}')
+    alphas = launch.shares('--interpolate', args.interpolate)
+    if alphas and not args.reference:
+        raise ValueError('--interpolate needs --reference: what the policy started from')
+    if alphas and args.out:
+        raise ValueError('--interpolate measures several policies; --out writes the responses of one')
     launch.initialize(args)
     policy = flags.load(args.policy, args, config)
     reference = flags.load(args.reference, args) if args.reference else None
@@ -66,13 +73,18 @@ def main() -> None:
         (config or {}).get('sampling') or {}).get('max_prompt', 0))
     prompts, rows = prompts[:args.num], rows[:args.num]
     scorers = rewards_of(args, config, task, data, policy, read=config is policy.config)
-    out, responses = evaluation.evaluate_policy(
-        policy, prompts, rows, how, key=jax.random.key(args.seed), num_samples=args.num_samples,
-        batch_size=args.batch_size, task=task, **scorers,
-        reference=reference,
-        human_text=evaluation.human_text(task, data, args.split or data['heldout'], args.drift) if args.drift else '',
-        progress=bar)
-    out = {name: round(value, 6) if isinstance(value, float) else value for name, value in out.items()}
+    human_text = evaluation.human_text(task, data, args.split or data['heldout'], args.drift) if args.drift else ''
+
+    def measure(policy: Policy) -> tuple[dict[str, Any], Responses]:
+        out, responses = evaluation.evaluate_policy(
+            policy, prompts, rows, how, key=jax.random.key(args.seed), num_samples=args.num_samples,
+            batch_size=args.batch_size, task=task, **scorers, reference=reference, human_text=human_text, progress=bar)
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in out.items()}, responses
+
+    if alphas:
+        out = [{'alpha': alpha} | measure(policy.interpolated(reference, alpha))[0] for alpha in alphas]
+    else:
+        out, responses = measure(policy)
     print(json.dumps(out, indent=1))
     if args.json:
         storage.write_json(args.json, out)

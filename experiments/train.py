@@ -19,7 +19,7 @@ from experiments.runtime import experiment as experiment_lib
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.hooks import PENDING, Log, Metrics, Save
-from experiments.runtime.metrics import MetricsWriter
+from experiments.runtime.metrics import MetricsWriter, check_wandb
 from experiments.runtime.prefetch import Prefetch
 from experiments.runtime.signals import signals
 from experiments.runtime.state import TrainState
@@ -66,17 +66,24 @@ def mesh_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | N
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh: Mesh | None = None,
-          hooks: Sequence[loop.Hook] = (), name: str | None = None) -> TrainState:
+          hooks: Sequence[loop.Hook] = (), name: str | None = None, wandb: str = '') -> TrainState:
     """Trains to `config.num_steps`, continuing what `workdir` holds.
 
+    Args:
+        mesh: default: `mesh_of`.
+        hooks: called before the experiment's own.
+        name: shown on the progress bar; default: `config.experiment`.
+        wandb: project of Weights & Biases that metrics go to as well; '': none.
+
     Returns:
-        The final state, laid out over `mesh` (default: `mesh_of`).
+        The final state, laid out over `mesh`.
 
     Raises:
         ValueError, OSError: a config, data set, checkpoint or place that does not fit; before anything is compiled.
         signals.Stopped: a signal came and the state was saved.
     """
     workdir = storage.resolve(workdir)
+    check_wandb(wandb)
 
     # ---- Mesh, model, data -------------------------------------------------------------------------------------------
     mesh = mesh or mesh_of(config)
@@ -126,7 +133,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
                 batches.publish(start, state)
             writer = None
             if jax.process_index() == 0:
-                writer = MetricsWriter(workdir, from_step=start, pending=metrics.names)
+                writer = MetricsWriter(workdir, from_step=start, pending=metrics.names, wandb=wandb,
+                                       config=config.to_dict())
 
         # ---- Train ---------------------------------------------------------------------------------------------------
         try:
@@ -175,6 +183,7 @@ def main() -> None:
     p.add_argument('--dry_run', action='store_true', help='print mesh, parameters, memory and batch split, '
                    'look at released weights and tokenizer, then exit')
     p.add_argument('--profile', metavar='DIR', help='write a profiler trace of the whole (short) run to DIR')
+    p.add_argument('--wandb', metavar='PROJECT', default='', help='report to Weights & Biases as well')
     args, config = launch.parse(p)
     if not (args.workdir or args.dry_run):
         raise ValueError('--workdir is missing: where should checkpoints and metrics go?')
@@ -189,9 +198,9 @@ def main() -> None:
         return
     if args.profile:
         with jax.profiler.trace(args.profile):
-            train(config, args.workdir)
+            train(config, args.workdir, wandb=args.wandb)
     else:
-        train(config, args.workdir)
+        train(config, args.workdir, wandb=args.wandb)
 
 
 if __name__ == '__main__':

@@ -80,6 +80,7 @@ ROOMS = {
     'experiments/rlhf/policy': MODELS,
     'experiments/rlhf/translation': COMMON,
     'experiments/rlhf/lewis': COMMON,
+    'experiments/sweeps': ('experiments.runtime',),
     'experiments/quickstarts': ('experiments', 'configs', 'dlc_jax', 'rlhf_jax'),
     'configs': ('dlc_jax', 'rlhf_jax'),
     'configs/dlc': ('configs.parts', 'dlc_jax'),

@@ -25,6 +25,7 @@ from experiments.dlc.judge import Judge
 from experiments.runtime import report, stages, storage
 from experiments.runtime.metrics import curve
 from experiments.runtime.progress import bar
+from experiments.runtime.statistics import mean_and_spread
 from experiments.train import train
 
 # Row of the table of methods -> (generator, what its codes come from).
@@ -151,12 +152,12 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
             if METHODS[method][1] == 'heldout':  # the image its code came from has a class: is it kept?
                 row['same_class'] = float((judge.predict(draw['images']) == heldout['labels']).mean())
             rows.append(row)
-        methods[method] = report.mean_and_spread(rows)
+        methods[method] = mean_and_spread(rows)
     rng = np.random.default_rng(0)
     floors = [evaluation.sample_set(
         judge, train_set['images'][rng.permutation(len(train_set['images']))[:len(heldout['images'])]],
         heldout['images'], train_set['images']) for _ in config.sample_seeds]
-    methods['real training images'] = report.mean_and_spread(floors) | {
+    methods['real training images'] = mean_and_spread(floors) | {
         'nearest_train': None, 'nearest_train_std': None}
 
     drawn = [draw['codes'] for draw in sets['code, then image']]
@@ -174,7 +175,7 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
             'training images': evaluation.code_usage(train_set['codes'], vocab) | {'nearest_train_code': None},
             'held-out images': evaluation.code_usage(heldout['codes'], vocab) | {
                 'nearest_train_code': nearest_code(heldout['codes'])},
-            'code model': report.mean_and_spread([
+            'code model': mean_and_spread([
                 evaluation.code_usage(codes, vocab) | {'nearest_train_code': nearest_code(codes)}
                 for codes in drawn]),
         },

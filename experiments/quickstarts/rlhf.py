@@ -25,6 +25,7 @@ from experiments.rlhf.policy import evaluation
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import report, stages, storage
 from experiments.runtime.metrics import curve, read_metrics
+from experiments.runtime.statistics import mean_and_spread
 from experiments.train import train
 
 HEADINGS = {'accuracy': 'right answers', 'kl': 'KL, nats a response', 'gold': 'gold reward', 'length': 'tokens'}
@@ -109,7 +110,7 @@ def measure(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[st
 
     methods = {'fine-tuned': one('sft')}
     for mode in MODES:
-        methods[mode] = report.mean_and_spread([one(f'{mode}_{seed}') for seed in config.seeds])
+        methods[mode] = mean_and_spread([one(f'{mode}_{seed}') for seed in config.seeds])
     methods['learned reward'] = one('proxy')
     pairs = read_metrics(workdir / 'reward_model' / 'metrics.jsonl')
     return {'methods': methods, 'staleness': {mode: staleness(workdir / f'{mode}_{config.seeds[0]}') for mode in MODES},

@@ -27,6 +27,7 @@ from experiments.dlc.text_to_code import TextToCode
 from experiments.runtime import report, stages, storage
 from experiments.runtime.metrics import curve
 from experiments.runtime.progress import bar
+from experiments.runtime.statistics import mean_and_spread
 from experiments.train import train
 
 HEADINGS = {'both': 'both digits right', 'upper': 'upper digit', 'lower': 'lower digit'}
@@ -103,12 +104,12 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
     for kind, split, asked in (('seen', 'heldout', ~UNSEEN[labels]), ('unseen', 'unseen', UNSEEN[labels])):
         real = arrays[split]
         rows |= {
-            f'text to image, {kind} pairs': report.mean_and_spread(
+            f'text to image, {kind} pairs': mean_and_spread(
                 [shares(*seen_in(draw['images'][asked]), labels[asked]) for draw in sets['text']]),
-            f'text to code, {kind} pairs': report.mean_and_spread(
+            f'text to code, {kind} pairs': mean_and_spread(
                 [shares(*read_from(draw['codes'][asked]), labels[asked]) for draw in sets['text']]),
             f'codes of held-out images, {kind} pairs': shares(*read_from(real['codes']), real['labels']),
-            f'images from codes of held-out images, {kind} pairs': report.mean_and_spread(
+            f'images from codes of held-out images, {kind} pairs': mean_and_spread(
                 [shares(*seen_in(draw['images']), real['labels']) for draw in sets[split]]),
             f'held-out images, {kind} pairs': shares(*seen_in(real['images']), real['labels'])}
     rows['chance'] = {'both': 0.01, 'upper': 0.1, 'lower': 0.1}

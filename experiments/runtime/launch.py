@@ -166,6 +166,21 @@ def _first_on_path(folder: pathlib.Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
+def shares(flag: str, text: str) -> tuple[float, ...]:
+    """Shares between 0 and 1, with commas.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        values = tuple(float(value) for value in text.split(',')) if text else ()
+    except ValueError:
+        raise ValueError(f'{flag}={text}: numbers with commas between, such as 0,0.5,1') from None
+    if any(not 0 <= value <= 1 for value in values) or len(set(values)) < len(values):
+        raise ValueError(f'{flag}={text}: shares of the way from start to end, between 0 and 1, each once')
+    return values
+
+
 def check_choice(name: str, given: str, choices: Iterable[str]) -> None:
     """Raises a ValueError with the nearest choice where the field `name` holds none of `choices`."""
     choices = tuple(choices)
@@ -218,7 +233,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: str | os.PathLike)
     except DamagedConfig as error:
         log.warning('%s (this command does)', error)
         return
-    before, now = (_flat(c.to_dict()) for c in (before, config))
+    before, now = (flat_fields(c.to_dict()) for c in (before, config))
     if before.get('experiment') != now['experiment']:
         raise ValueError(f'{workdir}: holds a run of experiment={before.get("experiment")!r}, not '
                          f'{now["experiment"]!r}; choose another --workdir')
@@ -228,10 +243,11 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: str | os.PathLike)
         log.warning('%s: the config has changed since this run was started: %s', workdir, ', '.join(changed))
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+def flat_fields(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """{dotted name: value} of the fields in all groups of `fields`."""
     out = {}
     for name, value in fields.items():
-        out |= _flat(value, f'{prefix}{name}.') if isinstance(value, Mapping) else {prefix + name: value}
+        out |= flat_fields(value, f'{prefix}{name}.') if isinstance(value, Mapping) else {prefix + name: value}
     return out
 
 

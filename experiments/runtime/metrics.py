@@ -1,9 +1,11 @@
-"""Scalars to `metrics.jsonl` and TensorBoard event files, neither of which needs TensorFlow.
+"""Scalars to `metrics.jsonl` and TensorBoard event files, neither of which needs TensorFlow, and to Weights & Biases.
 
 Metrics cost a run at most points of a curve: what cannot be written waits in memory, within bounds, and is written when
 there is room again. Everything is written by the caller's thread; no queue can fill up, and no thread can die.
 """
 import contextlib
+import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -31,10 +33,16 @@ class MetricsWriter:
         pending: names of metrics that the resumed run has still to report for `from_step`; a line of that step with one
             of them was written after the checkpoint, and is dropped too.
         tensorboard: also write event files.
+        wandb: project of Weights & Biases to report to; '': none.
+        config: of the run, shown there.
+
+    Raises:
+        ValueError: as `check_wandb`.
     """
 
     def __init__(self, directory: str | os.PathLike, *, from_step: int = 0, pending: Collection[str] = (),
-                 tensorboard: bool = True):
+                 tensorboard: bool = True, wandb: str = '', config: Mapping[str, Any] | None = None):
+        check_wandb(wandb)
         directory = storage.resolve(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / 'metrics.jsonl'
@@ -47,6 +55,7 @@ class MetricsWriter:
                 file.write(b''.join(kept))
             self._waiting += b''.join(kept) if self._remote else b''
         self._board = _EventFiles(os.fspath(directory / 'tensorboard'), from_step) if tensorboard else None
+        self._wandb = _open_wandb(os.fspath(directory), wandb, config or {}) if wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row; what does not fit on the disk is kept for the next time."""
@@ -57,12 +66,16 @@ class MetricsWriter:
             self._try(self._flush, f'metrics of step {step}')
         if self._board:
             self._try(lambda: self._board.write(step, values), f'TensorBoard events of step {step}')
+        if self._wandb:
+            self._try(lambda: self._wandb.log({'step': step} | values), f'step {step} to Weights & Biases')
 
     def close(self) -> None:
         """Writes what still waits."""
         self._try(self._flush, 'the last metrics')
         if self._board:
             self._try(self._board.close, 'the last TensorBoard events')
+        if self._wandb:
+            self._try(self._wandb.finish, 'the last step to Weights & Biases')
 
     def _flush(self) -> None:
         if self._remote:
@@ -130,6 +143,27 @@ class _EventFiles:
         file, self._file = self._file, None
         if file:
             file.close()
+
+
+def check_wandb(project: str) -> None:
+    """Raises a ValueError where `project` is given and the package is missing."""
+    if project and importlib.util.find_spec('wandb') is None:
+        raise ValueError(f'--wandb={project}: Weights & Biases is not installed; pip install wandb, or leave it out')
+
+
+def _open_wandb(directory: str, project: str, config: Mapping[str, Any]) -> Any:
+    """A run there for the work directory, the same one each time it is resumed.
+
+    Steps are a metric of their own: a resumed run goes once more over those after its checkpoint, which the service's
+    own counter would refuse.
+    """
+    import wandb
+    name = os.path.abspath(directory) if not storage.is_remote(directory) else directory
+    run = wandb.init(project=project, id=hashlib.sha256(name.encode()).hexdigest()[:16], resume='allow',
+                     name='/'.join(name.rstrip('/').split('/')[-2:]), config=dict(config))
+    run.define_metric('step')
+    run.define_metric('*', step_metric='step')
+    return run
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

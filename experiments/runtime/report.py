@@ -34,17 +34,6 @@ def format_value(value: object, digits: int = 3) -> str:
         f'{value:,.0f}' if isinstance(value, float) else str(value))
 
 
-def mean_and_spread(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """{name: mean, name_std: standard deviation} over repeated measurements; of one there is no deviation."""
-    out = {}
-    for name in rows[0]:
-        values = np.array([row[name] for row in rows], np.float64)
-        out[name] = float(values.mean())
-        if len(rows) > 1:
-            out[f'{name}_std'] = float(values.std(ddof=1))
-    return out
-
-
 def with_spread(value: float, spread: float) -> str:
     """"value ± spread", both to the second digit of the spread."""
     decimals = max(0, 1 - math.floor(math.log10(spread))) if spread > 0 else 3
@@ -66,6 +55,14 @@ def rows_with_spread(rows: Mapping[str, Mapping[str, Any]], headings: Mapping[st
                 line[headings.get(key, key.replace('_', ' '))] = text
         out.append(line)
     return out
+
+
+def markdown(rows: Sequence[Mapping[str, object]], digits: int = 3) -> str:
+    """The rows of `Report.table` as a table in Markdown."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns, ['---'] * len(columns)]
+    cells += [[format_value(row.get(column), digits) for column in columns] for row in rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in cells)
 
 
 class Report:
@@ -108,13 +105,21 @@ class Report:
         self._figure(buffer, caption, f'class=grid width={grid.shape[1] * scale}')
 
     def lines(self, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], caption: str, *, x: str = 'step',
-              y: str = '', log_y: bool = False, styles: Mapping[str, str] | None = None) -> None:
-        """A line chart of {label: (xs, ys)}. `styles`: label -> matplotlib's format ('o--', '^', ...); lines if not."""
+              y: str = '', log_y: bool = False, styles: Mapping[str, str] | None = None,
+              bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None) -> None:
+        """A line chart of {label: (xs, ys)}.
+
+        Args:
+            styles: label -> matplotlib's format ('o--', '^', ...); lines if not.
+            bands: label -> (lowest, highest) at each of its xs, shaded behind the line.
+        """
         from matplotlib.figure import Figure  # deferred: most commands draw nothing
         figure = Figure(figsize=(5.2, 3.1), dpi=110)
         axes = figure.subplots()
         for label, (xs, ys) in curves.items():
-            axes.plot(xs, ys, (styles or {}).get(label, '-'), label=label, linewidth=1.4, markersize=4)
+            line, = axes.plot(xs, ys, (styles or {}).get(label, '-'), label=label, linewidth=1.4, markersize=4)
+            if bands and label in bands:
+                axes.fill_between(xs, *bands[label], color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(alpha=0.3)

@@ -14,7 +14,7 @@ from experiments import lewis as command
 from experiments.rlhf.lewis import comparison as lewis
 from experiments.rlhf.lewis import report as lewis_report
 from experiments.rlhf.lewis import runs, summary
-from experiments.runtime import launch, report
+from experiments.runtime import launch, report, statistics
 from experiments.runtime.signals import Stopped, signals
 from rlhf_jax.tasks import lewis as lewis_task
 
@@ -114,20 +114,16 @@ def test_seeds_differ_and_spreads_are_theirs(compared):
     assert (row['kl'], row['kl_std']) == pytest.approx((final.mean(), abs(final[0] - final[1]) / 2 ** .5))
 
 
-@pytest.mark.parametrize('at, height', [(-1, .2), (0, .2), (1, .35), (2, .5), (3, .5), (5, .7), (9, .9), (20, .9)])
-def test_height_of_a_front(at, height):
-    drift, task = np.array([2., 0., 9., 4., 6.]), np.array([.5, .2, .9, .4, .9])  # (4, .4) is dominated
-    assert summary.front_height(drift, task, at) == pytest.approx(height)
-
-
 def test_gains_are_paired_by_seed(compared):
     _, runs, comparison = compared
     history, label = runs['elastic_reset', 0.0, 0.5], 'Elastic Reset, decay 0.5, before the reset'
-    gains = [history[f'before_reset_{summary.TASK}'][s, -1] - summary.front_height(
+    gains = [history[f'before_reset_{summary.TASK}'][s, -1] - statistics.front_height(
         comparison.interpolation['kl'][s], comparison.interpolation[summary.TASK][s], history['before_reset_kl'][s, -1])
         for s in range(2)]
     row = comparison.metrics['gains'][label]
     assert row['interpolation_at_kl'] == pytest.approx(np.mean(gains))
+    assert row['interpolation_at_kl_low'] == pytest.approx(min(gains))  # of two seeds a resample often has one twice
+    assert row['interpolation_at_kl_high'] == pytest.approx(max(gains))
     assert row['interpolation_at_kl_above'] == sum(g > 0 for g in gains)
 
 

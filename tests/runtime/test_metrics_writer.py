@@ -1,7 +1,11 @@
 """Metrics cost a run at most points of a curve."""
 import errno
+import importlib.machinery
+import importlib.util
 import json
 import subprocess
+import sys
+import types
 
 import pytest
 
@@ -40,6 +44,45 @@ def test_rows_and_events(tmp_path):
     writer.write(3, {'loss': 0.5})
     writer.close()
     assert [row['loss'] for row in read_metrics(tmp_path / 'metrics.jsonl')] == [1.0, 0.5, 0.5]
+
+
+def test_weights_and_biases_get_the_same_numbers(tmp_path, monkeypatch):
+    """One run for a work directory, steps as a metric of its own, nothing lost where the service fails."""
+    calls, runs = [], []
+
+    class Run:
+        def __init__(self, **settings):
+            runs.append(settings)
+
+        def define_metric(self, *args, **kwargs):
+            calls.append((args, kwargs))
+
+        def log(self, row):
+            if row['step'] == 2:
+                raise ConnectionError('offline')
+            calls.append(row)
+
+        def finish(self):
+            calls.append('finish')
+    wandb = types.ModuleType('wandb')
+    wandb.init, wandb.__spec__ = Run, importlib.machinery.ModuleSpec('wandb', None)
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    for start in (0, 1):
+        writer = MetricsWriter(tmp_path / 'a' / 'b', from_step=start, tensorboard=False, wandb='p', config={'seed': 3})
+        for step in range(start + 1, 4):
+            writer.write(step, {'loss': 1 / step})
+        writer.close()
+    assert runs[0] == runs[1] and len(runs[0].pop('id')) == 16
+    assert runs[0] == dict(project='p', resume='allow', name='a/b', config={'seed': 3})
+    begin, end = [(('step',), {}), (('*',), {'step_metric': 'step'})], [{'step': 3, 'loss': 1 / 3}, 'finish']
+    assert calls == [*begin, {'step': 1, 'loss': 1.0}, *end, *begin, *end]
+    assert steps(tmp_path / 'a' / 'b') == [1, 2, 3]
+
+
+def test_weights_and_biases_is_asked_for_before_anything_else(tmp_path):
+    with pytest.raises(ValueError, match='--wandb=p: Weights & Biases is not installed; pip install wandb'):
+        MetricsWriter(tmp_path / 'run', wandb='p')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_cut_line_costs_itself_alone(tmp_path):

@@ -1,11 +1,11 @@
 """What the runs on the Lewis game are worth: means over seeds, and gains over what costs nothing but a coefficient."""
-from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 import numpy as np
 
 from experiments.rlhf.lewis.runs import Run
+from experiments.runtime.statistics import front_height, paired_difference, spread
 
 SIDES = {'before': 'before_reset_', 'after': ''}  # of the reset at the end of the run -> prefix in a history
 TASK = 'held_out_communication'
@@ -21,10 +21,11 @@ def summarize(config: ml_collections.ConfigDict, histories: dict[Run, History],
 
     `methods`: at the end of each run; of resetting methods, `before` and `after` the reset there, and `lowest` and
     `highest` over the last period, the envelope of the saw-tooth. `gains`: held-out communication beyond the fronts of
-    `fronts` at the same drift, paired by seed (`front_height`), and at how many of the seeds it is above.
+    `fronts` at the same drift, paired by seed: mean, deviation, `low` and `high` ends of a bootstrap interval, and at
+    how many of the seeds it is above.
     """
     algorithm = config.training.method
-    methods = {'pretrained': _spread(start)}
+    methods = {'pretrained': spread(start)}
     for run, history in histories.items():
         label = run.label(algorithm)
         per_period = config.elastic.period // config.training.log_every
@@ -35,9 +36,9 @@ def summarize(config: ml_collections.ConfigDict, histories: dict[Run, History],
             if run.resets:
                 both = np.concatenate([history[p + TASK][:, -per_period:] for p in SIDES.values()], 1)
                 row |= {'lowest': both.min(1), 'highest': both.max(1)}
-            methods[f'{label}, {side} the reset' if run.resets else label] = _spread(row)
+            methods[f'{label}, {side} the reset' if run.resets else label] = spread(row)
     for i, alpha in enumerate(config.alphas):
-        methods[f'interpolation, α {alpha:g}'] = _spread({name: x[:, i] for name, x in interpolation.items()})
+        methods[f'interpolation, α {alpha:g}'] = spread({name: x[:, i] for name, x in interpolation.items()})
 
     gains = {}
     for drift in DRIFTS:
@@ -50,8 +51,11 @@ def summarize(config: ml_collections.ConfigDict, histories: dict[Run, History],
                 row = gains.setdefault(f'{label}, {side} the reset' if run.resets else label, {})
                 x, y = DRIFTS[drift](history, prefix)[:, -1], history[prefix + TASK][:, -1]
                 for name, (xs, ys) in lines.items():
-                    gain = np.array([y[s] - front_height(xs[s], ys[s], x[s]) for s in range(len(y))])
-                    row |= _spread({f'{name}_at_{drift}': gain}) | {f'{name}_at_{drift}_above': int((gain > 0).sum())}
+                    heights = np.array([front_height(xs[s], ys[s], x[s]) for s in range(len(x))])
+                    gain = paired_difference(y, heights)
+                    row |= {f'{name}_at_{drift}': gain.mean, f'{name}_at_{drift}_std': gain.std,
+                            f'{name}_at_{drift}_low': gain.low, f'{name}_at_{drift}_high': gain.high,
+                            f'{name}_at_{drift}_above': gain.above}
     return {'seeds': len(config.seeds), 'methods': methods, 'gains': gains}
 
 
@@ -70,19 +74,3 @@ def fronts(histories: dict[Run, History], interpolation: dict[str, np.ndarray], 
     joined = lambda *parts: tuple(np.concatenate(pair, 1) for pair in zip(*parts))
     return {'kl_front': joined(measure(ends), first), 'interpolation': measure(interpolation),
             'early_stopping': joined(first, measure(histories[plain]))}
-
-
-def front_height(drift: np.ndarray, task: np.ndarray, at: float) -> float:
-    """The best task for a drift of at most `at` on the line through points [P], ordered by their drift.
-
-    Left of all points, the task of the one that drifted least (what is there is better than that in both).
-    """
-    order = np.lexsort((-task, drift))
-    return float(np.interp(at, drift[order], np.maximum.accumulate(task[order])))
-
-
-def _spread(rows: Mapping[str, np.ndarray]) -> dict[str, float]:
-    out = {}
-    for name, values in rows.items():
-        out |= {name: float(np.mean(values)), f'{name}_std': float(np.std(values, ddof=1))}
-    return out

@@ -4,6 +4,7 @@
     responses = policy.sample(['3+4='], policy.sampling(temperature=0.7, max_new_tokens=16), jax.random.key(0))
     responses.texts[0][0], policy.logprobs(responses)
 """
+import copy
 import dataclasses
 import functools
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -22,7 +24,7 @@ from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, partition
 from experiments.runtime.evaluation import full_batches
-from rlhf_jax import chat, responses
+from rlhf_jax import chat, elastic_reset, responses
 from rlhf_jax import generate as generate_lib
 from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models import decoder
@@ -127,6 +129,19 @@ class Policy:
         """How to sample, with the ends that this tokenizer names: `max_new_tokens`, `temperature` (0: greedy), `top_k`,
         `top_p`."""
         return generate_lib.Sampling(**fields, stop_tokens=self.tokenizer.stops, pad_token=self.tokenizer.pad)
+
+    def interpolated(self, start: 'Policy', alpha: float) -> 'Policy':
+        """The policy whose weights are a share `alpha` of the way from those of `start` to these.
+
+        Raises:
+            ValueError: the two are of different models.
+        """
+        if jax.tree.map(jnp.shape, start.params) != jax.tree.map(jnp.shape, self.params):
+            raise ValueError('weights of different models cannot be interpolated; give the --reference that the policy '
+                             'was trained from')
+        between = copy.copy(self)
+        between.params = elastic_reset.interpolate(start.params, self.params, alpha)
+        return between
 
     # ---- Sampling ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,67 @@
+"""Named sweeps: `python -m experiments.sweep --name=NAME --workdir=… [--config.FIELD=… --seeds=…]`.
+
+A sweep is the flags of that command, so that what a name means can be read here and changed there: a flag that is given
+replaces the one of its name. docs/papers.md says which table or figure each of them makes, and which have been run.
+"""
+
+TLDR = '--config=configs/rlhf/tldr.py'
+ARITHMETIC = '--config=configs/rlhf/arithmetic.py'
+MINIBATCHES = (1, 2, 4, 8, 16, 32, 64)  # N of arXiv 2410.18252, figures 3 and 4
+
+
+def _list(values) -> str:
+    return ','.join(str(value) for value in values)
+
+
+def tldr_minibatches(algorithm: str, prompts: int = 512) -> tuple[str, ...]:
+    """N updates from one batch: minibatches and their number stay what they are, the batch they come from grows.
+
+    The learning rate moves once a batch, as published, so that it is lower on the average for larger N (0.498 of its
+    peak at N = 1, 0.375 at N = 64); --config.lr_per=step keeps it equal.
+    """
+    return (TLDR, f'--variants={algorithm}_410m', f'--zip.algorithm.num_minibatches={_list(MINIBATCHES)}',
+            f'--zip.batch_size={_list(prompts * n for n in MINIBATCHES)}',
+            f'--zip.num_steps={_list(256 // n for n in MINIBATCHES)}',
+            f'--zip.eval_every={_list(max(1, 64 // n) for n in MINIBATCHES)}', '--config.checkpoint_every=0')
+
+
+def arithmetic_minibatches(algorithm: str) -> tuple[str, ...]:
+    """The same on sums: minibatches of 64 prompts, 96 updates; the learning rate moves with each update."""
+    return (ARITHMETIC, f'--variants={algorithm}', '--zip.algorithm.num_minibatches=1,4,16',
+            '--zip.batch_size=64,256,1024', '--zip.num_steps=96,24,6', '--config.log_every=1', '--config.eval_every=0',
+            '--evaluate=--num_samples=8 --temperature=1 --batch_size=100', '--seeds=3')
+
+
+SWEEPS: dict[str, tuple[str, ...]] = {
+    # ---- Asynchronous RLHF, TL;DR ------------------------------------------------------------------------------------
+    **{f'tldr_minibatches_{name}': tldr_minibatches(name, 256 if name == 'rloo' else 512)
+       for name in ('online_dpo', 'ppo', 'rloo', 'best_of_n')},
+    # Figure 5, left: size of the policy; right: size of the reward model that a policy of 410m learns from.
+    'tldr_policy_sizes': (TLDR, '--variants=online_dpo_410m,online_dpo_1b,online_dpo_2.8b',
+                          *tldr_minibatches('online_dpo')[2:]),
+    'tldr_reward_sizes': (*tldr_minibatches('online_dpo'),
+                          '--sweep.reward.model=runs/tldr_410m/reward,runs/tldr_1b/reward,runs/tldr_2.8b/reward'),
+    # Figure 7: more passes over a batch, where generating takes the longer. That there are three is ours.
+    'tldr_epochs': (TLDR, '--variants=online_dpo_410m,online_dpo_1b,online_dpo_2.8b',
+                    '--sweep.algorithm.num_epochs=1,2,3'),
+    # Figure 8: best and worst of K = 4 in half the steps, where training takes the longer.
+    'tldr_samples': (TLDR, '--variants=online_dpo_410m,online_dpo_1b,online_dpo_2.8b',
+                     '--zip.algorithm.num_samples=2,4', '--zip.num_steps=256,128', '--zip.eval_every=64,32'),
+    'tldr_asynchronous': (TLDR, '--variants=' + _list(f'online_dpo_{size}{end}' for size in ('410m', '1b', '2.8b')
+                                                      for end in ('', '_async'))),
+    # ---- Asynchronous RLHF, chat and mathematics ---------------------------------------------------------------------
+    'no_robots_asynchronous': ('--config=configs/rlhf/no_robots.py', '--variants=online_dpo,online_dpo_async'),
+    'gsm8k': ('--config=configs/rlhf/gsm8k.py', '--variants=online_dpo,online_dpo_async,rloo,rloo_async,ppo'),
+    # ---- Elastic Reset -----------------------------------------------------------------------------------------------
+    'imdb': ('--config=configs/rlhf/imdb.py', '--variants=ppo,ppo_matched,reset_to_init,reset_to_ema,elastic_reset',
+             '--seeds=5', '--baseline=variant=ppo_matched'),
+    'imdb_kl': ('--config=configs/rlhf/imdb.py:ppo_matched', '--sweep.algorithm.kl_coefficient=0.001,0.01,0.1,0.3,1',
+                '--config.algorithm.kl_target=0', '--seeds=5'),
+    'stackexchange': ('--config=configs/rlhf/stackexchange.py',
+                      '--variants=ppo,reset_to_init,reset_to_ema,elastic_reset'),
+    # ---- On two CPU cores --------------------------------------------------------------------------------------------
+    'arithmetic_staleness': (f'{ARITHMETIC}:online_dpo', '--sweep.rollout.max_staleness=0,1,2,4', '--seeds=3',
+                             '--config.num_steps=96', '--config.log_every=4', '--config.eval_every=0',
+                             '--evaluate=--num_samples=8 --temperature=1 --batch_size=100'),
+    **{f'arithmetic_minibatches_{name}': arithmetic_minibatches(name) for name in ('online_dpo', 'ppo', 'rloo')},
+}
