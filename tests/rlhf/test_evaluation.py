@@ -56,6 +56,21 @@ def test_published_kl_beside_the_true_one(policy):
     assert itself['kl'] == 0
 
 
+def test_weights_between_a_policy_and_its_start(policy):
+    """The ends are the two policies; on the way the bias of 'a' and so its probability lies between."""
+    start, prompts, how = constant(2.0), ['x'], policy.sampling(max_new_tokens=4, temperature=0.0)
+
+    def nll(alpha):
+        between = policy.interpolated(start, alpha)
+        return evaluation.of_drift(policy, between, policy.sample(prompts, how, jax.random.key(0)))['perplexity']
+    np.testing.assert_allclose([nll(0.0), nll(1.0)], [math.exp(2.0), math.exp(0.7)], rtol=1e-4)
+    assert math.exp(0.7) < nll(0.5) < math.exp(2.0)
+    np.testing.assert_allclose(policy.params['lm_head']['kernel'][0, A], -0.7)  # it is left as it was
+    other = Policy(MODULE.clone(width=16), random_params(MODULE.clone(width=16)), tokenizers.ByteTokenizer(), mesh=ONE)
+    with pytest.raises(ValueError, match='weights of different models cannot be interpolated; give the --reference'):
+        policy.interpolated(other, 0.5)
+
+
 def test_samples_hang_on_their_prompt_and_not_on_the_batch(policy):
     how, key = policy.sampling(max_new_tokens=6, temperature=1.0), jax.random.key(3)
     prompts = ['one', 'two and more', 'three', 'one']
