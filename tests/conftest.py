@@ -6,6 +6,9 @@ os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)  # see runtime/launch.py: not 
 # XLA runs the devices' collectives on one pool of as many threads as devices, where their turns can lock each other out
 # until its time-out of 40 s aborts the process; with more threads they do not.
 os.environ.setdefault('PJRT_NPROC', '32')
+# NumPy's and PyTorch's small products are quicker by one thread than by threads that wait for each other.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 # Compiling for the CPU takes most of the time; unoptimized programs, with fusions made by the older of XLA's two ways,
 # compile in a quarter of it and compute the same.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
