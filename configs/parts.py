@@ -11,7 +11,9 @@ def runner() -> dict:
         mesh=dict(data=1, fsdp=-1, tensor=1),  # devices along each axis; one -1 takes the rest
         log_every=50,  # steps
         checkpoint_every=1000,  # steps; 0: only at the end
-        keep_checkpoints=2,  # newest steps kept
+        keep_checkpoints=2,  # newest checkpoints kept
+        keep_every=0,  # steps: checkpoints at multiples of it are kept too; 0: none
+        keep='',  # 'best:METRIC' keeps the best one too, by a metric of metrics.jsonl (best:METRIC:min, :max)
     )
 
 

@@ -14,13 +14,14 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.runtime import compiler, launch, lease, leftovers, loop, partition, placement, storage
+from experiments.runtime import compiler, launch, lease, leftovers, loop, partition, placement, slices, storage
 from experiments.runtime import experiment as experiment_lib
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.hooks import PENDING, Log, Metrics, Save
 from experiments.runtime.metrics import MetricsWriter, check_wandb
 from experiments.runtime.prefetch import Prefetch
+from experiments.runtime.retention import Retention
 from experiments.runtime.signals import signals
 from experiments.runtime.state import TrainState
 
@@ -99,7 +100,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
         with signals.leaving(f'stopped by signal before the first step; {loop.GO_ON}'):
             if jax.process_index() == 0:
                 leftovers.remove(workdir)
-            checkpointer = Checkpointer(workdir / 'checkpoints', keep=config.keep_checkpoints, clean=True)
+            checkpointer = Checkpointer(workdir / 'checkpoints', keep=Retention.of(config), clean=True)
             restored = checkpointer.restore(abstract, shardings)
             if restored and restored[0] >= config.num_steps:
                 log.info('%s: at step %d of %d already; nothing to do', workdir, restored[0], config.num_steps)
@@ -182,14 +183,18 @@ def main() -> None:
     p.add_argument('--workdir', help='checkpoints, metrics.jsonl and tensorboard/ go here; the same one resumes')
     p.add_argument('--dry_run', action='store_true', help='print mesh, parameters, memory and batch split, '
                    'look at released weights and tokenizer, then exit')
+    p.add_argument('--topology', metavar='NAME', help='of --dry_run: the devices of this TPU slice, such as v5e-16, '
+                   'rather than those that are here (extra tpu)')
     p.add_argument('--profile', metavar='DIR', help='write a profiler trace of the whole (short) run to DIR')
     p.add_argument('--wandb', metavar='PROJECT', default='', help='report to Weights & Biases as well')
     args, config = launch.parse(p)
     if not (args.workdir or args.dry_run):
         raise ValueError('--workdir is missing: where should checkpoints and metrics go?')
+    if args.topology and not args.dry_run:
+        raise ValueError('--topology: only with --dry_run; a run takes the devices that are there')
     launch.initialize(args)
     if args.dry_run:
-        mesh = mesh_of(config)
+        mesh = mesh_of(config, slices.tpu_slice(args.topology).devices if args.topology else None)
         with jax.set_mesh(mesh):
             experiment = build(config, mesh)
             print(experiment_lib.describe(experiment, config, mesh), flush=True)

@@ -7,6 +7,7 @@ error that names the first parameter that differs, never a silent fallback.
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ import orbax.checkpoint as ocp
 from experiments.runtime import storage
 from experiments.runtime.digest import digests, json_digest
 from experiments.runtime.partition import flatten
+from experiments.runtime.retention import Retention
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +43,14 @@ class Checkpointer:
 
     Args:
         directory: created on the first save.
-        keep: how many of the newest steps stay.
+        keep: which steps stay: so many of the newest, or a `Retention`.
         read_only: never create or clean anything (sampling, evaluation).
         clean: remove what killed writers left unfinished. Only for the one process group that owns the directory.
         asynchronous: write while training goes on. None: on accelerators, and on the CPU if `ASYNCHRONOUS` is '1'.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, read_only: bool = False, clean: bool = False,
-                 asynchronous: bool | None = None):
+    def __init__(self, directory: str | os.PathLike, *, keep: int | Retention = 2, read_only: bool = False,
+                 clean: bool = False, asynchronous: bool | None = None):
         _ignore_closed_loops()
         directory = storage.resolve(directory)
         self.directory = directory if storage.is_remote(directory) else directory.absolute()
@@ -60,9 +62,11 @@ class Checkpointer:
         # to reuse. jax 0.10.2 leaves one alone that is being read, but promises nothing, so there Orbax gets a copy.
         self._copies = self._asynchronous and on_cpu
         self._writing: int | None = None  # a step handed to Orbax that `wait` has not yet seen on disk
+        self._retention = keep if isinstance(keep, Retention) else Retention(keep)
+        self._unmeasured = False  # whether it was said that the metric to keep the best by is missing
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=clean,
-            enable_async_checkpointing=self._asynchronous)
+            **({} if read_only else self._retention.options()), create=not read_only, read_only=read_only,
+            cleanup_tmp_directories=clean, enable_async_checkpointing=self._asynchronous)
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=('state', 'data', 'meta')) if (
                 not read_only or self.directory.is_dir()) else None
@@ -73,8 +77,12 @@ class Checkpointer:
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: Any, data: Mapping[str, Any] | None = None) -> None:
+    def save(self, step: int, state: Any, data: Mapping[str, Any] | None = None,
+             measured: Mapping[str, float] | None = None) -> None:
         """Writes `state` and the data iterators' positions `data` as `step`.
+
+        `measured`: metrics of this state; where the best checkpoint is kept, the one it is chosen by must be among
+        them for this step to be a candidate.
 
         A step that is on disk, or on its way there, is left alone. An asynchronous save returns before it is finished;
         what went wrong with it is raised by `wait` or logged by the next save.
@@ -95,11 +103,26 @@ class Checkpointer:
             state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else np.array(x), state)
         with self._as_os_error(step):
             # Forced, for the manager may take a step whose save failed for one that it has and quietly do nothing.
-            self._manager.save(step, force=True, args=ocp.args.Composite(
+            best_by = self._candidate(step, measured or {})
+            self._manager.save(step, force=True, metrics=best_by, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)))
             self._writing = step
         if not self._asynchronous:
             self.wait()
+
+    def _candidate(self, step: int, measured: Mapping[str, float]) -> dict[str, float] | None:
+        """The metric by which the best checkpoint is kept; None where there is none, or no finite value of it."""
+        metric = self._retention.metric
+        if not metric:
+            return None
+        if math.isfinite(measured.get(metric, math.nan)):
+            return {metric: float(measured[metric])}
+        if not self._unmeasured:
+            log.warning('keep=best:%s: no value of it at step %d (there are %s), which is kept as one of the newest '
+                        'only; let checkpoint_every be a multiple of eval_every or log_every', metric, step,
+                        ', '.join(sorted(measured)) or 'none')
+        self._unmeasured = True
+        return None
 
     def wait(self) -> None:
         """Blocks until the last save is on disk.
@@ -140,15 +163,16 @@ class Checkpointer:
 
     # ---- Reading -----------------------------------------------------------------------------------------------------
 
-    def restore(self, like: Any, shardings: Any | None = None) -> tuple[int, Any, dict] | None:
-        """The newest readable checkpoint as `(step, state, data)`, or None if the directory holds none.
+    def restore(self, like: Any, shardings: Any | None = None, *,
+                step: int | None = None) -> tuple[int, Any, dict] | None:
+        """The newest readable checkpoint, or that of `step`, as `(step, state, data)`; None if there is none.
 
         Args:
             like: pytree of arrays or `ShapeDtypeStruct` with the wanted structure.
             shardings: where to put each leaf (any mesh, not only the one it was saved from); None: one device.
 
         Raises:
-            ValueError: the checkpoint is of another model or optimizer, or none on disk can be read.
+            ValueError: the checkpoint is of another model or optimizer, `step` was not kept, or none can be read.
         """
         shardings = shardings if shardings is not None else jax.tree.map(
             lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), like)
@@ -163,14 +187,14 @@ class Checkpointer:
                 raise Damaged('the position in the data is not the one that was saved')
             _check_digests(meta, digests(out.state))
             return step, out.state, out.data
-        return self._newest_readable(read)
+        return self._readable(read, step)
 
-    def restore_part(self, name: str, like: Any, shardings: Any) -> Any | None:
-        """The subtree `name`, such as 'params' or 'params/policy', of the newest readable checkpoint; None if the
-        directory holds none. Nothing else of it is read.
+    def restore_part(self, name: str, like: Any, shardings: Any, *, step: int | None = None) -> Any | None:
+        """The subtree `name`, such as 'params' or 'params/policy', of the newest readable checkpoint or of `step`;
+        None if the directory holds none. Nothing else of it is read.
 
         Raises:
-            ValueError: the subtree is of another model, or no checkpoint on disk can be read.
+            ValueError: the subtree is of another model, `step` was not kept, or no checkpoint can be read.
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
         for part in reversed(name.split('/')):
@@ -186,36 +210,46 @@ class Checkpointer:
                 out = out[part]
             _check_digests(meta, {f'{name}/{path}': x for path, x in digests(out).items()})
             return out
-        return self._newest_readable(read)
+        return self._readable(read, step)
 
-    def shapes(self) -> dict[str, list]:
-        """{path: [shape, name of the dtype]} of what the newest readable checkpoint holds; {} if there is none."""
-        return self._newest_readable(lambda step: self._meta(step)['shapes']) or {}
+    def shapes(self, step: int | None = None) -> dict[str, list]:
+        """{path: [shape, name of the dtype]} of what the newest readable checkpoint, or that of `step`, holds; {} if
+        there is none."""
+        return self._readable(lambda step: self._meta(step)['shapes'], step) or {}
 
-    def _newest_readable(self, read: Callable[[int], T]) -> T | None:
-        """`read` of the newest step for which it works; one warning names those passed over.
+    def _readable(self, read: Callable[[int], T], step: int | None) -> T | None:
+        """`read` of `step`, or of the newest step for which it works; one warning names those passed over.
 
         Raises:
-            ValueError: `read` raised one of `_OtherModel`, or worked for no step.
+            ValueError: `read` raised one of `_OtherModel`, or worked for no step; `step` is not on disk.
         """
+        if step is not None:
+            self.check_kept(step)
         failures = []
-        for step in reversed(self.steps()):
+        for candidate in reversed(self.steps()) if step is None else [step]:
             try:
                 with _quiet():
-                    out = read(step)
+                    out = read(candidate)
             except _OtherModel as error:
                 raise ValueError(str(error)) from None
             except Exception as error:  # Orbax and TensorStore have no common type for what they cannot read
-                failures.append(f'{step} ({_first_line(error)})')
+                failures.append(f'{candidate} ({_first_line(error)})')
                 continue
             if failures:
                 log.warning('%s: unreadable checkpoint %s; continuing from %d', self.directory, ', '.join(failures),
-                            step)
+                            candidate)
             return out
         if failures:
-            raise ValueError(f'{self.directory}: no readable checkpoint: {", ".join(failures)}; '
-                             'delete the directory to start again')
+            cure = 'delete the directory to start again' if step is None else 'choose another --step'
+            raise ValueError(f'{self.directory}: no readable checkpoint: {", ".join(failures)}; {cure}')
         return None
+
+    def check_kept(self, step: int) -> None:
+        """Raises a ValueError where `step` is not on disk."""
+        if step not in self.steps():
+            kept = ', '.join(map(str, self.steps())) or 'none'
+            raise ValueError(f'--step={step}: {self.directory} holds steps {kept}; what is kept of a run is its '
+                             'keep_checkpoints, keep_every and keep')
 
     def _meta(self, step: int) -> dict[str, Any]:
         """Shapes and digests of a step. One that was saved without digests has `shapes` alone."""

@@ -31,6 +31,8 @@ class Evaluation:
             return
         values = self.measure(state)
         log.info('step %d: %s', step, ', '.join(f'{name} {value:.4g}' for name, value in values.items()))
+        if metrics is not None:
+            metrics.note(step, values)
         if self._writer:
             self._writer.write(step, values)
 

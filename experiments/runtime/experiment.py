@@ -10,7 +10,7 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from experiments.runtime import loop, partition
+from experiments.runtime import loop, partition, retention
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import MetricsWriter
 from experiments.runtime.state import TrainState
@@ -57,7 +57,8 @@ class Experiment:
     config: ml_collections.ConfigDict | None = None
 
 
-LEAST = {'num_steps': 1, 'batch_size': 1, 'accumulate': 1, 'log_every': 1, 'checkpoint_every': 0, 'keep_checkpoints': 1}
+LEAST = {'num_steps': 1, 'batch_size': 1, 'accumulate': 1, 'log_every': 1, 'checkpoint_every': 0, 'keep_checkpoints': 1,
+         'keep_every': 0}
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
@@ -65,6 +66,10 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     for name, least in LEAST.items():
         if config[name] < least:
             raise ValueError(f'{name}={config[name]} must be at least {least}; set --config.{name}')
+    if config.keep_every and (not config.checkpoint_every or config.keep_every % config.checkpoint_every):
+        raise ValueError(f'keep_every={config.keep_every} must be a multiple of '
+                         f'checkpoint_every={config.checkpoint_every}: only checkpoints that are written can be kept')
+    retention.best_by(config.keep)
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
@@ -97,13 +102,11 @@ def describe(experiment: Experiment, config: ml_collections.ConfigDict, mesh: Me
     kept = saved_for_backward(experiment, state) // (shards * config.accumulate)
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
     lines = [
-        f'mesh      {dict(mesh.shape)} on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}, '
-        f'{jax.process_count()} process(es)',
+        f'mesh      {dict(mesh.shape)} on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}',
         f'model     {count:,} parameters',
         parameter_overview.get_parameter_overview(state.params, include_stats=False),
         f'batch     {config.batch_size} = {shards} shards x {config.accumulate} microbatches x '
-        f'{config.batch_size // (shards * config.accumulate)}; '
-        f'{config.batch_size // jax.process_count()} rows a process',
+        f'{config.batch_size // (shards * config.accumulate)}',
         *(f'          {name} {x.dtype}{list(x.shape)}' for name, x in experiment.batch.items()),
         'memory a device, GiB:',
         f'          {held / gib:9.3f}  state (parameters, moments, EMA)',
@@ -112,5 +115,31 @@ def describe(experiment: Experiment, config: ml_collections.ConfigDict, mesh: Me
         f'          {kept / gib:9.3f}  saved for the backward pass, before fusion (upper bound)',
         f'          {(held + grads + batch + kept) / gib:9.3f}  in all; '
         '`experiments.compile` gives the compiled figure',
+        *describe_processes(config, mesh, state, shardings),
     ]
     return '\n'.join(lines)
+
+
+def describe_processes(config: ml_collections.ConfigDict, mesh: Mesh, state: Any, shardings: Any) -> list[str]:
+    """Lines on the processes of the job: which rows of a batch each provides, and which files each writes."""
+    shards = mesh_lib.batch_shards(mesh)
+    parts: dict[int, set[int]] = {}
+    for device, (rows,) in mesh_lib.batch_sharding(mesh).devices_indices_map((shards,)).items():
+        parts.setdefault(device.process_index, set()).update(range(*rows.indices(shards)))
+    written = dict.fromkeys(sorted(parts), 0)
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings)):
+        places = sharding.devices_indices_map(leaf.shape)
+        first = {str(index): device for device, index in reversed(places.items())}  # of devices with the same part
+        size = int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for device in first.values():
+            written[device.process_index] += size
+    lines = [f'processes {len(parts)}']
+    for process in sorted(parts):
+        devices = sum(device.process_index == process for device in mesh.devices.flat)
+        shared = [other for other in sorted(parts) if other != process and parts[other] & parts[process]]
+        lines.append(
+            f'          process {process}: {devices} devices, {len(parts[process]) * config.batch_size // shards} rows '
+            f'of a batch' + (f', the same as process {", ".join(map(str, shared))}' if shared else '')
+            + f'; writes {written[process] / 2 ** 30:.3f} GiB of a checkpoint'
+            + ', config.json, metrics.jsonl and tensorboard/' * (process == 0))
+    return lines

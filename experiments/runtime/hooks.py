@@ -29,6 +29,7 @@ class Metrics:
 
     def __init__(self, pending: Sequence[tuple[int, Mapping[str, Any]]] = ()):
         self._pending: list[tuple[int, Mapping[str, Any]]] = [(step, row) for step, row in pending]
+        self._noted: dict[str, tuple[int, float]] = {}
 
     def push(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self._pending.append((step, metrics))
@@ -44,7 +45,18 @@ class Metrics:
             return None
         self._pending = self._pending[len(ready):]
         step, newest = ready[-1]
-        return step, {name: float(np.mean([row[name] for _, row in ready])) for name in newest}
+        means = {name: float(np.mean([row[name] for _, row in ready])) for name in newest}
+        self.note(step, means)
+        return step, means
+
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """Remembers what was measured of the state after `step`."""
+        self._noted |= {name: (step, float(value)) for name, value in values.items()}
+
+    def measured(self, step: int) -> dict[str, float]:
+        """What is known of the state after `step`: evaluations of it, and means over the steps before (whose last
+        report is a step late). Older values are left out."""
+        return {name: value for name, (at, value) in self._noted.items() if step - 1 <= at <= step}
 
     @property
     def names(self) -> set[str]:
@@ -139,7 +151,8 @@ class Save:
     def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Begins a checkpoint of `step`, which may be written while training goes on."""
         self._before()
-        self.checkpointer.save(step, state, self.batches.get_state() | {PENDING: metrics.get_state()})
+        self.checkpointer.save(step, state, self.batches.get_state() | {PENDING: metrics.get_state()},
+                               metrics.measured(step))
 
     def finish(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """A checkpoint of `step` that is on disk when this returns.

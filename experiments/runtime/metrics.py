@@ -187,3 +187,17 @@ def curve(workdir: str | os.PathLike, name: str) -> tuple[list[int], list[float]
     """Steps and values of one metric of the run in `workdir`."""
     rows = [row for row in read_metrics(storage.resolve(workdir) / 'metrics.jsonl') if row.get(name) is not None]
     return [row['step'] for row in rows], [row[name] for row in rows]
+
+
+def hours(workdir: str | os.PathLike) -> dict[int, float]:
+    """{step: hours of training until then} of the run in `workdir`, for every step up to its last report; {} where
+    nothing was reported. The time between two starts of a run, and what was computed twice, are not counted."""
+    path = storage.resolve(workdir) / 'metrics.jsonl'
+    rows = [row for row in (read_metrics(path) if path.exists() else []) if row.get('seconds_per_step') is not None]
+    out, before, spent = {}, 0, 0.0
+    for row in rows:
+        for step in range(before + 1, row['step'] + 1):
+            spent += row['seconds_per_step'] / 3600
+            out[step] = spent
+        before = max(before, row['step'])
+    return out

@@ -12,6 +12,7 @@ from experiments.runtime import launch, modules, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.experiment import Experiment
+from experiments.runtime.steps import no_checkpoint
 
 Config = ml_collections.ConfigDict
 Build = Callable[..., Experiment]
@@ -40,71 +41,71 @@ def on_one_device(config: Config, build: Build) -> Experiment:
     return build(config, mesh_lib.make_mesh({}, jax.devices()[:1]))
 
 
-def load(workdir: str | os.PathLike, experiment: str, build: Build, part: str | None = None) -> tuple[Config, Any]:
-    """Config and newest weights of the run in `workdir`, in host memory; of `part` of the model, if given.
+def load(workdir: str | os.PathLike, experiment: str, build: Build, part: str | None = None, *,
+         step: int | None = None) -> tuple[Config, Any]:
+    """Config and weights of the run in `workdir`, in host memory: the newest, or those of `step`; of `part` of the
+    model, if given.
 
     Weights are the averaged ones, of a model that keeps an average.
 
     Raises:
-        ValueError: `workdir` holds no run, one of another `experiment`, or no checkpoint yet.
+        ValueError: `workdir` holds no run, one of another `experiment`, no checkpoint yet, or not that step.
     """
     config = read_config(workdir, experiment)
     state = jax.eval_shape(on_one_device(config, build).init, jax.random.key(0))
     if config.get('weights_only'):
-        return config, load_converted(workdir, state, part)
+        return config, load_converted(workdir, state, part, step)
     if state.ema is None:
-        return config, restore_part(workdir, 'params', state.params)
-    return config, load_averaged(workdir, state, part)
+        return config, restore_part(workdir, 'params', state.params, step)
+    return config, load_averaged(workdir, state, part, step)
 
 
-def load_averaged(workdir: str | os.PathLike, state: Any, part: str | None) -> Any:
+def load_averaged(workdir: str | os.PathLike, state: Any, part: str | None, step: int | None = None) -> Any:
     """The averaged weights in a checkpoint of `state`, a tree of shapes; of `part` of the model, if given."""
-    restored = restore(workdir, state, on_host(state))
+    restored = restore(workdir, state, on_host(state), step)
     return restored.ema[part] if part else restored.ema
 
 
-def load_converted(workdir: str | os.PathLike, state: Any, part: str | None) -> Any:
+def load_converted(workdir: str | os.PathLike, state: Any, part: str | None, step: int | None = None) -> Any:
     """The weights of a converted run, whose checkpoint has nothing but those of `part`, as `ema`."""
     like = {'ema': {part: state.ema[part]} if part else state.ema}
-    ema = restore(workdir, like, on_host(like))['ema']
+    ema = restore(workdir, like, on_host(like), step)['ema']
     return ema[part] if part else ema
 
 
-def restore(workdir: str | os.PathLike, like: Any, shardings: Any = None) -> Any:
-    """The newest readable checkpoint of the run in `workdir`; arguments and errors as of `Checkpointer.restore`.
+def restore(workdir: str | os.PathLike, like: Any, shardings: Any = None, step: int | None = None) -> Any:
+    """The newest readable checkpoint of the run in `workdir`, or that of `step`; arguments and errors as of
+    `Checkpointer.restore`.
 
     Raises:
         ValueError: there is none yet.
     """
     with _checkpoints(workdir) as checkpoints:
-        restored = checkpoints.restore(like, shardings)
+        restored = checkpoints.restore(like, shardings, step=step)
     if restored is None:
         raise no_checkpoint(workdir)
     return restored[1]
 
 
-def restore_part(workdir: str | os.PathLike, name: str, like: Any) -> Any:
-    """The subtree `name` ('params', 'params/policy', ...) of the newest checkpoint, as numpy arrays: tied to no device,
-    so that a program over any mesh takes them.
+def restore_part(workdir: str | os.PathLike, name: str, like: Any, step: int | None = None) -> Any:
+    """The subtree `name` ('params', 'params/policy', ...) of the newest checkpoint, or that of `step`, as numpy arrays:
+    tied to no device, so that a program over any mesh takes them.
 
     Raises:
         ValueError: there is no checkpoint yet, or it is of another model.
     """
     with _checkpoints(workdir) as checkpoints:
-        params = checkpoints.restore_part(name, like, on_host(like))
+        params = checkpoints.restore_part(name, like, on_host(like), step=step)
     if params is None:
         raise no_checkpoint(workdir)
     return jax.device_get(params)
 
 
-def saved_shapes(workdir: str | os.PathLike) -> dict[str, list]:
-    """{path: [shape, name of the dtype]} of what the newest checkpoint holds; {} if there is none."""
+def saved_shapes(workdir: str | os.PathLike, step: int | None = None) -> dict[str, list]:
+    """{path: [shape, name of the dtype]} of what the newest checkpoint, or that of `step`, holds; {} if there is
+    none."""
     with _checkpoints(workdir) as checkpoints:
-        return checkpoints.shapes()
-
-
-def no_checkpoint(workdir: str | os.PathLike) -> ValueError:
-    return ValueError(f'{workdir}: no checkpoint there yet; let experiments.train reach its first one')
+        return checkpoints.shapes(step)
 
 
 def on_host(like: Any) -> Any:

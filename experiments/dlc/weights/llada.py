@@ -51,20 +51,21 @@ def read_released(path: str | os.PathLike, *, key: str | None = None,
     return module, params, config
 
 
-def read_run(workdir: str | os.PathLike) -> tuple[Llama, Mapping[str, Any], Any]:
-    """Module, parameters on the host and config of the run in `workdir`, whose words are as many as its checkpoint has.
+def read_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[Llama, Mapping[str, Any], Any]:
+    """Module, parameters on the host and config of the run in `workdir`, whose words are as many as its checkpoint (the
+    newest, or that of `step`) has.
 
     Raises:
         ValueError: no run of text_to_code there, or no checkpoint yet.
     """
     config = runs.read_config(workdir, EXPERIMENT)
-    saved = runs.saved_shapes(workdir).get('params/embed')
+    saved = runs.saved_shapes(workdir, step).get('params/embed')
     if saved is None:
         raise runs.no_checkpoint(workdir)
     known = {'size', *Llama.__dataclass_fields__}
     fields = {name: value for name, value in dict(config.model).items() if name in known}
     module = modules.build(Llama, SIZES, fields | {'vocab_size': saved[0][0], 'causal': False})
-    return module, runs.restore_part(workdir, 'params', llada.shapes_of(module)), config
+    return module, runs.restore_part(workdir, 'params', llada.shapes_of(module), step), config
 
 
 def load(cls: type[T], path: str | os.PathLike, *, num_codes: int) -> T:
@@ -128,16 +129,17 @@ def with_code_tokens(path: pathlib.Path, separator: int, num_codes: int) -> Any:
 
 
 def write(src: str | os.PathLike, dst: str | os.PathLike, *, reverse: bool, dtype: str | None = None,
-          key: str | None = None) -> str:
+          key: str | None = None, step: int | None = None) -> str:
     """Writes the model in `src`, a released folder or (`reverse`) a work directory, to the folder `dst`: shards of
     safetensors under the released names, config.json, and what tokenizer files there are. Says in one line what it is.
 
     Args:
         dtype: of the tensors written; None: as they are in `src`.
+        step: which checkpoint of a work directory; None: the newest.
     """
     words = None
     if reverse:
-        module, params, run = read_run(src)
+        module, params, run = read_run(src, step)
         config = {f'{name}_token_id': run.words[f'{name}_token'] for name in ('mask', 'pad')} if 'words' in run else {}
         tokenizer = run.get('tokenizer') or run.get('pretrained') or 'bytes'
         tokenizer = tokenizer if storage.resolve(tokenizer).exists() else 'bytes'

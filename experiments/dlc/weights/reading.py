@@ -50,11 +50,19 @@ def _settings_beside(folder: Any) -> Mapping[str, Any]:
     return folders.read_json(file) if file.exists() else {}
 
 
-def load(cls: type[T], path: str | os.PathLike, **settings: Any) -> T:
+def load(cls: type[T], path: str | os.PathLike, *, step: int | None = None, **settings: Any) -> T:
     """`Encoder`, `Generator`, `CodeModel` or `TextToCode` of a work directory, or of released weights with the
-    published settings. `settings`: what the weights of a `TextToCode` do not say, see `llada.load`."""
+    published settings.
+
+    Args:
+        step: which checkpoint of a work directory; None: the newest.
+        settings: what the weights of a `TextToCode` do not say, see `llada.load`.
+
+    Raises:
+        ValueError, OSError: nothing of the kind there, or not that step.
+    """
     if not is_released(path):
-        return cls.load(path)
+        return cls.load(path) if step is None else cls.load(path, step=step)
     if cls.__name__ == 'TextToCode':
         return llada.load(cls, path, **settings)
     kind = next(name for name, kind in KINDS.items() if kind.loader == cls.__name__)

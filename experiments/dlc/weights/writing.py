@@ -37,9 +37,10 @@ def write_run(kind: str, config: ml_collections.ConfigDict, params: Mapping[str,
     launch.save_config(config, workdir)
 
 
-def read_run(kind: str, workdir: str | os.PathLike) -> tuple[Any, Mapping[str, Any], ml_collections.ConfigDict]:
-    """Module, averaged weights (the teacher's, of an encoder) and config of the run in `workdir`. Kind
-    dinov2 is the backbone of an encoder.
+def read_run(kind: str, workdir: str | os.PathLike,
+             step: int | None = None) -> tuple[Any, Mapping[str, Any], ml_collections.ConfigDict]:
+    """Module, averaged weights (the teacher's, of an encoder) and config of the run in `workdir`, as its newest
+    checkpoint has them, or that of `step`. Kind dinov2 is the backbone of an encoder.
 
     Raises:
         ValueError: no run there, or one of another kind.
@@ -48,7 +49,7 @@ def read_run(kind: str, workdir: str | os.PathLike) -> tuple[Any, Mapping[str, A
         raise ValueError(f'{workdir}: no {kind} is trained here; give a folder of released weights')
     experiment = _experiment('sem' if kind == 'dinov2' else kind)
     loader = KINDS['sem' if kind == 'dinov2' else kind].loader
-    run = getattr(experiment, loader).load(workdir)
+    run = getattr(experiment, loader).load(workdir, step)
     module, params = experiment.make_model(run.config), run.params
     if kind == 'dinov2':
         names = set(vit.VisionTransformer.__dataclass_fields__) - {'parent', 'name'}

@@ -16,7 +16,7 @@ from rlhf_jax.weights import files
 
 
 def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter: bool = False, base: str | None = None,
-           dtype: str = 'float32') -> str:
+           dtype: str = 'float32', step: int | None = None) -> str:
     """Writes the model of the run in `src` to the folder `dst`, tensor by tensor, and says in one line what it is.
 
     Args:
@@ -25,13 +25,14 @@ def export(kind: str, src: str | os.PathLike, dst: str | os.PathLike, *, adapter
         base: name or folder of the model that the adapter belongs to, for its adapter_config.json; None: the Hugging
             Face folder that the run started from, or null where it started from something else.
         dtype: of the tensors written.
+        step: which checkpoint of the run; None: the newest.
 
     Raises:
         FileNotFoundError, ValueError: no run of a language or reward model there, one of another kind, or no adapter.
     """
     if not loading.is_run(src):
         raise ValueError(f'--src={src}: a Hugging Face folder already; --reverse takes a work directory')
-    module, params, config = loading.load_trained(src)
+    module, params, config = loading.load_trained(src, step=step)
     if config.model.kind != kind:
         raise ValueError(f'--kind={kind}: --src={src} holds a {config.model.kind}')
     if adapter and not config.lora.rank:

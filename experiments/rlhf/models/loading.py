@@ -89,8 +89,9 @@ def complete(config: Config) -> None:
 
 
 def load_trained(path: str | os.PathLike, kinds: tuple[str, ...] = (*POLICIES, 'reward_model'),
-                 dtype: str = '') -> tuple[Any, Params, Config]:
-    """Module, float32 parameters on the host with their adapter, and config of the run in a work directory.
+                 dtype: str = '', step: int | None = None) -> tuple[Any, Params, Config]:
+    """Module, float32 parameters on the host with their adapter, and config of the run in a work directory, as its
+    newest checkpoint has them, or that of `step`.
 
     Raises:
         ValueError: no run there, or one of another of `kinds`.
@@ -100,25 +101,29 @@ def load_trained(path: str | os.PathLike, kinds: tuple[str, ...] = (*POLICIES, '
         config.model.dtype = dtype
     make = architecture.reward_model if config.experiment == 'reward_model' else architecture.decoder
     module = make(config.model)
-    return module, _restore(path, config, module), config
+    return module, _restore(path, config, module, step), config
 
 
-def load_policy(path: str | os.PathLike, dtype: str = '', adapter: str = '') -> tuple[Any, Params, Config | None]:
+def load_policy(path: str | os.PathLike, dtype: str = '', adapter: str = '',
+                step: int | None = None) -> tuple[Any, Params, Config | None]:
     """Module, float32 parameters on the host, adapters merged, and config of the policy in `path`: a work directory of
     sft, dpo or policy; or a Hugging Face folder, which has no config.
 
     Args:
         dtype: to compute in; '': as the run's config says, float32 for a folder.
         adapter: folder of a PEFT adapter to merge as well.
+        step: which checkpoint of a work directory; None: the newest.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no language model.
     """
     if is_run(path):
-        module, params, trained = load_trained(path, POLICIES, dtype)
+        module, params, trained = load_trained(path, POLICIES, dtype, step)
         params = adapters.merged(params)
         params = with_peft(adapter, trained.model.kind, module, params) if adapter else params
         return module, params, trained
+    if step is not None:
+        raise ValueError(f'--step={step}: {path} is no work directory and has no checkpoints; leave the flag out')
     folder = storage.resolve(path)
     saved = files.read_config(folder)
     fields = {'dtype': modules.dtype(dict(dtype=dtype or 'float32'))}
@@ -129,12 +134,14 @@ def load_policy(path: str | os.PathLike, dtype: str = '', adapter: str = '') -> 
     return module, with_peft(adapter, saved['model_type'], module, params) if adapter else params, None
 
 
-def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tuple[Any, Params]:
+def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None = None,
+                      step: int | None = None) -> tuple[Any, Params]:
     """Module and float32 parameters on the host of a reward model: a Hugging Face folder of a sequence classifier with
     one label, or a work directory of a reward_model run.
 
     Args:
         model: how it is to compute (`dtype`, ...); None: as the config of the run says, float32 for a folder.
+        step: which checkpoint of a work directory; None: the newest.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no reward model.
@@ -143,7 +150,9 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
     if folders.names_experiment(saved):
         trained = runs.read_config(path, 'reward_model')
         module = architecture.reward_model(trained.model)
-        return module, adapters.merged(_restore(path, trained, module))
+        return module, adapters.merged(_restore(path, trained, module, step))
+    if step is not None:
+        raise ValueError(f'--step={step}: {path} is no work directory and has no checkpoints; leave the flag out')
     fields = {'dtype': modules.dtype(model)} if model else {}
     module, params = _open_folder(folder, saved, **fields)
     if not isinstance(module, heads.RewardModel):
@@ -201,10 +210,10 @@ def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str
     return params['backbone'] if hasattr(opened, 'backbone') else params
 
 
-def _restore(path: Any, config: Config, module: Any) -> Params:
+def _restore(path: Any, config: Config, module: Any, step: int | None = None) -> Params:
     """The stage's parameters on the host, with its adapter; of a policy run, the policy's."""
     def init(key):
         params = module.init(key, jnp.zeros((1, 2), jnp.int32))['params']
         return architecture.with_adapter(config, params, key)
     part = 'params/policy' if config.experiment == 'policy' else 'params'
-    return runs.restore_part(path, part, jax.eval_shape(init, jax.random.key(0)))
+    return runs.restore_part(path, part, jax.eval_shape(init, jax.random.key(0)), step)

@@ -231,14 +231,15 @@ class RewardModel:
         num_ids: of the tokenizer that makes the rows.
         batch_size: rows it reads at once.
         before_eos: of a row that ends, read at the token before EOS, as the published gold scores were.
+        step: which checkpoint of a work directory; None: the newest.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, no reward model, or one of another tokenizer.
     """
 
     def __init__(self, path: str, mesh: Mesh, *, dtype: str = '', num_ids: int = 0, batch_size: int = 64,
-                 before_eos: bool = False):
-        module, params = loading.load_reward_model(path, dict(dtype=dtype) if dtype else None)
+                 before_eos: bool = False, step: int | None = None):
+        module, params = loading.load_reward_model(path, dict(dtype=dtype) if dtype else None, step)
         size = module.backbone.vocab_size
         if num_ids > size:
             raise ValueError(f'{path}: the reward model has {size} tokens, the tokenizer {num_ids}; they do not belong '

@@ -131,13 +131,15 @@ def load(workdir: str | os.PathLike, name: str, config: ml_collections.ConfigDic
     return state.params
 
 
-def load_state(workdir: str | os.PathLike, config: ml_collections.ConfigDict, build_experiment: Any) -> TrainState:
-    """The newest checkpoint of a run of `config`, on the first device.
+def load_state(workdir: str | os.PathLike, config: ml_collections.ConfigDict, build_experiment: Any,
+               step: int | None = None) -> TrainState:
+    """The newest checkpoint of a run of `config`, or that of `step`, on the first device.
 
     Raises:
-        ValueError: there is none yet.
+        ValueError: there is none yet, or not that one.
     """
-    return runs.restore(workdir, jax.eval_shape(runs.on_one_device(config, build_experiment).init, jax.random.key(0)))
+    like = jax.eval_shape(runs.on_one_device(config, build_experiment).init, jax.random.key(0))
+    return runs.restore(workdir, like, step=step)
 
 
 def check_vocabulary(name: str, saved: Array, config: ml_collections.ConfigDict, languages: tuple[str, ...]) -> None:
