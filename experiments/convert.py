@@ -30,6 +30,7 @@ from dlc_jax.convert import dinov2
 from experiments.dlc.weights import kinds, llada, reading, writing
 from experiments.rlhf.models import export as language
 from experiments.runtime import launch, storage
+from experiments.runtime import steps as steps_lib
 from rlhf_jax.convert import KINDS as LANGUAGE
 from rlhf_jax.weights import files
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--src', required=True, metavar='DIR|FILE', help='released weights; --reverse: a work directory')
     p.add_argument('--dst', required=True, metavar='DIR', help='what to write; must be empty or new')
     p.add_argument('--reverse', action='store_true', help='from a work directory to released names')
+    steps_lib.add_flag(p, '--src')
     p.add_argument('--adapter', action='store_true', help='of a language model, the LoRA adapter alone')
     p.add_argument('--base', metavar='NAME|DIR', help='of --adapter, the model it belongs to (default: the Hugging '
                    'Face folder that the run started from)')
@@ -90,10 +92,17 @@ def check_flags(args: argparse.Namespace, overrides: bool) -> None:
     if not args.reverse and to_run and not reading.is_released(args.src):
         raise ValueError(f'--src={args.src}: no released weights there (.safetensors, .pth, .bin); from a work '
                          'directory to weights it is --reverse')
-    dst = storage.resolve(args.dst)
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise ValueError(f'--dst={args.dst}: something is there already; choose another place')
-    storage.check_writable(dst, '--dst')
+    if args.step != 'last' and (not args.reverse or reading.is_released(args.src)):
+        raise ValueError(f'--step={args.step}: only a work directory has checkpoints; leave it out')
+    steps_lib.check(args.step, args.dst)
+
+
+def check_dst(dst: str) -> None:
+    """Raises a ValueError or OSError unless `dst` is new, or empty, and can be written."""
+    folder = storage.resolve(dst)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f'--dst={dst}: something is there already; choose another place')
+    storage.check_writable(folder, '--dst')
 
 
 def summary(kind: str, module: Any, params: Any, dst: str) -> str:
@@ -122,19 +131,32 @@ def main() -> None:
     args, config = parse(argv)
     check_flags(args, any(a.startswith('--config') for a in argv))
     launch.initialize(args)
+    if jax.process_count() > 1:
+        raise ValueError('experiments.convert writes from one process; run it without --distributed')
+    wanted = steps_lib.wanted(args.step, args.src, args.dst) if args.reverse else [None]
+    places = [steps_lib.placed(args.dst, step) for step in wanted]
+    for dst in places:
+        check_dst(dst)
+    for step, dst in zip(wanted, places):
+        convert_one(args, config, dst, step)
+
+
+def convert_one(args: argparse.Namespace, config: ml_collections.ConfigDict, dst: str, step: int | None) -> None:
+    """Converts one set of weights to the folder `dst`; of a work directory, those of its newest checkpoint or of
+    `step`."""
     if args.kind in LANGUAGE:
-        print(language.export(args.kind, args.src, args.dst, adapter=args.adapter, base=args.base,
-                              dtype=args.dtype or 'float32'))
+        print(language.export(args.kind, args.src, dst, adapter=args.adapter, base=args.base,
+                              dtype=args.dtype or 'float32', step=step))
         return
     if args.kind == 'llada':
-        print(llada.write(args.src, args.dst, reverse=args.reverse, dtype=args.dtype, key=args.key))
+        print(llada.write(args.src, dst, reverse=args.reverse, dtype=args.dtype, key=args.key, step=step))
         return
     to_run = '' if args.reverse else kinds.KINDS[args.kind].experiment  # what the work directory will be of
     if to_run and config.get('experiment') != to_run:
         raise ValueError(f'--config: experiment={config.get("experiment")!r}, but a {args.kind} makes {to_run!r}')
     noise = 'loglinear'
     if args.reverse and not reading.is_released(args.src):
-        module, params, of_run = writing.read_run(args.kind, args.src)
+        module, params, of_run = writing.read_run(args.kind, args.src, step)
         noise = of_run.diffusion.noise if args.kind == 'sedd' else noise
     else:
         if args.reverse and args.kind in kinds.CONFIGURED:
@@ -146,13 +168,13 @@ def main() -> None:
         config, params = reading.as_run(args.kind, module, params, config)
         with config.unlocked():
             config.weights_only = True
-        writing.write_run(args.kind, config, params, args.dst)
+        writing.write_run(args.kind, config, params, dst)
     elif args.hf:
-        with storage.local_folder(args.dst, last='config.json') as folder:
+        with storage.local_folder(dst, last='config.json') as folder:
             files.save(folder, convert.tensors('dinov2', module, params, hf=True), dinov2.config_of(module))
     else:
-        writing.write_released(args.kind, module, params, args.dst, noise=noise)
-    print(summary(args.kind, module, params, args.dst))
+        writing.write_released(args.kind, module, params, dst, noise=noise)
+    print(summary(args.kind, module, params, dst))
 
 
 if __name__ == '__main__':

@@ -5,6 +5,9 @@
     # images against a reference, in a feature space of your choice
     python -m experiments.evaluate --samples=samples.npz --reference=codes/heldout --train=codes/train
     python -m experiments.evaluate --samples=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz --inception=FILE
+    # sets that experiments.sample --step=all made: a line each with its step, and the hours of training until then
+    python -m experiments.evaluate --samples='samples/{step}.npz' --step=all --run=RUN --reference=codes/heldout \\
+        --train=codes/train --json=curve.jsonl
 
 Stores come from experiments.encode, samples.npz from experiments.sample. With --inception (the released FID weights)
 and the ADM suite's reference file this gives FID, sFID, Inception score, precision and recall as they are published;
@@ -17,22 +20,27 @@ import argparse
 import json
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
 from dlc_jax import convert
-from dlc_jax.metrics import frechet, inception_features, inception_score, prdc, probes, vendi
+from dlc_jax.metrics import frechet, inception_score, prdc, probes, vendi
 from dlc_jax.models.inception import InceptionOutput
 from experiments.dlc import evaluation
 from experiments.dlc.data import codestore, memory
+from experiments.dlc.data import samples as samples_lib
 from experiments.dlc.data.decode import FORMATS, SUFFIXES, Decoding, read_image
 from experiments.dlc.data.image_files import list_images
 from experiments.dlc.data.npz_images import npz_names, open_npz
 from experiments.dlc.data.printable import printable
 from experiments.dlc.judge import Judge
-from experiments.runtime import launch, storage
+from experiments.runtime import launch, modules, shards, storage
+from experiments.runtime import steps as steps_lib
+from experiments.runtime.curve import Curve, settings_of
 from rlhf_jax.weights.files import load_state_dict
 
 log = logging.getLogger(__name__)
@@ -46,10 +54,15 @@ def load_images(path: str) -> np.ndarray:
             they do not fit into memory.
     """
     place = storage.resolve(path)
-    if not place.exists():
+    if missing := samples_lib.describe_missing(path):  # all parts of it may be there all the same
+        if not samples_lib.finish(path):
+            raise FileNotFoundError(f'{path}: unfinished, {missing}; run the same python -m experiments.sample command '
+                                    'again')
+    if not place.exists() and not shards.begun(path):
         raise FileNotFoundError(f'{path}: nothing there; give an .npz of images, a folder of them or a code store')
-    if place.is_dir():
-        if (place / 'meta.json').exists() or codestore.partial_path(place).exists() or storage.is_remote(path):
+    if shards.begun(path) or place.is_dir():
+        if (shards.begun(path) or (place / 'meta.json').exists() or codestore.partial_path(place).exists()
+                or storage.is_remote(path)):
             return np.asarray(codestore.open_code_store(path).array('images'))
         return load_folder(path)
     try:
@@ -144,29 +157,68 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError('--heldout needs --train: the store that probes are fitted to')
     if args.batch_size < 1:
         raise ValueError(f'--batch_size={args.batch_size} must be at least 1')
+    steps_lib.check(args.step)
+    if args.step == 'all' and not args.json:
+        raise ValueError('--step=all measures one checkpoint after another; say with --json=FILE where its rows go')
     if args.json:
         storage.check_writable(storage.resolve(args.json).parent, '--json')
 
 
-def main() -> None:
-    if launch.given('--policy'):
-        from experiments import evaluate_policy
-        return evaluate_policy.main()
+def parser() -> argparse.ArgumentParser:
     p = launch.parser(__doc__)
-    p.add_argument('--samples', metavar='NPZ|DIR|STORE', help='images to judge, as experiments.sample writes them')
+    p.add_argument('--samples', nargs='+', metavar='NPZ|DIR|STORE', help='images to judge, as experiments.sample '
+                   'writes them; of several sets all images together')
     p.add_argument('--reference', metavar='NPZ|DIR|STORE', help='real images that no model has seen')
     p.add_argument('--train', metavar='STORE', help='code store of the training images')
     p.add_argument('--heldout', metavar='STORE', help='code store of the held-out images')
     p.add_argument('--probe', choices=probes.METHODS, default='lbfgs',
                    help="linear probe: to its optimum, for small sets, or by DINOv2's recipe")
     p.add_argument('--inception', metavar='FILE', help='released FID Inception weights')
-    p.add_argument('--batch_size', type=int, default=64)
-    p.add_argument('--json', metavar='FILE', help='also write the numbers there')
-    args, _ = launch.parse(p)
+    p.add_argument('--batch_size', type=int, default=64, help='images at once on a device (default 64)')
+    p.add_argument('--json', metavar='FILE', help='also write the numbers there; --step=all: a line a checkpoint')
+    p.add_argument('--step', metavar='N|all|last', default='last', help='of --samples, --train and --heldout that have '
+                   f'{steps_lib.PLACE} in their name: which of them (default: that of the largest step)')
+    p.add_argument('--run', metavar='RUN', help='whose checkpoints these are: its hours of training are in the curve')
+    return p
+
+
+def main() -> None:
+    if launch.given('--policy'):
+        from experiments import evaluate_policy
+        return evaluate_policy.main()
+    args, _ = launch.parse(parser())
     check_flags(args)
     launch.initialize(args)
+    places = (*(args.samples or ()), args.train, args.heldout)
+    named = [place for place in places if place and steps_lib.PLACE in place]
+    if args.step != 'last' and not named:
+        raise ValueError(f'--step={args.step}: none of --samples, --train and --heldout has {steps_lib.PLACE} in its '
+                         'name, where the step goes')
+    steps = steps_lib.of_places(args.step, named) if named else [None]
+    if args.step != 'all':
+        out = evaluate(args, steps[0])
+        if jax.process_index() == 0:
+            print(json.dumps(out, indent=1))
+            if args.json:
+                storage.write_json(args.json, out)
+        shards.wait_for_all()
+        return
+    curve = Curve(args.json, settings_of(args), run=args.run)
+    for step in curve.missing(steps):
+        out = evaluate(args, step)
+        if jax.process_index() == 0:
+            print(json.dumps({'step': step} | out), flush=True)
+            curve.add(step, out)
+        shards.wait_for_all()
+    if jax.process_index() == 0:
+        print(f'{len(steps)} checkpoints -> {args.json}')
+
+
+def evaluate(args: argparse.Namespace, step: int | None) -> dict[str, Any]:
+    """What the flags ask for, of the places of `step` where names have it. In a job of several processes they share the
+    network's work; the rest is done by process 0, and the others get {}."""
     # ---- Everything is opened before anything is measured ------------------------------------------------------------
-    stores = {name: codestore.open_code_store(path)
+    stores = {name: codestore.open_code_store(steps_lib.placed(path, step))
               for name, path in (('train', args.train), ('heldout', args.heldout)) if path}
     sizes = {name: (store.num_codes, store.vocab_size) for name, store in stores.items()}
     if len(set(sizes.values())) > 1:
@@ -178,7 +230,8 @@ def main() -> None:
         log.warning('--train and --heldout hold the same images: their scores say nothing of images not seen before')
     num_classes = {name: class_count(store) for name, store in stores.items()} if args.heldout else {}
     if args.samples:
-        images = {'samples': load_images(args.samples), 'reference': load_images(args.reference)}
+        images = {'samples': merged([steps_lib.placed(path, step) for path in args.samples]),
+                  'reference': load_images(args.reference)}
         if not args.inception:
             images['train'] = np.asarray(stores['train'].array('images'))
         for name, x in images.items():
@@ -186,12 +239,13 @@ def main() -> None:
                 raise ValueError(f'--samples are {images["samples"].shape[1:]} but --{name} images {x.shape[1:]}; '
                                  'use one size')
 
-    out = {}
+    out: dict[str, Any] = {}
     if args.samples and args.inception:
         module, params = convert.from_torch('inception', load_state_dict(storage.local_copy(args.inception)))
-        ours, theirs = (
-            inception_features.inception_features(module, params, [images[name]], batch_size=args.batch_size)
-            for name in ('samples', 'reference'))
+        ours, theirs = (features(module, params, images[name], args.batch_size) for name in ('samples', 'reference'))
+    if jax.process_index() != 0:
+        return out
+    if args.samples and args.inception:
         out['samples'] = inception_scores(ours, theirs, load_statistics(args.reference))
     elif args.samples:
         judge = Judge.fit(images['train'], np.asarray(stores['train'].array('labels')))
@@ -204,9 +258,31 @@ def main() -> None:
         out['representation'] = evaluation.representation(sets['train'], sets['heldout'], max(num_classes.values()),
                                                           vocab_size, probe=args.probe)
         out['codes'] = {name: evaluation.code_usage(s['codes'], vocab_size) for name, s in sets.items()}
-    print(json.dumps(out, indent=1))
-    if args.json:
-        storage.write_json(args.json, out)
+    return out
+
+
+def merged(paths: Sequence[str]) -> np.ndarray:
+    """Images of all `paths` together.
+
+    Raises:
+        ValueError, OSError: see `load_images`; or sets of images of different sizes.
+    """
+    sets = {path: load_images(path) for path in paths}
+    first = sets[paths[0]]
+    for path, images in sets.items():
+        if images.shape[1:] != first.shape[1:]:
+            raise ValueError(f'--samples: {path} holds images of {images.shape[1:]}, {paths[0]} of {first.shape[1:]}; '
+                             'use one size')
+    if len(sets) < len(paths):
+        raise ValueError('--samples: a set is named twice')
+    return first if len(sets) == 1 else np.concatenate(list(sets.values()))
+
+
+def features(module: Any, params: Any, images: np.ndarray, batch_size: int) -> InceptionOutput:
+    """Features of uint8 images [N, H, W, 3], float32, in every process; each computes a part on its devices."""
+    unit = modules.Unit.of(batch_size, len(images))
+    run = modules.Batched(lambda params, x: module.apply({'params': params}, x), params, unit)
+    return shards.gathered(lambda part: run(images[part.start:part.stop], len(part)), len(images), unit.rows)
 
 
 if __name__ == '__main__':

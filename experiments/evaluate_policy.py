@@ -4,6 +4,8 @@
     python -m experiments.evaluate --policy=HF_FOLDER --task=gsm8k --path=gsm8k/ --split=test --max_new_tokens=512
     # 100 samples a problem: pass@k;  drift on 4000 human texts beside it
     python -m experiments.evaluate --policy=RUN --num_samples=100 --temperature=0.8 --drift=4000 --json=metrics.json
+    # every checkpoint that was kept, a line each with its step and hours; continues where it was interrupted
+    python -m experiments.evaluate --policy=RUN --step=all --gold=RM_RUN --json=curve.jsonl
 
 RUN is the --workdir of an sft, dpo or policy run, HF_FOLDER weights with config.json and tokenizer.json. A policy run
 says its own data, lengths and rewards; flags (or a --config) say them for others and in place of its own.
@@ -26,6 +28,8 @@ from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.models.inference import Policy, Prompt, Responses
 from experiments.rlhf.policy import evaluation, rewards
 from experiments.runtime import launch, storage
+from experiments.runtime import steps as steps_lib
+from experiments.runtime.curve import Curve, settings_of
 from experiments.runtime.progress import bar
 
 
@@ -46,10 +50,13 @@ def main() -> None:
     p.add_argument('--path', metavar='PLACE', help='of the data: file, folder, or tfds:NAME')
     p.add_argument('--split', help='default: the data.heldout of the run, else validation')
     p.add_argument('--max_prompt', type=int, help='tokens; prompts that are longer are left out')
-    p.add_argument('--json', metavar='FILE', help='also write the numbers there')
+    p.add_argument('--json', metavar='FILE', help='also write the numbers there; --step=all: a line a checkpoint')
     p.add_argument('--out', metavar='FILE', help='also write the responses there, a JSON line each')
-    args, config = launch.parse(p, optional=True)
+    args, given = launch.parse(p, optional=True)
     flags.check(args)
+    steps_lib.check(args.step, args.out)
+    if args.step == 'all' and not args.json:
+        raise ValueError('--step=all measures one checkpoint after another; say with --json=FILE where its rows go')
     for name in ('json', 'out'):
         if getattr(args, name):
             storage.check_writable(storage.resolve(getattr(args, name)).parent, f'--{name}')
@@ -59,12 +66,39 @@ def main() -> None:
     if alphas and args.out:
         raise ValueError('--interpolate measures several policies; --out writes the responses of one')
     launch.initialize(args)
-    policy = flags.load(args.policy, args, config)
+    wanted = steps_lib.wanted(args.step, args.policy, args.out)
+    if args.step == 'all':
+        curve = Curve(args.json, settings_of(args, given and given.to_dict()), run=args.policy)
+        for step in curve.missing(wanted):
+            out = evaluate(args, given, alphas, step)
+            out = out if isinstance(out, dict) else {f'alpha_{row["alpha"]:g}': row for row in out}
+            if jax.process_index() == 0:
+                print(json.dumps({'step': step} | out), flush=True)
+                curve.add(step, out)
+        if jax.process_index() == 0:
+            print(f'{len(wanted)} checkpoints -> {args.json}')
+        return
+    out = evaluate(args, given, alphas, wanted[0])
+    if jax.process_index() == 0:
+        print(json.dumps(out, indent=1))
+        if args.json:
+            storage.write_json(args.json, out)
+
+
+def evaluate(args: argparse.Namespace, given: ml_collections.ConfigDict | None, alphas: Sequence[float],
+             step: int | None) -> dict[str, Any] | list[dict[str, Any]]:
+    """The metrics of the policy at `step` (None: its newest checkpoint), whose responses go to --out; or a row for each
+    of `alphas`, at which the policy is interpolated with the reference.
+
+    Args:
+        given: the config of --config, which stands in place of the run's own.
+    """
+    policy = flags.load(args.policy, args, given, step)
     reference = flags.load(args.reference, args) if args.reference else None
     if reference is not None:
         tokenizer_lib.check_same_tokenizer(f'--reference={args.reference}', reference.tokenizer, reference.encode.name,
                                            policy.encode)
-    config = config or policy.config
+    config = given or policy.config
     data = data_of(args, config)
     task = tasks.get(data, policy.encode)
     found = tasks.require(task, 'prompts', data)(data, args.split or data['heldout'])
@@ -82,14 +116,12 @@ def main() -> None:
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in out.items()}, responses
 
     if alphas:
-        out = [{'alpha': alpha} | measure(policy.interpolated(reference, alpha))[0] for alpha in alphas]
-    else:
-        out, responses = measure(policy)
-    print(json.dumps(out, indent=1))
-    if args.json:
-        storage.write_json(args.json, out)
-    if args.out:
-        storage.write_json_lines(args.out, flags.response_lines([{'prompt': row['prompt']} for row in rows], responses))
+        return [{'alpha': alpha} | measure(policy.interpolated(reference, alpha))[0] for alpha in alphas]
+    out, responses = measure(policy)
+    if args.out and jax.process_index() == 0:
+        storage.write_json_lines(steps_lib.placed(args.out, step), flags.response_lines(
+            [{'prompt': row['prompt']} for row in rows], responses))
+    return out
 
 
 def data_of(args: argparse.Namespace, config: ml_collections.ConfigDict | None) -> dict[str, Any]:
@@ -133,7 +165,7 @@ def fitting(policy: Policy, candidates: Sequence[tasks.Prompt], task: tasks.Task
     if not prompts:
         raise ValueError(f'none of {len(candidates)} prompts has at most {limit} tokens (--max_prompt, '
                          '--max_new_tokens)')
-    if len(prompts) < len(candidates):
+    if len(prompts) < len(candidates) and jax.process_index() == 0:
         print(f'{len(candidates) - len(prompts)} of {len(candidates)} prompts have more than {limit} tokens and are '
               'left out')
     return prompts, rows

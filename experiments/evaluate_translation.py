@@ -7,30 +7,35 @@
 
 `experiments/rlhf/translation/evaluation.py` says what the numbers are.
 """
+import argparse
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import ml_collections
 
 from experiments.rlhf.translation import agent as translation_agent
 from experiments.rlhf.translation import evaluation as translation_evaluation
 from experiments.rlhf.translation import game as translation_game
 from experiments.runtime import launch, storage
+from experiments.runtime import steps as steps_lib
+from experiments.runtime.curve import Curve, settings_of
 from rlhf_jax import elastic_reset
 from rlhf_jax.tasks import translation
 
 
-def load_game(workdir: str | os.PathLike) -> tuple[ml_collections.ConfigDict, Any]:
-    """Config and newest {'speaker': ..., 'listener': ...} of a game.
+def load_game(workdir: str | os.PathLike, step: int | None = None) -> tuple[ml_collections.ConfigDict, Any]:
+    """Config and {'speaker': ..., 'listener': ...} of a game, the newest or those of `step`.
 
     Raises:
-        ValueError: no game there, or its text has changed since.
+        ValueError: no game there, not that step, or its text has changed since.
     """
     config = launch.read_config(workdir)
     if config.get('experiment') != 'translation_game':
         raise ValueError(f'--game={workdir}: holds a run of experiment={config.get("experiment")!r}')
-    state = translation_agent.load_state(workdir, config, translation_game.build)
+    state = translation_agent.load_state(workdir, config, translation_game.build, step)
     translation_agent.check_vocabulary(f'--game={workdir}', state.extra['vocabulary'], config, translation.FIELDS)
     return config, state.params
 
@@ -58,18 +63,41 @@ def main() -> None:
     p.add_argument('--path', metavar='DIR', help='another folder with that split')
     p.add_argument('--interpolate', metavar='A,B,...', default='',
                    help="scores with the game's speaker at these fractions of its way from the one it started as")
-    p.add_argument('--json', metavar='FILE', help='also write the numbers there')
+    p.add_argument('--json', metavar='FILE', help='also write the numbers there; --step=all: a line a checkpoint')
+    steps_lib.add_flag(p, '--game')
     args, _ = launch.parse(p)
+    steps_lib.check(args.step)
     if bool(args.game) == bool(args.speaker and args.listener):
         raise ValueError('give --game, or both --speaker and --listener')
     alphas = fractions(args.interpolate)
     if alphas and not args.game:
         raise ValueError('--interpolate needs --game: two agents that have not played have no way between them')
+    if args.step != 'last' and not args.game:
+        raise ValueError(f'--step={args.step} needs --game: it is a checkpoint of the game')
+    if args.step == 'all' and not args.json:
+        raise ValueError('--step=all measures one checkpoint after another; say with --json=FILE where its rows go')
     if args.json:
         storage.check_writable(storage.resolve(args.json).parent, '--json')
     launch.initialize(args)
     logging.getLogger('sacrebleu').setLevel(logging.ERROR)  # it would take words joined by spaces for a mistake
-    config, params = load_game(args.game) if args.game else load_agents(args.speaker, args.listener)
+    wanted = steps_lib.wanted(args.step, args.game) if args.game else [None]
+    if args.step == 'all':
+        curve = Curve(args.json, settings_of(args), run=args.game)
+        for step in curve.missing(wanted):
+            scores = evaluate(args, alphas, step)
+            if jax.process_index() == 0:
+                curve.add(step, scores)
+        print(f'{len(wanted)} checkpoints -> {args.json}')
+        return
+    found = evaluate(args, alphas, wanted[0])
+    if args.json and jax.process_index() == 0:
+        storage.write_json(args.json, found)
+
+
+def evaluate(args: argparse.Namespace, alphas: Sequence[float], step: int | None) -> dict[str, Any]:
+    """Scores of the agents that the flags name, of the game's at `step` (None: its newest checkpoint); of several
+    `alphas`, {'alpha a': scores}."""
+    config, params = load_game(args.game, step) if args.game else load_agents(args.speaker, args.listener)
     if alphas and not config.speaker:
         raise ValueError(f'--game={args.game}: its speaker started from scratch; there is nothing to pull it back to')
     arms = {'': params}
@@ -86,11 +114,11 @@ def main() -> None:
     measure = translation_evaluation.GameEvaluation(config, model, args.split)
     found = {arm: measure(agents, sacrebleu=True) for arm, agents in arms.items()}
     for arm, scores in found.items():
-        print(arm + '  ' * bool(arm) + '  '.join(f'{name} {value:.2f}' for name, value in scores.items()))
+        words = [*([f'step {step}'] if step is not None else []), *([arm] if arm else [])]
+        print('  '.join([*words, *(f'{name} {value:.2f}' for name, value in scores.items())]))
     if measure.signature:
         print('sacrebleu', measure.signature)
-    if args.json:
-        storage.write_json(args.json, found if alphas else found[''])
+    return found if alphas else found['']
 
 
 if __name__ == '__main__':

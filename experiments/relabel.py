@@ -9,21 +9,23 @@ published preferences of arXiv 2410.18252 were made with --before_eos.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.rlhf.data import texts
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy.rewards import Completions, RewardModel
-from experiments.runtime import launch, storage
+from experiments.runtime import launch, shards, storage
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import steps as steps_lib
 from rlhf_jax import generate as generate_lib
 from rlhf_jax.tasks import rows as rows_lib
 from rlhf_jax.tasks import tldr
 
 
 def score(gold: RewardModel, encode: texts.Encoder, rows: Sequence[Mapping[str, Any]], field: str, *,
-          max_length: int = 0) -> np.ndarray:
-    """Scores [N] of each prompt with its `field`, ended by EOS.
+          max_length: int = 0, batch_size: int = 64) -> np.ndarray:
+    """Scores [N] of each prompt with its `field`, ended by EOS; the processes of a job share out the rows.
 
     Raises:
         ValueError: one is longer than `max_length` (0: than the model's context).
@@ -34,7 +36,12 @@ def score(gold: RewardModel, encode: texts.Encoder, rows: Sequence[Mapping[str, 
         raise ValueError(f'--pairs: row {[len(i) for i in ids].index(longest)}: prompt and {field} have {longest} '
                          f'tokens, more than {limit}')
     tokens, mask = generate_lib.pad_prompts(ids, buckets=(longest,), pad_token=encode.tokenizer.pad, left=False)
-    return gold(Completions([row[field] for row in rows], rows, tokens, mask, np.ones(len(rows), bool)))
+
+    def of_part(part: range) -> np.ndarray:
+        some = slice(part.start, part.stop)
+        return np.asarray(gold(Completions([row[field] for row in rows[some]], rows[some], tokens[some], mask[some],
+                                           np.ones(len(part), bool))))
+    return shards.gathered(of_part, len(rows), batch_size)
 
 
 def main() -> None:
@@ -47,9 +54,12 @@ def main() -> None:
     p.add_argument('--batch_size', type=int, default=64)
     p.add_argument('--max_length', type=int, default=0, help="tokens; 0: the model's context")
     p.add_argument('--out', required=True, metavar='FILE', help='.jsonl')
+    steps_lib.add_flag(p, '--gold')
     args, _ = launch.parse(p)
+    steps_lib.check(args.step, args.out)
     storage.check_writable(storage.resolve(args.out).parent, '--out')
     launch.initialize(args)
+    wanted = steps_lib.wanted(args.step, args.gold, args.out)
     rows = list(rows_lib.read(storage.resolve(args.pairs), tldr.PAIR_FIELDS, split=args.split))
     if not rows:
         raise ValueError(f'--pairs={args.pairs}: no rows')
@@ -62,14 +72,18 @@ def main() -> None:
     # A folder without tokenizer files says nothing of a BOS: those of --tokenizer do.
     encode = texts.Encoder(tokenizer, stage.bos if stage.is_run or stage.tokenizer else tokenizer.adds_bos, name)
     tokenizer_lib.check_stage('--gold', args.gold, encode)
-    gold = RewardModel(args.gold, mesh_lib.make_mesh({'data': -1}), num_ids=tokenizer.vocab_size,
-                       batch_size=args.batch_size, before_eos=args.before_eos)
-    scores = [score(gold, encode, rows, field, max_length=args.max_length)
-              for field in ('chosen', 'rejected')]
-    relabelled, agreement = tldr.relabel(rows, *scores)
-    storage.write_json_lines(args.out, relabelled)
-    swapped = int((scores[1] > scores[0]).sum())
-    print(f'agreement {agreement:.4f}: {swapped} of {len(rows)} pairs changed places -> {args.out}')
+    for step in wanted:
+        gold = RewardModel(args.gold, mesh_lib.make_mesh({'data': -1}, jax.local_devices()), step=step,
+                           num_ids=tokenizer.vocab_size, batch_size=args.batch_size, before_eos=args.before_eos)
+        scores = [score(gold, encode, rows, field, max_length=args.max_length, batch_size=args.batch_size)
+                  for field in ('chosen', 'rejected')]
+        if jax.process_index() != 0:
+            continue
+        relabelled, agreement = tldr.relabel(rows, *scores)
+        out = steps_lib.placed(args.out, step)
+        storage.write_json_lines(out, relabelled)
+        swapped = int((scores[1] > scores[0]).sum())
+        print(f'agreement {agreement:.4f}: {swapped} of {len(rows)} pairs changed places -> {out}')
 
 
 if __name__ == '__main__':

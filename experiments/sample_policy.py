@@ -10,6 +10,7 @@ its other fields are kept. With --chat a prompt is what a user says, and is aske
 was trained with, else under the tokenizer's own; messages always are. --out gets a line a response, with `completion`,
 `ended` and `logprob`, its log-probability in nats where tokens were drawn (greedy: 0).
 """
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from experiments.rlhf.data import tasks, texts
 from experiments.rlhf.models import flags
 from experiments.rlhf.models.inference import Policy
 from experiments.runtime import launch, storage
+from experiments.runtime import steps as steps_lib
 from experiments.runtime.progress import bar
 from rlhf_jax.chat import Text
 from rlhf_jax.tasks import conversations
@@ -36,6 +38,9 @@ def main() -> None:
     p.add_argument('--out', metavar='FILE', help='.jsonl (default: print them)')
     args, _ = launch.parse(p)
     flags.check(args)
+    steps_lib.check(args.step, args.out)
+    if args.step == 'all' and not args.out:
+        raise ValueError(f'--step=all: say with --out=FILE, {steps_lib.PLACE} in its name, where the responses go')
     if bool(args.prompt) == bool(args.prompts):
         raise ValueError('give either --prompt=TEXT or --prompts=FILE')
     if args.system and not args.chat:
@@ -44,16 +49,25 @@ def main() -> None:
         storage.check_writable(storage.resolve(args.out).parent, '--out')
     rows = [{'prompt': text} for text in args.prompt] if args.prompt else read_prompts(args.prompts)
     launch.initialize(args)
-    policy = flags.load(args.policy, args)
+    for step in steps_lib.wanted(args.step, args.policy, args.out):
+        sample(args, rows, step)
+
+
+def sample(args: argparse.Namespace, rows: list[dict[str, Any]], step: int | None) -> None:
+    """Prints or writes responses of the policy at `step` (None: its newest checkpoint) to the prompts of `rows`."""
+    policy = flags.load(args.policy, args, step=step)
     prompts = prompts_of(rows, policy, chat=args.chat, system=args.system, date=args.chat_date)
     texts.count_spelled(policy.encode, prompts, '--prompts' if args.prompts else '--prompt')
     responses = policy.sample(prompts, flags.sampling(policy, args, policy.config), jax.random.key(args.seed),
                               batch_size=args.batch_size, num_samples=args.num_samples,
                               progress=bar('prompts', len(rows), 'prompt'))
     lines = flags.response_lines(rows, responses)
+    if jax.process_index() != 0:
+        return
     if args.out:
-        storage.write_json_lines(args.out, lines)
-        print(f'{len(lines)} responses -> {args.out}')
+        out = steps_lib.placed(args.out, step)
+        storage.write_json_lines(out, lines)
+        print(f'{len(lines)} responses -> {out}')
     else:
         for line in lines:
             print(json.dumps(line, ensure_ascii=False))

@@ -80,22 +80,24 @@ class CodeModel:
     params: Any
 
     @classmethod
-    def load(cls, workdir: str | os.PathLike) -> 'CodeModel':
-        return cls(*runs.load(workdir, 'code_model', build))
+    def load(cls, workdir: str | os.PathLike, step: int | None = None) -> 'CodeModel':
+        """The run in `workdir`, as its newest checkpoint has it, or that of `step`."""
+        return cls(*runs.load(workdir, 'code_model', build, step=step))
 
-    def sample(self, key: jax.Array, num: int, *, batch_size: int = 256, progress: Any = None,
-               **sampler: Any) -> np.ndarray:
-        """int32 [num, L]. `sampler` overrides fields of `config.sampler`.
+    def sample(self, key: jax.Array, num: int, *, part: range | None = None, batch_size: int = 256,
+               progress: Any = None, **sampler: Any) -> np.ndarray:
+        """int32 [num, L], or those rows that `part` says. `sampler` overrides fields of `config.sampler`.
 
-        Code i is a function of `fold_in(key, i)`, whatever the batches.
+        Code i is a function of `fold_in(key, i)`, whatever the batches; `batch_size` of them at once on a device.
         """
-        run = self._compiled(min(batch_size, num), tuple(sorted(sampler.items())))
-        return run(key, modules.row_keys(key, num), num, progress)
+        part = range(num) if part is None else part
+        run = self._compiled(modules.Unit.of(batch_size, num), tuple(sorted(sampler.items())))
+        return run(modules.row_keys(key, part), len(part), progress)
 
     @functools.lru_cache(maxsize=4)
-    def _compiled(self, batch_size: int, sampler: tuple) -> modules.Batched:
+    def _compiled(self, unit: modules.Unit, sampler: tuple) -> modules.Batched:
         config = modules.with_sampler(self.config, dict(sampler))
 
-        def one(params, _, keys):
+        def one(params, keys):
             return sample(config, params, jax.random.wrap_key_data(keys), len(keys))
-        return modules.Batched(one, self.params, batch_size)
+        return modules.Batched(one, self.params, unit)

@@ -252,8 +252,9 @@ class Encoder:
     params: Any
 
     @classmethod
-    def load(cls, workdir: str | os.PathLike) -> 'Encoder':
-        return cls(*runs.load(workdir, 'encoder', build, part='encoder'))
+    def load(cls, workdir: str | os.PathLike, step: int | None = None) -> 'Encoder':
+        """The run in `workdir`, as its newest checkpoint has it, or that of `step`."""
+        return cls(*runs.load(workdir, 'encoder', build, part='encoder', step=step))
 
     @property
     def transform(self) -> CenterCrop:
@@ -273,16 +274,16 @@ class Encoder:
         Args:
             images: float32 [N, H, W, C].
             temperature: of `sem`; None: the config's.
-            batch_size: images at once.
+            batch_size: images at once on a device.
             outputs: which of the three to return. `sem` is V numbers a token: leave it out of large sets.
         """
-        run = self._compiled(min(batch_size, len(images)), temperature, tuple(outputs))
-        return run(jax.random.key(0), images, len(images))
+        run = self._compiled(modules.Unit.of(batch_size, len(images)), temperature, tuple(outputs))
+        return run(images, len(images))
 
     @functools.lru_cache(maxsize=4)
-    def _compiled(self, batch_size: int, temperature: float | None, outputs: tuple[str, ...]) -> modules.Batched:
+    def _compiled(self, unit: modules.Unit, temperature: float | None, outputs: tuple[str, ...]) -> modules.Batched:
         return modules.Batched(
-            lambda p, _, images: encode(self.config, p, images, temperature, outputs), self.params, batch_size)
+            lambda params, images: encode(self.config, params, images, temperature, outputs), self.params, unit)
 
     def encode_images(self, images: list[np.ndarray], **kwargs: Any) -> dict[str, np.ndarray]:
         """`encode` of raw uint8 images."""

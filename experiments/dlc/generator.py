@@ -122,30 +122,34 @@ class Generator:
     params: Any
 
     @classmethod
-    def load(cls, workdir: str | os.PathLike) -> 'Generator':
-        return cls(*runs.load(workdir, 'generator', build))
+    def load(cls, workdir: str | os.PathLike, step: int | None = None) -> 'Generator':
+        """The run in `workdir`, as its newest checkpoint has it, or that of `step`."""
+        return cls(*runs.load(workdir, 'generator', build, step=step))
 
-    def sample(self, key: jax.Array, cond: np.ndarray | None, num: int, *, batch_size: int = 256, progress: Any = None,
-               **sampler: Any) -> np.ndarray:
-        """float32 [num, H, W, C] in model range. `sampler` overrides fields of `config.sampler`.
+    def sample(self, key: jax.Array, cond: np.ndarray | None, num: int, *, part: range | None = None,
+               batch_size: int = 256, progress: Any = None, **sampler: Any) -> np.ndarray:
+        """float32 [num, H, W, C] in model range, or those rows that `part` says. `sampler` overrides fields of
+        `config.sampler`.
 
         Sample i is a function of `fold_in(key, i)` and its condition, whatever the batches.
 
         Args:
             key: typed key.
-            cond: [num, ...] condition, or None.
-            num: how many.
-            batch_size: samples at once.
+            cond: [num, ...] condition, or None; of the rows in `part`.
+            num: how many there are in all.
+            part: which of them to make; None: all.
+            batch_size: samples a device at once.
             progress: called with the number done after each batch.
         """
-        run = self._compiled(min(batch_size, num), tuple(sorted(sampler.items())))
-        return run(key, {'keys': modules.row_keys(key, num), 'cond': cond}, num, progress)
+        part = range(num) if part is None else part
+        run = self._compiled(modules.Unit.of(batch_size, num), tuple(sorted(sampler.items())))
+        return run({'keys': modules.row_keys(key, part), 'cond': cond}, len(part), progress)
 
     @functools.lru_cache(maxsize=4)
-    def _compiled(self, batch_size: int, sampler: tuple) -> modules.Batched:
+    def _compiled(self, unit: modules.Unit, sampler: tuple) -> modules.Batched:
         config = modules.with_sampler(self.config, dict(sampler))
 
-        def one(params, _, rows):
+        def one(params, rows):
             keys = jax.random.wrap_key_data(rows['keys'])
             return sample(config, params, keys, len(keys), rows['cond'])
-        return modules.Batched(one, self.params, batch_size)
+        return modules.Batched(one, self.params, unit)

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,27 +33,35 @@ class LatentDecoder:
         side = image_size // self.module.stride
         return side, side, self.module.latent_channels
 
-    def posterior(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation, scaled, float32 [N, h, w, 4] each. `images`: float32 [N, H, W, 3] in [-1, 1]."""
-        return self._run('posterior', images, None)
+    def posterior(self, images: np.ndarray, batch_size: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation, scaled, float32 [N, h, w, 4] each. `images`: float32 [N, H, W, 3] in [-1, 1].
 
-    def decode(self, latents: np.ndarray, progress: Callable[[int], None] | None = None) -> np.ndarray:
-        """Scaled latents [N, h, w, 4] -> images uint8 [N, H, W, 3].
+        `batch_size`: rows that come together wherever a set is cut, of which a device takes a part at once; 0: all of
+        `images`.
+        """
+        return self._run('posterior', images, batch_size, None)
+
+    def decode(self, latents: np.ndarray, batch_size: int = 0,
+               progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """Scaled latents [N, h, w, 4] -> images uint8 [N, H, W, 3]; `batch_size` as of `posterior`.
 
         Bytes leave the devices, not floats: fifty thousand images of 256 pixels are 10 GB as the one, 39 as the other.
         """
-        return self._run('decode', latents, progress)
+        return self._run('decode', latents, batch_size, progress)
 
-    def _run(self, what: str, rows: np.ndarray, progress: Callable[[int], None] | None) -> Any:
-        size = IMAGES_A_DEVICE * len(jax.devices()) if len(rows) > IMAGES_A_DEVICE else len(rows)
-        return self._compiled(what, size)(jax.random.key(0), rows, len(rows), progress)
+    def _run(self, what: str, rows: np.ndarray, batch_size: int, progress: Callable[[int], None] | None) -> Any:
+        # A divisor, so that the same rows come together wherever a set is cut at multiples of `batch_size`.
+        at_once = max(n for n in range(1, IMAGES_A_DEVICE + 1) if batch_size % n == 0) if batch_size else min(
+            IMAGES_A_DEVICE, len(rows))
+        return self._compiled(what, modules.Unit(at_once, modules.Unit.of(at_once, len(rows)).devices))(
+            rows, len(rows), progress)
 
     @functools.lru_cache(maxsize=4)
-    def _compiled(self, what: str, batch_size: int) -> modules.Batched:
-        def posterior(params, _, images):
+    def _compiled(self, what: str, unit: modules.Unit) -> modules.Batched:
+        def posterior(params, images):
             mean, logvar = self.module.apply({'params': params}, images, method='encode')
             return SCALING_FACTOR * mean, SCALING_FACTOR * jnp.exp(0.5 * logvar)
 
-        def decode(params, _, latents):
+        def decode(params, latents):
             return to_uint8(self.module.apply({'params': params}, latents / SCALING_FACTOR, method='decode'))
-        return modules.Batched({'posterior': posterior, 'decode': decode}[what], self.params, batch_size)
+        return modules.Batched({'posterior': posterior, 'decode': decode}[what], self.params, unit)

@@ -224,13 +224,15 @@ class TextToCode:
     tokenizer: Any
 
     @classmethod
-    def load(cls, workdir: str | os.PathLike) -> 'TextToCode':
-        config, params = runs.load(workdir, 'text_to_code', build)
+    def load(cls, workdir: str | os.PathLike, step: int | None = None) -> 'TextToCode':
+        """The run in `workdir`, as its newest checkpoint has it, or that of `step`."""
+        config, params = runs.load(workdir, 'text_to_code', build, step=step)
         return cls(config, params, captions_lib.open_tokenizer(config))
 
-    def sample(self, key: jax.Array, prompts: Sequence[str], *, num_per_prompt: int = 1, batch_size: int = 256,
-               progress: Any = None, **sampler: Any) -> np.ndarray:
-        """int32 [prompts x num_per_prompt, L], prompt by prompt. `sampler` overrides fields of `config.sampler`.
+    def sample(self, key: jax.Array, prompts: Sequence[str], *, num_per_prompt: int = 1, part: range | None = None,
+               batch_size: int = 256, progress: Any = None, **sampler: Any) -> np.ndarray:
+        """int32 [prompts x num_per_prompt, L], prompt by prompt, or those rows that `part` says. `sampler` overrides
+        fields of `config.sampler`; `batch_size` rows are sampled at once on a device.
 
         A code is a function of its prompt, its number among those of that prompt and `key`, whatever else is asked for
         beside it and in whatever batches.
@@ -239,17 +241,20 @@ class TextToCode:
             ValueError: a prompt of no words, or longer than the model has room for; or a sampler that makes no sense.
         """
         tokens, mask = self.checked(prompts, **sampler)
-        keys = jnp.stack([jax.random.fold_in(jax.random.fold_in(key, np.uint32(zlib.crc32(prompt.encode()))), k)
-                          for prompt in prompts for k in range(num_per_prompt)])
-        rows = {'captions': tokens.repeat(num_per_prompt, 0), 'mask': mask.repeat(num_per_prompt, 0),
-                'keys': np.asarray(jax.random.key_data(keys))}
-        run = self._compiled(min(batch_size, len(keys)), tuple(sorted(sampler.items())))
-        return run(key, rows, len(keys), progress)
+        num = len(prompts) * num_per_prompt
+        part = range(num) if part is None else part
+        which, copies = np.divmod(np.asarray(part), num_per_prompt)
+        words = np.array([zlib.crc32(prompts[i].encode()) for i in which], np.uint32)
+        fold = jax.vmap(jax.random.fold_in)
+        keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, words), copies)
+        rows = {'captions': tokens[which], 'mask': mask[which], 'keys': np.asarray(jax.random.key_data(keys))}
+        run = self._compiled(modules.Unit.of(batch_size, num), tuple(sorted(sampler.items())))
+        return run(rows, len(part), progress)
 
     def checked(self, prompts: Sequence[str], **sampler: Any) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of prompts, padded to a common length; raises what `sample` raises. Compiles nothing."""
         make_sampling(modules.with_sampler(self.config, sampler))
-        encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
+        encoded = self._encoded(tuple(prompts))
         room = make_model(self.config).max_length - self.config.model.num_codes - 1
         for prompt, ids in zip(prompts, encoded):
             if not ids:
@@ -259,9 +264,14 @@ class TextToCode:
         longest = max(map(len, encoded))
         return text_to_code.pad_captions(encoded, make_words(self.config), length=min(-(-longest // 16) * 16, room))
 
+    @functools.lru_cache(maxsize=2)
+    def _encoded(self, prompts: tuple[str, ...]) -> list[list[int]]:
+        """Tokens of each prompt; kept, for the parts of a set are sampled one after the other."""
+        return [self.tokenizer.encode(prompt) for prompt in prompts]
+
     @functools.lru_cache(maxsize=4)
-    def _compiled(self, batch_size: int, sampler: tuple) -> modules.Batched:
+    def _compiled(self, unit: modules.Unit, sampler: tuple) -> modules.Batched:
         config = modules.with_sampler(self.config, dict(sampler))
-        one = lambda p, _, rows: sample(config, p, jax.random.wrap_key_data(rows['keys']), rows['captions'],
-                                        rows['mask'])
-        return modules.Batched(one, self.params, batch_size, rules=llama.PARTITION_RULES)
+        one = lambda p, rows: sample(config, p, jax.random.wrap_key_data(rows['keys']), rows['captions'],
+                                     rows['mask'])
+        return modules.Batched(one, self.params, unit, rules=llama.PARTITION_RULES)

@@ -16,7 +16,6 @@ import numpy as np
 
 from dlc_jax import codes as codes_lib
 from dlc_jax.diffusion.gaussian import to_uint8
-from experiments import encode as encode_lib
 from experiments.dlc import evaluation
 from experiments.dlc.data import codestore, codestore_writer, digit_pairs
 from experiments.dlc.data.digit_pairs import DigitPairs
@@ -25,6 +24,7 @@ from experiments.dlc.generator import Generator
 from experiments.dlc.judge import Judge
 from experiments.dlc.text_to_code import TextToCode
 from experiments.runtime import report, stages, storage
+from experiments.runtime.digest import fingerprint
 from experiments.runtime.metrics import curve
 from experiments.runtime.progress import bar
 from experiments.runtime.statistics import mean_and_spread
@@ -42,7 +42,7 @@ def write_codes(encoder: Encoder, pairs: DigitPairs, path: pathlib.Path, batch_s
     model = encoder.config.model
     with codestore_writer.writer(path, num=len(pairs), meta=dict(
             num_codes=2 * model.num_codes, vocab_size=model.vocab_size, class_names=pairs.class_names, captions=True,
-            encoder=encode_lib.fingerprint(encoder.params))) as store:
+            encoder=fingerprint(encoder.params))) as store:
         if store.done < len(pairs):
             codes = [encoder.encode_images(list(half), outputs=('codes',), batch_size=batch_size)['codes']
                      for half in digit_pairs.halves(pairs.images)]

@@ -1,7 +1,7 @@
 """From configs to modules, and from a module to a program over all devices that takes any number of rows."""
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -92,46 +92,68 @@ def check_released(convert: Callable[[Callable[[Any], Any]], Any],
         pass
 
 
-def row_keys(key: jax.Array, num: int) -> np.ndarray:
-    """Data of the keys `fold_in(key, i)` of rows i = 0..num - 1: what a row draws depends on its number alone."""
-    return np.asarray(jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(num))))
+def row_keys(key: jax.Array, rows: range) -> np.ndarray:
+    """Data of the keys `fold_in(key, i)` of rows i: what a row draws depends on its number alone."""
+    return np.asarray(jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(rows))))
+
+
+class Unit(NamedTuple):
+    """How a set of rows is computed: `rows` of them at a time on each of `devices` of this process."""
+    rows: int
+    devices: int
+
+    @classmethod
+    def of(cls, batch_size: int, num: int) -> 'Unit':
+        """For a set of `num` rows, whichever of them this process computes: the same program in every process, whose
+        units begin at multiples of `rows`."""
+        rows = min(batch_size, num)
+        return cls(rows, min(len(jax.local_devices()), -(-num // rows)))
 
 
 class Batched:
-    """A function of rows, compiled once for one batch size and run on any number of rows over all devices.
+    """A function of rows, compiled once for a unit of rows a device and run on any number of rows over the devices of
+    this process.
+
+    A device computes whole units, each by the same program. What a row becomes then depends neither on how many devices
+    there are nor on which process has it, as long as every process begins at a multiple of a unit.
 
     Args:
-        one: `(params, key, rows) -> outputs` on `batch_size` rows; pure.
+        one: `(params, rows) -> outputs`, row by row; pure.
         params: its parameters.
-        batch_size: rows at once; spread over all devices when their number divides it.
+        unit: rows at a time; of sharded parameters all devices of the process are used.
         rules: PARTITION_RULES, for models too large for one device: each holds a share of the parameters, where their
             sizes can be divided, rather than all.
     """
 
-    def __init__(self, one: Callable[[Any, jax.Array, Any], Any], params: Any, batch_size: int,
-                 rules: partition.Rules | None = None):
-        devices = jax.devices() if rules or batch_size % len(jax.devices()) == 0 else jax.devices()[:1]
-        batch_size += -batch_size % len(devices)
+    def __init__(self, one: Callable[[Any, Any], Any], params: Any, unit: Unit, rules: partition.Rules | None = None):
+        devices = jax.local_devices() if rules else jax.local_devices()[:unit.devices]
         self._mesh = mesh_lib.make_mesh({'fsdp' if rules else 'data': -1}, devices)
         layout = mesh_lib.replicated(self._mesh)
         if rules and divisible(params, rules, self._mesh):
             layout = partition.param_shardings(params, rules, self._mesh)
         self._params = jax.device_put(params, layout)
         self._run = jax.jit(one, out_shardings=mesh_lib.batch_sharding(self._mesh))
-        self.batch_size = batch_size
+        self.batch_size = unit.rows * len(devices)
 
-    def __call__(self, key: jax.Array, rows: Any, num: int, progress: Callable[[int], None] | None = None) -> Any:
-        """Outputs for `num` rows (an array, a tree of them, or None) as numpy arrays; batch b draws from
-        `fold_in(key, b)`, and the last one is padded."""
-        size, out = self.batch_size, []
+    def __call__(self, rows: Any, num: int, progress: Callable[[int], None] | None = None) -> Any:
+        """Outputs for `num` rows (an array, a tree of them, or None) as numpy arrays; the last batch is filled up with
+        its last row. A batch is begun before the one before it is fetched."""
+        out: list[Any] = []
+        running = None
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            for index, (chosen, _) in enumerate(evaluation.full_batches(num, size)):
+            for chosen, _ in evaluation.full_batches(num, self.batch_size):
                 part = jax.tree.map(lambda x, chosen=chosen: np.asarray(x[chosen]), rows)
-                part = jax.device_put(part, mesh_lib.batch_sharding(self._mesh))
-                out.append(jax.tree.map(np.asarray, self._run(self._params, jax.random.fold_in(key, index), part)))
-                if progress:
-                    progress(min((index + 1) * size, num))
+                begun = self._run(self._params, jax.device_put(part, mesh_lib.batch_sharding(self._mesh)))
+                if running is not None:
+                    self._fetch(running, out, num, progress)
+                running = begun
+            self._fetch(running, out, num, progress)
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *out)
+
+    def _fetch(self, running: Any, out: list[Any], num: int, progress: Callable[[int], None] | None) -> None:
+        out.append(jax.tree.map(np.asarray, running))
+        if progress:
+            progress(min(len(out) * self.batch_size, num))
 
 
 def divisible(params: Any, rules: partition.Rules, mesh: jax.sharding.Mesh) -> bool:

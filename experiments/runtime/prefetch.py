@@ -2,7 +2,9 @@
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 
@@ -13,6 +15,8 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1    # between two looks at whether the other side is still wanted
 CLOSE_SECONDS = 2.0   # that a stream gets to finish the batch it is reading
+
+T = TypeVar('T')
 
 
 class Prefetch:
@@ -91,3 +95,22 @@ class Prefetch:
             self._thread.join(CLOSE_SECONDS)
             if self._thread.is_alive():
                 log.warning('the data stream has not returned within %g s; it is left behind', CLOSE_SECONDS)
+
+
+def ahead(compute: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+    """`compute` of each item in turn, in a thread: the next item is computed while the caller uses the result before.
+
+    Programs are begun by that one thread, so that several devices get them in one order.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix='ahead') as thread:
+        running: Future[T] | None = None
+        try:
+            for item in items:
+                begun = thread.submit(compute, item)
+                if running is not None:
+                    yield running.result()
+                running = begun
+            if running is not None:
+                yield running.result()
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)

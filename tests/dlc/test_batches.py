@@ -162,7 +162,7 @@ def test_memory_mapped_rows_and_casts(tmp_path):
     (lambda: ssl_batches(fake(), CROPS, MASKING, 8, groups=2, seed=0, share=Share((0,), 4)), 'groups=2'),
     (lambda: ssl_batches(fake(), CROPS, BlockMasking(grid=3), 8, groups=1, seed=0), 'global_size=8'),
     (lambda: ssl_batches(fake(), CROPS, MASKING, 8, groups=1, seed=0, vectorized=True), 'in_memory'),
-    (lambda: eval_batches(fake(), CenterCrop(4), 8, process_count=3), 'batch_size=8'),
+    (lambda: eval_batches(fake(), CenterCrop(4), 0), 'batch_size=0 must be at least 1'),
 ])
 def test_bad_sizes_are_named(make, match):
     with pytest.raises(ValueError, match=match) as error:
@@ -209,19 +209,18 @@ def test_eval_is_in_order_and_padded():
         assert label == source[i]['label']
 
 
-@pytest.mark.parametrize('num,count', [(20, 2), (21, 2), (5, 4), (1, 2)])
-def test_eval_shares_are_a_partition(num, count):
-    parts = [list(eval_batches(fake(num), CenterCrop(4), 4, process_index=p, process_count=count))
-             for p in range(count)]
-    assert len({len(part) for part in parts}) == 1
-    seen = np.concatenate([b['index'][b['mask']] for part in parts for b in part])
-    np.testing.assert_array_equal(seen, np.arange(num))
+@pytest.mark.parametrize('num,cuts', [(20, (8,)), (21, (4, 16)), (5, (5,))])
+def test_eval_of_parts_is_that_of_the_whole(num, cuts):
+    bounds = (0, *cuts, num)
+    seen = [batch['index'][batch['mask']] for start, stop in zip(bounds, bounds[1:])
+            for batch in eval_batches(fake(num), CenterCrop(4), 4, part=range(start, stop))]
+    np.testing.assert_array_equal(np.concatenate(seen), np.arange(num))
 
 
 def test_eval_continues_and_takes_dicts():
     both = lambda image: {'small': CenterCrop(4)(image), 'large': CenterCrop(6)(image)}
     whole = list(eval_batches(fake(), both, 5))
-    rest = list(eval_batches(fake(), both, 5, start=10))
+    rest = list(eval_batches(fake(), both, 5, part=range(10, 20)))
     assert whole[0].keys() == {'small', 'large', 'label', 'index', 'mask'}
     assert_same(rest, whole[2:])
 

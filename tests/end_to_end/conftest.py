@@ -9,4 +9,5 @@ def on_one_device():
     device = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, 'devices', lambda *unused: device)
+        patch.setattr(jax, 'local_devices', lambda *unused, **also: device)
         yield

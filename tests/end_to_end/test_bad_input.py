@@ -21,7 +21,8 @@ from PIL import Image
 
 from experiments import compile as compile_command
 from experiments import encode, evaluate, quickstart, sample, train
-from experiments.dlc.data import codestore, codestore_writer
+from experiments.dlc import sample_flags
+from experiments.dlc.data import codestore, codestore_writer, samples
 from experiments.quickstarts import dlc as dlc_quickstart
 from experiments.runtime import hooks, launch, loop, modules
 from experiments.runtime import mesh as mesh_lib
@@ -107,6 +108,10 @@ def places(tmp_path_factory):
     np.savez(root / 'floats.npz', arr_0=np.zeros((8, 8, 8, 1), np.float32))
     np.savez(root / 'other.npz', labels=np.zeros(8))
     np.savez(root / 'labels.npz', images=np.zeros((2, 8, 8), np.uint8), labels=np.array([0, 10 ** 12]))
+    for place in ('begun.shards/00000-of-00004', 'mixed.shards/00000-of-00002.partial', 'begun_whole.partial',
+                  'mixed.shards/00001-of-00004.partial'):
+        (root / place).mkdir(parents=True)
+    write_store(root / 'begun.npz.partial' / 'images.shards' / '00000-of-00002', meta=dict(shard=[0, 2], first=0))
     (root / 'cut.npz').write_bytes((root / 'samples.npz').read_bytes()[:150])
     return root
 
@@ -114,13 +119,11 @@ def places(tmp_path_factory):
 @pytest.fixture
 def call(places, monkeypatch, capfd):
     """Runs a command in this process: exit status and what it said on stderr."""
-    endings = {sample: dict(stopped=launch.NOTHING_WRITTEN, status=None)}
-
     def run(command, arguments):
         monkeypatch.setattr(sys, 'argv', [command, *arguments.format(at=places).split()])
         capfd.readouterr()
         try:
-            launch.main(COMMANDS[command].main, **endings.get(COMMANDS[command], {}))
+            launch.main(COMMANDS[command].main)
             status = 0
         except SystemExit as stop:
             status = stop.code
@@ -251,6 +254,31 @@ BAD = {
                                           '1000000000000 samples would take .*; make fewer at once'),
     'samples among other pictures': ('sample', SAMPLE.replace('{at}/new.png', '{at}/photos'),
                                      'photos holds other pictures or texts, such as a.png; give a directory'),
+    'shard': ('sample', SAMPLE + ' --shard=3/2', '--shard=3/2: write I/N with I from 0 to N - 1'),
+    'shard of a job': ('sample', SAMPLE + ' --shard=0/2 --distributed', 'share the work themselves'),
+    'more shards than batches': ('sample', SAMPLE.replace('png', 'npz') + ' --num=4 --batch_size=2 --shard=0/3',
+                                 '4 rows are 2 batches of 2; use at most 2 shards'),
+    'shards of another number': ('encode', '--encoder={at}/encoder --out={at}/begun --batch_size=8 --shard=0/2',
+                                 '--shard=0/2: 4 shards were begun at'),
+    'a shard of what was begun whole': ('encode', '--encoder={at}/encoder --out={at}/begun_whole --batch_size=8 '
+                                        '--shard=0/2', '--shard=0/2: the whole was begun at'),
+    'shards of two numbers': ('encode', '--encoder={at}/encoder --out={at}/mixed', 'shards of 2 and of 4; delete'),
+    'step': ('sample', SAMPLE + ' --step=first', "--step=first: give a checkpoint's step, 'all' or 'last'"),
+    'step that was not kept': ('sample', SAMPLE + ' --step=9', '--step=9: .*code/checkpoints holds steps 4'),
+    'steps that replace each other': ('sample', SAMPLE + ' --step=all', 'new.png would be written once for each'),
+    'step of released weights': ('encode', '--encoder={at}/photos --out={at}/new_codes --step=4', 'no checkpoint'),
+    'codes of another L x V': ('sample', '--codes={at}/short_codes --generator={at}/code --out={at}/new.npz',
+                               'short_codes makes codes of 8 x 16 but the generator takes 16 x 16'),
+    'codes for nothing': ('sample', '--codes={at}/store --save_codes={at}/new_codes', 'these are saved already'),
+    'more samples than codes': ('sample', '--codes={at}/store --generator={at}/code --out={at}/new.npz --num=65',
+                                '--num=65: --codes=.*store holds 64'),
+    'codes of a generator of nothing': ('sample', '--codes={at}/store --generator={at}/none --out={at}/new.npz',
+                                        'this generator is unconditional; use --unconditional'),
+    'codes to keep of none': ('sample', '--unconditional --generator={at}/none --out={at}/new.npz '
+                              '--save_codes={at}/new_codes', '--save_codes: the samples are not made of codes'),
+    'nothing to make': ('sample', '--unconditional --code_model={at}/code_model', '--out is missing'),
+    'a generator and no place': ('sample', '--unconditional --code_model={at}/code_model --generator={at}/code '
+                                 '--save_codes={at}/new_codes', 'say with --out where they go'),
     'no batch': ('sample', SAMPLE + ' --batch_size=0', '--batch_size=0 must be at least 1'),
     'steps': ('sample', SAMPLE + ' --steps=0', r'--steps=0 must lie in 2..1000'),
     'code steps': ('sample', SAMPLE + ' --code_steps=-3', '--code_steps=-3 must be at least 1'),
@@ -287,6 +315,16 @@ BAD = {
     'samples alone': ('evaluate', '--samples={at}/samples.npz', '--samples needs --reference'),
     'no feature space': ('evaluate', '--samples={at}/samples.npz --reference={at}/store',
                          '--samples needs a feature space'),
+    'unfinished samples': ('evaluate', '--samples={at}/begun.npz --reference={at}/store --train={at}/store',
+                           'begun.npz: unfinished, 1 of 2 shards; missing are 1/2; run the same'),
+    'a curve without a place': ('evaluate', '--samples={at}/{{step}}.npz --reference={at}/store --train={at}/store '
+                                '--step=all', 'say with --json=FILE where its rows go'),
+    'a step without a place': ('evaluate', '--samples={at}/samples.npz --reference={at}/store --train={at}/store '
+                               '--step=4', '--step=4: none of --samples'),
+    'a step that is not there': ('evaluate', '--samples={at}/set{{step}}.npz --reference={at}/store '
+                                 '--train={at}/store --step=4', '--step=4: no such .*set{step}.npz there'),
+    'a set named twice': ('evaluate', '--samples {at}/samples.npz {at}/samples.npz --reference={at}/store '
+                          '--train={at}/store', 'a set is named twice'),
     'heldout alone': ('evaluate', '--heldout={at}/store', '--heldout needs --train'),
     'samples absent': ('evaluate', '--samples=none.npz --reference={at}/store --train={at}/store',
                        'none.npz: nothing there'),
@@ -327,7 +365,7 @@ def test_one_line_that_names_the_thing(command, arguments, says, call, places, n
     lines = [line for line in said.strip().splitlines() if not line.startswith(('I ', 'W '))]
     assert len(lines) == 1 and lines[0].startswith('error: '), said
     assert re.search(says, lines[0]), said
-    assert not list(places.glob('new*/checkpoints/*')) and not list(places.glob('*.partial'))
+    assert not list(places.glob('new*/checkpoints/*')) and not list(places.glob('new*.partial'))
 
 
 # ---- Around a run: stand-ins for the networks, everything else is real ---------------------------------------------
@@ -414,13 +452,14 @@ def test_the_store_of_another_data_set_is_not_taken_for_this_one(call, encoder, 
     assert status == 2 and 'holds a store with source=' in said
 
 
-def test_encode_stopped_by_a_signal_continues(call, encoder, tmp_path):
+def test_encode_stopped_by_a_signal_continues(call, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, 'local_devices', lambda *unused, **also: jax.devices()[:1])
     arguments = f'--encoder=x --split=heldout --batch_size=100 --out={tmp_path}'
     assert call('encode', arguments + '/whole')[0] == 0
     encoder.each_batch = hit_at(3)
     status, said = call('encode', arguments + '/cut')
     assert status == 0 and said.strip().endswith('stopped by signal; run the same command to continue')
-    with pytest.raises(OSError, match='unfinished, 200 of 450'):
+    with pytest.raises(OSError, match='unfinished, [12]00 of 450'):  # the third batch is computed beside writing
         codestore.open_code_store(tmp_path / 'cut')
     assert call('encode', arguments + '/cut')[0] == 0
     whole, cut = (codestore.open_code_store(tmp_path / name) for name in ('whole', 'cut'))
@@ -434,22 +473,39 @@ def test_encode_stopped_by_a_signal_continues(call, encoder, tmp_path):
 @pytest.fixture
 def generator(monkeypatch, places):
     """Takes the place of trained generators; `generator.while_sampling` is called by `sample`."""
-    stub = types.SimpleNamespace(config=launch.read_config(places / 'none'), while_sampling=lambda: None)
+    stub = types.SimpleNamespace(config=launch.read_config(places / 'none'), params={'w': np.ones(3)},
+                                 while_sampling=lambda: None)
 
-    def draw(key, cond, num, **unused):
+    def draw(key, cond, num, part, **unused):
         stub.while_sampling()
-        return np.zeros((num, 8, 8, 1), np.float32)
+        return np.broadcast_to(np.float32(part)[:, None, None, None] / 127.5 - 1, (len(part), 8, 8, 1))
     stub.sample = draw
     monkeypatch.setattr(sample.Generator, 'load', lambda path: stub)
     return stub
 
 
-def test_sample_stopped_by_a_signal_says_so(call, generator, tmp_path):
-    generator.while_sampling = hit_at(1)
-    status, said = call('sample', f'--unconditional --generator=x --out={tmp_path}/x.npz')
-    assert status == 128 + signal.SIGTERM
-    assert 'stopped by signal; nothing was written; run the same command again' in said
-    assert not list(tmp_path.iterdir())
+def test_sample_stopped_by_a_signal_continues(call, generator, tmp_path):
+    arguments = '--unconditional --generator=x --num=10 --batch_size=2 --out='
+    assert call('sample', f'{arguments}{tmp_path}/whole.npz')[0] == 0
+    calls, draw = [], generator.sample
+    generator.sample = lambda key, cond, num, part, **also: calls.append(part) or draw(key, cond, num, part, **also)
+    generator.while_sampling = hit_at(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'local_devices', lambda *unused, **also: jax.devices()[:1])
+        status, said = call('sample', f'{arguments}{tmp_path}/cut.npz')
+        assert status == 0 and said.strip().endswith('stopped by signal; run the same command to continue')
+        assert not (tmp_path / 'cut.npz').exists()
+        status, said = call('evaluate', f'--samples={tmp_path}/cut.npz --reference={tmp_path}/whole.npz --inception=x')
+        assert status == 2 and re.search('cut.npz: unfinished, [24] of 10 images; run the same', said)
+        status, said = call('sample', f'{arguments}{tmp_path}/cut.npz --seed=1')
+        assert status == 2 and 'holds a store with seed=0, not 1' in said
+        before = len(calls)
+        assert call('sample', f'{arguments}{tmp_path}/cut.npz')[0] == 0
+    assert before == 3 and calls[3].start in (2, 4)  # what was written is not made again
+    assert (tmp_path / 'cut.npz').read_bytes() == (tmp_path / 'whole.npz').read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['cut.npz', 'whole.npz']
+    with np.load(tmp_path / 'cut.npz') as arrays:
+        np.testing.assert_array_equal(arrays['arr_0'][:, 0, 0, 0], np.arange(10))
 
 
 def test_a_directory_holds_the_samples_of_one_run(call, generator, tmp_path, caplog):
@@ -475,21 +531,24 @@ def test_evaluate_reads_what_sample_writes(call, generator, places, tmp_path):
 
 def test_texts_in_a_file(tmp_path):
     (tmp_path / 'x.txt').write_bytes('\ufeffa fox\u2028 in snow\r\n\n a hare \n'.encode())
-    args = sample.parser().parse_args(['--text_file', str(tmp_path / 'x.txt'), '--generator=x', '--out=x'])
-    assert sample.read_texts(args) == ['a fox\u2028 in snow', 'a hare']
+    args = sample_flags.parser('').parse_args(['--text_file', str(tmp_path / 'x.txt'), '--generator=x', '--out=x'])
+    assert sample_flags.read_texts(args) == ['a fox\u2028 in snow', 'a hare']
     (tmp_path / 'x.txt').write_bytes(b'\xff\xfea\x00')
     with pytest.raises(ValueError, match='x.txt: not UTF-8 text .byte 0'):
-        sample.read_texts(args)
+        sample_flags.read_texts(args)
 
 
 def test_a_full_disk_does_not_cost_the_samples(call, generator, tmp_path, monkeypatch):
     def full(*unused):
         raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(sample, 'write', full)
-    monkeypatch.setattr(sample.tempfile, 'mkdtemp', lambda: str(tmp_path))
-    status, said = call('sample', f'--unconditional --generator=x --num=3 --out={tmp_path}/x.png')
-    assert status == 2 and f'No space left on device; the samples are in {tmp_path}/samples.npz' in said
-    with np.load(tmp_path / 'samples.npz') as arrays:
+    arguments = f'--unconditional --generator=x --num=3 --out={tmp_path}/x.npz'
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, 'write', full)
+        status, said = call('sample', arguments)
+    assert status == 2 and f'No space left on device; the samples are in {tmp_path}/x.npz.partial, make room' in said
+    generator.while_sampling = lambda: pytest.fail('they were made already')
+    assert call('sample', arguments)[0] == 0
+    with np.load(tmp_path / 'x.npz') as arrays:
         assert arrays['arr_0'].shape == (3, 8, 8, 1)
 
 

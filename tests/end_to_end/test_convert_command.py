@@ -308,7 +308,7 @@ def test_released_encoders_read_images(run, weights, pictures, tmp_path, monkeyp
     root, params = weights
     seen = {}
 
-    def draw(self, key, cond, num, *, batch_size, progress, **sampler):
+    def draw(self, key, cond, num, *, batch_size, part, **sampler):
         seen.update(sampler, codes=cond, config=self.config.sampler)
         return np.zeros((num, 8, 8, 4), np.float32)
     monkeypatch.setattr(Generator, 'sample', draw)

@@ -19,6 +19,7 @@ from experiments.dlc.data import codestore, codestore_writer, sources
 from experiments.dlc.encoder import Encoder, make_model
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
+from experiments.runtime import modules, png
 
 NUM = 7
 
@@ -139,8 +140,8 @@ def test_codes_are_computed_in_float32_whatever_the_encoder_trained_with(encoder
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 1)).astype(np.float32)
     fast = Encoder(config, encoder.params)
     np.testing.assert_array_equal(fast.encode(images)['sem'], encoder.encode(images)['sem'])
-    run = encoder._compiled(2, None, ('codes',))
-    program = run._run.lower(run._params, jax.random.key(0), images).as_text()
+    run = encoder._compiled(modules.Unit(2, 1), None, ('codes',))
+    program = run._run.lower(run._params, images).as_text()
     products = [line for line in program.splitlines() if 'dot_general' in line]
     assert products and all('HIGHEST' in line for line in products)
 
@@ -198,7 +199,7 @@ def test_codes_are_those_of_their_row_whatever_the_batches():
 
 def write_digits(tmp_path, pictures):
     for i in range(2):
-        sample.png.save(tmp_path / f'{i}.png', pictures[i]['image'])
+        png.save(tmp_path / f'{i}.png', pictures[i]['image'])
     return [str(tmp_path / f'{i}.png') for i in range(2)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from configs.rlhf import base
 from experiments import convert as convert_command
 from experiments import evaluate as evaluate_command
-from experiments import relabel
+from experiments import evaluate_policy, relabel
 from experiments import sample as sample_command
 from experiments.rlhf.models import adapters, loading
 from experiments.rlhf.models.inference import Policy
@@ -50,6 +50,9 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp('language')
     train(settings(base.sft, max_length=100), root / 'sft', mesh=ONE)
     train(settings(base.policy, weights=str(root / 'sft'), eval_every=1, eval_prompts=6), root / 'policy', mesh=ONE)
+    config = settings(base.sft, max_length=100, checkpoint_every=1, keep_checkpoints=1, keep_every=2)
+    config.num_steps = 3
+    train(config, root / 'kept', mesh=ONE)
     reward = RewardModel(GPT2(**{k: v for k, v in MODEL.items() if k not in ('kind', 'size')}))
     files.save(root / 'reward', convert.to_torch('gpt2', reward, random_params(reward)),
                convert.config_of('gpt2', reward))
@@ -123,7 +126,54 @@ def test_evaluate_and_sample(runs, monkeypatch, capsys):
     assert all(line['logprob'] < 0 for line in lines) and '4 responses' in capsys.readouterr().out
 
 
+def test_every_checkpoint_is_a_row_of_a_curve_that_goes_on(runs, tmp_path, monkeypatch, capsys):
+    curve = tmp_path / 'curve.jsonl'
+    flags = (f'--policy={runs / "kept"}', '--task=arithmetic', '--num=3', '--max_new_tokens=2', '--batch_size=8')
+    measured = []
+    real = evaluate_policy.evaluation.evaluate_policy
+
+    def once(policy, *args, **settings):
+        measured.append(sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(policy.params)))
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return real(policy, *args, **settings)
+    monkeypatch.setattr(evaluate_policy.evaluation, 'evaluate_policy', once)
+    command_of_all = (evaluate_command.main, monkeypatch, *flags, '--step=all', f'--json={curve}')
+    with pytest.raises(KeyboardInterrupt):
+        command(*command_of_all)
+    assert [row['step'] for row in read_metrics(curve)] == [2]
+    command(*command_of_all)
+    rows = read_metrics(curve)
+    assert [row['step'] for row in rows] == [2, 3] and 0 < rows[0]['hours'] < rows[1]['hours']
+    assert len(measured) == 3 and measured[1] == measured[2] != measured[0]  # other weights, and no row made twice
+    capsys.readouterr()
+    command(evaluate_command.main, monkeypatch, *flags, '--step=2')
+    assert {name: rows[0][name] for name in ('length', 'ended')} == {
+        name: value for name, value in json.loads(capsys.readouterr().out).items() if name in ('length', 'ended')}
+    with pytest.raises(SystemExit):
+        command(*command_of_all, '--seed=1')
+    assert 'holds a curve that was measured with other flags' in capsys.readouterr().err
+
+    command(sample_command.main, monkeypatch, f'--policy={runs / "kept"}', '--prompt=3+4=', '--max_new_tokens=2',
+            '--step=all', f'--out={tmp_path}/{{step}}.jsonl')
+    assert (tmp_path / '2.jsonl').exists() and (tmp_path / '3.jsonl').exists()
+    command(convert_command.main, monkeypatch, '--reverse', '--kind=gpt2', f'--src={runs / "kept"}',
+            f'--dst={tmp_path}/exported/{{step}}', '--step=all')
+    first, last = (jax.tree.leaves(loading.load_policy(tmp_path / 'exported' / step)[1]) for step in '23')
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(first, last))
+
+
 @pytest.mark.parametrize('main, args, message', [
+    (evaluate_command.main, ('--policy={policy}', '--step=all'), 'say with --json=FILE where its rows go'),
+    (evaluate_command.main, ('--policy={policy}', '--step=7'), 'holds steps 1; what is kept of a run'),
+    (evaluate_command.main, ('--policy={policy}', '--step=newest'), "give a checkpoint's step, 'all' or 'last'"),
+    (evaluate_command.main, ('--policy={reward}', '--step=1', '--task=arithmetic'), 'no checkpoint there yet'),
+    (sample_command.main, ('--policy={policy}', '--prompt=a', '--step=all', '--out={policy}/x.jsonl'),
+     'would be written once for each checkpoint; put {step} into'),
+    (convert_command.main, ('--reverse', '--kind=gpt2', '--src={policy}', '--step=9', '--dst={policy}/new'),
+     '--step=9: '),
+    (convert_command.main, ('--kind=sem', '--src={reward}', '--step=1', '--dst={policy}/new'),
+     'only a work directory has checkpoints'),
     (evaluate_command.main, ('--policy=nowhere',), 'nowhere: no config.json there'),
     (evaluate_command.main, ('--policy={policy}', '--num_samples=4'), 'with --temperature=0: all samples'),
     (evaluate_command.main, ('--policy={policy}', '--gold=nothing'), '--gold: nothing is neither a folder'),
@@ -142,8 +192,8 @@ def test_evaluate_and_sample(runs, monkeypatch, capsys):
 ])
 def test_mistakes_are_one_line(runs, monkeypatch, capsys, main, args, message):
     with pytest.raises(SystemExit):
-        command(main, monkeypatch, *(arg.format(**{name: runs / name for name in ('policy', 'sft', 'reward')})
-                                     for arg in args))
+        places = {name: runs / name for name in ('policy', 'sft', 'reward')}
+        command(main, monkeypatch, *(arg.format(**places) for arg in args))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith('error: ') and message in last
 

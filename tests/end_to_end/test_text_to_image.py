@@ -211,8 +211,8 @@ def test_codes_do_not_depend_on_the_layout(at):
     model = reading.load(TextToCode, at / 'llada', num_codes=L)
     prompts = ['red fox in snow', 'blue', 'snow']
     got = model.sample(jax.random.key(0), prompts, num_per_prompt=2)
-    spread = model._compiled(6, ())
-    assert spread.batch_size == 8 and len(spread._params['embed'].sharding.device_set) == 8
+    spread = model._compiled(modules.Unit.of(256, 6), ())
+    assert spread.batch_size == 8 * 6 and len(spread._params['embed'].sharding.device_set) == 8
     assert spread._params['blocks']['mlp']['up']['kernel'].addressable_shards[0].data.shape[1] == 32 // 8
     np.testing.assert_array_equal(got, direct_codes(prompts, 2, jax.random.key(0)))
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from experiments.dlc.data import codestore, codestore_writer
+from experiments.dlc.data.samples import check_out, write
 from experiments.runtime import launch, metrics, png, storage
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.report import Report
-from experiments.sample import check_out, write
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_samples_and_reports(bucket):
     images = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4, 1)
     for name in ('x.npz', 'x.png', 'many'):
         check_out(f'{bucket}/{name}')
-        write(images, f'{bucket}/{name}')
+        write([images], f'{bucket}/{name}')
     with (storage.resolve(bucket) / 'x.npz').open('rb') as file, np.load(file) as arrays:
         np.testing.assert_array_equal(arrays['arr_0'], images)
     assert (storage.resolve(bucket) / 'x.png').read_bytes().startswith(b'\x89PNG')

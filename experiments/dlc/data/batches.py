@@ -225,36 +225,35 @@ def image_batches(source: ImageSource, transform: Callable[[np.random.Generator,
                        batch_size, seed=seed, share=share, num_threads=num_threads, num_workers=num_workers)
 
 
-def eval_batches(source: ImageSource, transform: Callable[[np.ndarray], Any], batch_size: int, *, start: int = 0,
-                 process_index: int = 0, process_count: int = 1, num_threads: int | None = None,
-                 num_workers: int = 0) -> Iterator[Batch]:
-    """One pass over `source` in order, each process over a contiguous share; all give the same number of batches.
+def eval_batches(source: ImageSource, transform: Callable[[np.ndarray], Any], batch_size: int, *,
+                 part: range | None = None, num_threads: int | None = None, num_workers: int = 0) -> Iterator[Batch]:
+    """One pass over `source` in order, or over a `part` of it.
 
     Args:
         transform: image -> array, or dict of arrays to use in place of `image`.
-        batch_size: images over all processes.
-        start: rows of this process's share that are already done.
+        batch_size: images at once.
+        part: which images; None: all.
 
     Returns:
         Iterator of the transform's arrays [B, ...], `label` [B] int32, `index` [B] int64 into the source, and `mask`
         [B] bool: False on rows that only fill up the last batch, and on those of unreadable images, whose arrays are
         another's.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f'batch_size={batch_size} is not divisible by {process_count} processes; use a multiple')
-    rows, share, length = batch_size // process_count, -(-len(source) // process_count), len(source)
-    first, stop = process_index * share + start, min((process_index + 1) * share, length)
+    if batch_size < 1:
+        raise ValueError(f'batch_size={batch_size} must be at least 1')
+    part = range(len(source)) if part is None else part
+    first, stop = part.start, part.stop
 
     def index(k: int) -> int:
-        return min(first + k, stop - 1, length - 1)
+        return min(first + k, stop - 1)
 
     def make(k: int, item: Mapping[str, Any]) -> Batch:
         return named(transform(item['image'])) | {'label': np.int32(item['label']),
                                                   'readable': np.bool_(item['index'] == index(k))}
 
     def finish(batch: Batch, i: int) -> Batch:
-        position = first + i * rows + np.arange(rows)
+        position = first + i * batch_size + np.arange(batch_size)
         mask = (position < stop) & batch.pop('readable')
-        return batch | {'index': np.minimum(position, length - 1), 'mask': mask}
-    return read_parallel(source, index, make, finish, rows, count=-(-max(share - start, 0) // rows),
+        return batch | {'index': np.minimum(position, stop - 1), 'mask': mask}
+    return read_parallel(source, index, make, finish, batch_size, count=-(-len(part) // batch_size),
                          num_threads=num_threads, num_workers=num_workers)

@@ -146,7 +146,12 @@ def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
         OSError: there is no store, it is unfinished, or an array is missing or truncated.
         ValueError: its codes are of another L x V.
     """
-    shown, path = os.fspath(path), local_folder(path)
+    from experiments.dlc.data import codestore_shards  # deferred: it opens the parts of a store as stores
+    shown = os.fspath(path)
+    if not (storage.resolve(path) / 'meta.json').exists() and not codestore_shards.merge(path):
+        if missing := codestore_shards.describe_missing(path):
+            raise FileNotFoundError(f'{shown}: unfinished, {missing}; run the same command again for them')
+    path = local_folder(path)
     if not (path / 'meta.json').exists():
         partial = partial_path(path)
         if (partial / 'progress.json').exists():
@@ -164,6 +169,17 @@ def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
     arrays = {name: open_array(path / f'{name}.npy', num) for name in meta['arrays']}
     check_codes(arrays['codes'], num, codes, vocab, path)
     return CodeStore(path, meta, arrays)
+
+
+def open_rows(path: str | os.PathLike) -> CodeStore:
+    """Opens a finished store of any rows: codes, images, or a part of a store, which may have none.
+
+    Raises:
+        OSError: there is no store, or an array is missing or truncated.
+    """
+    path = local_folder(path)
+    meta = read_meta(path / 'meta.json', of_codes=False)
+    return CodeStore(path, meta, {name: open_array(path / f'{name}.npy', meta['num']) for name in meta['arrays']})
 
 
 def check_codes(codes: np.ndarray, num: int, length: int, vocab_size: int, path: pathlib.Path) -> None:
@@ -198,21 +214,21 @@ def check_one_encoder(stores: Mapping[str, CodeStore]) -> None:
                                  'encode both data sets with one encoder')
 
 
-def read_meta(path: pathlib.Path) -> dict[str, Any]:
-    """meta.json of a finished store.
+def read_meta(path: pathlib.Path, *, of_codes: bool = True) -> dict[str, Any]:
+    """meta.json of a finished store, of codes or of any rows.
 
     Raises:
         OSError: damaged, or of values that no store has.
     """
     try:
         meta = read_json(path)
-        for field in ('num', 'num_codes', 'vocab_size'):
-            if type(meta[field]) is not int or not 1 <= meta[field] < 2 ** 40:
+        for field in ('num', 'num_codes', 'vocab_size') if of_codes else ('num',):
+            if type(meta[field]) is not int or not of_codes <= meta[field] < 2 ** 40:
                 raise ValueError(f'{field}={meta[field]!r}')
         names = meta['arrays']
         if not isinstance(names, list) or not all(isinstance(n, str) and n.isidentifier() for n in names):
             raise ValueError(f'arrays={names!r}')
-        if 'codes' not in names:
+        if of_codes and 'codes' not in names:
             raise ValueError("arrays without 'codes'")
         if not isinstance(meta.get('class_names') or [], list):
             raise ValueError('class_names are no list')

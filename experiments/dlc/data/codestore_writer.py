@@ -1,8 +1,8 @@
 """Writes a code store (`codestore`) row by row.
 
 Rows are streamed into `<path>.partial`, which is renamed when all are there; interrupted, writing continues after the
-last rows known to be on disk. A store at a URL (`gs://...`) is written to a local cache and copied there when it is
-complete.
+last rows known to be on disk. Without `num_codes` in its meta it is a store of other rows, such as images. A store at a
+URL (`gs://...`) is written to a local cache and copied there when it is complete.
 """
 import errno
 import io
@@ -31,7 +31,7 @@ class writer:
 
     Args:
         path: of the store. Where a finished one with the same `meta` is there already, `done` is `num` at once.
-        num: items of the data set; each becomes a row or is left out.
+        num: items of the data set, or of a part of it; each becomes a row or is left out. A part may have no row.
         meta: `num_codes`, `vocab_size`, and whatever else should be kept beside the arrays (json). With `captions`,
             rows come with captions.
 
@@ -75,9 +75,13 @@ class writer:
             self._lines[name].truncate(self._lines_bytes[name])
         return self
 
+    def check_finished(self) -> None:
+        """Raises a ValueError unless the finished store that is there is this one."""
+        self._finished_before(storage.resolve(self._remote or self.path) / 'meta.json', self._remote or self.path)
+
     def _finished_before(self, meta: Any, where: str | pathlib.Path) -> 'writer':
         """Takes the finished store at `where` for this one, or raises."""
-        before = read_meta(meta)
+        before = read_meta(meta, of_codes=False)
         self._claim({'items': before['num']} | before, where)
         self.done, self._finished, self._remote = self.meta['items'], True, None
         return self
@@ -103,7 +107,8 @@ class writer:
         """Writes the next rows: `codes` [n, L] and any other arrays [n, ...], the same ones each time; `left_out` more
         items among them have no row."""
         rows = {name: np.asarray(array) for name, array in rows.items()}
-        rows['codes'] = self._check_codes(rows)
+        if 'num_codes' in self.meta:
+            rows['codes'] = self._check_codes(rows)
         count = len(names)
         if self.done + count + left_out > self.meta['items']:
             raise ValueError(f'{self.path}: {self.done + count + left_out} rows are more than num={self.meta["items"]}')
@@ -186,7 +191,7 @@ class writer:
             return
         if self.done != self.meta['items']:
             raise ValueError(f'{self.path}: {self.done} of {self.meta["items"]} rows were written; append the rest')
-        if not self._written:
+        if not self._written and 'shard' not in self.meta:
             raise ValueError(f'{self.path}: none of the {self.done} items could be read, there is nothing to store')
         if self._written < self.done:
             self._shorten()

@@ -1,7 +1,8 @@
-"""Refusal of what would not fit into memory, before any of it is taken."""
+"""Refusal of what would not fit into memory or onto a disk, before any of it is taken."""
 import pathlib
 import re
 import resource
+import shutil
 
 SHARE = 0.8  # of the memory that is free; the rest is for everything else
 
@@ -29,3 +30,12 @@ def check(nbytes: float, what: str, cure: str) -> None:
     if nbytes > SHARE * free:
         raise ValueError(f'{what} would take {nbytes / 2 ** 30:,.1f} GiB of the {free / 2 ** 30:,.1f} GiB of memory '
                          f'that are free; {cure}')
+
+
+def check_disk(nbytes: float, folder: str | pathlib.Path, what: str, cure: str) -> None:
+    """Raises a ValueError of one line, naming `what` and `cure`, where `nbytes` are more than the disk of `folder` has
+    free."""
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise ValueError(f'{what} would take {nbytes / 2 ** 30:,.1f} GiB of the {free / 2 ** 30:,.1f} GiB that are '
+                         f'free at {folder}; {cure}')

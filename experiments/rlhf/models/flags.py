@@ -3,8 +3,10 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from experiments.rlhf.models.inference import Policy, Responses
-from experiments.runtime import launch
+from experiments.runtime import launch, steps
 from experiments.runtime import mesh as mesh_lib
 
 
@@ -12,6 +14,7 @@ def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser
     """A parser with the flags that the commands share; `config`: with --config too."""
     p = launch.parser(description, config='data, sampling and rewards of a policy run' if config else None)
     p.add_argument('--policy', required=True, metavar='RUN|HF_FOLDER')
+    steps.add_flag(p, '--policy')
     p.add_argument('--tokenizer', metavar='FILE', help='tokenizer.json or its folder, where the policy has none')
     p.add_argument('--adapter', metavar='DIR', help='of PEFT, merged into the policy')
     p.add_argument('--dtype', choices=('float32', 'bfloat16'), help='to compute in (default: as its config says)')
@@ -36,11 +39,13 @@ def check(args: argparse.Namespace) -> None:
                          'same; set --temperature')
 
 
-def load(path: str, args: argparse.Namespace, config: Mapping[str, Any] | None = None) -> Policy:
-    """The policy in `path` as the flags say; `config.bos` decides about BOS where it says anything."""
-    mesh = mesh_lib.make_mesh({'data': -1, 'tensor': args.tensor})
+def load(path: str, args: argparse.Namespace, config: Mapping[str, Any] | None = None,
+         step: int | None = None) -> Policy:
+    """The policy in `path` as the flags say, at its newest checkpoint or at `step`; `config.bos` decides about BOS
+    where it says anything."""
+    mesh = mesh_lib.make_mesh({'data': -1, 'tensor': args.tensor}, jax.local_devices())
     return Policy.load(path, tokenizer=args.tokenizer or '', bos=(config or {}).get('bos'), dtype=args.dtype or '',
-                       adapter=args.adapter or '', mesh=mesh)
+                       adapter=args.adapter or '', mesh=mesh, step=step)
 
 
 def sampling(policy: Policy, args: argparse.Namespace, config: Mapping[str, Any] | None) -> Any:

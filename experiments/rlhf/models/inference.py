@@ -22,7 +22,7 @@ from experiments.rlhf.data import texts
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, partition
+from experiments.runtime import modules, partition, shards
 from experiments.runtime.evaluation import full_batches
 from rlhf_jax import chat, elastic_reset, responses
 from rlhf_jax import generate as generate_lib
@@ -72,7 +72,8 @@ class Policy:
         module, params: with stacked blocks.
         tokenizer: see `rlhf_jax.tokenizers`.
         bos: prompts begin with its BOS; None: as its files say.
-        mesh: of the devices; batches are split over `data` and `fsdp`. Default: all devices, weights on each.
+        mesh: of devices of this process; batches are split over `data` and `fsdp`. Default: all, weights on each. The
+            processes of a job share out the rows, and each gets the results of all.
         config: of the run.
         name: of the tokenizer, for messages.
 
@@ -85,7 +86,8 @@ class Policy:
         if tokenizer.vocab_size > module.vocab_size:
             raise ValueError(f'the tokenizer has {tokenizer.vocab_size} ids, the model {module.vocab_size}; they do '
                              'not belong together')
-        self.tokenizer, self.config, self.mesh = tokenizer, config, mesh or mesh_lib.make_mesh({'data': -1})
+        self.tokenizer, self.config, self.mesh = tokenizer, config, mesh or mesh_lib.make_mesh(
+            {'data': -1}, jax.local_devices())
         self.encode = texts.Encoder(tokenizer, tokenizer.adds_bos if bos is None else bos, name)
         self.module = module.clone(stacked=False)
         split = jax.jit(lambda p: decoder.split_blocks(module, p, dtype=module.dtype)[1])
@@ -96,7 +98,7 @@ class Policy:
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, tokenizer: str = '', bos: bool | None = None, dtype: str = '',
-             adapter: str = '', mesh: Mesh | None = None) -> 'Policy':
+             adapter: str = '', mesh: Mesh | None = None, step: int | None = None) -> 'Policy':
         """The policy in `path`: a work directory of sft, dpo or policy, or a Hugging Face folder with its tokenizer.
 
         Args:
@@ -104,12 +106,13 @@ class Policy:
             bos: whether prompts begin with BOS; None: as in the run's training, else as the tokenizer's files say.
             dtype: to compute in; '': as its own config says, float32 for a folder.
             adapter: folder of a PEFT adapter, merged into the weights.
+            step: which checkpoint of a work directory; None: the newest.
 
         Raises:
             FileNotFoundError, ValueError: nothing there, no language model, no tokenizer, one without an EOS, or one
                 that gives ids other meanings than the run's own.
         """
-        module, params, own = loading.load_policy(path, dtype, adapter)
+        module, params, own = loading.load_policy(path, dtype, adapter, step)
         name = tokenizer or (os.fspath(path) if own is None else own.tokenizer)
         try:
             opened = tokenizer_lib.open_tokenizer(name)
@@ -247,15 +250,19 @@ class Policy:
             raise ValueError(f'batch_size={batch_size} must be at least 1')
         num = len(arrays[0])
         size = -(-min(batch_size, num) // self._shards) * self._shards
-        out, sharding = [], mesh_lib.batch_sharding(self.mesh)
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            done = 0
-            for rows, count in full_batches(num, size):
-                out.append(jax.device_get(fn(*(jax.device_put(x[rows], sharding) for x in arrays))))
+        sharding = mesh_lib.batch_sharding(self.mesh)
+
+        def run(part: range) -> Any:
+            out, done = [], 0
+            for rows, count in full_batches(len(part), size):
+                batch = (jax.device_put(x[part.start + rows], sharding) for x in arrays)
+                out.append(jax.device_get(fn(*batch)))
                 done += count
                 if progress:
-                    progress(done)
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[:num], *out)
+                    progress(min(done * jax.process_count(), num))
+            return jax.tree.map(lambda *parts: np.concatenate(parts)[:len(part)], *out)
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+            return shards.gathered(run, num, size)
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'length', 'temperature'))

@@ -1,0 +1,181 @@
+"""What a set of samples is conditioned on: codes that a model draws, or rows of codes, classes or embeddings."""
+import argparse
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dlc_jax import codes as codes_lib
+from experiments.dlc.code_model import CodeModel
+from experiments.dlc.data.codestore import open_code_store
+from experiments.dlc.data.decode import Decoding, read_image
+from experiments.dlc.encoder import Encoder
+from experiments.dlc.generator import CONDITION_ARRAY, Generator
+from experiments.dlc.sample_flags import TEXT_SAMPLER
+from experiments.dlc.text_to_code import TextToCode
+from experiments.dlc.weights import reading
+from experiments.runtime import modules
+from experiments.runtime.digest import fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """The conditions of `num` samples.
+
+    Attributes:
+        made: JSON values that decide them: two sets with the same ones have the same conditions.
+        rows: [num, ...]; None where there are none, or where `draw` makes them.
+        draw: rows of the set -> their codes int32 [n, L].
+        codes: L and V of codes; None for conditions of another kind.
+        texts: one a sample, where the samples show texts.
+    """
+    num: int
+    made: Mapping[str, Any]
+    rows: np.ndarray | None = None
+    draw: Callable[[range], np.ndarray] | None = None
+    codes: tuple[int, int] | None = None
+    texts: Sequence[str] = ()
+
+
+def conditions_of(args: argparse.Namespace, generator: Generator | None, texts: Sequence[str], key: jax.Array,
+                  step: int | None) -> Conditions:
+    """What the flags say.
+
+    Args:
+        generator: that takes them; None: codes alone are wanted.
+        texts: of --text or --text_file.
+        key: of what is drawn.
+        step: of the code or text model, where codes alone are wanted.
+
+    Raises:
+        FileNotFoundError, ValueError: conditions that the generator does not take, or models that are not there.
+    """
+    condition = generator.config.model.condition if generator else 'code'
+    step = None if generator else step
+    if args.classes:
+        return _classes(args, generator, condition)
+    if texts:
+        return _texts(args, generator, texts, key, step)
+    if args.codes:
+        return _stored(args, generator, condition)
+    if args.from_images or args.compose:
+        return _images(args, generator, condition, key)
+    if condition == 'none':
+        return Conditions(args.num or 16, {})
+    if instead := {'class': '--classes', 'embedding': '--from_images'}.get(condition):
+        raise ValueError(f'--unconditional: this generator is conditioned on {condition!r}, which no code model makes; '
+                         f'use {instead}')
+    if not args.code_model:
+        raise ValueError('--unconditional needs --code_model=RUN: ' + (
+            'this generator is conditioned on codes' if generator else 'it is what draws the codes'))
+    model = reading.load(CodeModel, args.code_model, step=step)
+    m = model.config.model
+    check_codes(generator, m.num_codes, m.vocab_size, args.code_model)
+    num, sampler = args.num or 16, dict(name=args.code_sampler, num_steps=args.code_steps, eta=args.eta,
+                                        window=tuple(args.window) if args.window else None)
+    made = dict(code_model=fingerprint(model.params), sampler=dict(modules.with_sampler(model.config, sampler).sampler))
+    return Conditions(num, made, codes=(m.num_codes, m.vocab_size), draw=lambda part: model.sample(
+        key, num, part=part, batch_size=args.batch_size, **sampler))
+
+
+def check_codes(generator: Generator | None, num_codes: int, vocab_size: int, of: str) -> None:
+    """Raises a ValueError unless the generator, where there is one, takes the codes that `of` makes."""
+    if generator is None:
+        return
+    m = generator.config.model
+    if m.condition != 'code':
+        raise ValueError(f'the generator is conditioned on {m.condition!r}, not on codes; train one with '
+                         'model.condition=code')
+    if (m.num_codes, m.vocab_size) != (num_codes, vocab_size):
+        raise ValueError(f'{of} makes codes of {num_codes} x {vocab_size} but the generator takes '
+                         f'{m.num_codes} x {m.vocab_size}; use models trained on the same code store')
+
+
+def _classes(args: argparse.Namespace, generator: Generator | None, condition: str) -> Conditions:
+    if generator is None or condition != 'class':
+        raise ValueError(f'--classes: the generator is conditioned on {condition!r}' if generator else
+                         '--classes: a class has no code to save; give --generator and --out')
+    bad = [c for c in args.classes if not 0 <= c < generator.config.model.num_classes]
+    if bad:
+        raise ValueError(f'--classes: {bad[0]} is outside 0..{generator.config.model.num_classes - 1}')
+    num = args.num or len(args.classes)
+    return Conditions(num, dict(classes=args.classes), np.resize(np.asarray(args.classes, np.int32), num))
+
+
+def _texts(args: argparse.Namespace, generator: Generator | None, texts: Sequence[str], key: jax.Array,
+           step: int | None) -> Conditions:
+    if generator is not None and generator.config.model.condition != 'code':
+        raise ValueError(f'--text: the generator is conditioned on {generator.config.model.condition!r}, not on codes')
+    if generator is None and reading.is_released(args.text_model):
+        raise ValueError(f'--text_model={args.text_model}: released weights do not say how long their codes are; give '
+                         'the --generator that takes them, and --out')
+    settings = dict(num_codes=generator.config.model.num_codes) if generator else {}
+    model = reading.load(TextToCode, args.text_model, step=step, **settings)
+    m = model.config.model
+    check_codes(generator, m.num_codes, m.vocab_size, args.text_model)
+    count, sampler = args.per_text or 1, {field: getattr(args, flag) for flag, field in TEXT_SAMPLER.items()}
+    model.checked(texts, **sampler)
+    made = dict(text_model=fingerprint(model.params), texts=hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16],
+                per_text=count, sampler=dict(modules.with_sampler(model.config, sampler).sampler))
+    return Conditions(len(texts) * count, made, codes=(m.num_codes, m.vocab_size),
+                      texts=[text for text in texts for _ in range(count)], draw=lambda part: model.sample(
+                          key, texts, num_per_prompt=count, part=part, batch_size=args.batch_size, **sampler))
+
+
+def _stored(args: argparse.Namespace, generator: Generator | None, condition: str) -> Conditions:
+    """Rows of a store: what --save_codes wrote, or experiments.encode."""
+    if generator is None:
+        raise ValueError('--codes: these are saved already; give --generator and --out to make images of them')
+    if condition == 'none':
+        raise ValueError('--codes: this generator is unconditional; use --unconditional')
+    store, m = open_code_store(args.codes), generator.config.model
+    if condition == 'code':
+        check_codes(generator, store.num_codes, store.vocab_size, f'--codes={args.codes}')
+    num = args.num or len(store)
+    if num > len(store):
+        raise ValueError(f'--num={num}: --codes={args.codes} holds {len(store)}')
+    rows = store.labels(m.num_classes) if condition == 'class' else store.array(CONDITION_ARRAY[condition])
+    if condition == 'embedding' and rows.shape[1] != m.embedding_dim:
+        raise ValueError(f'--codes={args.codes}: embeddings of {rows.shape[1]} numbers, but the generator takes '
+                         f'{m.embedding_dim}')
+    codes = (store.num_codes, store.vocab_size) if condition == 'code' else None
+    return Conditions(num, dict(rows=fingerprint(rows[:num]), drawn='encoder' not in store.meta), rows[:num],
+                      codes=codes)
+
+
+def _images(args: argparse.Namespace, generator: Generator | None, condition: str, key: jax.Array) -> Conditions:
+    """Codes (or embeddings) of --from_images in turn, or composed of all images of --compose."""
+    paths, encoder = args.from_images or args.compose, reading.load(Encoder, args.encoder)
+    num = args.num or (len(paths) if args.from_images else 16)
+    images = [read_image(path, Decoding.of(encoder.config.data)) for path in paths]
+    m, codes = encoder.config.model, None
+    if condition == 'embedding':
+        rows = embeddings(generator, encoder, images, num, compose=bool(args.compose))
+    else:
+        check_codes(generator, m.num_codes, m.vocab_size, '--encoder')
+        codes = (m.num_codes, m.vocab_size)
+        if args.compose:
+            sems = encoder.encode_images(images, temperature=args.temperature, outputs=('sem',))['sem']
+            rows = np.asarray(codes_lib.compose(key, sems, num, method=args.composition))
+        else:
+            rows = np.resize(encoder.encode_images(images, outputs=('codes',))['codes'], (num, m.num_codes))
+    return Conditions(num, dict(rows=fingerprint(rows)), rows, codes=codes)
+
+
+def embeddings(generator: Generator, encoder: Encoder, images: list[np.ndarray], num: int, *,
+               compose: bool) -> np.ndarray:
+    """Embeddings [num, D] of uint8 `images` of any size: theirs in turn, or composed, their mean, which is the paper's
+    baseline (arXiv 2507.12318 §5.2) and has no draws: its samples differ by their noise alone.
+
+    Raises:
+        ValueError: the generator takes embeddings of another size.
+    """
+    rows = encoder.encode_images(images, outputs=('embeddings',))['embeddings']
+    if rows.shape[1] != generator.config.model.embedding_dim:
+        raise ValueError(f'the encoder makes embeddings of {rows.shape[1]} numbers but the generator takes '
+                         f'{generator.config.model.embedding_dim}')
+    rows = rows.mean(0, keepdims=True) if compose else rows
+    return np.resize(rows, (num, rows.shape[1]))

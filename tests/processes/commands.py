@@ -1,0 +1,43 @@
+"""Several commands in one job, so that its processes are started once: `python -m tests.processes.commands FILE`.
+
+FILE holds a JSON list of command lines, each `[module, argument, ...]`. With `--killed_at=N` the process kills itself
+in the N-th row store's append, and every row that is written is noted at once.
+"""
+import importlib
+import json
+import os
+import pathlib
+import signal
+import sys
+
+from experiments.runtime import launch
+
+
+def main() -> None:
+    p = launch.parser(__doc__)
+    p.add_argument('file')
+    p.add_argument('--killed_at', type=int, default=0)
+    args, _ = launch.parse(p)
+    launch.initialize(args)
+    if args.killed_at:
+        kill_at(args.killed_at)
+    for number, command in enumerate(json.loads(pathlib.Path(args.file).read_text())):
+        sys.argv = [command[0], *command[1:]]
+        importlib.import_module(command[0]).main()
+        print(f'--- {number}', flush=True)
+
+
+def kill_at(number: int) -> None:
+    from experiments.dlc.data import codestore_writer
+    append, calls = codestore_writer.writer.append, []
+
+    def append_and_count(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, *args, **kwargs)
+    codestore_writer.SYNC_SECONDS, codestore_writer.writer.append = 0, append_and_count
+
+
+if __name__ == '__main__':
+    launch.main(main)
