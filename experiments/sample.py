@@ -34,8 +34,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dlc_jax.diffusion.gaussian import to_uint8
-from experiments.dlc import sample_flags
-from experiments.dlc.conditions import Conditions, conditions_of
+from experiments.dlc.commands import sample_flags
+from experiments.dlc.commands.conditions import Conditions, conditions_of
 from experiments.dlc.data import codestore, codestore_shards, codestore_writer, samples
 from experiments.dlc.generator import Generator, sample_shape
 from experiments.dlc.latents import LatentDecoder

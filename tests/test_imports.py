@@ -72,6 +72,7 @@ ROOMS = {
     'experiments/dlc': (*IMAGES, 'experiments.dlc.data'),
     'experiments/dlc/data': IMAGES,
     'experiments/dlc/weights': (*IMAGES, 'experiments.dlc'),
+    'experiments/dlc/commands': (*IMAGES, 'experiments.dlc'),
     'experiments/rlhf': (),
     'experiments/rlhf/data': COMMON,
     'experiments/rlhf/data/tasks': COMMON,

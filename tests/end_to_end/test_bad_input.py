@@ -21,7 +21,7 @@ from PIL import Image
 
 from experiments import compile as compile_command
 from experiments import encode, evaluate, quickstart, sample, train
-from experiments.dlc import sample_flags
+from experiments.dlc.commands import sample_flags
 from experiments.dlc.data import codestore, codestore_writer, samples
 from experiments.quickstarts import dlc as dlc_quickstart
 from experiments.runtime import hooks, launch, loop, modules

@@ -10,11 +10,11 @@ import numpy as np
 
 from dlc_jax import codes as codes_lib
 from experiments.dlc.code_model import CodeModel
+from experiments.dlc.commands.sample_flags import TEXT_SAMPLER
 from experiments.dlc.data.codestore import open_code_store
 from experiments.dlc.data.decode import Decoding, read_image
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import CONDITION_ARRAY, Generator
-from experiments.dlc.sample_flags import TEXT_SAMPLER
 from experiments.dlc.text_to_code import TextToCode
 from experiments.dlc.weights import reading
 from experiments.runtime import modules
