@@ -73,6 +73,7 @@ def learning() -> dict:
             devices=0,  # the last so many devices generate; 0: the learner's own
             mesh=dict(data=-1, fsdp=1, tensor=1),  # of the generating devices
             transport='devices',  # devices | files | transfer: generators are other processes (experiments.generate)
+            address='127.0.0.1:0',  # of this machine, that a transfer's learner listens on: host:port, 0 for any port
             num_generators=1,  # processes, where they are
             threaded=True,  # False: the same batches, generated in the loop
             newest=False,  # each batch with the newest weights there are

@@ -36,11 +36,13 @@ def wait_for_config(workdir: str, timeout: float) -> None:
         time.sleep(0.2)
 
 
-def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = None, trust: bool = False) -> int:
+def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = None, trust: bool = False,
+             address: str = '127.0.0.1:0') -> int:
     """Serves the learner of `workdir` until it is done, and returns how many batches it made.
 
     Args:
         trust: call a reward function that the work directory names.
+        address: of this machine, `host:port`, for `rollout.transport='transfer'`.
 
     Raises:
         ValueError: the run has no generator processes, data that does not fit, or a reward function without `trust`.
@@ -57,11 +59,13 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
     folder, mesh = storage.resolve(workdir) / 'rollouts', rollouts.generator_mesh(config)
     kind = importlib.import_module(EXPERIMENTS[config.experiment]).KIND
     decoding = kind.decoding(config, mesh)
-    weights = rollouts.open_weights(config, decoding.shardings, decoding.shapes, folder, reader=generator)
+    weights = rollouts.open_weights(config, decoding.shardings, decoding.shapes, folder, reader=generator,
+                                    address=address)
     make = kind.generator(config, mesh, weights)
     log.info('%s: generator %d of %d is ready', workdir, generator, config.rollout.num_generators)
     return processes.serve(make, weights, folder / 'batches', generator=generator,
-                           num_generators=config.rollout.num_generators, idle_timeout=idle_timeout)
+                           num_generators=config.rollout.num_generators, idle_timeout=idle_timeout,
+                           share=rollouts.share_of(mesh))
 
 
 def main() -> None:
@@ -71,13 +75,16 @@ def main() -> None:
     p.add_argument('--wait', type=float, default=600.0, metavar='SECONDS', help='for the learner to start')
     p.add_argument('--idle_timeout', type=float, default=0.0, metavar='SECONDS',
                    help='leave after so long with nothing to do (the learner is gone); 0: wait for ever')
+    p.add_argument('--address', metavar='HOST:PORT', default='127.0.0.1:0',
+                   help='of this machine, where weights are transferred between machines '
+                        '(rollout.transport=transfer); port 0: any that is free')
     p.add_argument('--trust', action='store_true',
                    help="call the run's reward function (reward.kind=function), which stands in DIR/config.json")
     args, _ = launch.parse(p)
     launch.initialize(args)
     wait_for_config(args.workdir, args.wait)
     made = generate(args.workdir, generator=args.generator, idle_timeout=args.idle_timeout or None,
-                    trust=args.trust)
+                    trust=args.trust, address=args.address)
     print(f'made {made} batches')
 
 

@@ -14,7 +14,19 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.runtime import compiler, launch, lease, leftovers, loop, partition, placement, slices, storage
+from experiments.runtime import (
+    compiler,
+    exchange,
+    launch,
+    lease,
+    leftovers,
+    loop,
+    partition,
+    placement,
+    processes,
+    slices,
+    storage,
+)
 from experiments.runtime import experiment as experiment_lib
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
@@ -67,7 +79,7 @@ def mesh_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | N
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh: Mesh | None = None,
-          hooks: Sequence[loop.Hook] = (), name: str | None = None, wandb: str = '') -> TrainState:
+          hooks: Sequence[loop.Hook] = (), name: str | None = None, wandb: str = '') -> TrainState | None:
     """Trains to `config.num_steps`, continuing what `workdir` holds.
 
     Args:
@@ -77,7 +89,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
         wandb: project of Weights & Biases that metrics go to as well; '': none.
 
     Returns:
-        The final state, laid out over `mesh`.
+        The final state, laid out over `mesh`; None in a process that has none of its devices, which generates for those
+        that have.
 
     Raises:
         ValueError, OSError: a config, data set, checkpoint or place that does not fit; before anything is compiled.
@@ -85,6 +98,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
     """
     workdir = storage.resolve(workdir)
     check_wandb(wandb)
+    processes.begin_run()
 
     # ---- Mesh, model, data -------------------------------------------------------------------------------------------
     mesh = mesh or mesh_of(config)
@@ -92,15 +106,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
     config = experiment.config or config
     launch.check_workdir(config, workdir)
     storage.check_writable(workdir, '--workdir')
+    learners = exchange.processes_of(mesh)
+    if jax.process_index() not in learners:
+        with lease.owned(workdir):
+            experiment.generate(workdir)
+        return None
     abstract = jax.eval_shape(experiment.init, jax.random.key(config.seed))
     shardings = partition.state_shardings(abstract, experiment.rules, mesh)
     with (lease.owned(workdir, restore=lambda: launch.save_config(config, workdir)) as still_owned,
-          jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES)):
+          processes.announcing_end(), jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES)):
         # ---- Resume, or start ----------------------------------------------------------------------------------------
         with signals.leaving(f'stopped by signal before the first step; {loop.GO_ON}'):
             if jax.process_index() == 0:
                 leftovers.remove(workdir)
-            checkpointer = Checkpointer(workdir / 'checkpoints', keep=Retention.of(config), clean=True)
+            checkpointer = Checkpointer(workdir / 'checkpoints', keep=Retention.of(config), clean=True,
+                                        processes=None if len(learners) == jax.process_count() else learners)
             restored = checkpointer.restore(abstract, shardings)
             if restored and restored[0] >= config.num_steps:
                 log.info('%s: at step %d of %d already; nothing to do', workdir, restored[0], config.num_steps)

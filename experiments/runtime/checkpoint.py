@@ -5,12 +5,13 @@ Every way of reading takes the newest readable step and says which it passed ove
 error that names the first parameter that differs, never a silent fallback.
 """
 import contextlib
+import importlib
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -46,11 +47,13 @@ class Checkpointer:
         keep: which steps stay: so many of the newest, or a `Retention`.
         read_only: never create or clean anything (sampling, evaluation).
         clean: remove what killed writers left unfinished. Only for the one process group that owns the directory.
+        processes: that read and write together, the first of the job among them; None: all.
         asynchronous: write while training goes on. None: on accelerators, and on the CPU if `ASYNCHRONOUS` is '1'.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int | Retention = 2, read_only: bool = False,
-                 clean: bool = False, asynchronous: bool | None = None):
+                 clean: bool = False, processes: Sequence[int] | None = None,
+                 asynchronous: bool | None = None):
         _ignore_closed_loops()
         directory = storage.resolve(directory)
         self.directory = directory if storage.is_remote(directory) else directory.absolute()
@@ -64,9 +67,17 @@ class Checkpointer:
         self._writing: int | None = None  # a step handed to Orbax that `wait` has not yet seen on disk
         self._retention = keep if isinstance(keep, Retention) else Retention(keep)
         self._unmeasured = False  # whether it was said that the metric to keep the best by is missing
+        together = ocp.options.MultiprocessingOptions()
+        if processes is not None:  # Orbax then leaves the folder to us
+            if len(processes) == 1:
+                _let_one_of_several_save()
+            together = ocp.options.MultiprocessingOptions(active_processes=set(processes),
+                                                          barrier_sync_key_prefix='learners')
+            self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            **({} if read_only else self._retention.options()), create=not read_only, read_only=read_only,
-            cleanup_tmp_directories=clean, enable_async_checkpointing=self._asynchronous)
+            **({} if read_only else self._retention.options()), create=not read_only and processes is None,
+            read_only=read_only, cleanup_tmp_directories=clean, enable_async_checkpointing=self._asynchronous,
+            multiprocessing_options=together)
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=('state', 'data', 'meta')) if (
                 not read_only or self.directory.is_dir()) else None
@@ -282,6 +293,22 @@ def _check_digests(meta: Mapping[str, Any], digests_read: Mapping[str, str]) -> 
     for name, value in digests_read.items():
         if 'digests' in meta and meta['digests'].get(name) != value:
             raise Damaged(f'{name} is not what was saved')
+
+
+def _let_one_of_several_save() -> None:
+    """In a job of several processes Orbax (0.12) refuses arrays that one of them has whole, as a learner has whose only
+    host shares the job with those that generate. Not told how many processes there are, it writes them like others."""
+    internals = 'orbax.checkpoint._src'
+    handlers = importlib.import_module(f'{internals}.serialization.jax_array_handlers')
+    metadata = importlib.import_module(f'{internals}.metadata.array_metadata_store')
+
+    class Jax:
+        process_count = staticmethod(lambda: 1)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(jax, name)
+    handlers.jax = Jax()
+    metadata.Validator._validate_process_count = lambda self, *, ref_process_index: None
 
 
 @contextlib.contextmanager

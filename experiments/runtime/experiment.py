@@ -33,6 +33,7 @@ class Experiment:
         open_rollouts: workdir -> stream of batches made by the model that is trained. It is told every new state
             (`publish(version, state)`, before the first batch and after each step), and gives `metrics` of the last
             batch.
+        generate: workdir -> None: the part of a process that has no device of the mesh, for the length of the run.
         check: opens the released weights and the tokenizer that the config names, reads names and shapes only, and
             raises a ValueError or OSError where they do not fit the model; None where there is nothing to look at.
         warm_start: applied to a fresh state, never to a resumed one (released weights).
@@ -49,6 +50,7 @@ class Experiment:
     batch: Mapping[str, jax.ShapeDtypeStruct]
     open_batches: Callable[[], Iterator[dict[str, np.ndarray]]] | None
     open_rollouts: Callable[[Any], Any] | None = None
+    generate: Callable[[Any], None] | None = None
     check: Callable[[], None] | None = None
     warm_start: Callable[[TrainState], TrainState] | None = None
     sampler: Callable[[Any, jax.Array], Any] | None = None

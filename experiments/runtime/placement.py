@@ -67,12 +67,10 @@ def place_tree(tree: Any, shardings: Any) -> Any:
         return jax.device_put(tree, shardings)
 
     def place(x: Any, sharding: Sharding) -> jax.Array:
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x, sharding)
-        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = np.asarray(jax.random.key_data(x))
-            placed = jax.make_array_from_callback(data.shape, sharding, lambda index: data[index])
-            return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(x))
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
     return jax.tree.map(place, tree, shardings)

@@ -21,9 +21,13 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 40   # without a sign of life, after which a process counts as dead
 SHUTDOWN_SECONDS = 60    # between the first and the last process that ends
 LOOK_SECONDS = 1.0       # between two looks for a failed process
+AWAIT_SECONDS = 0.1      # between two looks for an announcement
 FAREWELL_SECONDS = 3.0   # that process 0, which keeps the store, stays after it failed
 
 _FAILED = 'experiments/failed/'
+_ANNOUNCED = 'experiments/announced/'
+FINISHED = 'finished'  # announced when a run has ended
+_run = 0  # counts the runs of this process
 _joined = threading.Event()  # JAX's store aborts a process that asks it anything before it is connected
 
 
@@ -110,6 +114,38 @@ def watched() -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def begin_run() -> None:
+    """Begins a run, in every process of the job: what was announced in the one before counts no more."""
+    global _run
+    _run += 1
+
+
+def announce(name: str, text: str = '') -> None:
+    """Leaves `text` in the job's store, for `awaited` in other processes; once a run for each `name`."""
+    _client().key_value_set(f'{_ANNOUNCED}{_run}/{name}', text)
+
+
+def awaited(*names: str) -> tuple[str, str]:
+    """(name, text) of the first of `names` that another process announces, however long that takes; `watched` ends the
+    wait where one fails."""
+    while True:
+        announced = {key.rsplit('/', 1)[1]: text for key, text in _client().key_value_dir_get(f'{_ANNOUNCED}{_run}/')}
+        for name in names:
+            if name in announced:
+                return name, announced[name]
+        time.sleep(AWAIT_SECONDS)
+
+
+@contextlib.contextmanager
+def announcing_end() -> Iterator[None]:
+    """`FINISHED` is announced, in a job of several processes, however the block ends; only process 0 does it."""
+    try:
+        yield
+    finally:
+        if not alone() and jax.process_index() == 0:
+            announce(FINISHED)
 
 
 def alone() -> bool:

@@ -25,6 +25,9 @@ from rlhf_jax.rollout import batch as batch_lib
 from rlhf_jax.rollout.publish import write
 from rlhf_jax.rollout.stream import Generate, Weights
 
+# What the first process of a job gives, in all of them; the others give None. One process needs none of it.
+Share = Callable[[bytes | None], bytes]
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -90,9 +93,12 @@ class Remote:
         weights: where versions go, `Files` or `Transfer`.
         max_staleness: S, as the stream's.
         poll: seconds between looks at the folder.
+        share: of a learner of several processes, see `Share`.
     """
 
-    def __init__(self, directory: str | os.PathLike, weights: Weights, *, max_staleness: int, poll: float = 0.01):
+    def __init__(self, directory: str | os.PathLike, weights: Weights, *, max_staleness: int, poll: float = 0.01,
+                 share: Share = lambda payload: payload):
+        self._share, self._leads = share, jax.process_index() == 0
         self._folder, self._weights, self._poll = _Folder(directory), weights, poll
         self._max_staleness = max_staleness
         self._base: int | None = None
@@ -116,6 +122,15 @@ class Remote:
         Raises:
             RuntimeError: a generator failed, with its traceback; or the stream was closed.
         """
+        payload = self._share(self._await(index) if self._leads else None)
+        try:
+            saved = json.loads(payload)
+            return batch_lib.from_json(saved['batch']) | {'seconds': saved['seconds']}
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            path = self._folder.batch(self._request.attempt if self._request else 0, index)
+            raise ValueError(f'{path}: damaged ({error}); delete it, and its generator makes it again') from None
+
+    def _await(self, index: int) -> bytes:
         if self._request is None:
             # Weights first, then the request: whoever reads it finds the version that it starts with.
             before = self._folder.request()
@@ -134,11 +149,7 @@ class Remote:
                 raise RuntimeError('the rollout stream was closed while a batch was awaited')
         # A batch stays until the learner has surely drawn it, so that a generator that starts anew finds it done.
         self._folder.remove(unless=lambda a, i: (a, i) >= (attempt, index - self._max_staleness))
-        try:
-            saved = json.loads(path.read_bytes())
-            return batch_lib.from_json(saved['batch']) | {'seconds': saved['seconds']}
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f'{path}: damaged ({error}); delete it, and its generator makes it again') from None
+        return path.read_bytes()
 
     def finish(self) -> None:
         """Tells generators that are started later that there is nothing left to do."""
@@ -153,8 +164,9 @@ class Remote:
 
 
 def serve(generate: Generate, weights: Newest, directory: str | os.PathLike, *, generator: int = 0,
-          num_generators: int = 1, poll: float = 0.01, idle_timeout: float | None = None) -> int:
-    """A generator process: makes the batches that the learner's request asks for until it is closed.
+          num_generators: int = 1, poll: float = 0.01, idle_timeout: float | None = None,
+          share: Share = lambda payload: payload) -> int:
+    """A generator: makes the batches that the learner's request asks for until it is closed.
 
     Args:
         generate: as in one process.
@@ -163,6 +175,7 @@ def serve(generate: Generate, weights: Newest, directory: str | os.PathLike, *, 
         generator, num_generators: which one this is; batch i is made by generator `i % num_generators`.
         poll: seconds between looks at the folder.
         idle_timeout: leave after so many seconds with nothing to do (the learner is gone); None: wait for ever.
+        share: of a generator of several processes, which all call `serve`; the first of them looks at the folder.
 
     Returns:
         How many batches it made.
@@ -172,54 +185,82 @@ def serve(generate: Generate, weights: Newest, directory: str | os.PathLike, *, 
     """
     if not 0 <= generator < num_generators:
         raise ValueError(f'generator={generator} must be in 0..{num_generators - 1}')
-    folder, index, made = _Folder(directory), 0, 0
-    request: Request | None = None
-    loaded_version: int | None = None
+    leads, made = jax.process_index() == 0, 0
+    folder, orders = _Folder(directory), _Orders(directory, weights, generator, num_generators, poll, idle_timeout)
+    loaded: tuple[int, int] | None = None  # attempt and version of `params`
     params: Any = None
-    # A learner that was stopped has closed its request; it opens another when it comes back, perhaps later than this.
-    gone = folder.request()
-    if gone and not (gone.closed and not gone.finished):
-        gone = None
-    idle = time.monotonic()
     while True:
-        current = folder.request()
-        if current == gone:
-            current = None
-        if current and current.closed:
+        idle = time.monotonic()
+        order = json.loads(share(json.dumps(orders.next()).encode() if leads else None))
+        if order is None:
             return made
-        if current and current != request:
-            request, loaded_version = current, None  # a version may have been published anew
-            index = request.first + (generator - request.first) % num_generators
-        newest = weights.newest() if request else None
-        if request is None or newest is None or request.version(index) > newest:
-            if idle_timeout is not None and time.monotonic() - idle > idle_timeout:
-                return made
-            time.sleep(poll)
-            continue
-        if index < newest or folder.batch(request.attempt, index).exists():
-            index += num_generators  # drawn already, or made before this process was started anew
-            continue
+        attempt, index, version = order
         start = time.monotonic()
-        version = request.version(index)
         try:
-            if loaded_version != version:
-                loaded_version, params = version, weights.fetch(version)
+            if loaded != (attempt, version):
+                loaded, params = None, None  # a version may have been published anew
+                params, loaded = weights.fetch(version), (attempt, version)
                 weights.release(version)
         except (TimeoutError, ValueError):
-            if folder.request() != request:  # it belonged to a learner that is no more
+            if jax.process_count() == 1 and orders.outdated():  # it belonged to a learner that is no more
                 continue
             raise
-        loaded = time.monotonic()
+        fetched = time.monotonic()
         try:
             batch = jax.device_get(dict(generate(params, index=index, version=version)))
             batch_lib.complete(batch, version)
             batch_lib.check(batch, f'batch {index}')
         except Exception as error:
             error.add_note(f'while generating batch {index} with version {version}')
-            write(folder.error(request.attempt, index), traceback.format_exc().encode())
+            write(folder.error(attempt, index), traceback.format_exc().encode())
             raise
-        end = time.monotonic()
-        seconds = {'generator_wait': start - idle, 'load': loaded - start, 'generate': end - loaded}
-        write(folder.batch(request.attempt, index),
-              json.dumps({'batch': batch_lib.to_json(batch), 'seconds': seconds}).encode())
-        made, index, idle = made + 1, index + num_generators, time.monotonic()
+        made += 1
+        if leads:
+            seconds = {'generator_wait': start - idle, 'load': fetched - start, 'generate': time.monotonic() - fetched}
+            write(folder.batch(attempt, index),
+                  json.dumps({'batch': batch_lib.to_json(batch), 'seconds': seconds}).encode())
+            orders.done()
+
+
+class _Orders:
+    """What a generator has to do next, from the learner's request and the versions there are."""
+
+    def __init__(self, directory: str | os.PathLike, weights: Newest, generator: int, num_generators: int, poll: float,
+                 idle_timeout: float | None):
+        self._folder, self._weights, self._poll, self._idle_timeout = _Folder(directory), weights, poll, idle_timeout
+        self._generator, self._num_generators, self._index = generator, num_generators, 0
+        self._request: Request | None = None
+        # A learner that was stopped has closed its request; it opens another when it comes back, perhaps later than
+        # this.
+        gone = self._folder.request()
+        self._gone = gone if gone and gone.closed and not gone.finished else None
+
+    def next(self) -> tuple[int, int, int] | None:
+        """Waits for (attempt, index of a batch, version) to make; None: leave."""
+        idle = time.monotonic()
+        while True:
+            current = self._folder.request()
+            if current == self._gone:
+                current = None
+            if current and current.closed:
+                return None
+            if current and current != self._request:
+                self._request = current
+                self._index = current.first + (self._generator - current.first) % self._num_generators
+            request, newest = self._request, self._weights.newest() if self._request else None
+            if request is None or newest is None or request.version(self._index) > newest:
+                if self._idle_timeout is not None and time.monotonic() - idle > self._idle_timeout:
+                    return None
+                time.sleep(self._poll)
+            elif self._index < newest or self._folder.batch(request.attempt, self._index).exists():
+                self._index += self._num_generators  # drawn already, or made before this process was started anew
+            else:
+                return request.attempt, self._index, request.version(self._index)
+
+    def done(self) -> None:
+        """The batch that was asked for last is written."""
+        self._index += self._num_generators
+
+    def outdated(self) -> bool:
+        """Whether the learner has asked anew since."""
+        return self._folder.request() != self._request

@@ -83,6 +83,9 @@ class InProcess:
 class Files:
     """Through a folder that both sides see; one safetensors file a version, complete from the moment it has its name.
 
+    Of a learner of several processes each writes what its devices hold, `shard-VERSION-I-of-P.safetensors`, and the
+    first then says that all have, in `weights-VERSION.json`. Readers need not be as many.
+
     A version may be published anew: a learner that resumed from an older checkpoint goes back, and what the one before
     it had published beyond is withdrawn.
 
@@ -104,24 +107,65 @@ class Files:
     def _path(self, version: int) -> pathlib.Path:
         return self._directory / f'weights-{version:09d}.safetensors'
 
+    def _marker(self, version: int) -> pathlib.Path:
+        return self._directory / f'weights-{version:09d}.json'
+
+    def _shard(self, version: int, index: int, count: int) -> pathlib.Path:
+        return self._directory / f'shard-{version:09d}-{index}-of-{count}.safetensors'
+
     def versions(self) -> list[int]:
         """On disk, oldest first."""
-        return _versions(self._directory, 'weights-*.safetensors')
+        return sorted({*_versions(self._directory, 'weights-*.safetensors'),
+                       *_versions(self._directory, 'weights-*.json')})
 
     def publish(self, version: int, params: Tree) -> None:
-        """Returns when the file is on disk.
+        """Returns when the file is on disk; with several processes, all call it.
 
         Raises:
             OSError: it could not be written; versions before it are untouched.
             ValueError: `params` is no nested dict, or a name holds a slash.
         """
         from safetensors.numpy import save
-        flat = _flatten(jax.device_get(cast(params, self._dtype)))
-        arrays = {name: np.array(x, order='C') for name, x in flat.items()}
+        flat = _flatten(cast(params, self._dtype))
+        if jax.process_count() > 1:
+            return self._publish_shards(version, flat)
+        arrays = {name: np.array(x, order='C') for name, x in jax.device_get(flat).items()}
+        self._marker(version).unlink(missing_ok=True)  # of a learner that was several processes
         write(self._path(version), save(arrays, metadata={'version': str(version)}))
+        self._remove_old(version)
+
+    def _publish_shards(self, version: int, flat: Mapping[str, Any]) -> None:
+        from jax.experimental.multihost_utils import sync_global_devices
+        from safetensors.numpy import save
+        index, count = jax.process_index(), jax.process_count()
+        if index == 0:
+            self._withdraw(version)
+        sync_global_devices(f'weights {version} withdrawn')  # nobody takes new shards for those of the old version
+        arrays: dict[str, np.ndarray] = {}
+        for name, x in flat.items():
+            for shard in x.addressable_shards:
+                if shard.replica_id == 0:
+                    begins = ','.join(str(axis.start or 0) for axis in shard.index)
+                    arrays[f'{name}@{begins}'] = np.array(shard.data, order='C')
+        write(self._shard(version, index, count), save(arrays))
+        sync_global_devices(f'weights {version} written')
+        if index == 0:
+            marker = {'shards': count, 'shapes': {name: list(x.shape) for name, x in flat.items()}}
+            write(self._marker(version), json.dumps(marker).encode())
+            self._remove_old(version)
+
+    def _withdraw(self, version: int) -> None:
+        self._path(version).unlink(missing_ok=True)
+        self._marker(version).unlink(missing_ok=True)
+
+    def _remove_old(self, version: int) -> None:
         for other in self.versions():
             if other > version or other <= version - self._keep:
-                self._path(other).unlink(missing_ok=True)
+                self._withdraw(other)
+        for path in self._directory.glob('shard-*.safetensors'):
+            other = int(path.name.split('-')[1])
+            if other > version or other <= version - self._keep:
+                path.unlink(missing_ok=True)
 
     def fetch(self, version: int) -> Tree:
         """That version as a nested dict.
@@ -130,17 +174,31 @@ class Files:
             TimeoutError: it did not come within `timeout`.
             ValueError: it has been there and is gone.
         """
-        from safetensors import deserialize
         gone = lambda: any(other >= version + self._keep for other in self.versions())
-        wait(lambda: self._path(version).exists() or gone(), f'version {version} was not published', self._timeout,
-             self._poll)
+        wait(lambda: self._path(version).exists() or self._marker(version).exists() or gone(),
+             f'version {version} was not published', self._timeout, self._poll)
         try:
-            data = self._path(version).read_bytes()
+            flat = self._read_shards(version) if self._marker(version).exists() else self._read_file(version)
         except FileNotFoundError:
             raise ValueError(f'{self._path(version)} is gone, only {self.versions()} are left; raise keep={self._keep} '
                              'to max_staleness + 1') from None
-        params = _unflatten({name: _array(entry) for name, entry in deserialize(data)})
-        return jax.device_put(params, self._shardings)
+        return _placed(_unflatten(flat), self._shardings)
+
+    def _read_file(self, version: int) -> dict[str, np.ndarray]:
+        from safetensors import deserialize
+        return {name: _array(entry) for name, entry in deserialize(self._path(version).read_bytes())}
+
+    def _read_shards(self, version: int) -> dict[str, np.ndarray]:
+        from safetensors import deserialize
+        marker = json.loads(self._marker(version).read_bytes())
+        flat: dict[str, np.ndarray] = {}
+        for i in range(marker['shards']):
+            for key, entry in deserialize(self._shard(version, i, marker['shards']).read_bytes()):
+                (name, _, begins), part = key.rpartition('@'), _array(entry)
+                whole = flat.setdefault(name, np.empty(marker['shapes'][name], part.dtype))
+                begins = [int(begin) for begin in begins.split(',') if begin]
+                whole[tuple(slice(begin, begin + size) for begin, size in zip(begins, part.shape))] = part
+        return flat
 
     def newest(self) -> int | None:
         return max(self.versions(), default=None)
@@ -156,12 +214,16 @@ class Transfer:
     version (the stream's exact order does), and one that was killed starts again at the next. Where that is not good
     enough, use `Files`.
 
+    Nothing asks who pulls, and nothing is encrypted: whoever can connect to the address, and guesses the number of an
+    offer (48 random bits, which the folder holds), can read the weights. Let it be one of a network that you trust.
+
     Args:
         directory: both sides see it.
         like: tree of `ShapeDtypeStruct` with shardings: what to pull and where to put it. The reader's side needs it.
         num_readers, reader: how many there are, and which one this is.
         keep: for how many of the newest versions the folder says who holds them; `max_staleness + 1` are needed.
-        address: the learner listens on, `host:port`; the default takes any free port of this machine.
+        address: of this machine, `host:port`, as the other side reaches it; the default takes any free port and is
+            reached from this machine alone.
         dtype, timeout, poll: as in `Files`.
 
     Raises:
@@ -252,6 +314,13 @@ def wait(ready: Any, what: str, timeout: float | None, poll: float) -> None:
         if deadline is not None and time.monotonic() > deadline:
             raise TimeoutError(f'{what} within timeout={timeout} s')
         time.sleep(poll)
+
+
+def _placed(tree: Tree, shardings: Any) -> Tree:
+    """A tree of host arrays on the devices; where those of other processes have a part, each copies its own."""
+    if jax.process_count() == 1 or shardings is None:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]), tree, shardings)
 
 
 def _versions(directory: pathlib.Path, pattern: str) -> list[int]:

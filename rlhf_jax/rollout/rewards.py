@@ -10,7 +10,7 @@ LOOK_SECONDS = 0.1  # between two calls of `check`
 
 
 def score(reward: Callable[..., Sequence[float]], *args: Any, num: int, timeout: float | None = None,
-          replacement: float | None = None, may_miss: bool = False,
+          replacement: float | None = None, may_miss: bool = False, may_miss_all: bool = False,
           check: Callable[[], None] | None = None) -> tuple[np.ndarray, int]:
     """`reward(*args)` as `num` numbers.
 
@@ -21,6 +21,7 @@ def score(reward: Callable[..., Sequence[float]], *args: Any, num: int, timeout:
             a long run goes on; the caller logs the count. None: these are errors.
         may_miss: a completion may have no reward, None or NaN: it comes back as NaN, and whatever compares completions
             leaves it out. With a `replacement` that is put there; no reward at all is an error.
+        may_miss_all: and that is none either: these are a part of those that are compared.
         check: called a few times a second while the function runs; what it raises is raised here (the process has been
             asked to stop), and the call is left behind.
 
@@ -51,7 +52,7 @@ def score(reward: Callable[..., Sequence[float]], *args: Any, num: int, timeout:
     bad = ~np.isfinite(rewards)
     if replacement is not None:
         return np.where(bad, np.float32(replacement), rewards), int(bad.sum())
-    if may_miss and np.isnan(rewards).all():
+    if may_miss and not may_miss_all and np.isnan(rewards).all():
         raise ValueError(f'rewards: all {num} are missing (None or NaN)')
     if may_miss:
         bad = np.isinf(rewards)

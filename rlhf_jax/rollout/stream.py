@@ -72,6 +72,8 @@ class RolloutStream(Iterator[Batch]):
         weights: where versions are published to and fetched from.
         max_staleness: S, in versions.
         threaded: False generates within `next`: the same batches without overlap.
+        late: do not ask for a batch of the newest version before it is due. For a `generate` that delivers, while the
+            learner trains, what it has been sent the weights for; only with `threaded=False`.
         newest: generate with the newest version there is rather than with exactly max(0, i - S). Staleness is bounded
             all the same and lower where the learner waits, but depends on timing, and so does the sequence.
         num_batches: of the whole run; none beyond are generated. None: endless.
@@ -90,7 +92,7 @@ class RolloutStream(Iterator[Batch]):
     """
 
     def __init__(self, generate: Generate, weights: Weights, *, max_staleness: int = 0, threaded: bool = True,
-                 newest: bool = False, num_batches: int | None = None, timeout: float | None = None,
+                 late: bool = False, newest: bool = False, num_batches: int | None = None, timeout: float | None = None,
                  check: Callable[[], None] | None = None, clock: Callable[[], float] = time.perf_counter):
         if max_staleness != int(max_staleness) or max_staleness < 0:
             raise ValueError(f'max_staleness={max_staleness} must be a whole number of at least 0')
@@ -99,7 +101,9 @@ class RolloutStream(Iterator[Batch]):
         if timeout is not None and not timeout > 0:
             raise ValueError(f'timeout={timeout} must be positive')
         self._generate, self._weights = generate, weights
-        self._bound, self._threaded, self._take_newest = int(max_staleness), threaded, newest
+        if late and threaded:
+            raise ValueError('late=True needs threaded=False')
+        self._bound, self._threaded, self._late, self._take_newest = int(max_staleness), threaded, late, newest
         self._end, self._timeout, self._check, self._clock = num_batches, timeout, check, clock
         self.metrics: dict[str, float] = {}
         # Guarded by `_changed`, and shared with the worker:
@@ -163,6 +167,11 @@ class RolloutStream(Iterator[Batch]):
                         'learner_wait': self._clock() - start, **item.seconds, 'publish': self._publish_seconds}
         return item.batch
 
+    @property
+    def produced(self) -> int:
+        """Index of the batch that is generated next."""
+        return self._produced
+
     def get_state(self, patience: float | None = None) -> dict:
         """Position and batches in flight, as JSON values: what a checkpoint of the learner's state at this point needs.
 
@@ -177,6 +186,8 @@ class RolloutStream(Iterator[Batch]):
             Exception: what `generate` raised, if it did before these batches were made.
         """
         waiting = self._in_flight()
+        while self._late and len(self._ready) < waiting:
+            self._produce()
         self._wait(lambda: len(self._ready) >= waiting, self._timeout if patience is None else patience)
         with self._changed:
             saved = [item.batch for item in list(self._ready)[:waiting]]
@@ -237,7 +248,10 @@ class RolloutStream(Iterator[Batch]):
 
     def _admitted(self) -> bool:
         """Whether the next batch may be generated now."""
-        return (self._end is None or self._produced < self._end) and self._version(self._produced) <= self._published
+        if self._end is not None and self._produced >= self._end:
+            return False
+        newest = self._published - (self._late and self._produced > self._next)
+        return self._version(self._produced) <= newest
 
     def _in_flight(self) -> int:
         """How many batches from the next on come from versions before the learner's."""

@@ -43,6 +43,8 @@ def shared_steps():
     steps, decoders, build, decoding = {}, {}, train.build, rollouts.Decoding
 
     def build_once(config, mesh):
+        if config.experiment != 'policy':
+            return build(config, mesh)
         same = config.copy_and_resolve_references()
         same.rollout, same.reward, same.data, same.checkpoint_every, same.weights = {}, {}, {}, 0, ''
         same.algorithm.critic_weights = ''

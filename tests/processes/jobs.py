@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -23,7 +25,7 @@ def start(module: str, *args: str, processes: int, devices: int, own: dict[int, 
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PJRT_NPROC': str(4 * devices),
-                        'PYTHONPATH': str(ROOT)}
+                        'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests' / 'end_to_end')])}
     job = []
     for i in sorted(set(range(processes)) - set(absent)):
         joined = ('--distributed', f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}',
@@ -31,6 +33,14 @@ def start(module: str, *args: str, processes: int, devices: int, own: dict[int, 
         job.append(subprocess.Popen([sys.executable, '-m', module, *args, *joined, *(own or {}).get(i, ())],
                                     env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     return job
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """Returns when `condition()` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def finish(job: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:
@@ -50,9 +60,9 @@ def run(module: str, *args: str, timeout: float = 300, **how) -> list[tuple[int,
     return finish(start(module, *args, **how), timeout)
 
 
-def succeed(module: str, *args: str, processes: int, devices: int) -> list[str]:
+def succeed(module: str, *args: str, processes: int, devices: int, timeout: float = 900) -> list[str]:
     """What each process printed, all of which must end well."""
-    ends = run(module, *args, processes=processes, devices=devices)
+    ends = run(module, *args, processes=processes, devices=devices, timeout=timeout)
     assert all(status == 0 for status, _, _ in ends), '\n'.join(
         f'--- process {i}: status {status}\n{stderr[-3000:]}' for i, (status, _, stderr) in enumerate(ends))
     return [stdout for _, stdout, _ in ends]

@@ -14,13 +14,6 @@ SFT = ('--config=configs/rlhf/sft_arithmetic.py', '--config.model.width=32', '--
 LONG = (*SFT, '--config.num_steps=100000')
 
 
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 @pytest.mark.parametrize('failing', [0, 1])
 def test_an_error_in_one_process_ends_the_others_with_its_line(tmp_path, failing):
     started = time.monotonic()
@@ -36,7 +29,7 @@ def test_a_killed_process_is_missed_and_the_job_continues_to_the_same_end(tmp_pa
     workdir = tmp_path / 'run'
     command = (*SFT, '--config.checkpoint_every=2', f'--workdir={workdir}')
     job = jobs.start('experiments.train', *command, '--config.num_steps=100000', processes=2, devices=1)
-    wait_for(lambda: (workdir / 'checkpoints' / '4').is_dir())
+    jobs.wait_for(lambda: (workdir / 'checkpoints' / '4').is_dir())
     job[1].send_signal(signal.SIGKILL)
     started = time.monotonic()
     (status, _, stderr), _ = jobs.finish(job)
@@ -59,7 +52,7 @@ def test_a_process_that_never_comes_is_not_awaited_for_ever(tmp_path):
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     workdir = tmp_path / 'run'
     job = jobs.start('experiments.train', *LONG, f'--workdir={workdir}', processes=2, devices=1)
-    wait_for(lambda: (workdir / 'metrics.jsonl').exists() and (workdir / 'metrics.jsonl').stat().st_size)
+    jobs.wait_for(lambda: (workdir / 'metrics.jsonl').exists() and (workdir / 'metrics.jsonl').stat().st_size)
     job[1].send_signal(signal.SIGTERM)
     ends = jobs.finish(job)
     assert [status for status, _, _ in ends] == [0, 0], ends[0][2][-2000:] + ends[1][2][-2000:]

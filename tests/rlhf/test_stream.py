@@ -84,8 +84,23 @@ def test_threads_and_their_serial_emulation_give_the_same_sequence(bound):
         np.testing.assert_array_equal(threaded, serial)
         assert [s['batch'] for s in seen] == [s['batch'] for s in in_order]
     assert [s['index'] for s in in_order] == list(range(8))  # none is discarded or repeated
+    late, seen = run(max_staleness=bound, threaded=False, late=True)
+    np.testing.assert_array_equal(late, serial)
+    assert [s['batch'] for s in seen] == [s['batch'] for s in in_order]
     if bound:
         assert not np.array_equal(serial, run(max_staleness=0, threaded=False)[0])
+
+
+@pytest.mark.parametrize('bound', [0, 1, 2])
+def test_late_asks_for_a_batch_once_its_version_is_not_the_newest(bound):
+    asked, newest = [], -1
+    stream = RolloutStream(lambda params, *, index, version: asked.append((index, newest)) or generate(
+        params, index=index, version=version), Held(), max_staleness=bound, threaded=False, late=True, num_batches=6)
+    w = np.linspace(-1, 1, 3, dtype=np.float32)
+    for newest in range(6):
+        stream.publish(newest, {'w': w})
+        w = learn(w, next(stream))
+    assert asked == [(i, min(i, max(0, i - bound) + 1)) for i in range(6)]  # or once it is due
 
 
 def test_published_version_table():
@@ -312,16 +327,19 @@ def test_closing_drains():
 
 # Checkpoints
 
-@pytest.mark.parametrize('threaded', [False, True])
+SERIAL, THREADED, LATE = dict(threaded=False), dict(threaded=True), dict(threaded=False, late=True)
+
+
+@pytest.mark.parametrize('first, second', [(SERIAL, THREADED), (THREADED, SERIAL), (LATE, LATE)])
 @pytest.mark.parametrize('bound', [0, 1, 3])
 @pytest.mark.parametrize('at', [0, 1, 2, 5])
-def test_a_resumed_run_continues_bit_for_bit(bound, threaded, at):
+def test_a_resumed_run_continues_bit_for_bit(bound, first, second, at):
     whole, seen = run(max_staleness=bound, threaded=False, num=9)
-    with RolloutStream(generate, Held(), max_staleness=bound, threaded=threaded, timeout=WAIT) as stream:
+    with RolloutStream(generate, Held(), max_staleness=bound, **first, timeout=WAIT) as stream:
         w, _ = train(stream, at)
         saved = json.loads(json.dumps(stream.get_state()))  # as a checkpoint holds it
     assert saved['next'] == at and len(saved['batches']) == (bound if at else 0)
-    with RolloutStream(generate, Held(), max_staleness=bound, threaded=not threaded, timeout=WAIT) as stream:
+    with RolloutStream(generate, Held(), max_staleness=bound, **second, timeout=WAIT) as stream:
         stream.set_state(saved)
         resumed, rest = train(stream, 9 - at, w=w, start=at)
         again = stream.get_state()

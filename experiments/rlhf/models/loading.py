@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from experiments.rlhf.models import adapters, architecture
-from experiments.runtime import folders, launch, modules, runs, storage
+from experiments.runtime import folders, launch, modules, placement, runs, storage
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
 from rlhf_jax.models import heads
@@ -46,7 +46,7 @@ def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None)
     if not config.get('adapter'):
         return params
     params = with_peft(config.adapter, config.model.kind, module, params)
-    return params if shardings is None else jax.device_put(params, shardings)
+    return params if shardings is None else placement.place_tree(params, shardings)
 
 
 def with_peft(path: str | os.PathLike, kind: str, module: Any, params: Params) -> Params:
@@ -198,7 +198,7 @@ def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str
         if not read:
             return None
         params = adapters.merged(_restore(path, trained, theirs))
-        return params if shardings is None else jax.device_put(params, shardings)
+        return params if shardings is None else placement.place_tree(params, shardings)
     kind = saved.get('model_type')
     if kind != config.model.kind:
         raise ValueError(f'model.kind={config.model.kind!r}, but weights={path} are of a {kind!r}')

@@ -16,6 +16,7 @@ from experiments.rlhf.models.inference import Policy, Progress, Prompt, Response
 from experiments.rlhf.policy.kind import Kind
 from experiments.rlhf.policy.rewards import Completions, Reward
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime import placement
 from experiments.runtime.evaluation import Evaluation
 from rlhf_jax.generate import Sampling
 from rlhf_jax.rollout.rewards import score
@@ -198,12 +199,12 @@ class HeldOutPrompts(Evaluation):
         parts: list[dict[str, np.ndarray]] = []
         batches, rows = [], []
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            weights = jax.device_put(self._decoding.convert(state.params['policy']), self._decoding.shardings)
+            weights = placement.place_tree(self._decoding.convert(state.params['policy']), self._decoding.shardings)
             for index in range(-(-self._num // size)):
                 keep = min(size, self._num - index * size)  # prompts of the next epoch fill the last batch up
                 batch = self._generate(weights, index=index, version=0)
-                placed = {name: jax.device_put(batch[name], mesh_lib.batch_sharding(self._mesh))
-                          for name in self._columns if name in batch}
+                placed = placement.place_tree({name: batch[name] for name in self._columns if name in batch},
+                                              mesh_lib.batch_sharding(self._mesh))
                 measured = {name: batch[name] for name in ('rewards', 'gold', 'ended', 'replaced') if name in batch}
                 measured |= {'length': batch['mask'].sum(-1)} | jax.device_get(self._measure(state, placed))
                 parts.append({name: x[:keep] for name, x in measured.items()})

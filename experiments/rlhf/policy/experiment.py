@@ -11,7 +11,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from experiments.rlhf.policy import algorithms, autoregressive, evaluation, rollouts
+from experiments.rlhf.policy import algorithms, autoregressive, evaluation, hosts, rollouts
 from experiments.rlhf.policy.kind import Kind, Networks
 from experiments.rlhf.policy.step import PolicyStep
 from experiments.runtime import launch, modules, optim
@@ -51,7 +51,8 @@ def build_policy(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh) -> E
     return Experiment(step.init, step.loss, step.__call__, networks.rules, batch_shapes(kind, config), None,
                       check=lambda: kind.check_inputs(config), warm_start=warm_start, hooks=hooks,
                       sampler_program=lambda devices: kind.sampler_program(config, devices),
-                      open_rollouts=lambda workdir: rollouts.open_rollouts(kind, config, mesh, workdir), config=config)
+                      open_rollouts=lambda workdir: hosts.open_rollouts(kind, config, mesh, workdir),
+                      generate=lambda workdir: hosts.generate(kind, config, mesh, workdir), config=config)
 
 
 def make_optimizer(config: ml_collections.ConfigDict, networks: Networks) -> optax.GradientTransformation:

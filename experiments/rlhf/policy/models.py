@@ -8,7 +8,7 @@ import ml_collections
 
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.policy.kind import Networks
-from experiments.runtime import partition
+from experiments.runtime import partition, placement
 from rlhf_jax import generate
 from rlhf_jax.models import heads, lora
 
@@ -71,7 +71,7 @@ class PolicyModels(Networks):
             if critic_weights:
                 module, critic = loading.load_reward_model(critic_weights, config.model)
                 architecture.check_same(critic_weights, module.backbone, self._policy, 'algorithm.critic_weights')
-                params['value'] = jax.device_put(critic, shardings(params['value']))
+                params['value'] = placement.place_tree(critic, shardings(params['value']))
             elif config.weights:
                 params['value'] = loading.filled(params['value'], {'backbone': loaded})
         return params

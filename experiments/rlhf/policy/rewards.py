@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 from experiments.rlhf.data.tasks import Task
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models.tokenizer import tokenizer_of
-from experiments.runtime import launch, partition, storage
+from experiments.runtime import exchange, launch, partition, placement, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.signals import signals
 from rlhf_jax.models import heads
 from rlhf_jax.rollout.rewards import score
 
 log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
@@ -46,6 +47,9 @@ Reward = Callable[[Completions], np.ndarray]
 
 class Scorer:
     """`config.reward`: completions -> rewards, and what is logged beside them.
+
+    In a job of several processes each scores its own completions: a function sees those of some prompts of a batch, a
+    reward model runs over the whole mesh on those of all.
 
     Args:
         section: `config.reward`, for what is done with rewards that are late, missing or not finite.
@@ -95,10 +99,7 @@ class Scorer:
             ValueError, TimeoutError, Exception: as of `rlhf_jax.rollout.rewards.score`.
         """
         count = len(completions.rows)
-        # Where the main thread waits, it answers signals; a thread that makes batches is waited for elsewhere.
-        check = signals.check_late if threading.current_thread() is threading.main_thread() else None
-        rewards, replaced = score(self._reward, completions, num=count, timeout=self._timeout,
-                                  replacement=self._replacement, may_miss=True, check=check)
+        rewards, replaced = self._score(self._reward, completions, replacement=self._replacement)
         if self._missing_eos is not None:
             rewards = penalized(rewards, completions, self._missing_eos)
         missing = int(np.isnan(rewards).sum())
@@ -109,9 +110,21 @@ class Scorer:
         # Which ones were replaced does not matter to anybody; how many is logged.
         scored = {'rewards': rewards, 'replaced': np.arange(count) < replaced}
         if self._gold:
-            scored['gold'] = score(self._gold, completions, num=count, timeout=self._timeout, may_miss=True,
-                                   check=check)[0]
+            scored['gold'] = self._score(self._gold, completions)[0]
         return scored
+
+    def _score(self, reward: Reward, completions: Any, **how: Any) -> tuple[np.ndarray, int]:
+        """As `rlhf_jax.rollout.rewards.score`, of the part of a batch that this process rewards."""
+        num, alone = len(completions.rows), jax.process_count() == 1
+        if isinstance(reward, RewardModel) and not alone:  # one program of all processes, which none may give up alone
+            return score(reward, completions, num=num, may_miss=True, may_miss_all=True, **how)
+        if not num:
+            return np.zeros(0, np.float32), 0
+        # Where the main thread waits, it answers signals; a thread that makes batches is waited for elsewhere, and
+        # several processes stop between two steps, together.
+        waits = alone and threading.current_thread() is threading.main_thread()
+        return score(reward, completions, num=num, timeout=self._timeout, may_miss=True, may_miss_all=not alone,
+                     check=signals.check_late if waits else None, **how)
 
 
 def penalized(rewards: np.ndarray, completions: Any, missing_eos: float) -> np.ndarray:
@@ -251,8 +264,8 @@ class RewardModel:
         self._rows = -(-batch_size // shards) * shards
         family = ml_collections.ConfigDict(dict(kind=architecture.family_name(module.backbone)))
         rules = architecture.rules(family, 'backbone')
-        self._params = jax.device_put(params, partition.param_shardings(params, rules, mesh))
-        self._sharding = mesh_lib.batch_sharding(mesh)
+        self._params = placement.place_tree(params, partition.param_shardings(params, rules, mesh))
+        self._mesh, self._sharding = mesh, mesh_lib.batch_sharding(mesh)
 
         def run(params, tokens, mask, back):
             values = module.apply({'params': params}, tokens, mask=mask)
@@ -260,12 +273,16 @@ class RewardModel:
         self._run = jax.jit(run)
 
     def __call__(self, completions: Completions) -> np.ndarray:
-        tokens, mask = completions.tokens, completions.mask
+        """Scores float32 [N] of this process's completions; all processes of the mesh call it, each with its own."""
+        process = np.full(len(completions.tokens), jax.process_index(), np.int32)
+        tokens, mask, ended, owners = exchange.gather_rows(
+            self._mesh, (completions.tokens, completions.mask, completions.ended, process))
         if tokens.shape[1] > self.max_length:
             raise ValueError(f'{self._path}: reads at most {self.max_length} tokens, rows have {tokens.shape[1]}')
-        out, back = [], completions.ended.astype(np.int32) * self._before_eos
+        out, back = [], ended.astype(np.int32) * self._before_eos
         for start in range(0, len(tokens), self._rows):
             part = [x[start:start + self._rows] for x in (tokens, mask, back)]
             padded = [np.concatenate([x, np.repeat(x[-1:], self._rows - len(x), 0)]) for x in part]
-            out.append(self._run(self._params, *(jax.device_put(x, self._sharding) for x in padded)))
-        return np.concatenate(jax.device_get(out))[:len(tokens)]
+            out.append(self._run(self._params, *placement.place_tree(padded, self._sharding)))
+        scores = np.concatenate(exchange.fetch(out))[:len(tokens)]
+        return scores[owners == jax.process_index()]

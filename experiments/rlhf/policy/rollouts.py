@@ -5,7 +5,7 @@ One code path for every way to run: synchronously (max_staleness=0), from earlie
 `python -m experiments.generate`). A batch is a function of its index and of the weights alone, so they all give the
 same batches for the same versions.
 """
-import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy import rewards
 from experiments.rlhf.policy.kind import Kind
 from experiments.rlhf.policy.models import carries_stop_tokens, sampling_of
-from experiments.runtime import launch, partition, storage
+from experiments.runtime import exchange, launch, partition, placement, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.signals import GRACE_SECONDS, Interrupted, signals
 from experiments.runtime.stream import EpochOrder
@@ -53,6 +53,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     for name in ('devices', 'chunk', 'slots', 'timeout'):
         if rollout[name] < 0:
             raise ValueError(f'rollout.{name}={rollout[name]} must be at least 0')
+    host, colon, port = rollout.address.rpartition(':')
+    if not (host and colon and port.isdigit()):
+        raise ValueError(f'rollout.address={rollout.address!r} must be host:port, with port 0 for any that is free')
+    if host in ('0.0.0.0', '[::]'):
+        raise ValueError(f'rollout.address={rollout.address!r} is no address that generators can be told; give the one '
+                         'of this machine in the network that they share with it')
     if rollout.num_generators < 1:
         raise ValueError(f'rollout.num_generators={rollout.num_generators} must be at least 1')
     if rollout.chunk and not rollout.max_staleness:
@@ -62,8 +68,33 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError('rollout.threaded=False generates in the loop, where no newer weights can come; set '
                          'rollout.chunk=0')
     if jax.process_count() > 1:
-        raise ValueError(f'a policy is trained by one process, here are {jax.process_count()}; for more machines run '
-                         "generators apart (rollout.transport='files' and python -m experiments.generate)")
+        check_processes(rollout)
+
+
+def check_processes(rollout: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError for what one process can do and several cannot."""
+    count = jax.process_count()
+    if rollout.slots:
+        raise ValueError(f'rollout.slots={rollout.slots} of {count} processes: which rows have ended is read between '
+                         'chunks by one process that has them all; set it to 0')
+    if rollout.timeout:
+        raise ValueError(f'rollout.timeout={rollout.timeout} of {count} processes: none may give up a batch that the '
+                         'others wait for; bound the reward instead (reward.timeout) and set it to 0')
+    if rollout.transport == 'transfer':
+        raise ValueError(f"rollout.transport='transfer' goes from one process to one, here are {count}; use 'files', "
+                         'or hosts apart in one job (rollout.devices)')
+    if not rollout.devices:
+        return
+    for name in ('newest', 'chunk'):
+        if rollout[name]:
+            raise ValueError(f'rollout.{name}={rollout[name]} with hosts apart: weights pass between two batches, at a '
+                             f'place that both sides know beforehand; leave it at its default')
+    devices = jax.devices()
+    generating = {device.process_index for device in devices[len(devices) - rollout.devices:]}
+    split = generating & {device.process_index for device in devices[:len(devices) - rollout.devices]}
+    if split:
+        raise ValueError(f'rollout.devices={rollout.devices} divides the devices of process {min(split)}: of several '
+                         f'processes whole ones generate; use a multiple of its {jax.local_device_count()} devices')
 
 
 def learner_devices(config: ml_collections.ConfigDict,
@@ -146,9 +177,18 @@ def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Dev
                      keys), mesh
 
 
+def share_of(mesh: Mesh) -> processes.Share:
+    """What the first process of `mesh` gives, in all of its processes."""
+    return lambda payload: exchange.broadcast(mesh, payload, exchange.processes_of(mesh)[0])
+
+
 def open_weights(config: ml_collections.ConfigDict, shardings: Any, shapes: Any, folder: Any, *,
-                 reader: int = 0) -> Any:
-    """The transport that `rollout.transport` names."""
+                 reader: int = 0, address: str = '') -> Any:
+    """The transport that `rollout.transport` names.
+
+    Args:
+        address: of this end of a transfer; '': `rollout.address`, the learner's.
+    """
     rollout = config.rollout
     keep, timeout = rollout.max_staleness + 1, rollout.timeout or None
     if rollout.transport == 'devices':
@@ -157,7 +197,7 @@ def open_weights(config: ml_collections.ConfigDict, shardings: Any, shapes: Any,
         return publish.Files(folder / 'weights', shardings, keep=keep, timeout=timeout)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return publish.Transfer(folder / 'weights', like, num_readers=rollout.num_generators, reader=reader, keep=keep,
-                            timeout=timeout)
+                            address=address or rollout.address, timeout=timeout)
 
 
 # ---- The generator ---------------------------------------------------------------------------------------------------
@@ -194,6 +234,10 @@ class Batches:
     def complete(self, params: Any, version: int, prompts: np.ndarray, draws: np.ndarray,
                  keys: jax.Array) -> dict[str, np.ndarray]:
         """A rollout batch [B, K, ...], see `rlhf_jax.rollout.batch`.
+
+        Where several processes generate, all of them call it with the same arguments and return the whole batch:
+        `placement.place_tree` lays out what all have, `exchange.fetch` collects what was drawn, `exchange.portion` says
+        whose completions this process decodes and rewards, and `exchange.gather_rows` puts the rewards together.
 
         Args:
             params: of `version`, as the kind's `decoding` converted them.
@@ -233,6 +277,9 @@ class Generator(Batches):
         self._module = architecture.decoder(config.model).clone(stacked=False)
         self.task = tasks.get(config.data, encode)
         self._prompts, rows = prompts_of(config, self.task, encode, config.data.split)
+        if jax.process_count() > 1:
+            exchange.check_same(mesh, json.dumps(self._prompts).encode(), 'data: the processes of this job read '
+                                'different prompts; give all of them the same files and tokenizer')
         self._scorer = rewards.Scorer.of(config, self.task, mesh)
         self._sampling = sampling_of(config, tuple(self.tokenizer.stops), self.tokenizer.pad)
         self._buckets = tuple(config.sampling.buckets) or (config.sampling.max_prompt,)
@@ -242,7 +289,8 @@ class Generator(Batches):
         tokens, mask = generate_lib.pad_prompts([self._prompts[i] for i in prompts], buckets=self._buckets,
                                                 pad_token=self.tokenizer.pad)
         drawn, versions = self._draw(params, version, tokens, mask, keys)
-        batch = finish(self.tokenizer, self._scorer, tokens, mask, drawn, [self._rows[i] for i in prompts])
+        batch = finish(self.tokenizer, self._scorer, tokens, mask, drawn, [self._rows[i] for i in prompts],
+                       self._mesh)
         if carries_stop_tokens(self._sampling):
             stops = np.array(self._sampling.stop_tokens, np.int32)
             batch['stop_tokens'] = np.broadcast_to(stops, (*drawn.mask.shape[:2], len(stops))).copy()
@@ -266,10 +314,10 @@ class Generator(Batches):
     def _draw(self, params, version, tokens, mask, keys):
         rollout, num_samples = self._config.rollout, self._config.algorithm.num_samples
         if not (rollout.chunk or rollout.slots):
-            place = functools.partial(jax.device_put, device=mesh_lib.batch_sharding(self._mesh))
-            drawn = generate_lib.generate(self._module, params, place(tokens), place(mask), keys, self._sampling,
+            tokens, mask, keys = placement.place_tree((tokens, mask, keys), mesh_lib.batch_sharding(self._mesh))
+            drawn = generate_lib.generate(self._module, params, tokens, mask, keys, self._sampling,
                                           num_samples=num_samples)
-            return jax.device_get(drawn), {}
+            return exchange.fetch(drawn), {}
         current = [params, version]
 
         def newest():
@@ -314,8 +362,11 @@ def prompts_of(config: ml_collections.ConfigDict, task: tasks.Task, encode: text
 
 
 def finish(tokenizer: Any, scorer: rewards.Scorer, prompts: np.ndarray, prompt_mask: np.ndarray,
-           samples: generate_lib.Samples, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+           samples: generate_lib.Samples, rows: Sequence[Mapping[str, Any]], mesh: Mesh) -> dict[str, np.ndarray]:
     """A rollout batch: completions, each with its prompt, and their rewards.
+
+    Each process of `mesh` decodes and rewards the completions of some prompts, in the order of the batch, and all get
+    the whole.
 
     Args:
         prompts, prompt_mask: int32 and bool [B, P].
@@ -330,12 +381,14 @@ def finish(tokenizer: Any, scorer: rewards.Scorer, prompts: np.ndarray, prompt_m
     tokens = np.concatenate([for_each_sample(prompts), samples.tokens], -1)
     prompt_mask = for_each_sample(prompt_mask)
     mask = np.concatenate([prompt_mask, samples.mask], -1)
-    flat = lambda x: x.reshape(num_prompts * num_samples, -1)  # rewards are of a list of completions
-    texts, ended = text_arrays.decoded(tokenizer, flat(samples.tokens), flat(samples.mask),
-                                       np.repeat(prompts, num_samples, 0), flat(prompt_mask))
-    scored = scorer(rewards.Completions(texts, [row for row in rows for _ in range(num_samples)], flat(tokens),
-                                        flat(mask), ended))
-    grouped = {name: x.reshape(num_prompts, num_samples) for name, x in (scored | {'ended': ended}).items()}
+    dealt = exchange.portion(mesh, num_prompts)
+    own = lambda x: x[dealt].reshape(-1, x.shape[-1])  # rewards are of a list of completions
+    texts, ended = text_arrays.decoded(tokenizer, own(samples.tokens), own(samples.mask),
+                                       np.repeat(prompts[dealt], num_samples, 0), own(prompt_mask))
+    scored = scorer(rewards.Completions(texts, [row for row in rows[dealt] for _ in range(num_samples)], own(tokens),
+                                        own(mask), ended))
+    scored = exchange.gather_rows(mesh, scored | {'ended': ended})
+    grouped = {name: x.reshape(num_prompts, num_samples) for name, x in scored.items()}
     return {'tokens': tokens, 'prompt_mask': prompt_mask, 'mask': samples.mask, 'logprobs': samples.logprobs} | grouped
 
 
@@ -346,13 +399,15 @@ class Rollouts:
 
     Args:
         convert: the policy's parameters -> weights for decoding.
+        mesh: of the learner; batches are laid out over it.
         num_steps: of the run; nothing is published after the last.
         vocab_size: ids of the policy; a batch with others (a generator of another model, a damaged file) is refused.
     """
 
-    def __init__(self, stream: RolloutStream, convert: Callable[[Any], Any], num_steps: int,
+    def __init__(self, stream: RolloutStream, convert: Callable[[Any], Any], mesh: Mesh, num_steps: int,
                  vocab_size: int | None = None):
         self._stream, self._convert, self._num_steps, self._vocab_size = stream, convert, num_steps, vocab_size
+        self._sharding = mesh_lib.batch_sharding(mesh)
         self._failed = False
 
     def publish(self, version: int, state: Any) -> None:
@@ -370,11 +425,11 @@ class Rollouts:
     def __iter__(self):
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, jax.Array]:
         try:
             batch = next(self._stream)
             batch_lib.check(batch, 'a rollout batch', self._vocab_size)
-            return batch
+            return placement.place_tree(batch, self._sharding)
         except Interrupted:
             raise
         except Exception:
@@ -403,7 +458,8 @@ class Rollouts:
 
 
 def open_rollouts(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh, workdir: str | os.PathLike) -> Rollouts:
-    """The stream of a learner of a policy of `kind` on `mesh`; files between processes lie in `workdir/rollouts`."""
+    """The stream of a learner of a policy of `kind` on `mesh` that generates too, or has batches come through
+    `workdir/rollouts`."""
     rollout = config.rollout
     if rollout.transport != 'devices' and storage.is_remote(workdir):
         raise ValueError(f'--workdir={workdir}: rollout.transport={rollout.transport!r} needs a folder that all '
@@ -415,7 +471,7 @@ def open_rollouts(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh, wor
         generate = kind.generator(config, generating, weights)
     else:
         generate = weights = processes.Remote(storage.resolve(workdir) / 'rollouts' / 'batches', weights,
-                                              max_staleness=rollout.max_staleness)
+                                              max_staleness=rollout.max_staleness, share=share_of(mesh))
     # Two threads that each start programs over several devices, the same ones, can leave those waiting for each other.
     shared = rollout.transport == 'devices' and not rollout.devices and mesh.devices.size > 1
     if shared and rollout.chunk:
@@ -424,8 +480,10 @@ def open_rollouts(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh, wor
     if shared and rollout.max_staleness:
         log.warning('rollout.max_staleness=%d with rollout.devices=0: batches come from earlier weights, but are made '
                     'and trained on in turn; set devices apart to do both at once', rollout.max_staleness)
-    threaded = rollout.threaded and not shared
-    stream = RolloutStream(generate, weights, max_staleness=rollout.max_staleness, threaded=threaded,
+    # What comes from elsewhere is shared among several processes by a program, which keeps its place among the others.
+    late = rollout.transport != 'devices' and jax.process_count() > 1
+    threaded = rollout.threaded and not shared and not late
+    stream = RolloutStream(generate, weights, max_staleness=rollout.max_staleness, threaded=threaded, late=late,
                            newest=rollout.newest, num_batches=config.num_steps, timeout=rollout.timeout or None,
-                           check=signals.check)
-    return Rollouts(stream, decoding.convert, config.num_steps, kind.num_tokens(config))
+                           check=signals.check if jax.process_count() == 1 else None)  # several stop between two steps
+    return Rollouts(stream, decoding.convert, mesh, config.num_steps, kind.num_tokens(config))

@@ -1,0 +1,137 @@
+"""Every trainer in a tiny run, and jobs that train several of them one after another."""
+import contextlib
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+import jobs
+from configs.dlc import quickstart, quickstart_text
+from configs.rlhf import base, translation
+from experiments.dlc.data import codestore_writer, digit_pairs, sources
+from experiments.runtime import launch
+from experiments.runtime.metrics import read_metrics
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / 'end_to_end'))
+from policy_runs import config_of as policy  # noqa: E402
+
+STEPS = 5
+PPO = dict(algorithm__name='ppo', algorithm__num_minibatches=2, elastic__method='elastic_reset', elastic__period=2,
+           eval_every=2, eval_prompts=12, data__heldout='train', reward__gold='task')
+POLICIES = {
+    'online_dpo': {}, 'online_dpo stale': dict(rollout__max_staleness=1),
+    'ppo': PPO, 'ppo stale': PPO | dict(rollout__max_staleness=1),
+    'apart': dict(rollout__devices=2, rollout__max_staleness=1), 'apart in turn': dict(rollout__devices=2),
+    'apart, two behind': dict(rollout__devices=2, rollout__max_staleness=2),
+}
+TEXTS = ('sft', 'reward_model', 'dpo')
+IMAGES = ('encoder', 'generator', 'code_model', 'text_to_code')
+GAMES = ('translation_agent', 'translation_game')
+
+
+def config_of(name, store):
+    """The config of a run of `STEPS` steps; `store`: of codes and captions, for the trainers of `IMAGES`."""
+    if name in POLICIES:
+        config = policy(**dict(optimizer__learning_rate__peak=1e-2) | POLICIES[name])
+    elif name in TEXTS:
+        config = getattr(base, name)().copy_and_resolve_references().unlock()
+        config.model = policy().model
+        config.model.max_length = config.max_length = 64
+        config.data = policy(data__num_rows=40, data__heldout='train').data
+        config.eval_every, config.batch_size = 3, 8
+    elif name in GAMES:
+        config = translation.get_config('tiny_speaker' if name == 'translation_agent' else 'tiny_game').unlock()
+        config.update_from_flattened_dict({
+            'model.width': 16, 'data.lengths': (20,), 'message.max_length': 6, 'message.min_length': 2,
+            'batch_size': 16, 'evaluation.every': 3, 'evaluation.sentences': 40, 'evaluation.rows': 32})
+        if name == 'translation_game':
+            config.elastic.update(dict(method='elastic_reset', period=2))
+    else:
+        whole = quickstart.get_config('tiny').copy_and_resolve_references()
+        if name == 'text_to_code':
+            config = quickstart_text.get_config('tiny').text_to_code.copy_and_resolve_references().unlock()
+            config.model.num_codes = config.model.vocab_size = 16
+            config.model.vocab_multiple = 8
+            config.data.heldout, config.eval_every = str(store), 3
+            config.mesh = whole.encoder.mesh
+        else:
+            config = whole.generators['code'] if name == 'generator' else whole[name]
+        if name == 'encoder':
+            config.model.drop_path = 0.25
+        else:
+            config.data.path = str(store)
+        config.batch_size = 32
+    config.unlock()
+    # A gradient that is 0 but for rounding (of the keys' bias, say) must not become a step of the learning rate.
+    config.optimizer.eps = 1e-3
+    config.num_steps, config.checkpoint_every, config.log_every = STEPS, 2, 1
+    config.mesh.update(dict(data=1, fsdp=-1, tensor=1))
+    return config
+
+
+def make_store(path):
+    """Held-out digits with codes, embeddings and captions drawn at random."""
+    rng = np.random.default_rng(0)
+    source = sources.image_source(quickstart.get_config('tiny').encoder.data, 'heldout')
+    meta = dict(num_codes=16, vocab_size=16, captions=True)
+    with codestore_writer.writer(path, num=len(source), meta=meta) as opened:
+        opened.append({'codes': rng.integers(0, 16, (len(source), 16)), 'labels': source.labels,
+                       'images': source.images, 'embeddings': rng.normal(size=(len(source), 32)).astype(np.float32)},
+                      names=[source.name(i) for i in range(len(source))],
+                      captions=[digit_pairs.caption(*rng.integers(0, (10, 10, 4))) for _ in range(len(source))])
+    return path
+
+
+def kill_once(workdir, processes, devices, rng, seconds=6.0):
+    """Starts the job of the run in `workdir`, which has its config.json, and kills one of its processes between the
+    first save and `seconds` later. The others end by themselves, or are killed as well after a while.
+
+    Returns:
+        Whether there was anything left to kill.
+    """
+    job = jobs.start('tests.processes.several', f'--workdirs={workdir}', '--slow=0.5', processes=processes,
+                     devices=devices)
+    checkpoints = workdir / 'checkpoints'
+    saved = set(checkpoints.glob('*')) if checkpoints.exists() else set()
+    jobs.wait_for(lambda: (checkpoints.exists() and set(checkpoints.glob('*')) - saved) or
+                  any(process.poll() is not None for process in job), seconds=600)
+    time.sleep(rng.uniform(0, seconds))
+    alive = [process for process in job if process.poll() is None]
+    if alive:
+        rng.choice(alive).send_signal(signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            jobs.finish(job, timeout=20)
+    else:
+        jobs.finish(job)
+    return bool(alive)
+
+
+def finish(workdir, processes, devices):
+    """Lets the job of the run in `workdir` come to its end; (arrays of its final state, rows of metrics)."""
+    jobs.succeed('tests.processes.several', f'--workdirs={workdir}', processes=processes, devices=devices)
+    return dict(np.load(workdir / 'state.npz')), read_metrics(workdir / 'metrics.jsonl')
+
+
+def train_all(folder, configs, processes, devices, killed=(), stopped=()):
+    """Trains `configs`, {name: config}, in one job, and those named in `killed` and `stopped` once more, by way of a
+    death or a signal.
+
+    Returns:
+        {name: (arrays of the final state, rows of metrics)}; 'NAME killed' and 'NAME stopped' of the latter.
+    """
+    again = {f'{name} killed': 'kill.json' for name in killed} | {f'{name} stopped': 'stop.json' for name in stopped}
+    configs = configs | {name: configs[name.rsplit(' ', 1)[0]] for name in again}
+    workdirs = {name: folder / re.sub(r'\W+', '_', name) for name in configs}
+    for name, workdir in workdirs.items():
+        launch.save_config(configs[name], workdir)
+        if name in again:
+            (workdir / again[name]).write_text(json.dumps(STEPS - 1))
+    jobs.succeed('tests.processes.several', f'--workdirs={",".join(map(str, workdirs.values()))}',
+                 processes=processes, devices=devices)
+    return {name: (dict(np.load(workdir / 'state.npz')), read_metrics(workdir / 'metrics.jsonl'))
+            for name, workdir in workdirs.items()}

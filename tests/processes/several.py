@@ -1,0 +1,61 @@
+"""Trains several runs one after another in one job, whose start is then paid for once:
+
+    python -m tests.processes.several --workdirs=DIR,DIR,... [--slow=SECONDS]
+
+Each folder holds a config.json, and perhaps kill.json or stop.json: a step after which the run is given up, or stopped
+by a signal to process 0, and resumed. Process 0 leaves the arrays of the final state in `state.npz`.
+"""
+import json
+import os
+import pathlib
+import signal
+import time
+
+import jax
+import numpy as np
+
+from experiments import train
+from experiments.runtime import exchange, launch, partition
+from experiments.runtime.signals import Stopped, signals
+from policy_runs import shared_steps
+
+
+class Kill(Exception):
+    pass
+
+
+def interrupted(workdir: pathlib.Path, config) -> None:
+    """The run up to what kill.json or stop.json says."""
+    kill, stop = workdir / 'kill.json', workdir / 'stop.json'
+
+    def hook(step, state, metrics):
+        if kill.exists() and step == json.loads(kill.read_text()):
+            raise Kill
+        if stop.exists() and step == json.loads(stop.read_text()) and jax.process_index() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+    if kill.exists() or stop.exists():
+        try:
+            train.train(config, workdir, hooks=[hook])
+        except (Kill, Stopped):
+            signals.received = None
+
+
+def main() -> None:
+    parser = launch.parser(__doc__)
+    parser.add_argument('--workdirs', required=True)
+    parser.add_argument('--slow', type=float, default=0.0, help='seconds that every step takes longer')
+    args, _ = launch.parse(parser)
+    launch.initialize(args)
+    with shared_steps():
+        for workdir in map(pathlib.Path, args.workdirs.split(',')):
+            config = launch.read_config(workdir)
+            interrupted(workdir, config)
+            state = train.train(config, workdir, hooks=[lambda *unused: time.sleep(args.slow)])
+            if state is not None:
+                arrays = partition.flatten(exchange.fetch(state))
+                if jax.process_index() == 0:
+                    np.savez(workdir / 'state.npz', **{name.replace('/', '|'): x for name, x in arrays.items()})
+
+
+if __name__ == '__main__':
+    launch.main(main)

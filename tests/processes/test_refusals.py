@@ -1,0 +1,39 @@
+"""What a policy cannot do in several processes is said in a line, before anything is compiled."""
+import jax
+import pytest
+
+from configs.rlhf import base
+from experiments.rlhf.policy import rollouts
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(slots=4), 'rollout.slots=4 of 2 processes'),
+    (dict(timeout=9.0), r'rollout.timeout=9.0 of 2 processes: .* \(reward.timeout\)'),
+    (dict(transport='transfer'), "rollout.transport='transfer' goes from one process to one, here are 2"),
+    (dict(devices=4, newest=True), 'rollout.newest=True with hosts apart'),
+    (dict(devices=4, chunk=2, max_staleness=1), 'rollout.chunk=2 with hosts apart'),
+    (dict(devices=3), 'rollout.devices=3 divides the devices of process 1: .* multiple of its 4 devices'),
+])
+def test_settings_of_one_process(fields, message, monkeypatch):
+    class Device:
+        def __init__(self, i):
+            self.process_index = i // 4
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(jax, 'devices', lambda: [Device(i) for i in range(8)])
+    monkeypatch.setattr(jax, 'local_device_count', lambda: 4)
+    config = base.policy().copy_and_resolve_references()
+    rollouts.check(config)
+    config.rollout.update(dict(devices=4))
+    rollouts.check(config)
+    config.rollout.update(dict(devices=0) | fields)
+    with pytest.raises(ValueError, match=message):
+        rollouts.check(config)
+
+
+@pytest.mark.parametrize('address, message', [('8476', 'must be host:port'), ('host:', 'must be host:port'),
+                                              ('0.0.0.0:0', 'no address that generators can be told')])
+def test_an_address_that_nobody_can_reach(address, message):
+    config = base.policy().copy_and_resolve_references()
+    config.rollout.address = address
+    with pytest.raises(ValueError, match=f'rollout.address=.* {message}'):
+        rollouts.check(config)
