@@ -17,6 +17,8 @@ from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.metrics import read_metrics
 from experiments.runtime.partition import flatten
 
+pytestmark = pytest.mark.slow
+
 SHARED = ('online_dpo', 'online_dpo stale', 'ppo', 'ppo stale')  # policies whose processes share the devices
 APART = ('apart', 'apart in turn', 'apart, two behind')
 OTHERS = (*runs.TEXTS, *runs.IMAGES, *runs.GAMES)
