@@ -78,7 +78,8 @@ def learning() -> dict:
             threaded=True,  # False: the same batches, generated in the loop
             newest=False,  # each batch with the newest weights there are
             chunk=0,  # tokens between looks for new weights while generating (in-flight updates); 0: not looked for
-            slots=0,  # rows that decode at a time, refilled as they end; 0: all
+            slots=0,  # rows that decode at a time, refilled as they end; 0: waves of whole prompts, as many as fit
+            memory=0.0,  # GiB a device that a wave may take beside its weights; 0: what the device has left
             timeout=0.0,  # seconds the learner waits for a batch; 0: for ever
         ),
         elastic=dict(

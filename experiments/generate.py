@@ -13,8 +13,9 @@ import importlib
 import logging
 import time
 
-from experiments.rlhf.policy import rewards, rollouts
+from experiments.rlhf.policy import rewards, rollouts, waves
 from experiments.runtime import launch, storage
+from experiments.runtime.programs import placed
 from experiments.train import EXPERIMENTS
 from rlhf_jax.rollout import processes
 
@@ -59,6 +60,9 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
     folder, mesh = storage.resolve(workdir) / 'rollouts', rollouts.generator_mesh(config)
     kind = importlib.import_module(EXPERIMENTS[config.experiment]).KIND
     decoding = kind.decoding(config, mesh)
+    weights_of_version = placed(decoding.shapes, decoding.shardings)
+    config = waves.budgeted(config, waves.usable_bytes(mesh), [kind.models(config, mesh)] + [weights_of_version] * (
+        config.rollout.max_staleness + 1))
     weights = rollouts.open_weights(config, decoding.shardings, decoding.shapes, folder, reader=generator,
                                     address=address)
     make = kind.generator(config, mesh, weights)

@@ -4,6 +4,8 @@
 decodes in chunks of a few tokens; between chunks, prompts that wait take the places of rows that have ended. Rows keep
 the keys they have in `generate`, so that the responses are the same ones, whatever the slots and chunks.
 
+Slots are laid out over the devices like a batch, and a row is prefilled where its slot is: its cache never travels.
+
 The weights may change between chunks (in-flight updates): `weights()` is asked for them before each, and every token
 carries the version that produced it. The keys and values already in the cache stay those of the older weights, and the
 log-probabilities are those of the mixture actually run.
@@ -14,6 +16,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +26,7 @@ from rlhf_jax.generate import Samples, Sampling, check_prompts, completion_keys,
 from rlhf_jax.models.decoder import Cache, split_blocks
 
 Array = jax.Array
+CHUNK = 16  # tokens between two looks at which rows have ended
 Weights = Callable[[], tuple[Any, int]]
 
 
@@ -37,7 +41,7 @@ class RefilledSamples(Samples):
 
 
 @struct.dataclass
-class _Slots:
+class Slots:
     """State of the S rows that decode, each at a place of its own.
 
     Attributes:
@@ -71,7 +75,7 @@ class Statistics:
 
 
 def generate_refilled(module: Any, weights: Weights, tokens: np.ndarray, mask: np.ndarray, key: Array,
-                      sampling: Sampling, *, slots: int, chunk: int = 16, num_samples: int = 1,
+                      sampling: Sampling, *, slots: int, chunk: int = CHUNK, num_samples: int = 1, shards: int = 1,
                       statistics: Statistics | None = None) -> RefilledSamples:
     """`num_samples` responses to each prompt, of which `slots` are in the making at a time.
 
@@ -82,9 +86,10 @@ def generate_refilled(module: Any, weights: Weights, tokens: np.ndarray, mask: n
         tokens, mask: [B, P], padded prompts as of `generate`.
         key: one key for all, or one a completion, [B, K].
         sampling: how.
-        slots: rows that decode together.
+        slots: rows that decode together, rounded up to a multiple of `shards`.
         chunk: tokens between two looks at which rows have ended.
         num_samples: K.
+        shards: of the batch axis of the mesh in whose context this is called: each has as many slots.
         statistics: filled in.
 
     Returns:
@@ -95,11 +100,12 @@ def generate_refilled(module: Any, weights: Weights, tokens: np.ndarray, mask: n
     """
     tokens, mask = np.asarray(tokens), np.asarray(mask)
     check_prompts(module, tokens, mask, sampling)
-    for name, number in (('slots', slots), ('chunk', chunk), ('num_samples', num_samples)):
+    for name, number in (('slots', slots), ('chunk', chunk), ('num_samples', num_samples), ('shards', shards)):
         if number < 1:
             raise ValueError(f'{name}={number} must be at least 1')
     rows = len(tokens) * num_samples
     keys, slots = completion_keys(key, len(tokens), num_samples), min(slots, rows)
+    slots += -slots % shards
     statistics = statistics if statistics is not None else Statistics()
     split = module.clone(stacked=False)
     state, out = None, None
@@ -111,12 +117,13 @@ def generate_refilled(module: Any, weights: Weights, tokens: np.ndarray, mask: n
         params, version = weights()
         free = np.flatnonzero(place < 0)
         if waiting and len(free):
+            free = free[np.argsort(free % (slots // shards), kind='stable')]  # of every shard one, then another
             taken = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
             place[free[:len(taken)]] = taken
             state = _admit(module, params, state, tokens, mask, keys, sampling, taken, free[:len(taken)], version,
-                           slots)
+                           slots, shards)
         decode_params = _decode_params(module, params)
-        state, steps = _advance(split, decode_params, state, jnp.int32(version), sampling, chunk)
+        state, steps = advance(split, decode_params, state, jnp.int32(version), sampling, chunk)
         active, drawn = jax.device_get((state.active, state.drawn))
         statistics.chunks += 1
         statistics.slot_steps += int(steps) * slots
@@ -141,26 +148,39 @@ def _split(module: Any, params: Any) -> Any:
     return split_blocks(module, params, dtype=module.dtype)[1]
 
 
-def _admit(module: Any, params: Any, state: _Slots | None, tokens: np.ndarray, mask: np.ndarray, keys: Array,
-           sampling: Sampling, rows: Sequence[int], free: np.ndarray, version: int, slots: int) -> _Slots:
-    """Prefills `rows` (completion k of prompt b is row `b K + k`) into the slots `free`, their number rounded up to a
-    power of two for few shapes to compile."""
-    size = min(1 << (len(rows) - 1).bit_length(), slots)
-    padded = list(rows) + [rows[0]] * (size - len(rows))
-    into = np.full(size, slots)  # an index past the end: dropped
-    into[:len(rows)] = free
-    prompt, sample = np.divmod(np.array(padded), keys.shape[1])
-    fresh = _start(module, params, tokens[prompt], mask[prompt], keys[prompt, sample], jnp.int32(version), sampling)
-    if state is None:
-        state = jax.tree.map(lambda x: jnp.repeat(x[:1], slots, 0), fresh)  # whatever; no row is in these slots
-        state = dataclasses.replace(state, active=jnp.zeros(slots, bool))
-    return _place(state, fresh, into)
+def _by_rows(x: Array) -> Array:
+    return nn.with_logical_constraint(x, ('batch',) + (None,) * (x.ndim - 1))
+
+
+def _admit(module: Any, params: Any, state: Slots | None, tokens: np.ndarray, mask: np.ndarray, keys: Array,
+           sampling: Sampling, rows: Sequence[int], free: np.ndarray, version: int, slots: int, shards: int) -> Slots:
+    """Prefills `rows` (completion k of prompt b is row `b K + k`) into the slots `free`. Every shard prefills as many,
+    their number rounded up to a power of two for few shapes to compile."""
+    each = slots // shards
+    shard, local = np.divmod(np.asarray(free), each)
+    size = min(1 << (int(np.bincount(shard).max()) - 1).bit_length(), each)
+    padded, into = np.full((shards, size), rows[0]), np.full((shards, size), each)  # an index past the end: dropped
+    used = np.zeros(shards, int)
+    for row, s, i in zip(rows, shard, local):
+        padded[s, used[s]], into[s, used[s]] = row, i
+        used[s] += 1
+    prompt, sample = np.divmod(padded.reshape(-1), keys.shape[1])
+    fresh = start(module, params, tokens[prompt], mask[prompt], keys[prompt, sample], jnp.int32(version), sampling)
+    return _place(empty(fresh, slots) if state is None else state, fresh, into)
+
+
+@functools.partial(jax.jit, static_argnames=('slots',))
+def empty(fresh: Slots, slots: int) -> Slots:
+    """So many slots without a row, of the shapes of `fresh`."""
+    state = jax.tree.map(lambda x: _by_rows(jnp.broadcast_to(x[:1], (slots, *x.shape[1:]))), fresh)
+    return dataclasses.replace(state, active=jnp.zeros(slots, bool))
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'sampling'))
-def _start(module: Any, params: Any, tokens: Array, mask: Array, keys: Array, version: Array,
-           sampling: Sampling) -> _Slots:
+def start(module: Any, params: Any, tokens: Array, mask: Array, keys: Array, version: Array,
+          sampling: Sampling) -> Slots:
     """Rows with their prompts in the cache and their first token drawn."""
+    tokens, mask, keys = _by_rows(tokens), _by_rows(mask), _by_rows(keys)
     rows, length = tokens.shape
     steps = sampling.max_new_tokens
     logits, cache = prefill(module, params, tokens, mask, length + steps - 1)
@@ -171,18 +191,24 @@ def _start(module: Any, params: Any, tokens: Array, mask: Array, keys: Array, ve
         logprobs=jnp.zeros((rows, steps), jnp.float32).at[:, 0].set(logprob),
         mask=jnp.zeros((rows, steps), bool).at[:, 0].set(True),
         versions=jnp.full((rows, steps), -1, jnp.int32).at[:, 0].set(version))
-    return _Slots(cache.replace(index=jnp.full(rows, length, jnp.int32)), token, zeros + 1,
+    slots = Slots(cache.replace(index=jnp.full(rows, length, jnp.int32)), token, zeros + 1,
                   ~stop & (steps > 1), keys, samples)
+    return jax.tree.map(_by_rows, slots)
 
 
 @functools.partial(jax.jit, donate_argnames=('state',))
-def _place(state: _Slots, fresh: _Slots, into: Array) -> _Slots:
-    return jax.tree.map(lambda old, new: old.at[into].set(new, mode='drop'), state, fresh)
+def _place(state: Slots, fresh: Slots, into: Array) -> Slots:
+    """`state` with row i of shard s of `fresh` in that shard's slot `into[s, i]`, or nowhere if it has none such."""
+    def one(old, new):
+        by_shard = lambda x: _by_rows(x.reshape(len(into), -1, *x.shape[1:]))
+        placed = jax.vmap(lambda o, n, i: o.at[i].set(n, mode='drop'))(by_shard(old), by_shard(new), into)
+        return _by_rows(_by_rows(placed).reshape(old.shape))
+    return jax.tree.map(one, state, fresh)
 
 
 @functools.partial(jax.jit, static_argnames=('split', 'sampling', 'chunk'), donate_argnames=('state',))
-def _advance(split: Any, params: Any, state: _Slots, version: Array, sampling: Sampling,
-             chunk: int) -> tuple[_Slots, Array]:
+def advance(split: Any, params: Any, state: Slots, version: Array, sampling: Sampling,
+            chunk: int) -> tuple[Slots, Array]:
     """Up to `chunk` tokens more in every active slot, and how many steps that took."""
     slot = jnp.arange(state.token.shape[0])
 
@@ -198,7 +224,7 @@ def _advance(split: Any, params: Any, state: _Slots, version: Array, sampling: S
                                   write(state.samples.mask, True), write(state.samples.versions, version))
         drawn = state.drawn + state.active
         active = state.active & ~stop & (drawn < sampling.max_new_tokens)
-        return t + 1, _Slots(cache, jnp.where(state.active, token, state.token), drawn, active, state.keys, samples)
+        return t + 1, Slots(cache, jnp.where(state.active, token, state.token), drawn, active, state.keys, samples)
 
     steps, state = jax.lax.while_loop(lambda c: (c[0] < chunk) & c[1].active.any(), body, (jnp.int32(0), state))
-    return state, steps
+    return jax.tree.map(_by_rows, state), steps

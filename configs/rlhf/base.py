@@ -98,6 +98,8 @@ def policy() -> ConfigDict:
             kind='task',  # task: its rule | model: a reward model | function: 'package.module:function'
             model='',  # a Hugging Face folder, or the work directory of a reward_model run
             batch_size=64,  # rows the reward model reads at once
+            mesh=dict(data=1, fsdp=-1, tensor=1),  # of the generating devices, for reward models; where sizes cannot
+            # be divided so, each device has all
             function='',
             gold='',  # a second one, logged and never trained on: task | a reward model | package.module:function
             missing_eos='',  # in place of the reward of a response that does not end, such as -1; '': no penalty

@@ -24,6 +24,7 @@ from experiments.dlc.data import codestore
 from experiments.runtime import evaluation, modules, partition, placement, runs, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
+from experiments.runtime.programs import Program
 from experiments.runtime.state import TrainState
 from experiments.runtime.training import training
 from rlhf_jax.models import llama
@@ -98,18 +99,19 @@ def build(config: Config, mesh: Mesh) -> Experiment:
         rows = captions_lib.open_batches(config.data.heldout, config, words, share)
         return (HeldOutCaptions(config, mesh, rows, loss, writer),)
 
-    def sampler_program(devices):
+    def programs(devices, _):
         """As `modules.Batched` lays it out: a device holds a share of the parameters and samples some of the rows."""
         over = mesh_lib.make_mesh({'fsdp': -1}, devices)
         rows, shapes = mesh_lib.batch_sharding(over), jax.eval_shape(init_params, jax.random.key(0))
         layout = partition.param_shardings(shapes, llama.PARTITION_RULES, over)
         program = jax.jit(functools.partial(sample, config), out_shardings=rows,
                           in_shardings=(layout, mesh_lib.replicated(over), rows, rows))
-        return program, (shapes, jax.eval_shape(jax.random.key, 0), spec['captions'], spec['caption_mask']), over
+        args = (shapes, jax.eval_shape(jax.random.key, 0), spec['captions'], spec['caption_mask'])
+        return [Program('sampler', program, args, over, knobs='lower batch_size, the captions sampled at a time')]
 
     trained = training(config, mesh, init_params, loss, averaged=False)
     return Experiment(trained.init, loss, trained.step, llama.PARTITION_RULES, spec, open_batches,
-                      sampler_program=sampler_program, hooks=hooks, check=check_inputs,
+                      programs=programs, hooks=hooks, check=check_inputs,
                       warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
 
 

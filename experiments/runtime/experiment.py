@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from experiments.runtime import loop, partition, retention
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import MetricsWriter
+from experiments.runtime.programs import Program
 from experiments.runtime.state import TrainState
 
 Batch = Mapping[str, Any]
@@ -38,8 +39,10 @@ class Experiment:
             raises a ValueError or OSError where they do not fit the model; None where there is nothing to look at.
         warm_start: applied to a fresh state, never to a resumed one (released weights).
         sampler: (params, key) -> samples (of an encoder: codes of random images) as one program, for compile checks.
-        sampler_program: devices -> (jitted sampler, its abstract arguments, their mesh), for the same where sampling
-            has a layout of its own.
+        programs: (devices, bytes that one of them offers) -> the programs of a run beside its step, for the same where
+            they have layouts of their own.
+        beside_step: devices -> what lies on the step's devices beside its state and batch, by name: trees of
+            `jax.ShapeDtypeStruct` with shardings.
         config: the config as it is saved with the run, where files have decided something that it left open.
         hooks: writer of metrics (None in all processes but the first) -> hooks of its own, such as an evaluation.
     """
@@ -54,7 +57,8 @@ class Experiment:
     check: Callable[[], None] | None = None
     warm_start: Callable[[TrainState], TrainState] | None = None
     sampler: Callable[[Any, jax.Array], Any] | None = None
-    sampler_program: Callable[[Sequence[jax.Device]], tuple[Any, tuple, Mesh]] | None = None
+    programs: Callable[[Sequence[jax.Device], int], Sequence[Program]] | None = None
+    beside_step: Callable[[Sequence[jax.Device]], Mapping[str, Any]] = lambda devices: {}
     hooks: Callable[[MetricsWriter | None], Sequence[loop.Hook]] = lambda writer: ()
     config: ml_collections.ConfigDict | None = None
 
@@ -79,7 +83,17 @@ def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     shards, parts = mesh_lib.batch_shards(mesh), config.accumulate
     if parts < 1 or config.batch_size % (shards * parts):
         raise ValueError(f'batch_size={config.batch_size} is not divisible by {shards} batch shards '
-                         f'(mesh data x fsdp) x accumulate={parts}; use a multiple of {shards * max(parts, 1)}')
+                         f'(mesh data x fsdp) x accumulate={parts}; {divisible_advice(config.batch_size, shards, parts)}')
+
+
+def divisible_advice(rows: int, shards: int, accumulate: int, minibatches: int = 1) -> str:
+    """What to set where `rows` cannot be dealt out to so many shards in so many parts. Another number of microbatches
+    keeps the recipe; another batch does not."""
+    each, rest = divmod(rows, shards * minibatches)
+    if not rest:
+        near = max(n for n in range(1, min(each, max(accumulate, 1)) + 1) if each % n == 0)
+        return f'accumulate={near} divides it and keeps the recipe, or accumulate=0, the least that fits'
+    return (f'use a multiple of {shards * max(accumulate, 1) * minibatches}, or a mesh of fewer shards (mesh.tensor)')
 
 
 def saved_for_backward(experiment: Experiment, state: Any) -> int:

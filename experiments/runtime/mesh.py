@@ -56,6 +56,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(device_grid(tuple(shape.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def reshaped(mesh: Mesh, sizes: Mapping[str, int]) -> Mesh:
+    """The devices of `mesh`, in their order, under axes of other sizes, so that one program may take arrays of both."""
+    shape = mesh_shape(sizes, mesh.devices.size)
+    grid = mesh.devices.reshape(tuple(shape.values()))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def device_grid(shape: tuple[int, int, int], devices: list[jax.Device]) -> np.ndarray:
     """`devices` in the order of a mesh of that shape, [data, fsdp, tensor].
 

@@ -348,9 +348,16 @@ def split_blocks(module: Any, params: Mapping[str, Any], dtype: Any = None) -> t
     out = {name: tree for name, tree in params.items() if name != 'blocks'}
     if 'blocks' in params:
         out |= {f'block_{i}': jax.tree.map(lambda p: p[i], params['blocks']) for i in range(module.depth)}
-    if dtype is not None:
-        out = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, out)
-    return module.clone(stacked=False), out
+    return module.clone(stacked=False), out if dtype is None else in_compute_dtype(out, dtype)
+
+
+def in_compute_dtype(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """`params` of a decoder with its matrices cast to the dtype it computes in, which changes no result: norms and
+    biases, of a block one axis, stay as they are."""
+    def cast(path: tuple, p: Any) -> Any:
+        stacked = any(getattr(key, 'key', None) == 'blocks' for key in path)
+        return p.astype(dtype) if p.ndim > 1 + stacked else p
+    return jax.tree_util.tree_map_with_path(cast, dict(params))
 
 
 def split_rules(rules: Sequence[tuple[str, P]]) -> tuple[tuple[str, P], ...]:

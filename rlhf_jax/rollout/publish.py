@@ -31,10 +31,13 @@ class InProcess:
         shardings: a sharding or a device for all parameters, or a tree of them; None: where the learner has them.
         dtype: that floating parameters are cast to before they travel (bfloat16 halves the traffic); None: as they are.
         timeout: seconds `fetch` waits; None: for ever.
+        snapshots: what is published are snapshots already, which their maker does not donate: those that lie where
+            `shardings` wants them are taken as they are, without a second copy.
     """
 
-    def __init__(self, shardings: Any = None, *, dtype: Any = None, timeout: float | None = None):
-        self._shardings, self._dtype, self._timeout = shardings, dtype, timeout
+    def __init__(self, shardings: Any = None, *, dtype: Any = None, timeout: float | None = None,
+                 snapshots: bool = False):
+        self._shardings, self._dtype, self._timeout, self._snapshots = shardings, dtype, timeout, snapshots
         self._held: dict[int, Tree] = {}
         self._newest: int | None = None
         self._changed = threading.Condition()
@@ -49,9 +52,9 @@ class InProcess:
             raise ValueError(f'version={version} is not newer than the newest, {self._newest}')
         params = cast(params, self._dtype)
         if self._shardings is None:
-            placed = jax.tree.map(jnp.copy, params)
+            placed = params if self._snapshots else jax.tree.map(jnp.copy, params)
         else:
-            placed = jax.device_put(params, self._shardings, may_alias=False)
+            placed = jax.device_put(params, self._shardings, may_alias=self._snapshots)
         placed = jax.block_until_ready(placed)
         with self._changed:
             self._held[version], self._newest = placed, version

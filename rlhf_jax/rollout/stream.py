@@ -163,6 +163,8 @@ class RolloutStream(Iterator[Batch]):
             item = self._ready.popleft()
             index, self._next = self._next, self._next + 1
             in_flight = len(self._ready)
+            needed = self._version(self._produced)
+        self._weights.release(needed)  # so that no batch's weights stay in memory beside the step that it trains
         self.metrics = {'staleness': batch_lib.staleness(item.batch, index), 'in_flight': in_flight,
                         'learner_wait': self._clock() - start, **item.seconds, 'publish': self._publish_seconds}
         return item.batch

@@ -51,7 +51,7 @@ def test_loops_branches_and_collectives():
     assert found.cycles == 28 * 100 + 5 + 7
     gathered, summed, sent = (found.collectives[kind] for kind in ('all-gather', 'all-reduce', 'collective-permute'))
     assert (gathered.count, gathered.runs, gathered.largest_bytes) == (1, 28, 256 * 128 * 2)
-    assert (summed.count, summed.runs, summed.bytes) == (1, 1, 32)
+    assert (summed.count, summed.runs, summed.bytes) == (1, 1, 33)  # both of its results
     assert (sent.count, sent.runs, sent.bytes, sent.largest_bytes) == (1, 28, 28 * 64, 64)
 
 

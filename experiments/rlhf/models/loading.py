@@ -160,6 +160,15 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
     return module, params
 
 
+def reward_module(path: str | os.PathLike, model: Mapping[str, Any]) -> heads.RewardModel:
+    """Module of the reward model that `load_reward_model` loads, without its tensors."""
+    folder, saved = storage.resolve(path), folders.read_settings(path)
+    if folders.names_experiment(saved):
+        return architecture.reward_model(runs.read_config(path, 'reward_model').model)
+    module = _module_of(folder, saved, dtype=modules.dtype(model))
+    return module if isinstance(module, heads.RewardModel) else heads.RewardModel(module)
+
+
 def filled(fresh: Mapping[str, Any], loaded: Mapping[str, Any]) -> Params:
     """`fresh`, with the leaves of `loaded` in place of those that both have; what is new in `loaded` is left out."""
     return {name: (filled(leaf, loaded[name]) if isinstance(leaf, Mapping) else loaded[name]) if name in loaded

@@ -2,6 +2,7 @@
 
 `evaluate_policy` measures a policy that has been loaded; `HeldOutPrompts` is the hook that measures one in training.
 """
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -178,19 +179,25 @@ class HeldOutPrompts(Evaluation):
         measure: (state, batch) -> {name: [B]}, means over a prompt's completions.
         columns: fields of a batch that it reads.
         writer: None: nothing is written.
+        published: version -> weights for decoding of it, where they are on these devices already; else None.
     """
 
     def __init__(self, kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh,
                  measure: Callable[[Any, Mapping[str, Any]], Mapping[str, jax.Array]], columns: Sequence[str],
-                 writer: Any):
+                 writer: Any, *, published: Callable[[int], Any] = lambda version: None):
         super().__init__(config.eval_every, config.num_steps, writer)
         heldout = kind.held_out(config)
-        parts = mesh_lib.batch_shards(mesh) * config.accumulate * config.algorithm.num_minibatches
+        # Where the learner's devices generate, they are evaluated on as they generate.
+        apart = config.rollout.devices or config.rollout.transport != 'devices'
+        sampling = mesh if apart else rollouts.generator_mesh(config, mesh)
+        parts = math.lcm(mesh_lib.batch_shards(mesh) * config.accumulate * config.algorithm.num_minibatches,
+                         mesh_lib.batch_shards(sampling))
         heldout.batch_size = min(-(-config.eval_prompts // parts) * parts, config.batch_size)
         self._config, self._mesh, self._columns = heldout, mesh, columns
-        self._generate = kind.generator(heldout, mesh, None)
+        self._generate, self._published = kind.generator(heldout, sampling, None), published
         self._num = min(config.eval_prompts, self._generate.num_prompts)
-        self._decoding = kind.decoding(heldout, mesh)
+        decoding = kind.decoding(heldout, sampling)
+        self._convert = rollouts.snapshots(decoding, sampling, mesh)
         self._measure = jax.jit(measure, out_shardings=mesh_lib.replicated(mesh))
 
     def measure(self, state: Any) -> Metrics:
@@ -199,7 +206,9 @@ class HeldOutPrompts(Evaluation):
         parts: list[dict[str, np.ndarray]] = []
         batches, rows = [], []
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            weights = placement.place_tree(self._decoding.convert(state.params['policy']), self._decoding.shardings)
+            weights = self._published(int(state.step))
+            if weights is None:
+                weights = self._convert(state.params['policy'])
             for index in range(-(-self._num // size)):
                 keep = min(size, self._num - index * size)  # prompts of the next epoch fill the last batch up
                 batch = self._generate(weights, index=index, version=0)

@@ -5,18 +5,21 @@ each under Elastic Reset or a method it is compared with (arXiv 2312.07551) wher
 `algorithms.py` the losses, `step.py` the training step, `rollouts.py` the batches, `rewards.py` and `evaluation.py`
 what completions are worth.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from experiments.rlhf.policy import algorithms, autoregressive, evaluation, hosts, rollouts
+from experiments.rlhf.policy import algorithms, autoregressive, evaluation, hosts, rollouts, waves
+from experiments.rlhf.policy.footprint import Footprint
 from experiments.rlhf.policy.kind import Kind, Networks
 from experiments.rlhf.policy.step import PolicyStep
-from experiments.runtime import launch, modules, optim
+from experiments.runtime import launch, modules, optim, partition
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime.experiment import Experiment
+from experiments.runtime.experiment import Experiment, divisible_advice
 from experiments.runtime.state import TrainState
 from rlhf_jax import elastic_reset as er
 
@@ -41,18 +44,38 @@ def build_policy(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh) -> E
     step = PolicyStep(config, algorithm, networks, elastic_config(config), make_optimizer(config, networks), shards)
 
     def warm_start(state: TrainState) -> TrainState:
-        return jax.jit(step.start)(networks.load(state.params), state.rng)
+        for x in jax.tree.leaves((state.opt_state, state.extra)):
+            x.delete()  # they are made anew, and beside the new ones would take their memory twice
+        shardings = partition.state_shardings(state, networks.rules, mesh)
+        return jax.jit(step.start, out_shardings=shardings)(networks.load(state.params), state.rng)
+
+    @functools.cache
+    def footprint(devices: tuple[jax.Device, ...] | None = None) -> Footprint:
+        generating = rollouts.generator_mesh(config, mesh, devices)
+        return Footprint(kind, config, mesh, generating, jax.eval_shape(step.init, jax.random.key(0)), networks.rules)
+
+    opened: list[rollouts.Rollouts] = []
+
+    def budgeted() -> ml_collections.ConfigDict:
+        return footprint().budgeted(waves.usable_bytes(footprint().generating))
+
+    def open_rollouts(workdir):
+        opened[:] = [hosts.open_rollouts(kind, budgeted(), mesh, workdir)]
+        return opened[0]
 
     def hooks(writer):
         if not config.eval_every:
             return ()
-        return (evaluation.HeldOutPrompts(kind, config, mesh, step.divergence, networks.columns, writer),)
+        here = opened[0].published if opened and not config.rollout.devices else lambda version: None
+        evaluated = footprint().budgeted_for_evaluation(waves.usable_bytes(mesh))
+        return (evaluation.HeldOutPrompts(kind, evaluated, mesh, step.divergence, networks.columns, writer,
+                                          published=here),)
 
     return Experiment(step.init, step.loss, step.__call__, networks.rules, batch_shapes(kind, config), None,
                       check=lambda: kind.check_inputs(config), warm_start=warm_start, hooks=hooks,
-                      sampler_program=lambda devices: kind.sampler_program(config, devices),
-                      open_rollouts=lambda workdir: hosts.open_rollouts(kind, config, mesh, workdir),
-                      generate=lambda workdir: hosts.generate(kind, config, mesh, workdir), config=config)
+                      programs=lambda devices, usable: footprint(tuple(devices)).programs(usable),
+                      beside_step=lambda devices: footprint(tuple(devices)).beside_step(), open_rollouts=open_rollouts,
+                      generate=lambda workdir: hosts.generate(kind, budgeted(), mesh, workdir), config=config)
 
 
 def make_optimizer(config: ml_collections.ConfigDict, networks: Networks) -> optax.GradientTransformation:
@@ -72,9 +95,10 @@ def check(kind: Kind, config: ml_collections.ConfigDict, algorithm: algorithms.A
     """Raises a ValueError for settings that cannot work together."""
     parts = shards * config.accumulate * config.algorithm.num_minibatches
     if config.batch_size % parts:
+        minibatches = config.algorithm.num_minibatches
         raise ValueError(f'batch_size={config.batch_size} prompts is not divisible by {shards} batch shards x '
-                         f'accumulate={config.accumulate} x algorithm.num_minibatches='
-                         f'{config.algorithm.num_minibatches}; use a multiple of {parts}')
+                         f'accumulate={config.accumulate} x algorithm.num_minibatches={minibatches}; '
+                         + divisible_advice(config.batch_size, shards, config.accumulate, minibatches))
     kind.check(config)
     refusals = kind.refusals(config)
     for use in algorithms.uses(algorithm, config.algorithm):

@@ -17,6 +17,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from experiments.runtime import partition
+from experiments.runtime.programs import Program
 from rlhf_jax.models import lora
 
 Array = jax.Array
@@ -123,10 +124,14 @@ class Kind(NamedTuple):
         networks: (config, whether there is a critic) -> `Networks`.
         decoding: (config, the generators' mesh) -> `Decoding`.
         generator: (config, the generators' mesh, weights or None) -> `Generator`.
-        sampler_program: (config, devices) -> (jitted sampler, its abstract arguments, their mesh).
+        sampler_program: (config, devices) -> (jitted sampler, its abstract arguments, their mesh), where `programs` is
+            None.
         batch_shapes: config -> fields of a rollout batch that are of this kind alone, [B, K, ...].
         num_tokens: config -> ids of the model; a batch with others is refused.
         held_out: config -> the same with the prompts that it evaluates on.
+        models: (config, the generators' mesh) -> parameters of reward models by path, `jax.ShapeDtypeStruct` with
+            shardings.
+        programs: (config, `footprint.Footprint`) -> the programs that sample and reward, for compile checks.
     """
     settled: Callable[[Config], Config]
     check: Callable[[Config], None]
@@ -135,7 +140,9 @@ class Kind(NamedTuple):
     networks: Callable[[Config, bool], Networks]
     decoding: Callable[[Config, Mesh], Decoding]
     generator: Callable[[Config, Mesh, Any], Generator]
-    sampler_program: Callable[[Config, Any], tuple[Any, tuple, Mesh]]
+    sampler_program: Callable[[Config, Any], tuple[Any, tuple, Mesh]] | None
     batch_shapes: Callable[[Config], dict[str, jax.ShapeDtypeStruct]]
     num_tokens: Callable[[Config], int]
     held_out: Callable[[Config], Config]
+    models: Callable[[Config, Mesh], dict[str, Any]] = lambda config, mesh: {}
+    programs: Callable[[Config, Any], list[Program]] | None = None

@@ -1,5 +1,6 @@
 """Rewards of completions as `config.reward` names them: a task's rule, a reward model, or a function of the user's."""
 import dataclasses
+import functools
 import importlib
 import logging
 import threading
@@ -16,10 +17,11 @@ from jax.sharding import Mesh
 from experiments.rlhf.data.tasks import Task
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models.tokenizer import tokenizer_of
-from experiments.runtime import exchange, launch, partition, placement, storage
+from experiments.runtime import exchange, launch, modules, partition, placement, storage
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.programs import placed
 from experiments.runtime.signals import signals
-from rlhf_jax.models import heads
+from rlhf_jax.models import decoder, heads
 from rlhf_jax.rollout.rewards import score
 
 log = logging.getLogger(__name__)
@@ -82,7 +84,8 @@ class Scorer:
         num_ids = tokenizer_of(config).vocab_size
 
         def model(path):
-            return shared(path, mesh, dtype=config.model.dtype, num_ids=num_ids, batch_size=section.batch_size)
+            return shared(path, mesh_lib.reshaped(mesh, section.mesh), dtype=config.model.dtype, num_ids=num_ids,
+                          batch_size=section.batch_size)
 
         reward = find('reward.kind', reward_name(section), task, task_name, model)
         gold = find('reward.gold', section.gold, task, task_name, model, gold=True) if section.gold else None
@@ -221,6 +224,23 @@ def check_code(names: Mapping[str, str], source: str, trust: bool) -> None:
                              'whoever wrote that folder')
 
 
+def abstract(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, tuple[heads.RewardModel, Any]]:
+    """The reward models of a run that generates on `mesh`, by path: module, and parameters as `jax.ShapeDtypeStruct`
+    with shardings. One whose folder is not there is taken to be of the policy's size."""
+    section, over = config.reward, mesh_lib.reshaped(mesh, config.reward.mesh)
+    paths = [section.model if section.kind == 'model' else '', section.gold]
+    out = {}
+    for path in (path for path in paths if path not in ('', 'task') and ':' not in path):
+        module = architecture.reward_model(config.model)
+        if (storage.resolve(path) / 'config.json').exists():
+            module = loading.reward_module(path, dict(dtype=config.model.dtype))
+        shapes = jax.eval_shape(
+            lambda key, module=module: compact(module, module.init(key, jnp.zeros((1, 2), jnp.int32))['params']),
+            jax.random.key(0))
+        out[path] = module, placed(shapes, layout(module, shapes, over))
+    return out
+
+
 def shared(path: str, mesh: Mesh, **settings: Any) -> 'RewardModel':
     """`RewardModel(...)`, or the same one where this process still uses it: a run that generates and evaluates on the
     same devices needs its weights but once."""
@@ -262,15 +282,10 @@ class RewardModel:
         self.max_length, self._path, self._before_eos = module.backbone.max_length, path, before_eos
         shards = mesh_lib.batch_shards(mesh)
         self._rows = -(-batch_size // shards) * shards
-        family = ml_collections.ConfigDict(dict(kind=architecture.family_name(module.backbone)))
-        rules = architecture.rules(family, 'backbone')
-        self._params = placement.place_tree(params, partition.param_shardings(params, rules, mesh))
+        params = compact(module, params)
+        self._params = placement.place_tree(params, layout(module, params, mesh))
         self._mesh, self._sharding = mesh, mesh_lib.batch_sharding(mesh)
-
-        def run(params, tokens, mask, back):
-            values = module.apply({'params': params}, tokens, mask=mask)
-            return jnp.take_along_axis(values, heads.last_token(mask)[:, None] - back[:, None], 1)[:, 0]
-        self._run = jax.jit(run)
+        self._run = jax.jit(functools.partial(last_scores, module))
 
     def __call__(self, completions: Completions) -> np.ndarray:
         """Scores float32 [N] of this process's completions; all processes of the mesh call it, each with its own."""
@@ -280,9 +295,33 @@ class RewardModel:
         if tokens.shape[1] > self.max_length:
             raise ValueError(f'{self._path}: reads at most {self.max_length} tokens, rows have {tokens.shape[1]}')
         out, back = [], ended.astype(np.int32) * self._before_eos
-        for start in range(0, len(tokens), self._rows):
-            part = [x[start:start + self._rows] for x in (tokens, mask, back)]
-            padded = [np.concatenate([x, np.repeat(x[-1:], self._rows - len(x), 0)]) for x in part]
-            out.append(self._run(self._params, *placement.place_tree(padded, self._sharding)))
+        with jax.set_mesh(self._mesh):
+            for start in range(0, len(tokens), self._rows):
+                part = [x[start:start + self._rows] for x in (tokens, mask, back)]
+                padded = [np.concatenate([x, np.repeat(x[-1:], self._rows - len(x), 0)]) for x in part]
+                out.append(self._run(self._params, *placement.place_tree(padded, self._sharding)))
         scores = np.concatenate(exchange.fetch(out))[:len(tokens)]
         return scores[owners == jax.process_index()]
+
+
+def compact(module: heads.RewardModel, params: Any) -> Any:
+    """Parameters with the backbone's matrices in the dtype that it computes in; scores do not change."""
+    backbone = decoder.in_compute_dtype(params['backbone'], module.backbone.dtype)
+    return dict(params) | {'backbone': backbone}
+
+
+def layout(module: heads.RewardModel, params: Any, mesh: Mesh) -> Any:
+    """Shardings of a reward model's parameters: by the backbone's rules, or, where these cannot divide it over `mesh`,
+    whole on every device."""
+    family = ml_collections.ConfigDict(dict(kind=architecture.family_name(module.backbone)))
+    rules = architecture.rules(family, 'backbone')
+    if modules.divisible(params, rules, mesh):
+        return partition.param_shardings(params, rules, mesh)
+    return jax.tree.map(lambda _: mesh_lib.replicated(mesh), params)
+
+
+def last_scores(module: heads.RewardModel, params: Any, tokens: jax.Array, mask: jax.Array,
+                back: jax.Array) -> jax.Array:
+    """Scores float32 [N] of rows [N, T], read `back` [N] tokens before the last."""
+    values = module.apply({'params': params}, tokens, mask=mask)
+    return jnp.take_along_axis(values, heads.last_token(mask)[:, None] - back[:, None], 1)[:, 0]

@@ -22,7 +22,7 @@ from experiments.rlhf.data import tasks
 from experiments.rlhf.data import texts as text_arrays
 from experiments.rlhf.models import architecture
 from experiments.rlhf.models import tokenizer as tokenizer_lib
-from experiments.rlhf.policy import rewards
+from experiments.rlhf.policy import rewards, waves
 from experiments.rlhf.policy.kind import Kind
 from experiments.rlhf.policy.models import carries_stop_tokens, sampling_of
 from experiments.runtime import exchange, launch, partition, placement, storage
@@ -50,7 +50,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if rollout.devices and rollout.transport != 'devices':
         raise ValueError(f'rollout.devices={rollout.devices}: with rollout.transport={rollout.transport!r} generators '
                          'have devices of their own process; set it to 0')
-    for name in ('devices', 'chunk', 'slots', 'timeout'):
+    for name in ('devices', 'chunk', 'slots', 'memory', 'timeout'):
         if rollout[name] < 0:
             raise ValueError(f'rollout.{name}={rollout[name]} must be at least 0')
     host, colon, port = rollout.address.rpartition(':')
@@ -119,7 +119,7 @@ def generator_mesh(config: ml_collections.ConfigDict, learner: Mesh | None = Non
     if config.rollout.devices:
         devices = devices[-config.rollout.devices:]
     elif learner is not None:
-        devices = list(learner.devices.flat)
+        return mesh_lib.reshaped(learner, config.rollout.mesh)
     return mesh_lib.make_mesh(config.rollout.mesh, devices)
 
 
@@ -162,19 +162,14 @@ class Decoding(SamplerWeights):
                          architecture.rules(config.model), bool(config.lora.rank), mesh)
 
 
-def sampler_program(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Any, tuple, Mesh]:
-    """(jitted sampler, its abstract arguments, mesh) of a whole batch at its longest as `devices` would run it, some of
-    which train; for compile checks."""
-    mesh, num_samples = generator_mesh(config, devices=devices), config.algorithm.num_samples
-    decoding, batch = Decoding(config, mesh), mesh_lib.batch_sharding(mesh)
-    prompts, sampling = (config.batch_size, config.sampling.max_prompt), sampling_of(config, (0,))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (config.batch_size, num_samples)))
-    program = jax.jit(
-        lambda params, tokens, mask, keys: generate_lib.generate(decoding.module, params, tokens, mask, keys, sampling,
-                                                                 num_samples=num_samples),
-        in_shardings=(decoding.shardings, batch, batch, batch), out_shardings=batch)
-    return program, (decoding.shapes, jax.ShapeDtypeStruct(prompts, jnp.int32), jax.ShapeDtypeStruct(prompts, bool),
-                     keys), mesh
+@functools.lru_cache(maxsize=8)
+def snapshots(decoding: Any, generating: Mesh, learner: Mesh) -> Callable[[Any], Any]:
+    """`decoding.convert` whose results share no buffer with the policy's parameters. Over the learner's own devices
+    they come in the generators' layout, else in one that is the compiler's to choose, from which they travel."""
+    together = np.array_equal(generating.devices.flat, learner.devices.flat)
+    # A result that is an argument would be the argument's buffer.
+    return jax.jit(lambda policy: jax.tree.map(jnp.copy, decoding.convert(policy)),
+                   out_shardings=decoding.shardings if together else None)
 
 
 def share_of(mesh: Mesh) -> processes.Share:
@@ -192,7 +187,7 @@ def open_weights(config: ml_collections.ConfigDict, shardings: Any, shapes: Any,
     rollout = config.rollout
     keep, timeout = rollout.max_staleness + 1, rollout.timeout or None
     if rollout.transport == 'devices':
-        return publish.InProcess(shardings, timeout=timeout)
+        return publish.InProcess(shardings, timeout=timeout, snapshots=True)
     if rollout.transport == 'files':
         return publish.Files(folder / 'weights', shardings, keep=keep, timeout=timeout)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -284,6 +279,7 @@ class Generator(Batches):
         self._sampling = sampling_of(config, tuple(self.tokenizer.stops), self.tokenizer.pad)
         self._buckets = tuple(config.sampling.buckets) or (config.sampling.max_prompt,)
         super().__init__(config, mesh, rows)
+        self._waves = waves.count(config, mesh)
 
     def complete(self, params, version, prompts, draws, keys):
         tokens, mask = generate_lib.pad_prompts([self._prompts[i] for i in prompts], buckets=self._buckets,
@@ -314,10 +310,12 @@ class Generator(Batches):
     def _draw(self, params, version, tokens, mask, keys):
         rollout, num_samples = self._config.rollout, self._config.algorithm.num_samples
         if not (rollout.chunk or rollout.slots):
-            tokens, mask, keys = placement.place_tree((tokens, mask, keys), mesh_lib.batch_sharding(self._mesh))
-            drawn = generate_lib.generate(self._module, params, tokens, mask, keys, self._sampling,
-                                          num_samples=num_samples)
-            return exchange.fetch(drawn), {}
+            parts, over = [], mesh_lib.batch_sharding(self._mesh)
+            for rows in np.split(np.arange(len(tokens)), self._waves):
+                wave = placement.place_tree((tokens[rows], mask[rows], keys[rows]), over)
+                drawn = generate_lib.generate(self._module, params, *wave, self._sampling, num_samples=num_samples)
+                parts.append(exchange.fetch(drawn))  # before the next wave takes memory of its own
+            return jax.tree.map(lambda *parts: np.concatenate(parts), *parts), {}
         current = [params, version]
 
         def newest():
@@ -326,8 +324,8 @@ class Generator(Batches):
                 current[:] = self._weights.fetch(published), published
             return tuple(current)
         drawn = refill.generate_refilled(self._module, newest, tokens, mask, keys, self._sampling,
-                                         slots=rollout.slots or keys.size, chunk=rollout.chunk or 16,
-                                         num_samples=num_samples)
+                                         slots=rollout.slots or keys.size, chunk=rollout.chunk or refill.CHUNK,
+                                         num_samples=num_samples, shards=mesh_lib.batch_shards(self._mesh))
         drawn = jax.device_get(drawn)
         # Past the end of a response no version is meant; the newest there is keeps minima over tokens right.
         return drawn, {'policy_version': np.where(drawn.mask, drawn.versions, current[1]).astype(np.int32)}
@@ -402,18 +400,23 @@ class Rollouts:
         mesh: of the learner; batches are laid out over it.
         num_steps: of the run; nothing is published after the last.
         vocab_size: ids of the policy; a batch with others (a generator of another model, a damaged file) is refused.
+        held: the transport, where what was published is on devices of this process.
     """
 
     def __init__(self, stream: RolloutStream, convert: Callable[[Any], Any], mesh: Mesh, num_steps: int,
-                 vocab_size: int | None = None):
+                 vocab_size: int | None = None, held: publish.InProcess | None = None):
         self._stream, self._convert, self._num_steps, self._vocab_size = stream, convert, num_steps, vocab_size
-        self._sharding = mesh_lib.batch_sharding(mesh)
+        self._sharding, self._held = mesh_lib.batch_sharding(mesh), held
         self._failed = False
 
     def publish(self, version: int, state: Any) -> None:
         """Before the first batch, and after every step but the last."""
         if version < self._num_steps:
             self._stream.publish(version, self._convert(state.params['policy']))
+
+    def published(self, version: int) -> Any:
+        """Weights for decoding of that version where they were the last to be published, and are here; else None."""
+        return self._held.fetch(version) if self._held is not None and self._held.newest() == version else None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -486,4 +489,7 @@ def open_rollouts(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh, wor
     stream = RolloutStream(generate, weights, max_staleness=rollout.max_staleness, threaded=threaded, late=late,
                            newest=rollout.newest, num_batches=config.num_steps, timeout=rollout.timeout or None,
                            check=signals.check if jax.process_count() == 1 else None)  # several stop between two steps
-    return Rollouts(stream, decoding.convert, mesh, config.num_steps, kind.num_tokens(config))
+    convert, held = decoding.convert, None
+    if rollout.transport == 'devices':
+        convert, held = snapshots(decoding, generating, mesh), weights
+    return Rollouts(stream, convert, mesh, config.num_steps, kind.num_tokens(config), held)

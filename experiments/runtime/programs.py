@@ -1,0 +1,131 @@
+"""The compiled programs of a run, as they are laid out on its devices, and what a compiler says of each.
+
+Programs share chips: what lies on a program's devices while it runs, beside its own arguments, is part of the memory
+that it needs there. The run fits where the program with the largest sum does.
+"""
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import Mesh
+
+from experiments.runtime import hlo
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.slices import Slice
+
+Report = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a run.
+
+    Attributes:
+        name: 'step', 'sampler', ...
+        jitted: the function.
+        args: its arguments, trees of `jax.ShapeDtypeStruct`.
+        mesh: that it runs under.
+        beside: what else lies on its devices meanwhile, by name: trees of `jax.ShapeDtypeStruct` with shardings.
+        times: how often an iteration of the run runs it.
+        options: of the compiler.
+        knobs: config fields that lower its memory, in words.
+    """
+    name: str
+    jitted: Any
+    args: tuple
+    mesh: Mesh
+    beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    times: int = 1
+    options: Mapping[str, Any] | None = None
+    knobs: str = ''
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """`jax.ShapeDtypeStruct` of `tree` laid out by `shardings`, a tree of them or one for all leaves."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _, s=shardings: s, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes a device of arrays like the leaves of `tree`, `jax.ShapeDtypeStruct` with shardings, as the devices' own
+    compiler lays them out (TPUs pad to tiles)."""
+    if not jax.tree.leaves(tree):
+        return 0
+    compiled = jax.jit(lambda *unused: (), keep_unused=True).lower(tree).compile()
+    return compiled.memory_analysis().argument_size_in_bytes
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """FLOPs of all matrix products and convolutions of a jaxpr: loops times their length, the dearer branch of each
+    condition, what is recomputed for the backward pass included. (XLA's own count takes the body of a loop once.)"""
+    total = 0.0
+    for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+        if eqn.primitive.name == 'dot_general':
+            contracted = eqn.params['dimension_numbers'][0][0]
+            total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        elif eqn.primitive.name == 'conv_general_dilated':
+            kernel, features = eqn.invars[1].aval, eqn.params['dimension_numbers'].rhs_spec[0]
+            total += 2 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[features]
+        elif eqn.primitive.name == 'cond':
+            total += max(map(matmul_flops, eqn.params['branches']))
+        else:
+            inner = sum(map(matmul_flops, jaxprs_in_params(eqn.params)))
+            total += inner * (eqn.params['length'] if eqn.primitive.name == 'scan' else 1)
+    return total
+
+
+def compile_program(program: Program, target: Slice) -> Report:
+    """What the compiler says of a program, for one device of `target`. Of one that does not fit a TPU: only how much
+    it would need."""
+    started, mesh = time.monotonic(), program.mesh
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        traced = program.jitted.trace(*program.args)
+        beside = {name: bytes_on_device(tree) for name, tree in program.beside.items()}
+        report: Report = {'mesh': dict(mesh.shape), 'usable_bytes': target.usable_bytes, 'times': program.times,
+                          'flops': matmul_flops(traced.jaxpr) / mesh.devices.size, 'beside': beside}
+        try:
+            executable = traced.lower().compile(compiler_options=dict(program.options) if program.options else None)
+        except jax.errors.JaxRuntimeError as error:
+            if 'RESOURCE_EXHAUSTED' not in str(error):
+                raise
+            sizes = re.findall(r'([\d.]+)([KMGT])\b', str(error))  # what it needs is the largest of them
+            report['bytes'] = int(max((float(n) * 1024 ** (1 + 'KMGT'.index(unit)) for n, unit in sizes), default=0))
+        else:
+            memory = executable.memory_analysis()
+            report |= {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
+                       'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,  # without donated ones
+                       'program': memory.generated_code_size_in_bytes}
+            report['bytes'] = sum(report[part] for part in ('arguments', 'temporaries', 'outputs', 'program'))
+            costs = hlo.costs(executable.as_text())
+            report['collectives'] = {kind: dataclasses.asdict(entry) for kind, entry in costs.collectives.items()}
+            report['hbm_traffic'] = costs.bytes
+            report['seconds'] = bounds(report, costs, target)
+    report['total'] = report['bytes'] + sum(beside.values())
+    return report | {'fits': 'arguments' in report and report['total'] <= target.usable_bytes,
+                     'compile_seconds': time.monotonic() - started}
+
+
+def bounds(report: Report, costs: hlo.Costs, target: Slice) -> dict[str, float]:
+    """Seconds that each resource needs for one run of a program on its own: `matmul`, `memory`, `network`; and
+    `cycles`, the compiler's own estimate of the whole (TPU), 0 where it gives none."""
+    network = sum(entry.bytes for entry in costs.collectives.values())
+    return {'matmul': report['flops'] / target.peak_flops, 'memory': costs.bytes / target.hbm_bandwidth,
+            'network': network / target.network_bandwidth, 'cycles': costs.cycles / target.clock if target.clock else 0}
+
+
+def expected(report: Report) -> tuple[float, str]:
+    """Seconds of one run, and what bounds it: the compiler's own estimate where it has one (products, memory and what
+    lies between), never less than the slowest resource."""
+    seconds = report['seconds']
+    slowest = max(('matmul', 'memory', 'network'), key=seconds.get)
+    busy = seconds['cycles']
+    if busy > 1.25 * seconds[slowest]:
+        return busy, 'latency'
+    return max(busy, seconds[slowest]), slowest
