@@ -8,8 +8,10 @@ Prints, for one chip and program, the memory that it takes together with what li
 against peak, the time that each resource bounds it by, and collectives with their loops counted; then the memory and
 the time of the whole run. Needs no accelerator and no data. A run that does not fit ends the command with status 2.
 """
+import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +24,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import ml_collections
 
+from experiments import readiness
 from experiments.runtime import compiler, launch, partition, slices
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.programs import Program, Report, compile_program, expected, placed
@@ -48,9 +51,9 @@ def programs_of(config: ml_collections.ConfigDict, target: Slice, *, fast: bool 
     beside = dict(experiment.beside_step(target.devices))
     if experiment.open_batches is not None:
         beside['batches ahead'] = [placed(dict(experiment.batch), batch)] * BATCHES_AHEAD
-    platform = target.devices[0].platform
+    absent = compiler.ABSENT_GPU if target.devices[0].platform == 'gpu' else None
     out = [Program('step', step, (state, dict(experiment.batch)), mesh, beside, knobs=STEP,
-                   options=compiler.options(platform, fast=fast and platform == 'tpu'))]
+                   options=absent or compiler.options('tpu', fast=fast))]
     if experiment.programs:
         out += experiment.programs(target.devices, target.usable_bytes)
     elif experiment.sampler:
@@ -59,7 +62,7 @@ def programs_of(config: ml_collections.ConfigDict, target: Slice, *, fast: bool 
                           out_shardings=mesh_lib.batch_sharding(mesh))
         out.append(Program('sampler', sampler, (state.params, jax.eval_shape(jax.random.key, 0)), mesh,
                            knobs='lower --batch_size, the rows sampled at a time (here batch_size)'))
-    return out
+    return [out[0], *(dataclasses.replace(program, options=absent) for program in out[1:])]
 
 
 def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: str | None = None,
@@ -68,6 +71,41 @@ def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: st
     for program in programs_of(config, target, fast=fast):
         if only in (None, program.name):
             yield program.name, compile_program(program, target)
+
+
+def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice) -> dict[str, Report]:
+    """Reports of the programs of a published configuration for the table of `readiness.py`, as quickly as they can be
+    had: the step with less effort, a decoder's sampler from few blocks.
+
+    Raises:
+        ValueError: its batch or layout does not go with the slice.
+    """
+    config = readiness.divided(config, mesh_lib.batch_shards(mesh_of(config, target.devices)))
+    programs, out = programs_of(config, target, fast=True), {}
+    depth = 0
+    if config.experiment == 'policy':
+        from experiments.rlhf.models import architecture
+        depth = architecture.decoder(config.model).depth
+    for program in programs:
+        if depth > readiness.DEPTHS[-1] and program.name in ('sampler', 'prefill'):
+            def at(blocks, program=program):
+                return shallow(config, target, blocks, program)
+            out[program.name] = readiness.extrapolated(program, at, depth, target)
+        else:
+            out[program.name] = compile_program(program, target)
+        print(describe(f'{path} {program.name}', out[program.name], target, fast=True), flush=True)
+    return out
+
+
+def shallow(config: ml_collections.ConfigDict, target: Slice, blocks: int, like: Program) -> Program:
+    """The program of that name of a policy of few blocks, in as many waves as `like`."""
+    from experiments.rlhf.policy import waves
+    config = config.copy_and_resolve_references()
+    config.model.depth = blocks
+    prompts = config.batch_size // like.times // mesh_lib.batch_shards(like.mesh)
+    if like.name == 'sampler' and not config.rollout.slots:
+        config.rollout.memory = (waves.wave_bytes(config, prompts, like.mesh) + 1) / GIB
+    return next(program for program in programs_of(config, target) if program.name == like.name)
 
 
 def describe(name: str, report: Mapping[str, Any], target: Slice, *, fast: bool = False) -> str:
@@ -130,17 +168,39 @@ def describe_run(path: str, config: ml_collections.ConfigDict, reports: Mapping[
     return line
 
 
+def compile_all(topologies: str, file: str | os.PathLike) -> None:
+    """Compiles the rows that `file` lacks and writes the table anew; slices without a compiler here are left out."""
+    targets = {}
+    for name in topologies.split(',') if topologies else readiness.SLICES:
+        try:
+            targets[name] = slices.named(name)
+        except ValueError as error:
+            if topologies:
+                raise
+            print(error, file=sys.stderr)
+    overrides = [argument for argument in sys.argv if argument.startswith('--config.')]
+    for key, row in readiness.sweep(targets, file, compile_row, overrides):
+        print(f'{key}: {row.get("refused") or "compiled"} ({row["seconds"]} s)', flush=True)
+    if os.path.samefile(file, readiness.ROWS):
+        readiness.TABLE.write_text(readiness.table(readiness.read(file)))
+
+
 def main() -> None:
     p = launch.parser(__doc__, config='what to compile')
-    p.add_argument('--topology', default='v5e-16',
-                   help='GENERATION-SIZE, such as v5e-16, v6e-64, v5p-128, or h100-8, a100-8, h200-16')
+    p.add_argument('--topology', default='',
+                   help='GENERATION-SIZE, such as v5e-16 (the default), v6e-64, v5p-128, or h100-8, a100-8, h200-16; '
+                        f'several with --all (default: {",".join(readiness.SLICES)})')
+    p.add_argument('--all', action='store_true', help='compile every published configuration for docs/readiness.md, '
+                   'row by row; rows that are there already are kept')
     p.add_argument('--only', metavar='PROGRAM', help='one of the programs: step, sampler, ...')
     p.add_argument('--fast', action='store_true',
                    help='compile the step in a quarter of the time to a slower program (TPU): its time means nothing, '
                         'its memory is about the same')
     p.add_argument('--json', metavar='FILE', help='also write the reports there')
-    args, config = launch.parse(p)
-    target = slices.named(args.topology)
+    args, config = launch.parse(p, optional='--all' in sys.argv)
+    if args.all:
+        return compile_all(args.topology, args.json or readiness.ROWS)
+    target = slices.named(args.topology or 'v5e-16')
     reports: dict[str, Report] = {}
     for program, report in compile_config(config, target, only=args.only, fast=args.fast):
         reports[program] = report

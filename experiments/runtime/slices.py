@@ -130,8 +130,6 @@ def _gpus(name: str, gpu: Gpu, size: int) -> Slice:
         raise ValueError(f'--topology={name!r}: up to {GPUS_PER_HOST} GPUs, or a multiple of {GPUS_PER_HOST}')
     hosts, each = max(size // GPUS_PER_HOST, 1), min(size, GPUS_PER_HOST)
     try:
-        from jax._src import xla_bridge  # the plugin is only looked for where its platform is to be run on
-        xla_bridge.discover_pjrt_plugins()
         topology = get_topology_desc(gpu.name, platform='cuda', topology=f'1x{hosts}x{each}',
                                      target_config=_target_config(gpu))
     except Exception as error:

@@ -10,7 +10,7 @@ import pytest
 from configs.dlc import base, code_model_imagenet, generator_imagenet
 from configs.rlhf import gsm8k, tldr
 from experiments import compile as aot
-from experiments.runtime import compiler, hlo, partition, slices
+from experiments.runtime import compiler, hlo, partition, programs, slices
 from experiments.runtime import mesh as mesh_lib
 from experiments.train import build, mesh_of
 
@@ -21,7 +21,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, re
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize('topology, chips', [('v5e-16', 16), ('v4-16', 8)])
 def test_step_and_sampler_fit_and_the_state_is_split(topology, chips):
-    config, target = code_model_imagenet.get_config('L512'), slices.tpu_slice(topology)
+    config, target = code_model_imagenet.get_config('L512'), slices.named(topology)
     assert len(target.devices) == chips
     experiment = build(config, mesh_lib.make_mesh(config.mesh, target.devices))
     state = jax.eval_shape(experiment.init, jax.random.key(0))
@@ -31,7 +31,7 @@ def test_step_and_sampler_fit_and_the_state_is_split(topology, chips):
     assert set(reports) == {'step', 'sampler'}
     for name, report in reports.items():
         assert report['fits'] and 0 < report['bytes'] < target.hbm_bytes
-        assert f'GiB a chip of {target.hbm_bytes // slices.GIB}' in aot.describe(name, report, target)
+        assert f'GiB a chip of {target.usable_bytes / slices.GIB:.2f}' in aot.describe(name, report, target)
     step, sampler = reports['step'], reports['sampler']
     # Parameters, both moments and EMA: a chip holds its share, padded to tiles of 128 where 16 chips leave 64 columns
     # of 1024. The donated state is returned in place.
@@ -59,10 +59,11 @@ def test_a_policy_trains_and_samples_in_its_share_of_the_slice():
     config.batch_size, config.accumulate = 64, 2
     config.sampling.update(dict(max_prompt=64, max_new_tokens=8))
     config.rollout.update(dict(max_staleness=1, devices=8))
-    target = slices.tpu_slice('v5e-16')
+    target = slices.named('v5e-16')
     reports = dict(aot.compile_config(config, target, fast=True))
+    split, whole = dict(data=1, fsdp=8, tensor=1), dict(data=8, fsdp=1, tensor=1)
     assert {name: report['mesh'] for name, report in reports.items()} == {
-        'step': dict(data=1, fsdp=8, tensor=1), 'sampler': dict(data=8, fsdp=1, tensor=1)}
+        'step': split, 'sampler': whole, 'reward': split, 'publish': split}
     assert all(report['fits'] for report in reports.values())
     table = 50304 * 1024  # entries of the embedding, gathered in float32 at the most; its gradient is summed
     assert max(entry['largest_bytes'] for entry in reports['step']['collectives'].values()) <= 4 * table
@@ -77,7 +78,7 @@ def test_a_policy_trains_and_samples_in_its_share_of_the_slice():
 def test_a_slice_less_the_chip_that_generates_still_makes_a_mesh(topology):
     """3 of 4 chips make no torus; they are taken in plain order."""
     for config in (tldr.get_config('online_dpo_410m_async'), gsm8k.get_config('online_dpo_async')):
-        devices = slices.tpu_slice(topology).devices
+        devices = slices.named(topology).devices
         mesh = mesh_of(config, devices)
         assert set(mesh.devices.flat) == set(devices[:-1]) and mesh_lib.batch_shards(mesh) == len(devices) - 1
 
@@ -86,13 +87,14 @@ def test_a_slice_less_the_chip_that_generates_still_makes_a_mesh(topology):
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize('file, name', [(tldr, 'online_dpo_410m_async'), (gsm8k, 'rloo_async')])
 def test_asynchronous_programs_compile_for_the_smallest_slice(file, name):
-    config, target = file.get_config(name), slices.tpu_slice('v5e-4')
+    config, target = file.get_config(name), slices.named('v5e-4')
     config.model.update(dict(depth=1, width=256, num_heads=4, hidden=512))
     config.batch_size, config.accumulate = 12, 1
     config.sampling.update(dict(max_prompt=64, max_new_tokens=8))
     reports = dict(aot.compile_config(config, target, fast=True))
-    assert {program: report['mesh'] for program, report in reports.items()} == {
-        'step': dict(data=3, fsdp=1, tensor=1), 'sampler': dict(data=1, fsdp=1, tensor=1)}
+    three, one = dict(data=3, fsdp=1, tensor=1), dict(data=1, fsdp=1, tensor=1)
+    assert {name: reports[name]['mesh'] for name in ('step', 'sampler', 'publish')} == {
+        'step': three, 'sampler': one, 'publish': three}
     assert all(report['fits'] for report in reports.values())
 
 
@@ -100,13 +102,14 @@ def test_asynchronous_programs_compile_for_the_smallest_slice(file, name):
 @pytest.mark.tpu_compile
 def test_gathered_weights_are_no_loop_of_small_products():
     """Without the options of steps, the weights of a sharded network arrive in a loop of permutes, slice by slice."""
-    target = slices.tpu_slice('v5e-16')
+    target = slices.named('v5e-16')
     mesh = mesh_lib.make_mesh({'fsdp': -1}, target.devices)
     rows, weights = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (('fsdp',), ('fsdp', None)))
     program = jax.jit(lambda x, w: jnp.tanh(x @ w), in_shardings=(rows, weights), out_shardings=rows)
     args = (jax.ShapeDtypeStruct((65536, 1152), jnp.bfloat16), jax.ShapeDtypeStruct((1152, 4608), jnp.bfloat16))
-    by = {name: aot.compile_program(program, args, mesh, target, options=options)['collectives']
+    by = {name: programs.compile_program(programs.Program(name, program, args, mesh, options=options), target)
           for name, options in (('default', None), ('steps', compiler.options('tpu')))}
+    by = {name: report['collectives'] for name, report in by.items()}
     assert by['default']['collective-permute']['runs'] >= 15
     assert 'collective-permute' not in by['steps'] and by['steps']['all-gather']['runs'] >= 1
 
@@ -128,19 +131,20 @@ def test_a_mesh_that_cannot_fit_is_reported(monkeypatch, capsys):
     ('v5e-16', dict(fsdp=-1, tensor=2)), ('v5e-64', dict(data=2, fsdp=-1, tensor=2)),
     ('v5p-128', dict(fsdp=-1, tensor=8))])
 def test_every_axis_finds_its_place_in_a_slice(topology, sizes):
-    devices = slices.tpu_slice(topology).devices
+    devices = slices.named(topology).devices
     mesh = mesh_lib.make_mesh(sizes, devices)
     assert set(mesh.devices.flat) == set(devices) and mesh.shape['tensor'] == sizes['tensor']
 
 
 @pytest.mark.parametrize('name, message', [
-    ('v7x-16', r"--topology='v7x-16': write GENERATION-SIZE with a generation of \('v4', 'v5e', 'v5p', 'v6e'\)"),
+    ('v7x-16', r"--topology='v7x-16': write GENERATION-SIZE with a generation of \('v4', 'v5e', 'v5p', 'v6e'\) or \('a100',"),
     ('v5e', "--topology='v5e': write GENERATION-SIZE"),
     ('v5e-12', r"--topology='v5e-12': sizes of v5e are \(4, 8, 16,"),
+    ('h100-12', "--topology='h100-12': up to 8 GPUs, or a multiple of 8"),
 ])
 def test_unknown_slices_are_named(name, message):
     with pytest.raises(ValueError, match=message):
-        slices.tpu_slice(name)
+        slices.named(name)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -148,13 +152,13 @@ def test_a_missing_compiler_is_named(monkeypatch):
         raise RuntimeError('Unable to find libtpu\nand more lines')
     monkeypatch.setattr(slices, 'get_topology_desc', missing)
     with pytest.raises(ValueError, match=r"v5e-16: pip install -e '\.\[tpu\]' \(Unable to find libtpu\)$"):
-        slices.tpu_slice('v5e-16')
+        slices.named('v5e-16')
 
 
 def test_flops_count_loops_branches_and_recomputation():
     w = jnp.ones((8, 8))
     product = 2 * 4 * 8 * 8
-    count = lambda f: aot.matmul_flops(jax.make_jaxpr(f)(jnp.ones((4, 8))))
+    count = lambda f: programs.matmul_flops(jax.make_jaxpr(f)(jnp.ones((4, 8))))
     loop = lambda x: jax.lax.fori_loop(0, 5, lambda _, x: x @ w, x)
     assert count(lambda x: x @ w) == product
     assert count(jax.jit(loop)) == 5 * product

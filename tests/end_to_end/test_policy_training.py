@@ -17,7 +17,7 @@ import pytest
 from configs.rlhf import base
 from experiments import train
 from experiments.rlhf.models import architecture
-from experiments.rlhf.policy import algorithms, rollouts
+from experiments.rlhf.policy import algorithms, rollouts, waves
 from experiments.rlhf.policy import experiment as policy
 from experiments.rlhf.policy import step as policy_step
 from experiments.rlhf.policy.models import PolicyModels
@@ -623,6 +623,18 @@ def test_slots_give_the_same_samples(sampled):
     for name in ('tokens', 'mask', 'rewards', 'ended'):
         np.testing.assert_array_equal(batch[name], plain[name], err_msg=name)
     np.testing.assert_allclose(batch['logprobs'], plain['logprobs'], atol=1e-5)
+
+
+@pytest.mark.parametrize('prompts', [2, 1])
+def test_waves_give_the_same_samples(sampled, prompts):
+    """A completion has a key of its own; `rollout.memory` says how many prompts a device completes at a time."""
+    params, plain = sampled
+    config, mesh = config_of(), devices(1)
+    config.rollout.memory = waves.wave_bytes(config, prompts, mesh) / waves.GIB
+    assert waves.count(config, mesh) == 8 // prompts
+    batch = rollouts.Generator(config, mesh)(params, index=3, version=2)
+    for name in ('tokens', 'mask', 'rewards', 'ended', 'logprobs'):
+        np.testing.assert_array_equal(batch[name], plain[name], err_msg=name)
 
 
 def test_a_prompt_that_comes_twice_in_a_batch_is_answered_anew():

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models.inference import Policy, Progress, Prompt, Responses
+from experiments.rlhf.policy import rollouts
 from experiments.rlhf.policy.kind import Kind
 from experiments.rlhf.policy.rewards import Completions, Reward
 from experiments.runtime import mesh as mesh_lib
