@@ -7,7 +7,7 @@ def runner() -> dict:
         seed=0,
         num_steps=0,  # optimizer steps in all
         batch_size=0,  # images, codes, texts or prompts a step, over all devices
-        accumulate=1,  # microbatches a step
+        accumulate=1,  # microbatches a step; 0: the least whose step fits the devices' memory
         mesh=dict(data=1, fsdp=-1, tensor=1),  # devices along each axis; one -1 takes the rest
         log_every=50,  # steps
         checkpoint_every=1000,  # steps; 0: only at the end

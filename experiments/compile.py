@@ -25,14 +25,11 @@ import jax
 import ml_collections
 
 from experiments import readiness
-from experiments.runtime import compiler, launch, partition, slices
+from experiments.runtime import compiler, fitting, launch, slices
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime.programs import Program, Report, compile_program, expected, placed
+from experiments.runtime.programs import Program, Report, compile_program, expected
 from experiments.runtime.slices import GIB, Slice
 from experiments.train import build, mesh_of
-
-STEP = 'raise mesh.fsdp or accumulate, set model.remat'
-BATCHES_AHEAD = 3  # of `runtime.prefetch`: two in its queue and one that waits for a place there
 
 
 def programs_of(config: ml_collections.ConfigDict, target: Slice, *, fast: bool = False) -> list[Program]:
@@ -44,23 +41,16 @@ def programs_of(config: ml_collections.ConfigDict, target: Slice, *, fast: bool 
     """
     mesh = mesh_of(config, target.devices)
     experiment = build(config, mesh)
-    state = jax.eval_shape(experiment.init, jax.random.key(0))
-    shardings, batch = partition.state_shardings(state, experiment.rules, mesh), mesh_lib.batch_sharding(mesh)
-    step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, batch),
-                   out_shardings=(shardings, mesh_lib.replicated(mesh)))
-    beside = dict(experiment.beside_step(target.devices))
-    if experiment.open_batches is not None:
-        beside['batches ahead'] = [placed(dict(experiment.batch), batch)] * BATCHES_AHEAD
     absent = compiler.ABSENT_GPU if target.devices[0].platform == 'gpu' else None
-    out = [Program('step', step, (state, dict(experiment.batch)), mesh, beside, knobs=STEP,
-                   options=absent or compiler.options('tpu', fast=fast))]
+    out = [fitting.step_program(experiment, mesh, target.devices, present=False, fast=fast)]
     if experiment.programs:
         out += experiment.programs(target.devices, target.usable_bytes)
     elif experiment.sampler:
         mesh = mesh_lib.make_mesh({'data': -1}, target.devices)
         sampler = jax.jit(experiment.sampler, in_shardings=mesh_lib.replicated(mesh),
                           out_shardings=mesh_lib.batch_sharding(mesh))
-        out.append(Program('sampler', sampler, (state.params, jax.eval_shape(jax.random.key, 0)), mesh,
+        params = jax.eval_shape(experiment.init, jax.random.key(0)).params
+        out.append(Program('sampler', sampler, (params, jax.eval_shape(jax.random.key, 0)), mesh,
                            knobs='lower --batch_size, the rows sampled at a time (here batch_size)'))
     return [out[0], *(dataclasses.replace(program, options=absent) for program in out[1:])]
 
@@ -168,6 +158,24 @@ def describe_run(path: str, config: ml_collections.ConfigDict, reports: Mapping[
     return line
 
 
+def compile_meshes(path: str, config: ml_collections.ConfigDict, target: Slice, *, fast: bool = False) -> None:
+    """Prints every layout of the step over `target`, and the quickest.
+
+    Raises:
+        ValueError: none fits.
+    """
+    found = []
+    for shape, accumulate, report in fitting.sweep(config, target, build, mesh_of, fast):
+        found.append((shape, accumulate, report))
+        sizes = ', '.join(f'{axis}={size}' for axis, size in shape.items())
+        print(f'{path} on {target.name}, mesh {sizes}: ' + (report if isinstance(report, str) else
+              f'accumulate={accumulate}, {report["total"] / GIB:.2f} GiB a chip, {expected(report)[0]:.4f} s a step'),
+              flush=True)
+    shape, accumulate, report = fitting.best(found)
+    print('the quickest: ' + ' '.join(f'--config.mesh.{axis}={size}' for axis, size in shape.items())
+          + f' --config.accumulate={accumulate}')
+
+
 def compile_all(topologies: str, file: str | os.PathLike) -> None:
     """Compiles the rows that `file` lacks and writes the table anew; slices without a compiler here are left out."""
     targets = {}
@@ -192,6 +200,8 @@ def main() -> None:
                         f'several with --all (default: {",".join(readiness.SLICES)})')
     p.add_argument('--all', action='store_true', help='compile every published configuration for docs/readiness.md, '
                    'row by row; rows that are there already are kept')
+    p.add_argument('--mesh', choices=('sweep',), help='compile the step for every split of the slice, each with the '
+                   'fewest microbatches that fit, and name the quickest')
     p.add_argument('--only', metavar='PROGRAM', help='one of the programs: step, sampler, ...')
     p.add_argument('--fast', action='store_true',
                    help='compile the step in a quarter of the time to a slower program (TPU): its time means nothing, '
@@ -201,6 +211,12 @@ def main() -> None:
     if args.all:
         return compile_all(args.topology, args.json or readiness.ROWS)
     target = slices.named(args.topology or 'v5e-16')
+    if args.mesh == 'sweep':
+        return compile_meshes(args.config, config, target, fast=args.fast)
+    if not config.accumulate:
+        config = fitting.accumulated(config, mesh_of(config, target.devices), build,
+                                     lambda program: compile_program(program, target))
+        print(f'{args.config} on {target.name}: accumulate={config.accumulate} is the least that fits', flush=True)
     reports: dict[str, Report] = {}
     for program, report in compile_config(config, target, only=args.only, fast=args.fast):
         reports[program] = report

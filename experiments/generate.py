@@ -14,7 +14,7 @@ import logging
 import time
 
 from experiments.rlhf.policy import rewards, rollouts, waves
-from experiments.runtime import launch, storage
+from experiments.runtime import fitting, launch, storage
 from experiments.runtime.programs import placed
 from experiments.train import EXPERIMENTS
 from rlhf_jax.rollout import processes
@@ -61,7 +61,7 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
     kind = importlib.import_module(EXPERIMENTS[config.experiment]).KIND
     decoding = kind.decoding(config, mesh)
     weights_of_version = placed(decoding.shapes, decoding.shardings)
-    config = waves.budgeted(config, waves.usable_bytes(mesh), [kind.models(config, mesh)] + [weights_of_version] * (
+    config = waves.budgeted(config, fitting.usable_bytes(mesh), [kind.models(config, mesh)] + [weights_of_version] * (
         config.rollout.max_staleness + 1))
     weights = rollouts.open_weights(config, decoding.shardings, decoding.shapes, folder, reader=generator,
                                     address=address)

@@ -14,7 +14,7 @@ import jax
 import ml_collections
 
 from experiments.runtime import launch
-from experiments.runtime.programs import Program, Report, bytes_on_device, compile_program, expected
+from experiments.runtime.programs import Program, Report, bytes_on_device, compile_program
 from experiments.runtime.slices import GIB, Slice
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
@@ -148,6 +148,11 @@ def sweep(targets: Mapping[str, Slice], file: os.PathLike,
 
 # ---- The table -------------------------------------------------------------------------------------------------------
 
+def least(program: Mapping[str, Any]) -> float:
+    """Seconds of one run at the peaks of what bounds it."""
+    return max(program['seconds'][name] for name in ('matmul', 'memory', 'network'))
+
+
 def cell(row: Mapping[str, Any] | None, config: ml_collections.ConfigDict) -> str:
     """A row of the sweep as a cell of the table."""
     if row is None:
@@ -160,7 +165,7 @@ def cell(row: Mapping[str, Any] | None, config: ml_collections.ConfigDict) -> st
     text = f'{gib:.1f} of {usable:.1f} ({worst})'
     if not all(program['fits'] for program in programs.values()):
         return f'**no**: {text}'
-    seconds = {name: program['times'] * expected(program)[0] for name, program in programs.items()
+    seconds = {name: program['times'] * least(program) for name, program in programs.items()
                if 'seconds' in program}
     step = f'{seconds["step"]:.3g} s'
     if 'publish' in programs:
@@ -190,13 +195,13 @@ What the published configurations need on TPU slices and GPUs that are not here,
 python -m experiments.compile --all                # goes on where it was stopped; --topology=A,B for some slices
 ```
 
-from [readiness.json](readiness.json), which has every program's bytes, FLOPs, traffic and collectives. {done} of {all} rows
-are compiled so far; an empty cell is one that is not. A cell has the memory a chip at the worst moment of the whole run, of
-what the chip offers (in brackets, the program that runs then), and the least time of a step, or of an iteration of a policy:
-the slowest of matrix products, memory traffic and network at their peaks, programs added up or overlapping as they do in the
-run. The step is compiled with `--fast`, so a TPU's own estimate of time, which is longer, is not in the table
-(`experiments.compile` without it prints that). A decoder's sampler is extrapolated from two and four blocks. "batch":
-the batch cannot be dealt out to so many chips; take a mesh with `tensor`. H100: 75 % of the memory is JAX's pool, unless
-XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+from [readiness.json](readiness.json), which has every program's bytes, FLOPs, traffic and collectives. {done} of {all}
+rows are compiled so far; an empty cell is one that is not. A cell has the memory a chip at the worst moment of the
+whole run, of what the chip offers (in brackets, the program that runs then), and the least time of a step, or of an
+iteration of a policy: the slowest of matrix products, memory traffic and network at their peaks, programs added up or
+overlapping as they do in the run. The step is compiled with `--fast`, so a TPU's own estimate of time, which is longer,
+is not in the table (`experiments.compile` without it prints that). A decoder's sampler is extrapolated from two and
+four blocks. "batch": the batch cannot be dealt out to so many chips; take a mesh with `tensor`. H100: 75 % of the
+memory is JAX's pool, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
 '''

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from experiments.runtime import (
     compiler,
     exchange,
+    fitting,
     launch,
     lease,
     leftovers,
@@ -101,8 +102,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
     processes.begin_run()
 
     # ---- Mesh, model, data -------------------------------------------------------------------------------------------
-    mesh = mesh or mesh_of(config)
-    experiment = build(as_started(config, workdir), mesh)
+    mesh, config = mesh or mesh_of(config), as_started(config, workdir)
+    config = fitting.accumulated(config, mesh, build, fitting.here(mesh))
+    experiment = build(config, mesh)
     config = experiment.config or config
     launch.check_workdir(config, workdir)
     storage.check_writable(workdir, '--workdir')
@@ -175,8 +177,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
 
 
 def as_started(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> ml_collections.ConfigDict:
-    """`config` with what it leaves open (None) as the run in `workdir` was started with."""
-    left_open = [name for name, value in config.items() if value is None]
+    """`config` with what it leaves open (None, and `accumulate=0`) as the run in `workdir` was started with."""
+    left_open = [name for name, value in config.items() if value is None or name == 'accumulate' and value == 0]
     if not left_open or not (storage.resolve(workdir) / 'config.json').exists():
         return config
     try:
@@ -214,7 +216,8 @@ def main() -> None:
         raise ValueError('--topology: only with --dry_run; a run takes the devices that are there')
     launch.initialize(args)
     if args.dry_run:
-        mesh = mesh_of(config, slices.tpu_slice(args.topology).devices if args.topology else None)
+        mesh = mesh_of(config, slices.named(args.topology).devices if args.topology else None)
+        config = fitting.accumulated(config, mesh, build, None)  # nothing is compiled: as if everything fitted
         with jax.set_mesh(mesh):
             experiment = build(config, mesh)
             print(experiment_lib.describe(experiment, config, mesh), flush=True)

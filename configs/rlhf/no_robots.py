@@ -34,6 +34,7 @@ def get_config(name: str = 'online_dpo'):
     config.sampling.update(dict(max_new_tokens=1024, temperature=0.7, max_prompt=512))
     config.reward.update(dict(kind='model', model='runs/no_robots/reward', missing_eos='-10', batch_size=16))
     config.reference.dtype = 'bfloat16'
+    config.rollout.mesh.update(dict(data=-1, fsdp=1, tensor=4))  # four chips share a copy of the weights
     if name.endswith('_async'):
         config.rollout.update(dict(max_staleness=1, devices=4, mesh=dict(data=1, fsdp=1, tensor=-1)))
     config.optimizer.learning_rate.update(dict(peak=8e-7, decay='linear'))

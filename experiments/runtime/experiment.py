@@ -83,7 +83,8 @@ def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     shards, parts = mesh_lib.batch_shards(mesh), config.accumulate
     if parts < 1 or config.batch_size % (shards * parts):
         raise ValueError(f'batch_size={config.batch_size} is not divisible by {shards} batch shards '
-                         f'(mesh data x fsdp) x accumulate={parts}; {divisible_advice(config.batch_size, shards, parts)}')
+                         f'(mesh data x fsdp) x accumulate={parts}; '
+                         + divisible_advice(config.batch_size, shards, parts))
 
 
 def divisible_advice(rows: int, shards: int, accumulate: int, minibatches: int = 1) -> str:
@@ -93,7 +94,7 @@ def divisible_advice(rows: int, shards: int, accumulate: int, minibatches: int =
     if not rest:
         near = max(n for n in range(1, min(each, max(accumulate, 1)) + 1) if each % n == 0)
         return f'accumulate={near} divides it and keeps the recipe, or accumulate=0, the least that fits'
-    return (f'use a multiple of {shards * max(accumulate, 1) * minibatches}, or a mesh of fewer shards (mesh.tensor)')
+    return f'use a multiple of {shards * max(accumulate, 1) * minibatches}, or a mesh of fewer shards (mesh.tensor)'
 
 
 def saved_for_backward(experiment: Experiment, state: Any) -> int:

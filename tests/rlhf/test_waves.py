@@ -6,6 +6,7 @@ import pytest
 
 from configs.rlhf import tldr
 from experiments.rlhf.policy import waves
+from experiments.runtime import fitting
 from experiments.runtime import mesh as mesh_lib
 
 
@@ -39,4 +40,4 @@ def test_what_residents_leave(mesh):
     assert waves.budgeted(config, math.inf, resident).rollout.memory == 0
     config.rollout.memory = 2.0
     assert waves.budgeted(config, 16 * waves.GIB, resident).rollout.memory == 2.0
-    assert math.isinf(waves.usable_bytes(mesh))  # these devices say nothing of their memory
+    assert math.isinf(fitting.usable_bytes(mesh))  # these devices say nothing of their memory

@@ -13,11 +13,11 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from experiments.rlhf.policy import algorithms, autoregressive, evaluation, hosts, rollouts, waves
+from experiments.rlhf.policy import algorithms, autoregressive, evaluation, hosts, rollouts
 from experiments.rlhf.policy.footprint import Footprint
 from experiments.rlhf.policy.kind import Kind, Networks
 from experiments.rlhf.policy.step import PolicyStep
-from experiments.runtime import launch, modules, optim, partition
+from experiments.runtime import fitting, launch, modules, optim, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment, divisible_advice
 from experiments.runtime.state import TrainState
@@ -57,7 +57,7 @@ def build_policy(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh) -> E
     opened: list[rollouts.Rollouts] = []
 
     def budgeted() -> ml_collections.ConfigDict:
-        return footprint().budgeted(waves.usable_bytes(footprint().generating))
+        return footprint().budgeted(fitting.usable_bytes(footprint().generating))
 
     def open_rollouts(workdir):
         opened[:] = [hosts.open_rollouts(kind, budgeted(), mesh, workdir)]
@@ -67,7 +67,7 @@ def build_policy(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh) -> E
         if not config.eval_every:
             return ()
         here = opened[0].published if opened and not config.rollout.devices else lambda version: None
-        evaluated = footprint().budgeted_for_evaluation(waves.usable_bytes(mesh))
+        evaluated = footprint().budgeted_for_evaluation(fitting.usable_bytes(mesh))
         return (evaluation.HeldOutPrompts(kind, evaluated, mesh, step.divergence, networks.columns, writer,
                                           published=here),)
 

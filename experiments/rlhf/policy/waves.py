@@ -49,12 +49,6 @@ def budgeted(config: ml_collections.ConfigDict, usable: float,
     return config
 
 
-def usable_bytes(mesh: Mesh) -> float:
-    """Memory of the device of `mesh` that has the least, in bytes; infinite where a device has no limit of its own."""
-    stats = [device.memory_stats() or {} for device in mesh.local_devices]
-    return min(s.get('bytes_limit', math.inf) for s in stats)
-
-
 def wave_bytes(config: ml_collections.ConfigDict, prompts: int, mesh: Mesh) -> float:
     """Bytes a device that the sampler takes beside its weights, at the longest, for so many prompts on it: the larger
     of its two halves.
