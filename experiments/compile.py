@@ -39,6 +39,9 @@ def programs_of(config: ml_collections.ConfigDict, target: Slice, *, fast: bool 
     of them, as `experiments.runtime.modules.Batched` does; a policy samples as `config.rollout` says, text to code with
     its parameters split over the chips.
     """
+    if not config.num_steps:  # a recipe that does not say; schedules are the same program whatever their length
+        config = config.copy_and_resolve_references()
+        config.num_steps = 1000
     mesh = mesh_of(config, target.devices)
     experiment = build(config, mesh)
     absent = compiler.ABSENT_GPU if target.devices[0].platform == 'gpu' else None
@@ -63,6 +66,12 @@ def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: st
             yield program.name, compile_program(program, target)
 
 
+def settled(config: ml_collections.ConfigDict, target: Slice) -> ml_collections.ConfigDict:
+    """`config` with `accumulate=0` replaced by the least that fits `target`."""
+    return fitting.accumulated(config, mesh_of(config, target.devices), build,
+                               lambda program: compile_program(program, target))
+
+
 def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice) -> dict[str, Report]:
     """Reports of the programs of a published configuration for the table of `readiness.py`, as quickly as they can be
     had: the step with less effort, a decoder's sampler from few blocks.
@@ -70,7 +79,8 @@ def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice) -> 
     Raises:
         ValueError: its batch or layout does not go with the slice.
     """
-    config = readiness.divided(config, mesh_lib.batch_shards(mesh_of(config, target.devices)))
+    mesh = mesh_of(config, target.devices)
+    config = settled(readiness.divided(config, mesh_lib.batch_shards(mesh)), target)
     programs, out = programs_of(config, target, fast=True), {}
     depth = 0
     if config.experiment == 'policy':
@@ -214,8 +224,7 @@ def main() -> None:
     if args.mesh == 'sweep':
         return compile_meshes(args.config, config, target, fast=args.fast)
     if not config.accumulate:
-        config = fitting.accumulated(config, mesh_of(config, target.devices), build,
-                                     lambda program: compile_program(program, target))
+        config = settled(config, target)
         print(f'{args.config} on {target.name}: accumulate={config.accumulate} is the least that fits', flush=True)
     reports: dict[str, Report] = {}
     for program, report in compile_config(config, target, only=args.only, fast=args.fast):

@@ -66,7 +66,7 @@ def divided(config: ml_collections.ConfigDict, shards: int) -> ml_collections.Co
     """`config` with the most microbatches up to its own that its batch can be dealt out in: the same recipe."""
     minibatches = config.algorithm.num_minibatches if 'algorithm' in config and 'rollout' in config else 1
     each, rest = divmod(config.batch_size, shards * minibatches)
-    if rest:
+    if rest or not config.accumulate:
         return config
     config = config.copy_and_resolve_references()
     config.accumulate = max(n for n in range(1, min(config.accumulate, each) + 1) if each % n == 0)

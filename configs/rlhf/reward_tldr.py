@@ -11,14 +11,14 @@ the scripts allow 640. 16 bytes a parameter, as in `sft_tldr.py`.
 from configs.rlhf import base
 
 PAIRS = 92_858
-BATCH = {'410m': (64, 8), '1b': (16, 4), '2.8b': (16, 8)}  # pairs a step, microbatches
+BATCH = {'410m': 64, '1b': 16, '2.8b': 16}  # pairs a step
 
 
 def get_config(size: str = '410m'):
     if size not in BATCH:
         raise ValueError(f'reward_tldr: {size!r} is not one of {tuple(BATCH)}')
     config = base.reward_model()
-    config.batch_size, config.accumulate = BATCH[size]
+    config.batch_size, config.accumulate = BATCH[size], 0  # microbatches: the least that fit
     config.num_steps = PAIRS // config.batch_size
     config.model.update(dict(kind='gpt_neox', size=size, dtype='bfloat16', remat='full'))
     config.weights, config.tokenizer = f'runs/tldr_{size}/sft', f'models/pythia-{size}-deduped'

@@ -5,10 +5,11 @@ import re
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from experiments import train
 from experiments.rlhf.data import tasks
-from experiments.runtime import launch, partition
+from experiments.runtime import fitting, launch, partition
 from experiments.runtime import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -48,6 +49,16 @@ def test_config_builds_and_shards(name, argument):
 def test_docstring_command_names_its_own_file(name):
     text = importlib.import_module(f'configs.rlhf.{name}').__doc__
     assert re.findall(r'--config=(configs/[\w/]+)\.py', text) == [f'configs/rlhf/{name}']
+
+
+@pytest.mark.parametrize('size', ['410m', '1b', '2.8b'])
+@pytest.mark.parametrize('devices', [1, 4, 16])
+def test_a_batch_of_pairs_divides_any_slice_up_to_its_size(size, devices):
+    """16 pairs in eight microbatches went onto two devices at most."""
+    config = load('reward_tldr', size)
+    mesh = AbstractMesh((1, devices, 1), mesh_lib.AXES, axis_types=(AxisType.Auto,) * 3)
+    config = fitting.accumulated(config, mesh, train.build, None)
+    assert config.accumulate == 1 and train.build(config, mesh)
 
 
 def test_what_is_not_published_has_to_be_given():

@@ -1,0 +1,69 @@
+"""The least number of microbatches that fits, and the best layout, for a compiler that is made up."""
+import jax
+import pytest
+
+from configs.rlhf import sft_arithmetic
+from experiments import train
+from experiments.runtime import fitting
+from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.experiment import divisible_advice
+from experiments.runtime.programs import bytes_on_device
+
+
+@pytest.fixture
+def mesh():
+    return mesh_lib.make_mesh({'data': 4}, jax.devices()[:4])
+
+
+def config_of(accumulate=0, batch_size=48):
+    config = sft_arithmetic.get_config()
+    config.batch_size, config.accumulate = batch_size, accumulate
+    return config
+
+
+def compiler(activations, usable, tried):
+    """Needs the arguments, and of `activations` bytes the share of a microbatch."""
+    def compiled(program):
+        fixed = bytes_on_device(program.args)
+        total = fixed + activations / tried[-1]
+        return {'total': total, 'usable_bytes': fixed + usable, 'fits': total <= fixed + usable, 'beside': {}}
+    return compiled
+
+
+def builder(tried):
+    def build(config, mesh):
+        tried.append(config.accumulate)
+        return train.build(config, mesh)
+    return build
+
+
+@pytest.mark.parametrize('activations, expected', [(100, [1]), (350, [1, 4]), (1150, [1, 12])])
+def test_the_least_that_fits_and_divides_is_found_in_few_compilations(activations, expected, mesh):
+    """12 rows a device: 1, 2, 3, 4, 6 or 12 microbatches."""
+    tried = []
+    found = fitting.accumulated(config_of(), mesh, builder(tried), compiler(activations, 100, tried))
+    assert tried == expected and found.accumulate == expected[-1]
+    assert fitting.accumulated(config_of(3), mesh, builder(tried), None).accumulate == 3  # what is set stays
+
+
+def test_what_cannot_fit_is_one_line(mesh):
+    tried = []
+    with pytest.raises(ValueError, match='accumulate=0: with every prompt or row a microbatch of its own .* raise mesh'):
+        fitting.accumulated(config_of(), mesh, builder(tried), compiler(1300, 100, tried))
+    with pytest.raises(ValueError, match='batch_size=46 is not divisible by 4 batch shards .*use a multiple of 4'):
+        fitting.accumulated(config_of(batch_size=46), mesh, train.build, None)
+    assert fitting.here(mesh) is None  # these devices have no limit
+
+
+def test_fewer_microbatches_keep_the_recipe():
+    assert divisible_advice(512, 16, 48).startswith('accumulate=32 divides it and keeps the recipe')
+    assert divisible_advice(16, 16, 8).startswith('accumulate=1 divides it')
+    assert divisible_advice(12, 8, 2) == 'use a multiple of 16, or a mesh of fewer shards (mesh.tensor)'
+
+
+def test_the_quickest_layout_that_fits():
+    report = lambda seconds: {'seconds': dict(matmul=seconds, memory=0.0, network=0.0, cycles=0.0)}
+    found = [({'data': 1}, 2, report(3.0)), ({'data': 2}, 1, report(2.0)), ({'data': 4}, 0, 'does not divide')]
+    assert fitting.best(found)[:2] == ({'data': 2}, 1)
+    with pytest.raises(ValueError, match='fits in no layout'):
+        fitting.best(found[2:])
