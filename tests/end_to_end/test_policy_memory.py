@@ -1,13 +1,13 @@
 """Memory of a whole run: what the compile checks add up is what lies on the devices, measured on live arrays."""
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments import train
 from experiments.rlhf.models import architecture
-from experiments.rlhf.policy import experiment as policy
-from experiments.rlhf.policy import rewards, rollouts, waves
-from experiments.runtime import mesh as mesh_lib
+from experiments.rlhf.policy import rewards, rollouts
 from experiments.runtime.programs import bytes_on_device
 from policy_runs import config_of, devices
 from rlhf_jax import convert
@@ -32,43 +32,47 @@ def on(device):
 
 @pytest.mark.parametrize('apart', [0, 2])
 def test_residents_are_what_is_live_at_every_moment(apart, reward_model, tmp_path, monkeypatch):
-    """The learner on its step, publication, a wave, a reward model's call: sharing devices, and apart."""
+    """The learner's step, a wave of samples, the reward model: in turn on the same devices, and apart with a version in
+    flight."""
     config = config_of(
         num_steps=3, checkpoint_every=0, reward__kind='model', reward__model=reward_model, mesh=dict(data=1, fsdp=-1),
-        rollout__devices=apart, rollout__max_staleness=1 if apart else 0, rollout__threaded=False)
+        rollout__devices=apart, rollout__max_staleness=1 if apart else 0)
     config.rollout.mesh.update(dict(data=1, fsdp=1, tensor=-1))
-    learner = devices(2, fsdp=2)
-    generating = mesh_lib.reshaped(devices(4, data=4), {'data': 4}) if apart else learner
-    if apart:
-        monkeypatch.setattr(rollouts.jax, 'devices', lambda: generating.devices.flatten().tolist())
+    everything = jax.devices()[:4] if apart else jax.devices()[:2]
+    monkeypatch.setattr(jax, 'devices', lambda *backend, every=jax.devices: every(*backend) if backend else everything)
+    learner, last = devices(2, fsdp=2), everything[-1]
     run = train.build(config, learner)
-    step = {'step': run.beside_step(learner.devices.flatten().tolist())}
-    programs = {p.name: p for p in run.programs(generating.devices.flatten().tolist(), 2 ** 40)}
-    state = jax.eval_shape(run.init, jax.random.key(0))
-    expected = {name: bytes_on_device(list(p.beside.values())) + bytes_on_device(p.args) for name, p in programs.items()}
-    before, seen = {d: on(d) for d in jax.devices()}, {}
+    programs = {program.name: program for program in run.programs(everything, 2 ** 40)}
+    beside = {name: bytes_on_device(list(program.beside.values())) for name, program in programs.items()}
+    beside['step'] = bytes_on_device(list(run.beside_step(everything).values()))
+    weights, policy = (bytes_on_device(programs[name].args[0]) for name in ('sampler', 'publish'))
+    state = policy + bytes_on_device(programs['publish'].beside['learner'])
+    before, seen, published = {device: on(device) for device in everything}, {}, threading.Event()
 
-    def look(name, device):
-        seen[name] = max(seen.get(name, 0), on(device) - before[device])
+    def look(moment, device):
+        seen.setdefault(moment, []).append(on(device) - before[device])
 
-    def spied(module, name, moment, device):
-        inner = getattr(module, name)
+    def generate(*args, inner=rollouts.generate_lib.generate, **kwargs):
+        if apart and len(seen.get('sampler', [])) == 1:
+            assert published.wait(60)  # the next version comes while this one samples
+        look('sampler', last)
+        return inner(*args, **kwargs)
 
-        def spy(*args, **kwargs):
-            look(moment, device)
-            return inner(*args, **kwargs)
-        monkeypatch.setattr(module, name, spy)
-    last = generating.devices.flat[-1]
-    spied(rollouts.generate_lib, 'generate', 'sampler', last)
-    spied(rewards.RewardModel, '__call__', 'reward', last)
-    spied(publish.InProcess, 'publish', 'published', last)
-    state_bytes = bytes_on_device(programs['publish'].beside['learner']) + bytes_on_device(programs['publish'].args)
-    train.train(config, tmp_path, mesh=learner, hooks=[lambda *_: look('step', learner.devices.flat[0])])
-    del state
-    small = 6000  # the batch, its keys and the metrics
-    assert seen['sampler'] == pytest.approx(expected['sampler'], abs=small)
-    assert expected['reward'] - small < seen['reward'] + bytes_on_device(programs['reward'].args[1:]) < expected[
-        'reward'] + small
-    assert seen['step'] == pytest.approx(state_bytes + bytes_on_device(list(step['step'].values())), abs=small)
-    weights = bytes_on_device(programs['sampler'].args[0])
-    assert weights > 5 * small  # one copy more or less would show
+    def publish_one(self, version, params, inner=publish.InProcess.publish):
+        inner(self, version, params)
+        if version == 1:
+            published.set()
+
+    def scored(self, completions, inner=rewards.RewardModel.__call__):
+        look('reward', last)
+        return inner(self, completions)
+    monkeypatch.setattr(rollouts.generate_lib, 'generate', generate)
+    monkeypatch.setattr(publish.InProcess, 'publish', publish_one)
+    monkeypatch.setattr(rewards.RewardModel, '__call__', scored)
+    train.train(config, tmp_path, mesh=learner, hooks=[lambda *_: look('step', everything[0])])
+    small = 6000  # a batch, its keys and its metrics
+    assert weights > 5 * small and beside['reward'] > 5 * small  # one copy more or less would show
+    assert max(seen['sampler']) == pytest.approx(weights + beside['sampler'], abs=small)
+    models = bytes_on_device(programs['reward'].args[0])
+    assert max(seen['reward']) == pytest.approx(models + beside['reward'], abs=small)
+    assert max(seen['step']) == pytest.approx(state + beside['step'], abs=small)
