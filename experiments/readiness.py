@@ -45,9 +45,10 @@ PUBLISHED = {
     'configs/dlc/text_to_code_llada.py': ('L512', 'L128'),
 }
 # In this order a sweep compiles first: one of each kind and size.
-FIRST = ('configs/rlhf/tldr.py:online_dpo_410m', 'configs/dlc/generator_imagenet.py:L512',
-         'configs/rlhf/tldr.py:online_dpo_2.8b', 'configs/dlc/code_model_imagenet.py:L512',
-         'configs/rlhf/no_robots.py:online_dpo', 'configs/rlhf/tldr.py:online_dpo_1b',
+FIRST = ('configs/rlhf/sft_imdb.py', 'configs/rlhf/reward_tldr.py:410m', 'configs/rlhf/tldr.py:online_dpo_2.8b',
+         'configs/rlhf/no_robots.py:online_dpo', 'configs/rlhf/tldr.py:online_dpo_410m',
+         'configs/dlc/generator_imagenet.py:L512', 'configs/dlc/code_model_imagenet.py:L512',
+         'configs/rlhf/tldr.py:online_dpo_1b',
          'configs/rlhf/reward_tldr.py:2.8b', 'configs/rlhf/sft_tldr.py:2.8b', 'configs/rlhf/gsm8k.py:online_dpo',
          'configs/dlc/encoder_imagenet.py:L512', 'configs/rlhf/tldr.py:online_dpo_410m_async',
          'configs/rlhf/no_robots.py:online_dpo_async', 'configs/rlhf/stackexchange.py:elastic_reset',
@@ -128,22 +129,44 @@ def compacted(report: Report) -> dict[str, Any]:
 def sweep(targets: Mapping[str, Slice], file: os.PathLike,
           compile_row: Callable[[str, ml_collections.ConfigDict, Slice], Mapping[str, Report]],
           overrides: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Compiles the rows that `file` does not have yet, slice by slice for each configuration, and keeps each."""
-    for path in paths():
-        for name, target in targets.items():
-            key, rows = f'{path} {name}', read(file)
-            if key in rows:
-                continue
-            started, config = time.monotonic(), launch.load_config(path, overrides)
-            try:
-                reports = compile_row(path, config, target)
-                row = {'programs': {program: compacted(report) for program, report in reports.items()}}
-            except ValueError as error:
-                row = {'refused': str(error)}
-            row |= {'jax': jax.__version__, 'seconds': round(time.monotonic() - started)}
-            jax.clear_caches()
-            write(file, read(file) | {key: row})
-            yield key, row
+    """Compiles the rows that `file` does not have yet, those of `FIRST` on all slices before others, and keeps each."""
+    groups = FIRST, paths()[len(FIRST):]
+    for name, path in ((name, path) for group in groups for name in targets for path in group):
+        key = f'{path} {name}'
+        if key in read(file):
+            continue
+        started = time.monotonic()
+        try:
+            reports = compile_row(path, launch.load_config(path, overrides), targets[name])
+            row = {'programs': {program: compacted(report) for program, report in reports.items()}}
+        except ValueError as error:
+            row = {'refused': str(error)}
+        row |= {'jax': jax.__version__, 'seconds': round(time.monotonic() - started)}
+        jax.clear_caches()
+        write(file, read(file) | {key: row})
+        yield key, row
+
+
+def moved(row: Mapping[str, Any], again: Mapping[str, Any], tolerance: float = 0.05) -> list[str]:
+    """What is not the same, within a share, in two rows of one configuration and slice, by name."""
+    if 'refused' in row or 'refused' in again:
+        return [] if row.get('refused') == again.get('refused') else ['whether it is refused']
+    out = [f'{name}: only in one of them' for name in row['programs'].keys() ^ again['programs'].keys()]
+    for name in row['programs'].keys() & again['programs'].keys():
+        before, after = (flat(rows['programs'][name]) for rows in (row, again))
+        for what in sorted(before.keys() | after.keys()):
+            a, b = before.get(what, 0), after.get(what, 0)
+            if abs(a - b) > tolerance * max(a, b):
+                out.append(f'{name}: {what} {a:.4g} -> {b:.4g}')
+    return sorted(out)
+
+
+def flat(program: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a program's report that are compared: bytes, FLOPs, collectives."""
+    out = {what: program[what] for what in ('bytes', 'total', 'flops', 'times')}
+    for kind, entry in program['collectives'].items():
+        out |= {f'{kind} {what}': entry[what] for what in ('runs', 'bytes')}
+    return out
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------

@@ -633,8 +633,9 @@ def test_waves_give_the_same_samples(sampled, prompts):
     config.rollout.memory = waves.wave_bytes(config, prompts, mesh) / waves.GIB
     assert waves.count(config, mesh) == 8 // prompts
     batch = rollouts.Generator(config, mesh)(params, index=3, version=2)
-    for name in ('tokens', 'mask', 'rewards', 'ended', 'logprobs'):
+    for name in ('tokens', 'mask', 'rewards', 'ended'):
         np.testing.assert_array_equal(batch[name], plain[name], err_msg=name)
+    np.testing.assert_allclose(batch['logprobs'], plain['logprobs'], rtol=5e-7)  # products of fewer rows: the last bits
 
 
 def test_a_prompt_that_comes_twice_in_a_batch_is_answered_anew():

@@ -1,6 +1,7 @@
 """How many completions are decoded at a time: a rollout batch in waves of prompts that fit the memory of a device.
 
-A completion has a key of its own, so that a batch in waves is the batch in one.
+A completion has a key of its own, so that a batch in waves has the tokens of the batch in one; log-probabilities may
+differ in their last bits, as products of other numbers of rows do.
 """
 import math
 from collections.abc import Sequence
