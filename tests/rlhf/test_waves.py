@@ -26,7 +26,7 @@ def test_the_fewest_that_fit_and_divide(mesh):
 
 
 def test_a_cache_of_the_paper_is_counted(mesh):
-    """Pythia-2.8b, two completions of each prompt: 32 layers, 32 heads of 80, 564 slots, keys and values in bfloat16."""
+    """Pythia-2.8b, two completions of a prompt: 32 layers, 32 heads of 80, 564 slots, keys and values in bfloat16."""
     config = tldr.get_config('online_dpo_2.8b')
     cache = 2 * 32 * 32 * 80 * 564 * 2
     assert 3 * cache <= waves.wave_bytes(config, 1, mesh) < 3.1 * cache

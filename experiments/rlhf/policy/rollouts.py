@@ -6,6 +6,7 @@ One code path for every way to run: synchronously (max_staleness=0), from earlie
 same batches for the same versions.
 """
 import json
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
