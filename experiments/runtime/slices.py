@@ -11,6 +11,7 @@ GIB = 2 ** 30
 _FLAT = {4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'}
 _CUBE = {8: '2x2x1', 16: '2x2x2', 32: '2x2x4', 64: '2x4x4', 128: '4x4x4', 256: '4x4x8', 512: '4x8x8'}
 GPUS_PER_HOST = 8
+INFINIBAND_GBS = 50  # of a GPU to those of other hosts, one direction: a port of 400 Gb/s each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +135,9 @@ def _gpus(name: str, gpu: Gpu, size: int) -> Slice:
                                      target_config=_target_config(gpu))
     except Exception as error:
         raise _missing(name, 'cuda', error) from error
-    share = pool_share()
+    share, network = pool_share(), gpu.nvlink_gbs / 2 if hosts == 1 else INFINIBAND_GBS
     return Slice(name, tuple(topology.devices), gpu.memory_bytes, int(share * gpu.memory_bytes), gpu.tflops * 1e12,
-                 gpu.hbm_gbs * 1e9, gpu.nvlink_gbs / 2 * 1e9,
+                 gpu.hbm_gbs * 1e9, network * 1e9,
                  raise_memory='' if share > 0.9 else f"JAX's pool is {share:.0%} of a GPU's memory: "
                  'XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment raises it')
 

@@ -172,6 +172,25 @@ def test_flops_count_loops_branches_and_recomputation():
     assert count(conv) == 2 * (4 * 4 * 5) * (3 * 3 * 3)
 
 
+def test_an_iteration_adds_up_or_overlaps():
+    seconds = lambda matmul, cycles=0.0: dict(matmul=matmul, memory=0.5, network=0.1, cycles=cycles)
+    reports = {'step': {'seconds': seconds(3.0), 'times': 1}, 'publish': {'seconds': seconds(0.1), 'times': 1},
+               'prefill': {'seconds': seconds(1.0), 'times': 2}, 'sampler': {'seconds': seconds(0.2, 2.0), 'times': 2},
+               'gold reward': {'seconds': seconds(1.0), 'times': 4}}
+    parts = aot.iteration(reports, overlaps=False)
+    assert parts == {'step': 3.0, 'publish': 0.5, 'sampler': 2 * 1.0 + 2 * 2.0, 'reward': 4.0, 'all': 13.5}
+    assert aot.iteration(reports, overlaps=True)['all'] == 10.0  # generating takes longer than 3.5 of learning
+    assert programs.expected({'seconds': seconds(3.0, 3.2)}) == (3.2, 'matmul')
+    assert programs.expected({'seconds': seconds(3.0, 9.0)}) == (9.0, 'latency')
+
+
+def test_the_memory_that_a_gpu_offers_is_jaxs_pool(monkeypatch):
+    monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
+    assert slices.pool_share() == 0.75
+    monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.95')
+    assert slices.pool_share() == 0.95
+
+
 def test_no_logits_of_the_encoder_cross_devices():
     """Prototype and SEM logits are the largest arrays of its step; each stays where it was computed."""
     config = base.encoder()

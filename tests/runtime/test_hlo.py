@@ -70,3 +70,43 @@ def test_a_scan_of_this_machine_counts_its_steps():
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match='it has no ENTRY computation'):
         hlo.costs('nothing')
+
+
+TRAFFIC = '''
+%slices (p0: f32[8,128], p1: s32[]) -> f32[128] {
+  %p0 = f32[8,128] parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %s = f32[1,128] dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,128}
+}
+
+%writes (q0: f32[8,128], q1: f32[1,128]) -> f32[8,128] {
+  %q0 = f32[8,128] parameter(0)
+  %q1 = f32[1,128] parameter(1)
+  ROOT %u = f32[8,128] dynamic-update-slice(%q0, %q1, %z, %z)
+}
+
+%condition (p2: (s32[])) -> pred[] {
+  %n = s32[] constant(8)
+  ROOT %less = pred[] compare(%p2, %n), direction=LT
+}
+
+%body (p3: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %a = f32[8,128] get-tuple-element(%p3), index=1
+  %i = s32[] get-tuple-element(%p3), index=0
+  %x = f32[1,128] fusion(%a, %i), kind=kLoop, calls=%slices
+  %y = f32[8,128] fusion(%a, %x), kind=kLoop, calls=%writes
+}
+
+ENTRY %main (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128] parameter(0)
+  %w = (s32[], f32[8,128]) while(%p), condition=%condition, body=%body
+  %v = f32[64,128]{1,0:T(8,128)S(1)} copy(%p)
+  ROOT %d = f32[8,128] add(%p, %p)
+}
+'''
+
+
+def test_traffic_counts_slices_in_loops_and_not_what_stays_on_the_chip():
+    row, whole = 128 * 4, 8 * 128 * 4
+    loop = 8 * ((row + 4 + row) + (row + row))  # a row is read with its index and written; read, and written in place
+    assert hlo.costs(TRAFFIC).bytes == loop + whole + 3 * whole  # a copy onto the chip; a sum of two

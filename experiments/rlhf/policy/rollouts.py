@@ -5,8 +5,8 @@ One code path for every way to run: synchronously (max_staleness=0), from earlie
 `python -m experiments.generate`). A batch is a function of its index and of the weights alone, so they all give the
 same batches for the same versions.
 """
-import json
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
