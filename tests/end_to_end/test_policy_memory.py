@@ -8,6 +8,7 @@ import pytest
 from experiments import train
 from experiments.rlhf.models import architecture
 from experiments.rlhf.policy import rewards, rollouts
+from experiments.runtime import partition
 from experiments.runtime.programs import bytes_on_device
 from policy_runs import config_of, devices
 from rlhf_jax import convert
@@ -76,3 +77,19 @@ def test_residents_are_what_is_live_at_every_moment(apart, reward_model, tmp_pat
     models = bytes_on_device(programs['reward'].args[0])
     assert max(seen['reward']) == pytest.approx(models + beside['reward'], abs=small)
     assert max(seen['step']) == pytest.approx(state + beside['step'], abs=small)
+
+
+def test_a_reward_model_in_the_dtype_that_it_computes_in_scores_the_same():
+    config = config_of()
+    config.model.dtype = 'bfloat16'
+    module = architecture.reward_model(config.model)
+    tokens = jax.random.randint(jax.random.key(1), (4, 9), 0, 259)
+    params = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(2), x.shape),
+                          module.init(jax.random.key(0), tokens)['params'])
+    small = rewards.compact(module, params)
+    back = jnp.zeros(4, jnp.int32)
+    scores = [rewards.last_scores(module, p, tokens, jnp.ones((4, 9), bool), back) for p in (params, small)]
+    assert (scores[0] == scores[1]).all() and len(set(scores[0].tolist())) == 4
+    dtypes = {name: leaf.dtype for name, leaf in partition.flatten(small).items()}
+    assert dtypes['backbone/blocks/attn/qkv/kernel'] == jnp.bfloat16
+    assert dtypes['backbone/blocks/attn_norm/scale'] == dtypes['score_head/kernel'] == jnp.float32

@@ -71,6 +71,16 @@ def test_in_process_versions():
         weights.publish(2, tree())
 
 
+def test_snapshots_are_not_copied_again():
+    weights, params = InProcess(jax.devices()[0], snapshots=True), jax.device_put(tree(), jax.devices()[0])
+    weights.publish(0, params)
+    where = lambda tree: [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)]
+    assert where(weights.fetch(0)) == where(params)
+    copies = InProcess(jax.devices()[0])
+    copies.publish(0, params)
+    assert not set(where(copies.fetch(0))) & set(where(params))
+
+
 @pytest.mark.parametrize('transport', [lambda d: InProcess(timeout=WAIT), lambda d: Files(d, timeout=WAIT, poll=.005)])
 def test_a_reader_waits_for_its_version(transport, tmp_path):
     weights, got = transport(tmp_path), []

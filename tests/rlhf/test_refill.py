@@ -1,10 +1,13 @@
 """Refilled slots draw what the plain sampler draws, in fewer steps, and say with which weights."""
 import itertools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+from experiments.runtime import mesh as mesh_lib
+from rlhf_jax import refill
 from rlhf_jax.generate import Sampling, generate, pad_prompts
 from rlhf_jax.refill import Statistics, generate_refilled
 from tiny_models import MODELS, random_params
@@ -38,6 +41,23 @@ def test_same_responses_as_the_plain_sampler(params, plain):
     assert statistics.tokens == lengths.sum() - len(lengths) <= statistics.slot_steps
     # Batches of as many rows would each run until their longest row ends.
     assert statistics.slot_steps < 3 * sum(max(lengths[i:i + 3]) for i in range(0, 10, 3))
+
+
+def test_slots_lie_over_the_devices(params, plain, monkeypatch):
+    """Two slots on each of four devices: a cache is prefilled and decoded where its slot is, never copied to all."""
+    mesh, seen = mesh_lib.make_mesh({'data': 4}, jax.devices()[:4]), []
+
+    def advance(split, params, state, *rest, inner=refill.advance):
+        state, steps = inner(split, params, state, *rest)
+        seen.extend([state.cache.keys[0].sharding, state.samples.tokens.sharding])
+        return state, steps
+    monkeypatch.setattr(refill, 'advance', advance)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        got = generate_refilled(MODULE, lambda: (params, 0), *pad_prompts(PROMPTS, buckets=(8,)), KEY, SAMPLING,
+                                slots=7, chunk=2, num_samples=2, shards=4)
+    np.testing.assert_array_equal(got.tokens, plain.tokens)
+    np.testing.assert_array_equal(got.mask, plain.mask)
+    assert {sharding.shard_shape((8,))[0] for sharding in seen} == {2}
 
 
 def test_weights_change_in_flight(params, plain):
