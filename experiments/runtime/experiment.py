@@ -35,8 +35,8 @@ class Experiment:
             (`publish(version, state)`, before the first batch and after each step), and gives `metrics` of the last
             batch.
         generate: workdir -> None: the part of a process that has no device of the mesh, for the length of the run.
-        check: opens the released weights and the tokenizer that the config names, reads names and shapes only, and
-            raises a ValueError or OSError where they do not fit the model; None where there is nothing to look at.
+        check: opens what a fresh run starts from (released weights, the tokenizer, pretrained agents) and raises a
+            ValueError or OSError where it does not fit the model; None where there is nothing to look at.
         warm_start: applied to a fresh state, never to a resumed one (released weights).
         sampler: (params, key) -> samples (of an encoder: codes of random images) as one program, for compile checks.
         programs: (devices, bytes that one of them offers) -> the programs of a run beside its step, for the same where
@@ -54,7 +54,7 @@ class Experiment:
     open_batches: Callable[[], Iterator[dict[str, np.ndarray]]] | None
     open_rollouts: Callable[[Any], Any] | None = None
     generate: Callable[[Any], None] | None = None
-    check: Callable[[], None] | None = None
+    check: Callable[[], object] | None = None
     warm_start: Callable[[TrainState], TrainState] | None = None
     sampler: Callable[[Any, jax.Array], Any] | None = None
     programs: Callable[[Sequence[jax.Device], int], Sequence[Program]] | None = None

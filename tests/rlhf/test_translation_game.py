@@ -482,7 +482,7 @@ def test_text_that_does_not_fit(tmp_path):
 
 
 def test_agents_that_do_not_fit(pretrained, tmp_path):
-    start = lambda **fields: stepper(game_config(pretrained, **fields))
+    start = lambda **fields: train.build(game_config(pretrained, **fields), one_device()).check()
     with pytest.raises(ValueError, match='speaker=.*holds a run of translation_agent en to de; give one of'):
         start(speaker=pretrained['listener'])
     with pytest.raises(ValueError, match='no config.json there'):

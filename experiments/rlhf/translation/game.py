@@ -46,7 +46,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     return Experiment(game.init, game.loss, game.step, RULES, batch_spec(config, unit),
                       lambda: open_batches(config, unit, placement.share_of(mesh)), warm_start=game.warm_start,
-                      hooks=hooks)
+                      check=game.pretrained, hooks=hooks)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -121,12 +121,18 @@ class TranslationGame:
         elastic = {'elastic': elastic_reset.init(self._method, params)} if self._method else {}
         return {'vocabulary': checksums} | elastic
 
+    def pretrained(self) -> Params:
+        """Weights of the agents that the config names, by name.
+
+        Raises:
+            ValueError: a work directory holds no such agent, or one of other sizes or of another vocabulary.
+        """
+        named = [name for name in agents.PAIRS if self._config[name]]
+        return {name: agents.load(self._config[name], name, self._config) for name in named}
+
     def warm_start(self, state: TrainState) -> TrainState:
         """`state` with the pretrained agents that the config names."""
-        params = dict(state.params)
-        for name in agents.PAIRS:
-            if self._config[name]:
-                params[name] = agents.load(self._config[name], name, self._config)
+        params = state.params | self.pretrained()
         extra = self.extra(params, agents.checksums(self._config, translation.FIELDS))
         return state.replace(params=params, extra=extra)
 
