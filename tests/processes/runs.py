@@ -42,6 +42,7 @@ def config_of(name, store):
         config = getattr(base, name)().copy_and_resolve_references().unlock()
         config.model = policy().model
         config.model.max_length = config.max_length = 64
+        config.model.num_heads = 4  # which `tensor` divides
         config.data = policy(data__num_rows=40, data__heldout='train').data
         config.eval_every, config.batch_size = 3, 8
     elif name in GAMES:

@@ -1,6 +1,9 @@
 """Trainers on one, two and four processes: the same runs, whatever the mesh.
 
-All runs of a number of processes are one job, one after another, for its start costs more than a run.
+All runs of a number of processes are one job, one after another, for its start costs more than a run. Trainers that
+differ from another only in what they compute, and not in where batches and weights come from, are compared on request:
+
+    python -m pytest -m slow_harness tests/processes/test_trainers.py
 """
 import random
 
@@ -21,8 +24,9 @@ pytestmark = pytest.mark.slow
 
 SHARED = ('online_dpo', 'online_dpo stale', 'ppo', 'ppo stale')  # policies whose processes share the devices
 APART = ('apart', 'apart in turn', 'apart, two behind')
-OTHERS = (*runs.TEXTS, *runs.IMAGES, *runs.GAMES)
-KILLED, STOPPED = ('online_dpo stale', 'ppo'), ('apart',)
+OTHERS = ('sft', 'generator')
+REST = ('reward_model', 'dpo', 'encoder', 'code_model', 'text_to_code', 'translation_agent', 'translation_game')
+KILLED, STOPPED = ('online_dpo stale',), ('apart',)
 ON_FOUR = ('sft', 'online_dpo stale', 'apart')  # of the last two hosts train and two generate
 MESHES = {'sft': (1, 4, 1), 'sft, tensor over hosts': (1, 1, 4), 'sft, tensor within hosts': (1, 2, 2)}
 MEASURED = ('loss', 'reward', 'kl', 'length', 'eval_reward', 'eval_kl', 'heldout_loss', 'bleu_en')
@@ -58,6 +62,14 @@ def four(config_of, tmp_path_factory):
     return runs.train_all(tmp_path_factory.mktemp('four'), configs, 4, 1)
 
 
+@pytest.fixture(scope='module')
+def rest(config_of, tmp_path_factory):
+    """Runs of `REST` on one process and on two."""
+    configs = {name: config_of(name) for name in REST}
+    return tuple(runs.train_all(tmp_path_factory.mktemp('rest'), configs, processes, devices)
+                 for processes, devices in ((1, 4), (2, 2)))
+
+
 def assert_same_run(found, expected):
     """Equal but for the order of sums over processes."""
     (state, rows), (expected_state, expected_rows) = found, expected
@@ -79,6 +91,12 @@ def assert_identical(state, expected):
 @pytest.mark.parametrize('name', [*SHARED, *OTHERS, *MESHES])
 def test_two_processes_train_what_one_trains(name, alone, two):
     assert_same_run(two[name], alone[name.split(',')[0]])
+
+
+@pytest.mark.slow_harness
+@pytest.mark.parametrize('name', REST)
+def test_every_other_trainer_too(name, rest):
+    assert_same_run(rest[1][name], rest[0][name])
 
 
 @pytest.mark.parametrize('name', ON_FOUR)
