@@ -70,53 +70,64 @@ def check_store(path: str) -> None:
 def sample(args: argparse.Namespace, texts: Sequence[str], shard: shards.Shard | None, step: int | None) -> None:
     """Makes the samples, or codes, that the flags describe, by the checkpoint `step` (None: the newest) of the
     generator; where codes alone are wanted, of the model that draws them."""
-    generator = reading.load(Generator, args.generator, step=step) if args.generator else None
     out, save_codes = (place and steps_lib.placed(place, step) for place in (args.out, args.save_codes))
-    if generator is not None:
-        sample_flags.check_sampler(args, generator.config)
-        vae = LatentDecoder.load(args.vae) if args.vae else None
-        if (generator.config.data.target == 'latents') != bool(args.vae):
-            raise ValueError('this generator makes latents: give the autoencoder weights with --vae=DIR'
-                             if not args.vae else 'this generator makes pixels: leave --vae out')
-        num = args.num or len(texts) * (args.per_text or 1)
-        samples.check_room(out, num, image_shape(generator, vae))
-        if shard is not None and samples.is_whole(out) and not samples.describe_missing(out):
-            raise ValueError(f'--shard={args.shard}: --out={out} is there already, whole; delete it to sample anew')
+    generator, vae = open_generator(args, len(texts), out, step) if out else (None, None)
     code_key, image_key = jax.random.split(jax.random.key(args.seed))
     conditions = conditions_of(args, generator, texts, code_key, step)
     if save_codes and conditions.codes is None:
         raise ValueError('--save_codes: the samples are not made of codes; leave it out')
-    unit = modules.Unit.of(args.batch_size, conditions.num)
-    codes = save_codes
-    if conditions.codes and (save_codes or conditions.draw):
-        codes = save_codes or samples.growing(out, 'codes')
+    unit, codes = modules.Unit.of(args.batch_size, conditions.num), save_codes or samples.growing(out, 'codes')
+    if save_codes or conditions.draw:
         whole = save(conditions, codes, shard, unit, args.seed)
-        if generator is None:
-            if jax.process_index() == 0:
-                print(f'{conditions.num} codes -> {codes}' if whole else f'shard {args.shard} of {codes}: '
-                      f'{codestore_shards.describe_missing(codes)}')
-            return
-    sampler = sampler_of(args, generator, conditions)
-    made = with_captions(dict(
+        if not out:
+            missing = '' if whole else codestore_shards.describe_missing(codes)
+            return report(conditions.num, 'codes', codes, args.shard, missing)
+    sampler, place = sampler_of(args, generator, conditions), samples.growing(out, 'images')
+    meta = with_captions(dict(
         num_samples=conditions.num, seed=args.seed, generator=fingerprint(generator.params),
         vae=vae and fingerprint(vae.params), **conditions.made, columns=args.columns or args.per_text or 0,
         sampler_of_images=dict(modules.with_sampler(generator.config, sampler).sampler)), conditions.texts)
-
-    def draw(part: range, cond: np.ndarray | None) -> np.ndarray:
-        x = generator.sample(image_key, cond, conditions.num, part=part, batch_size=args.batch_size, **sampler)
-        return vae.decode(x, unit.rows) if vae else to_bytes(x)
-    place = samples.growing(out, 'images')
     for part in shards.of_this_process(shard, place, conditions.num, unit.rows):
         rows = part.rows(conditions.num, unit.rows)
-        cond = stored_codes(codes, part, rows) if conditions.draw else None if conditions.rows is None else \
-            conditions.rows[rows.start:rows.stop]
-        with open_part(place, part, rows, made) as store:
-            append(store, rows, unit, conditions.texts, 'images', lambda some, cond=cond, first=rows.start: draw(
-                some, None if cond is None else typed(cond[some.start - first:some.stop - first])))
+        cond = conditions.rows
+        if cond is not None:
+            cond = cond[rows.start:rows.stop]
+        elif conditions.draw:
+            cond = stored_codes(codes, part, rows)
+
+        def draw(some: range, cond: np.ndarray | None = cond, first: int = rows.start) -> np.ndarray:
+            of_some = None if cond is None else typed(cond[some.start - first:some.stop - first])
+            x = generator.sample(image_key, of_some, conditions.num, part=some, batch_size=args.batch_size, **sampler)
+            return vae.decode(x, unit.rows) if vae else to_bytes(x)
+        with open_part(place, part, rows, meta) as store:
+            append(store, rows, unit, conditions.texts, 'images', draw)
     whole = shards.finish(lambda: samples.finish(out))
+    report(conditions.num, 'samples', out, args.shard, '' if whole else samples.describe_missing(out))
+
+
+def open_generator(args: argparse.Namespace, num_texts: int, out: str,
+                   step: int | None) -> tuple[Generator, LatentDecoder | None]:
+    """The generator, and the autoencoder of one that makes latents, whose samples go to `out`.
+
+    Raises:
+        ValueError, OSError: models that are not there or do not fit each other or the flags, or no room.
+    """
+    generator = reading.load(Generator, args.generator, step=step)
+    sample_flags.check_sampler(args, generator.config)
+    vae = LatentDecoder.load(args.vae) if args.vae else None
+    if (generator.config.data.target == 'latents') != bool(args.vae):
+        raise ValueError('this generator makes latents: give the autoencoder weights with --vae=DIR'
+                         if not args.vae else 'this generator makes pixels: leave --vae out')
+    samples.check_room(out, args.num or num_texts * (args.per_text or 1), image_shape(generator, vae))
+    if args.shard and samples.is_whole(out) and not samples.describe_missing(out):
+        raise ValueError(f'--shard={args.shard}: --out={out} is there already, whole; delete it to sample anew')
+    return generator, vae
+
+
+def report(num: int, what: str, place: str, shard: str | None, missing: str) -> None:
+    """Prints, in the first process, what was made."""
     if jax.process_index() == 0:
-        print(f'{conditions.num} samples -> {out}' if whole else f'shard {args.shard} of {out}: '
-              f'{samples.describe_missing(out)}')
+        print(f'shard {shard} of {place}: {missing}' if missing else f'{num} {what} -> {place}')
 
 
 # ---- Codes and images, part by part ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 The same command continues an interrupted run, to the same parameters bit for bit. Resume order: the newest readable
 checkpoint in the work directory; else released weights named by the config; else a fresh initialisation.
 """
+import contextlib
 import importlib
 import logging
 import os
@@ -218,7 +219,8 @@ def main() -> None:
     if args.dry_run:
         mesh = mesh_of(config, slices.named(args.topology).devices if args.topology else None)
         config = fitting.accumulated(config, mesh, build, None)  # nothing is compiled: as if everything fitted
-        with jax.set_mesh(mesh):
+        # Devices of a slice that is elsewhere compute nothing, not even a constant.
+        with contextlib.nullcontext() if args.topology else jax.set_mesh(mesh):
             experiment = build(config, mesh)
             print(experiment_lib.describe(experiment, config, mesh), flush=True)
             if experiment.check:  # after the report, which needs neither weights nor tokenizer

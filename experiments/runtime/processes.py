@@ -6,15 +6,23 @@ gone, SIGSTOP) is missed by its heartbeats, and JAX ends the others with a messa
 """
 import argparse
 import contextlib
+import itertools
+import json
 import logging
 import os
+import pathlib
+import shutil
+import socket
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +30,17 @@ HEARTBEAT_SECONDS = 40   # without a sign of life, after which a process counts 
 SHUTDOWN_SECONDS = 60    # between the first and the last process that ends
 LOOK_SECONDS = 1.0       # between two looks for a failed process
 AWAIT_SECONDS = 0.1      # between two looks for an announcement
+WAIT_SECONDS = 14 * 86400  # for the slowest process, at places where all must have come; a dead one is missed before
 FAREWELL_SECONDS = 3.0   # that process 0, which keeps the store, stays after it failed
 
 _FAILED = 'experiments/failed/'
 _ANNOUNCED = 'experiments/announced/'
 FINISHED = 'finished'  # announced when a run has ended
 _run = 0  # counts the runs of this process
+_CORES = 'experiments/cores/'
+_meetings = itertools.count()  # the same in all processes, which meet in the same order
+_sharing = 1  # processes that have the cores of this one
+_first_on_host = True  # whether no process of a lower number is on this machine
 _joined = threading.Event()  # JAX's store aborts a process that asks it anything before it is connected
 
 
@@ -81,6 +94,50 @@ def join(args: argparse.Namespace) -> None:
                                initialization_timeout=args.join_timeout, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     _joined.set()
+    _look_around(args.join_timeout)
+
+
+def _look_around(timeout: float) -> None:
+    """Finds out which processes of the job are on this machine, and how many may run on the very cores that this one
+    may."""
+    global _sharing, _first_on_host
+    from jax._src import distributed
+    state, cores = distributed.global_state, getattr(os, 'sched_getaffinity', lambda pid: ())(0)
+    mine = f'{socket.gethostname()} {sorted(cores)}'
+    state.client.key_value_set(f'{_CORES}{state.process_id}', mine)
+    everybody = [state.client.blocking_key_value_get(f'{_CORES}{i}', int(1000 * timeout))
+                 for i in range(state.num_processes)]
+    _sharing = everybody.count(mine)
+    hosts = [theirs.split()[0] for theirs in everybody]
+    _first_on_host = hosts.index(socket.gethostname()) == state.process_id
+
+
+def once_a_host(make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays that `make` returns, made by one process of each machine and shared, read-only, with the others there.
+
+    All processes of a job call it together; what `make` raises ends all of them.
+    """
+    if alone():
+        return make()
+    folder = pathlib.Path(tempfile.gettempdir(), f'experiments-{agreed(uuid.uuid4().hex)}')
+    if _first_on_host:
+        made = make()
+        folder.mkdir(mode=0o700)
+        for name, array in made.items():
+            np.save(folder / f'{name}.npy', array)
+        del made  # read back, it is in memory once for all
+    wait_for_all()
+    shared = {file.stem: np.load(file, mmap_mode='r') for file in sorted(folder.glob('*.npy'))} or make()
+    wait_for_all()
+    if _first_on_host:
+        shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays until the last process lets go of it
+    return shared
+
+
+def usable_cores() -> int:
+    """Cores for this process: those its launcher bound it to, or its share of those that it has with others."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(bound // _sharing, 1)
 
 
 def _client() -> Any:
@@ -146,6 +203,25 @@ def announcing_end() -> Iterator[None]:
     finally:
         if not alone() and jax.process_index() == 0:
             announce(FINISHED)
+
+
+def wait_for_all() -> None:
+    """Returns when every process of the job has come here, however long that takes. (A collective of the devices, as
+    JAX has for it, would give up on the slow.)"""
+    client = _client()
+    if client is not None:
+        client.wait_at_barrier(f'experiments/barrier/{next(_meetings)}', WAIT_SECONDS * 1000)
+
+
+def agreed(value: Any) -> Any:
+    """The JSON value that process 0 calls it with, in every process of the job."""
+    client, key = _client(), f'experiments/agreed/{next(_meetings)}'
+    if client is None or jax.process_count() == 1:
+        return value
+    if jax.process_index() == 0:
+        client.key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(client.blocking_key_value_get(key, WAIT_SECONDS * 1000))
 
 
 def alone() -> bool:

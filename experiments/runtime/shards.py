@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from experiments.runtime import storage
+from experiments.runtime.processes import agreed, wait_for_all
 
 VISIBLE_SECONDS = 60.0  # that a shared file system may take to show what another machine has written
 
@@ -127,23 +128,8 @@ def of_this_process(wanted: Shard | None, out: str | os.PathLike, num: int, unit
                              f'most {units} shards, or a smaller --batch_size')
         return [wanted]
     count = begun(out) or (1 if partial(out).exists() else min(jax.process_count(), units))
-    count = int(agreed(count))
+    count = agreed(count)
     return [Shard(i, count) for i in range(jax.process_index(), count, jax.process_count())]
-
-
-def agreed(value: Any) -> Any:
-    """The value of process 0, in every process of the job."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-    return multihost_utils.broadcast_one_to_all(np.asarray(value))
-
-
-def wait_for_all() -> None:
-    """Returns when every process of the job has come here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-        multihost_utils.sync_global_devices('shards')
 
 
 def finish(make: Callable[[], bool]) -> bool:
@@ -174,6 +160,7 @@ def gathered(compute: Callable[[range], T], num: int, unit: int) -> T:
     parts = [Shard(i, jax.process_count()).rows(num, unit) for i in range(jax.process_count())]
     mine, longest = parts[jax.process_index()], max(map(len, parts))
     rows = compute(mine or range(min(num, unit)))  # one without a part computes some for their shapes
+    wait_for_all()
 
     def whole(x: np.ndarray) -> np.ndarray:
         padded = np.zeros((longest, *x.shape[1:]), x.dtype)

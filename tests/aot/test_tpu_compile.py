@@ -1,5 +1,6 @@
 """Paper-size programs through the real TPU compiler, and what reads its answer. The former need libtpu, not a TPU."""
 import importlib.util
+import re
 
 import flax.linen as nn
 import jax
@@ -10,11 +11,33 @@ import pytest
 from configs.dlc import base, code_model_imagenet, generator_imagenet
 from configs.rlhf import gsm8k, tldr
 from experiments import compile as aot
+from experiments import train
 from experiments.runtime import compiler, hlo, partition, programs, slices
 from experiments.runtime import mesh as mesh_lib
 from experiments.train import build, mesh_of
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="pip install -e '.[tpu]'")
+
+
+@needs_libtpu
+@pytest.mark.parametrize('tensor, rows, shared', [(1, 256, ''), (8, 512, ', the same as process ')])
+def test_a_dry_run_says_which_rows_a_process_has_and_what_it_writes(tensor, rows, shared, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['train', '--config=configs/dlc/code_model_imagenet.py:L512', '--dry_run',
+                                     '--topology=v5e-16', '--config.batch_size=1024', f'--config.mesh.tensor={tensor}'])
+    train.main()
+    lines = capsys.readouterr().out.splitlines()
+    about = lines[lines.index('processes 4') + 1:]
+    assert len(about) == 4 and all(f': 4 devices, {rows} rows of a batch{shared}' in line for line in about)
+    assert ['config.json, metrics.jsonl' in line for line in about] == [True, False, False, False]
+    written = [float(re.search(r'writes ([\d.]+) GiB of a checkpoint', line)[1]) for line in about]
+    state = next(float(line.split()[0]) for line in lines if 'state (parameters' in line)  # of one of 16 devices
+    if tensor == 1:  # every parameter is split over all 16
+        assert sum(written) == pytest.approx(16 * state, rel=0.05)
+    assert max(written) < 0.4 * sum(written)  # no process writes for all
+    monkeypatch.setattr('sys.argv', ['train', '--config=configs/dlc/code_model_imagenet.py:L512', '--workdir=x',
+                                     '--topology=v5e-16'])
+    with pytest.raises(ValueError, match='--topology: only with --dry_run'):
+        train.main()
 
 
 @needs_libtpu

@@ -10,7 +10,10 @@ import pathlib
 import signal
 import sys
 
-from experiments.runtime import launch
+import jax
+import numpy as np
+
+from experiments.runtime import launch, processes
 
 
 def main() -> None:
@@ -19,6 +22,9 @@ def main() -> None:
     p.add_argument('--killed_at', type=int, default=0)
     args, _ = launch.parse(p)
     launch.initialize(args)
+    print(f'{processes.usable_cores()} cores')
+    made = processes.once_a_host(lambda: {'by': np.full(3, jax.process_index())})
+    print(f'made by {set(made["by"].tolist())}')
     if args.killed_at:
         kill_at(args.killed_at)
     for number, command in enumerate(json.loads(pathlib.Path(args.file).read_text())):

@@ -1,6 +1,7 @@
 """Encoding, sampling and evaluating on one, two and four processes, and by tasks that know nothing of each other: the
 same bytes in every file."""
 import json
+import os
 import signal
 
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from experiments.dlc import code_model, encoder, generator
 from experiments.dlc.data import codestore
 from experiments.dlc.weights import writing
 from experiments.evaluate import load_images
+from rlhf_jax import convert
+from rlhf_jax.models import gpt2, heads
+from rlhf_jax.weights import files
 from tests.dlc.random_params import random_params
 
 ENCODE = ('experiments.encode', '--encoder={runs}/encoder', '--split=heldout', '--batch_size=32', '--out={at}/codes')
@@ -23,7 +27,14 @@ GUIDED = ('experiments.sample', '--codes={at}/drawn', '--generator={runs}/genera
           '--out={at}/guided/')
 EVALUATE = ('experiments.evaluate', '--samples', '{at}/samples.npz', '{at}/guided', '--reference={at}/codes',
             '--train={at}/codes', '--json={at}/scores.json')
-COMMANDS = (ENCODE, DRAW, SAMPLE, GUIDED, EVALUATE)
+POLICY = ('--policy={runs}/policy', '--tokenizer=bytes', '--batch_size=2')
+RESPOND = ('experiments.sample', *POLICY, '--prompts={runs}/rows.jsonl', '--num_samples=2', '--temperature=1',
+           '--max_new_tokens=5', '--out={at}/language/responses.jsonl')
+MEASURE = ('experiments.evaluate', *POLICY, '--task=arithmetic', '--num=5', '--max_new_tokens=4',
+           '--json={at}/language/metrics.json')
+RELABEL = ('experiments.relabel', '--pairs={runs}/rows.jsonl', '--gold={runs}/reward', '--tokenizer=bytes',
+           '--batch_size=2', '--out={at}/language/relabelled.jsonl')
+COMMANDS = (ENCODE, DRAW, SAMPLE, GUIDED, EVALUATE, RESPOND, MEASURE, RELABEL)
 
 
 @pytest.fixture(scope='module')
@@ -40,6 +51,12 @@ def runs(tmp_path_factory):
         stage = stage.copy_and_resolve_references().unlock()
         stage.weights_only = True
         writing.write_run(kind, stage, random_params(module.make_model(stage), *args), root / name)
+    policy = gpt2.GPT2(width=16, depth=1, num_heads=2, vocab_size=259, max_length=128)
+    for name, module in (('policy', policy), ('reward', heads.RewardModel(policy))):
+        files.save(root / name, convert.to_torch('gpt2', module, random_params(module, jnp.zeros((1, 2), jnp.int32))),
+                   convert.config_of('gpt2', module))
+    rows = [{'prompt': f'{i}+{i}=', 'chosen': f' {i}', 'rejected': f' {i}{i}'} for i in range(5)]
+    (root / 'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return root
 
 
@@ -50,12 +67,13 @@ def command_file(runs, at, commands=COMMANDS):
     return str(path)
 
 
-def files(at):
-    return {str(path.relative_to(at)): path.read_bytes() for path in sorted(at.rglob('*')) if path.is_file()}
+def contents(at):
+    return {str(path.relative_to(at)): path.read_bytes() for path in sorted(at.rglob('*'))
+            if path.is_file() and path.parent.name != 'language'}
 
 
 def assert_same_files(at, expected):
-    found = files(at)
+    found = contents(at)
     assert found.keys() == expected.keys()
     for name in expected:
         assert found[name] == expected[name], name
@@ -73,16 +91,30 @@ def test_what_one_process_makes(alone):
     assert len(codestore.open_code_store(alone / 'codes')) == 450
     assert load_images(alone / 'samples.npz').std() > 10 and len(load_images(alone / 'guided')) == 22
     assert json.loads((alone / 'scores.json').read_text())['samples']['frechet'] > 0
-    assert sorted(path.name for path in alone.iterdir()) == ['codes', 'drawn', 'guided', 'samples.npz', 'scores.json']
+    assert sorted(path.name for path in alone.iterdir()) == [
+        'codes', 'drawn', 'guided', 'language', 'samples.npz', 'scores.json']
 
 
-@pytest.mark.parametrize('processes, devices', [(2, 2), (4, 1)])
-def test_processes_make_the_same_bytes(alone, runs, tmp_path, processes, devices):
-    printed = jobs.succeed('tests.processes.commands', command_file(runs, tmp_path / 'out'), processes=processes,
-                           devices=devices)
-    assert_same_files(tmp_path / 'out', files(alone))
-    assert 'code store -> ' in printed[0] and '22 samples -> ' in printed[0]
+def test_four_processes_make_the_same_bytes(alone, runs, tmp_path):
+    jobs.succeed('tests.processes.commands', command_file(runs, tmp_path / 'out', COMMANDS[:4]), processes=4, devices=1)
+    assert_same_files(tmp_path / 'out', {name: x for name, x in contents(alone).items() if name != 'scores.json'})
+
+
+def test_two_processes_make_the_same_bytes(alone, runs, tmp_path):
+    printed = jobs.succeed('tests.processes.commands', command_file(runs, tmp_path / 'out'), processes=2, devices=2)
+    assert_same_files(tmp_path / 'out', contents(alone))
+    assert 'code store -> ' in printed[0] and '22 samples -> ' in printed[0] and '10 responses -> ' in printed[0]
     assert '->' not in printed[1]
+    cores = len(os.sched_getaffinity(0))
+    assert {text.splitlines()[0] for text in printed} == {f'{max(cores // 2, 1)} cores'}
+    assert {text.splitlines()[1] for text in printed} == {'made by {0}'}  # all are on this machine
+    ours, theirs = (place / 'language' for place in (tmp_path / 'out', alone))
+    assert json.loads((ours / 'metrics.json').read_text()) == pytest.approx(
+        json.loads((theirs / 'metrics.json').read_text()), abs=1e-4)
+    for name in ('responses.jsonl', 'relabelled.jsonl'):  # the same words; numbers are not the same to the bit
+        for row, other in zip(*(map(json.loads, (place / name).read_text().splitlines()) for place in (ours, theirs)),
+                              strict=True):
+            assert row == pytest.approx(other, abs=1e-3)
 
 
 def test_tasks_make_the_same_bytes_and_one_that_was_killed_goes_on(alone, runs, tmp_path):
@@ -96,5 +128,5 @@ def test_tasks_make_the_same_bytes_and_one_that_was_killed_goes_on(alone, runs, 
         load_images(at / 'samples.npz')
     rest = command_file(runs, at, [(*task, f'--shard={i}/3') for i in (2, 1, 0) for task in tasks])
     jobs.succeed('tests.processes.commands', rest, processes=1, devices=1)
-    expected = files(alone)
+    expected = contents(alone)
     assert_same_files(at, {name: expected[name] for name in expected if name.startswith(('codes/', 'samples'))})

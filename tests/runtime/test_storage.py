@@ -6,9 +6,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments.dlc.data import codestore, codestore_writer
+from experiments.dlc.data import codestore, codestore_shards, codestore_writer
 from experiments.dlc.data.samples import check_out, write
-from experiments.runtime import launch, metrics, png, storage
+from experiments.runtime import launch, metrics, png, shards, storage
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.report import Report
 
@@ -130,6 +130,25 @@ def test_code_store(bucket, tmp_path):
     assert isinstance(store.array('codes'), np.memmap) and store.path.is_relative_to(tmp_path / 'cache')
     before = (store.path / 'codes.npy').stat().st_mtime_ns
     assert (codestore.open_code_store(path).path / 'codes.npy').stat().st_mtime_ns == before  # not copied twice
+
+
+def test_parts_of_a_store_are_put_together_by_whoever_reads_it(bucket, tmp_path):
+    fill(bucket + '/whole')
+    path, meta = bucket + '/codes', dict(num_codes=2, vocab_size=9)
+    for i, rows in ((1, range(4, 6)), (0, range(4))):  # by two machines, whose caches nobody else sees
+        part = shards.Shard(i, 2)
+        unfinished = 'unfinished, 1 of 2 shards; missing are 0/2' if i == 0 else 'no code store there'
+        with pytest.raises(FileNotFoundError, match=f'gs://bucket/runs/codes: {unfinished}'):
+            codestore.open_code_store(path)
+        with codestore_writer.writer(shards.place(path, part), num=len(rows),
+                                     meta=codestore_shards.part_meta(meta, part, rows)) as store:
+            store.append({'codes': np.repeat(np.array(rows)[:, None], 2, 1)}, names=[str(j) for j in rows])
+        storage.remove(tmp_path / 'cache')
+    store = codestore.open_code_store(path)
+    np.testing.assert_array_equal(store.array('codes')[:, 0], range(6))
+    contents = lambda place: {file.name: file.read_bytes() for file in storage.resolve(place).iterdir()}
+    assert contents(path) == contents(bucket + '/whole')
+    assert not storage.resolve(path + '.shards').exists()
 
 
 def test_an_upload_that_breaks_off_is_no_store(bucket, monkeypatch):

@@ -7,7 +7,6 @@ the state stays one integer and says nothing about workers. Functions that trave
 (cloudpickle) and use no jax.
 """
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from dlc_jax.ssl.augment import MultiCrop
 from dlc_jax.ssl.masking import BlockMasking, pack_masks
 from experiments.dlc.data.images import ImageSource
+from experiments.runtime.processes import usable_cores
 from experiments.runtime.stream import WHOLE, Batch, EpochOrder, Share, Stream
 
 # Streams of random numbers that must not coincide.
@@ -70,11 +70,6 @@ def read_parallel(source: ImageSource, index: Callable[[int], int], make: Callab
         for events in made['met']:
             source.record(*events)
         yield made['batch']
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on: those its launcher bound it to, where one did."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def keep_off_accelerators(worker: int, num_workers: int) -> None:

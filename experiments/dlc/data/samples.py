@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from experiments.dlc.data import codestore, codestore_shards, memory
-from experiments.dlc.data.batches import usable_cores
 from experiments.dlc.data.decode import SUFFIXES
 from experiments.dlc.data.image_files import is_junk
 from experiments.dlc.data.printable import printable
 from experiments.runtime import png, shards, storage
+from experiments.runtime.processes import usable_cores
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from experiments.rlhf.data import tasks, texts
 from experiments.rlhf.models import adapters, architecture, loading
 from experiments.rlhf.models import tokenizer as tokenizer_lib
-from experiments.runtime import evaluation, optim, placement
+from experiments.runtime import evaluation, optim, placement, processes
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
@@ -183,5 +183,6 @@ def open_demonstrations(config: Config, split: str) -> texts.Arrays:
 def _open(config: Config, split: str, name: str, to_arrays: Callable[..., texts.Arrays], **options) -> texts.Arrays:
     encode = tokenizer_lib.encoder_of(config)
     tokenizer_lib.check_stages(config, encode)
-    pairs = tasks.require(tasks.get(config.data, encode), name, config.data)(config.data, split)
-    return to_arrays(pairs, encode, pad=encode.tokenizer.pad, max_length=config.max_length, **options)
+    read = tasks.require(tasks.get(config.data, encode), name, config.data)
+    return processes.once_a_host(lambda: to_arrays(
+        read(config.data, split), encode, pad=encode.tokenizer.pad, max_length=config.max_length, **options))
