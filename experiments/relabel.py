@@ -6,7 +6,7 @@ A row holds `prompt`, `chosen` and `rejected`, texts with or without their <|end
 the rejected one the two change places; ties stay. Prints in how many pairs it agrees with the labels it found. The
 published preferences of arXiv 2410.18252 were made with --before_eos.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,17 +15,19 @@ import numpy as np
 from experiments.rlhf.data import texts
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy.rewards import Completions, RewardModel
-from experiments.runtime import launch, shards, storage
+from experiments.runtime import launch, lines, shards, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import steps as steps_lib
+from experiments.runtime.curve import settings_of
+from experiments.runtime.progress import bar
 from rlhf_jax import generate as generate_lib
 from rlhf_jax.tasks import rows as rows_lib
 from rlhf_jax.tasks import tldr
 
 
-def score(gold: RewardModel, encode: texts.Encoder, rows: Sequence[Mapping[str, Any]], field: str, *,
-          max_length: int = 0, batch_size: int = 64) -> np.ndarray:
-    """Scores [N] of each prompt with its `field`, ended by EOS; the processes of a job share out the rows.
+def scorer(gold: RewardModel, encode: texts.Encoder, rows: Sequence[Mapping[str, Any]], field: str, *,
+           max_length: int = 0) -> Callable[[range], np.ndarray]:
+    """Numbers of rows -> scores [n] of each prompt with its `field`, ended by EOS.
 
     Raises:
         ValueError: one is longer than `max_length` (0: than the model's context).
@@ -41,7 +43,7 @@ def score(gold: RewardModel, encode: texts.Encoder, rows: Sequence[Mapping[str, 
         some = slice(part.start, part.stop)
         return np.asarray(gold(Completions([row[field] for row in rows[some]], rows[some], tokens[some], mask[some],
                                            np.ones(len(part), bool))))
-    return shards.gathered(of_part, len(rows), batch_size)
+    return of_part
 
 
 def main() -> None:
@@ -55,7 +57,9 @@ def main() -> None:
     p.add_argument('--max_length', type=int, default=0, help="tokens; 0: the model's context")
     p.add_argument('--out', required=True, metavar='FILE', help='.jsonl')
     steps_lib.add_flag(p, '--gold')
+    shards.add_flag(p)
     args, _ = launch.parse(p)
+    shard = shards.parse(args)
     steps_lib.check(args.step, args.out)
     storage.check_writable(storage.resolve(args.out).parent, '--out')
     launch.initialize(args)
@@ -75,16 +79,26 @@ def main() -> None:
     for step in wanted:
         gold = RewardModel(args.gold, mesh_lib.make_mesh({'data': -1}, jax.local_devices()), step=step,
                            num_ids=tokenizer.vocab_size, batch_size=args.batch_size, before_eos=args.before_eos)
-        scores = [score(gold, encode, rows, field, max_length=args.max_length, batch_size=args.batch_size)
-                  for field in ('chosen', 'rejected')]
-        if jax.process_index() != 0:
-            continue
-        relabelled, agreement = tldr.relabel(rows, *scores)
+        score = [scorer(gold, encode, rows, field, max_length=args.max_length) for field in ('chosen', 'rejected')]
         out = steps_lib.placed(args.out, step)
-        storage.write_json_lines(out, relabelled)
-        swapped = int((scores[1] > scores[0]).sum())
-        print(f'agreement {agreement:.4f}: {swapped} of {len(rows)} pairs changed places -> {out}')
+        settings = settings_of(args, steps_lib.newest(args.gold) if step is None else step, rows)
+
+        def relabel(part: range, score: Any = score) -> list[dict[str, Any]]:
+            return tldr.relabel(rows[part.start:part.stop], *(of_field(part) for of_field in score))[0]
+        whole = lines.write(out, len(rows), min(args.batch_size, len(rows)), shard, settings, relabel,
+                            bar('pairs', len(rows), 'pair'))
+        if jax.process_index() == 0:
+            print(summary(rows, out) if whole else f'shard {args.shard} of {out}: {lines.describe_missing(out)}')
+
+
+def summary(rows: Sequence[Mapping[str, Any]], out: str) -> str:
+    """How often the gold model agrees with the labels of `rows`, of which `out` holds the relabelled ones."""
+    relabelled = list(rows_lib.read(storage.resolve(out)))
+    swapped = sum(new['chosen'] != row['chosen'] for row, new in zip(rows, relabelled, strict=True))
+    ties = sum(new['chosen_score'] == new['rejected_score'] for new in relabelled)
+    agreement = (len(rows) - swapped - ties) / len(rows)
+    return f'agreement {agreement:.4f}: {swapped} of {len(rows)} pairs changed places -> {out}'
 
 
 if __name__ == '__main__':
-    launch.main(main, stopped=launch.NOTHING_WRITTEN, status=None)
+    launch.main(main)

@@ -19,9 +19,10 @@ import jax
 
 from experiments.rlhf.data import tasks, texts
 from experiments.rlhf.models import flags
-from experiments.rlhf.models.inference import Policy
-from experiments.runtime import launch, storage
+from experiments.rlhf.models.inference import Part, Policy
+from experiments.runtime import launch, lines, shards, storage
 from experiments.runtime import steps as steps_lib
+from experiments.runtime.curve import settings_of
 from experiments.runtime.progress import bar
 from rlhf_jax.chat import Text
 from rlhf_jax.tasks import conversations
@@ -36,8 +37,11 @@ def main() -> None:
     p.add_argument('--system', metavar='TEXT', help='with --chat: what comes before the user')
     p.add_argument('--chat_date', default='', metavar='YYYY-MM-DD', help="for chat templates that write today's date")
     p.add_argument('--out', metavar='FILE', help='.jsonl (default: print them)')
+    shards.add_flag(p)
     args, _ = launch.parse(p)
     flags.check(args)
+    if shards.parse(args) and not args.out:
+        raise ValueError(f'--shard={args.shard}: say with --out=FILE where the responses of all shards go')
     steps_lib.check(args.step, args.out)
     if args.step == 'all' and not args.out:
         raise ValueError(f'--step=all: say with --out=FILE, {steps_lib.PLACE} in its name, where the responses go')
@@ -58,19 +62,29 @@ def sample(args: argparse.Namespace, rows: list[dict[str, Any]], step: int | Non
     policy = flags.load(args.policy, args, step=step)
     prompts = prompts_of(rows, policy, chat=args.chat, system=args.system, date=args.chat_date)
     texts.count_spelled(policy.encode, prompts, '--prompts' if args.prompts else '--prompt')
-    responses = policy.sample(prompts, flags.sampling(policy, args, policy.config), jax.random.key(args.seed),
-                              batch_size=args.batch_size, num_samples=args.num_samples,
-                              progress=bar('prompts', len(rows), 'prompt'))
-    lines = flags.response_lines(rows, responses)
-    if jax.process_index() != 0:
+    ids = [policy.ids_of(prompt) for prompt in prompts]
+    size = min(args.batch_size, len(rows))
+    how, longest = flags.sampling(policy, args, policy.config), max(map(len, ids))
+    policy.pad(ids, how.max_new_tokens)  # one that is too long is found before any is sampled
+
+    def respond(some: range) -> list[dict[str, Any]]:
+        part = slice(some.start, some.stop)
+        return flags.response_lines(rows[part], policy.sample(
+            ids[part], how, jax.random.key(args.seed), batch_size=size, num_samples=args.num_samples,
+            part=Part(some.start, longest)))
+    if not args.out:
+        for start in range(0, len(rows), size):
+            for line in respond(range(start, min(start + size, len(rows)))):
+                if jax.process_index() == 0:
+                    print(json.dumps(line, ensure_ascii=False))
         return
-    if args.out:
-        out = steps_lib.placed(args.out, step)
-        storage.write_json_lines(out, lines)
-        print(f'{len(lines)} responses -> {out}')
-    else:
-        for line in lines:
-            print(json.dumps(line, ensure_ascii=False))
+    out = steps_lib.placed(args.out, step)
+    settings = settings_of(args, steps_lib.newest(args.policy) if step is None else step, rows)
+    whole = lines.write(out, len(rows), size, shards.parse(args), settings, respond,
+                        bar('prompts', len(rows), 'prompt'))
+    if jax.process_index() == 0:
+        print(f'{len(rows) * args.num_samples} responses -> {out}' if whole else
+              f'shard {args.shard} of {out}: {lines.describe_missing(out)}')
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
@@ -136,4 +150,4 @@ def template_of(policy: Policy, date: str) -> conversations.Template:
 
 
 if __name__ == '__main__':
-    launch.main(main, stopped=launch.NOTHING_WRITTEN, status=None)
+    launch.main(main)

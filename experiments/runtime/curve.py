@@ -9,8 +9,9 @@ from typing import Any
 from experiments.runtime import metrics, storage
 
 # Flags that say where and how fast, not what is measured.
-_NOT_OF_THE_MEASUREMENT = ('json', 'out', 'step', 'batch_size', 'tensor', 'trust', 'traceback', 'compilation_cache',
-                           'distributed', 'coordinator', 'num_processes', 'process_id', 'join_timeout')
+_NOT_OF_THE_MEASUREMENT = (
+    'json', 'out', 'step', 'shard', 'batch_size', 'tensor', 'trust', 'traceback', 'compilation_cache', 'distributed',
+    'coordinator', 'num_processes', 'process_id', 'join_timeout')
 
 
 class Curve:

@@ -84,6 +84,14 @@ def _steps_at(place: str) -> Iterator[int]:
             yield int(match[1])
 
 
+def newest(path: str | os.PathLike) -> int | None:
+    """The newest step of the run in `path`; None of a folder that has no checkpoints, such as released weights."""
+    try:
+        return of_run('last', path)[0]
+    except ValueError:
+        return None
+
+
 def placed(output: str, step: int | None) -> str:
     """Where the output of a checkpoint goes."""
     return output if step is None else output.replace(PLACE, str(step))

@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+import types
 
 import chex
 import jax
@@ -16,7 +17,7 @@ from experiments import sample as sample_command
 from experiments.rlhf.models import adapters, loading
 from experiments.rlhf.models.inference import Policy
 from experiments.rlhf.policy.evaluation import HeldOutPrompts
-from experiments.runtime import launch
+from experiments.runtime import launch, lines
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import read_metrics
 from experiments.train import build, train
@@ -203,6 +204,54 @@ def test_help_says_how(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             command(main, monkeypatch, '--policy=RUN', '--help')
         assert text in capsys.readouterr().out
+
+
+def test_responses_and_pairs_in_parts_are_those_of_the_whole(runs, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / 'rows.jsonl'
+    rows.write_text(''.join(json.dumps({'prompt': f'{i}+{i}=', 'chosen': f' {i}', 'rejected': f' {i}{i}'}) + '\n'
+                            for i in range(7)))
+    made = {'responses': (sample_command.main, f'--policy={runs / "sft"}', f'--prompts={rows}', '--num_samples=2',
+                          '--temperature=1', '--max_new_tokens=3', '--batch_size=2'),
+            'relabelled': (relabel.main, f'--pairs={rows}', f'--gold={runs / "reward"}', '--tokenizer=bytes',
+                           '--batch_size=2')}
+    for name, (main, *arguments) in made.items():
+        out = lambda folder: f'--out={tmp_path}/{folder}/{name}.jsonl'
+        command(main, monkeypatch, *arguments, out('whole'))
+        whole = (tmp_path / 'whole' / f'{name}.jsonl').read_bytes()
+        for i in (0, 1):
+            command(main, monkeypatch, *arguments, out('parts'), f'--shard={i}/3')
+        assert '2 of 3 shards; missing are 2/3' in capsys.readouterr().out
+        interrupt_lines(main, monkeypatch, *arguments, out('parts'), '--shard=2/3', blocks=1)
+        with open(tmp_path / 'parts' / f'{name}.jsonl.shards' / '00002-of-00003.partial', 'ab') as file:
+            file.write(b'{"prompt": "whole"}\n{"prompt": "cut by a ki')  # of a block that was not finished
+        with pytest.raises(SystemExit):
+            command(main, monkeypatch, *arguments, out('parts'), '--shard=2/3', *(
+                ['--seed=1'] if name == 'responses' else ['--before_eos']))
+        assert 'was begun with other flags' in capsys.readouterr().err
+        command(main, monkeypatch, *arguments, out('parts'), '--shard=2/3')
+        assert (tmp_path / 'parts' / f'{name}.jsonl').read_bytes() == whole
+        assert [path.name for path in (tmp_path / 'parts').iterdir()] == [f'{name}.jsonl']
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            command(main, monkeypatch, *arguments, out('parts'), '--shard=2/3')
+        assert 'is there already, whole' in capsys.readouterr().err
+        shutil.rmtree(tmp_path / 'parts')
+
+
+def interrupt_lines(main, monkeypatch, *arguments, blocks):
+    """Runs a command until so many blocks of two items are written."""
+    real = lines.json.dumps
+    written = []
+
+    def dumps(row, **how):
+        written.append(row)
+        if len(written) > blocks * (4 if 'completion' in row else 2):
+            raise KeyboardInterrupt
+        return real(row, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(lines, 'json', types.SimpleNamespace(dumps=dumps))
+        with pytest.raises(KeyboardInterrupt):
+            command(main, patch, *arguments)
 
 
 def test_relabelling_swaps_what_gold_prefers(runs, monkeypatch, capsys):

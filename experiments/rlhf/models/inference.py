@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,6 +33,12 @@ Progress = Callable[[int], None]
 Prompt = chat.Text | Sequence[int]
 
 _BUCKET = 64  # prompts are padded to a multiple of so many tokens, one length for all of a call
+
+
+class Part(NamedTuple):
+    """Some prompts of a longer list: the number of the first of them, and the tokens of the longest one of all."""
+    first: int
+    longest: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +155,8 @@ class Policy:
     # ---- Sampling ----------------------------------------------------------------------------------------------------
 
     def sample(self, prompts: Sequence[Prompt], sampling: generate_lib.Sampling, key: jax.Array, *,
-               batch_size: int = 64, num_samples: int = 1, progress: Progress | None = None) -> Responses:
+               batch_size: int = 64, num_samples: int = 1, progress: Progress | None = None,
+               part: Part | None = None) -> Responses:
         """`num_samples` responses to each prompt. A response depends on `key`, its prompt's number and its own, not on
         `batch_size` or the devices.
 
@@ -157,18 +164,21 @@ class Policy:
             prompts: texts, or ids as they stand.
             batch_size: prompts at once, rounded up to the devices; the last batch is filled up.
             progress: callback that takes how many prompts are done.
+            part: which part of a longer list the prompts are; None: all of it, which the processes of a job share out.
 
         Raises:
             ValueError: no prompt, an empty one, or one that leaves no room for `max_new_tokens`.
         """
-        tokens, mask = self.pad([self.ids_of(p) for p in prompts], sampling.max_new_tokens)
+        tokens, mask = self.pad([self.ids_of(p) for p in prompts], sampling.max_new_tokens,
+                                part.longest if part else 0)
 
         def run(index, tokens, mask):
             keys = responses.sample_keys(key, index, num_samples)
             return generate_lib.generate(self.module, self.params, tokens, mask, keys, sampling,
                                          num_samples=num_samples)
 
-        drawn = self._in_batches(run, (np.arange(len(tokens)), tokens, mask), batch_size, progress)
+        numbers = np.arange(len(tokens)) + (part.first if part else 0)
+        drawn = self._in_batches(run, (numbers, tokens, mask), batch_size, progress, alone=part is not None)
         shape = drawn.mask.shape[:2]
         flat = [x.reshape(-1, x.shape[-1]) for x in (drawn.tokens, drawn.mask)]
         of_each = [np.repeat(x, num_samples, 0) for x in (tokens, mask)]
@@ -203,10 +213,11 @@ class Policy:
         return Responses([[a] for a in answers], prompt_tokens, prompt_mask, tokens[:, None], mask[:, None],
                          np.ones((len(answers), 1), bool))
 
-    def pad(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts as arrays padded on the left, `room` tokens short of the context at most."""
+    def pad(self, prompts: Sequence[Sequence[int]], room: int, longest: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts as arrays padded on the left, `room` tokens short of the context at most; `longest`: of prompts that
+        are not among them."""
         limit = self.module.max_length - room
-        longest = max(map(len, prompts), default=0)
+        longest = max([longest, *map(len, prompts)])
         if longest > limit:
             raise ValueError(f'prompt {next(i for i, p in enumerate(prompts) if len(p) > limit)} has too many tokens: '
                              f'{longest} and a response of {room} exceed the context of the model, '
@@ -244,12 +255,13 @@ class Policy:
                                 (tokens, mask), batch_size, progress)
 
     def _in_batches(self, fn: Callable[..., Any], arrays: Sequence[np.ndarray], batch_size: int,
-                    progress: Progress | None) -> Any:
-        """`fn` of rows, a batch of them at a time, the last one filled up with its last row; on the host."""
+                    progress: Progress | None, alone: bool = False) -> Any:
+        """`fn` of rows, a batch of them at a time, the last one filled up with its last row; on the host. Unless this
+        process is `alone` with them, those of the job share them out."""
         if batch_size < 1:
             raise ValueError(f'batch_size={batch_size} must be at least 1')
         num = len(arrays[0])
-        size = -(-min(batch_size, num) // self._shards) * self._shards
+        size = -(-(batch_size if alone else min(batch_size, num)) // self._shards) * self._shards
         sharding = mesh_lib.batch_sharding(self.mesh)
 
         def run(part: range) -> Any:
@@ -262,7 +274,7 @@ class Policy:
                     progress(min(done * jax.process_count(), num))
             return jax.tree.map(lambda *parts: np.concatenate(parts)[:len(part)], *out)
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-            return shards.gathered(run, num, size)
+            return run(range(num)) if alone else shards.gathered(run, num, size)
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'length', 'temperature'))
