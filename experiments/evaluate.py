@@ -11,8 +11,9 @@
 
 Stores come from experiments.encode, samples.npz from experiments.sample. With --inception (the released FID weights)
 and the ADM suite's reference file this gives FID, sFID, Inception score, precision and recall as they are published;
-without --inception, distances in the features of a small classifier fitted to the --train images, comparable only among
-themselves.
+--dinov2 gives distances in the features of DINOv2 or of an encoder (FD-DINOv2); without either, in those of a small
+classifier fitted to the --train images, comparable only among themselves. Inception and Vendi scores need no
+--reference.
 
 Language models are measured by the same command with --policy: python -m experiments.evaluate --policy=RUN --help.
 """
@@ -20,17 +21,17 @@ import argparse
 import json
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
-from dlc_jax import convert
 from dlc_jax.metrics import frechet, inception_score, prdc, probes, vendi
 from dlc_jax.models.inception import InceptionOutput
 from experiments.dlc import evaluation
+from experiments.dlc.commands import features
 from experiments.dlc.data import codestore, memory
 from experiments.dlc.data import samples as samples_lib
 from experiments.dlc.data.decode import FORMATS, SUFFIXES, Decoding, read_image
@@ -38,10 +39,9 @@ from experiments.dlc.data.image_files import list_images
 from experiments.dlc.data.npz_images import npz_names, open_npz
 from experiments.dlc.data.printable import printable
 from experiments.dlc.judge import Judge
-from experiments.runtime import launch, modules, shards, storage
+from experiments.runtime import launch, shards, storage
 from experiments.runtime import steps as steps_lib
 from experiments.runtime.curve import Curve, settings_of
-from rlhf_jax.weights.files import load_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -116,20 +116,21 @@ def load_statistics(path: str) -> dict[str, frechet.Statistics]:
             for name, end in (('pool', ''), ('spatial', '_s')) if f'mu{end}' in arrays and f'sigma{end}' in arrays}
 
 
-def inception_scores(ours: InceptionOutput, theirs: InceptionOutput,
+def inception_scores(ours: InceptionOutput, theirs: InceptionOutput | None,
                      statistics: Mapping[str, frechet.Statistics]) -> dict[str, float]:
     """The ADM suite's scores, and the Vendi score, of samples with features `ours`.
 
     Args:
-        theirs: features of reference images.
+        theirs: features of reference images; None: only the scores that need none.
         statistics: of the reference, in place of those of `theirs`: `pool`, `spatial`, or none.
     """
     distance = lambda name: frechet.frechet_distance(
         frechet.statistics(getattr(ours, name)), statistics.get(name) or frechet.statistics(getattr(theirs, name)))
     mean, spread = inception_score.inception_score(ours.unbiased_logits)
-    scores = prdc.prdc(theirs.pool, ours.pool, k=3)
-    return {'fid': distance('pool'), 'sfid': distance('spatial'), 'inception_score': mean,
-            'inception_score_std': spread, **scores, 'vendi': vendi.vendi_score(ours.pool)}
+    alone = {'inception_score': mean, 'inception_score_std': spread, 'vendi': vendi.vendi_score(ours.pool)}
+    if theirs is None:
+        return alone
+    return {'fid': distance('pool'), 'sfid': distance('spatial'), **prdc.prdc(theirs.pool, ours.pool, k=3)} | alone
 
 
 def class_count(store: codestore.CodeStore) -> int:
@@ -148,11 +149,12 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises a ValueError or OSError for flags that do not add up to a measurement."""
     if not (args.samples or args.heldout):
         raise ValueError('nothing to measure: give --samples and --reference, or --train and --heldout')
-    if args.samples and not args.reference:
-        raise ValueError('--samples needs --reference: real images to compare with')
-    if args.samples and not (args.inception or args.train):
-        raise ValueError('--samples needs a feature space: --inception=FILE, or --train=STORE to fit a small '
-                         'classifier')
+    if args.samples and not args.reference and not (args.inception or args.dinov2):
+        raise ValueError('--samples needs --reference: real images to compare with (the Vendi score needs none, but '
+                         '--inception or --dinov2)')
+    if args.samples and not (args.inception or args.dinov2 or args.train):
+        raise ValueError('--samples needs a feature space: --inception=FILE, --dinov2=DIR, or --train=STORE to fit a '
+                         'small classifier')
     if args.heldout and not args.train:
         raise ValueError('--heldout needs --train: the store that probes are fitted to')
     if args.batch_size < 1:
@@ -174,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--probe', choices=probes.METHODS, default='lbfgs',
                    help="linear probe: to its optimum, for small sets, or by DINOv2's recipe")
     p.add_argument('--inception', metavar='FILE', help='released FID Inception weights')
+    p.add_argument('--dinov2', metavar='DIR|RUN', help='DINOv2 weights (FD-DINOv2), or any encoder, to compare in')
     p.add_argument('--batch_size', type=int, default=64, help='images at once on a device (default 64)')
     p.add_argument('--json', metavar='FILE', help='also write the numbers there; --step=all: a line a checkpoint')
     p.add_argument('--step', metavar='N|all|last', default='last', help='of --samples, --train and --heldout that have '
@@ -196,16 +199,16 @@ def main() -> None:
                          'name, where the step goes')
     steps = steps_lib.of_places(args.step, named) if named else [None]
     if args.step != 'all':
-        out = evaluate(args, steps[0])
+        out = evaluate(args, steps[0], {})
         if jax.process_index() == 0:
             print(json.dumps(out, indent=1))
             if args.json:
                 storage.write_json(args.json, out)
         shards.wait_for_all()
         return
-    curve = Curve(args.json, settings_of(args), run=args.run)
+    curve, once = Curve(args.json, settings_of(args), run=args.run), {}
     for step in curve.missing(steps):
-        out = evaluate(args, step)
+        out = evaluate(args, step, once)
         if jax.process_index() == 0:
             print(json.dumps({'step': step} | out), flush=True)
             curve.add(step, out)
@@ -214,9 +217,13 @@ def main() -> None:
         print(f'{len(steps)} checkpoints -> {args.json}')
 
 
-def evaluate(args: argparse.Namespace, step: int | None) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, step: int | None, once: dict[str, Any]) -> dict[str, Any]:
     """What the flags ask for, of the places of `step` where names have it. In a job of several processes they share the
-    network's work; the rest is done by process 0, and the others get {}."""
+    network's work; the rest is done by process 0, and the others get {}.
+
+    Args:
+        once: keeps what is the same for every step: networks, and what they see in the reference.
+    """
     # ---- Everything is opened before anything is measured ------------------------------------------------------------
     stores = {name: codestore.open_code_store(steps_lib.placed(path, step))
               for name, path in (('train', args.train), ('heldout', args.heldout)) if path}
@@ -230,9 +237,10 @@ def evaluate(args: argparse.Namespace, step: int | None) -> dict[str, Any]:
         log.warning('--train and --heldout hold the same images: their scores say nothing of images not seen before')
     num_classes = {name: class_count(store) for name, store in stores.items()} if args.heldout else {}
     if args.samples:
-        images = {'samples': merged([steps_lib.placed(path, step) for path in args.samples]),
-                  'reference': load_images(args.reference)}
-        if not args.inception:
+        images = {'samples': merged([steps_lib.placed(path, step) for path in args.samples])}
+        if args.reference:
+            images['reference'] = kept(once, 'reference', lambda: load_images(args.reference))
+        if not (args.inception or args.dinov2):
             images['train'] = np.asarray(stores['train'].array('images'))
         for name, x in images.items():
             if x.shape[1:] != images['samples'].shape[1:]:
@@ -240,14 +248,24 @@ def evaluate(args: argparse.Namespace, step: int | None) -> dict[str, Any]:
                                  'use one size')
 
     out: dict[str, Any] = {}
-    if args.samples and args.inception:
-        module, params = convert.from_torch('inception', load_state_dict(storage.local_copy(args.inception)))
-        ours, theirs = (features(module, params, images[name], args.batch_size) for name in ('samples', 'reference'))
+    seen: dict[str, dict[str, Any]] = {}
+    for name, opened in (('inception', features.inception), ('dinov2', features.encoder)):
+        if args.samples and getattr(args, name):
+            network = kept(once, name, lambda opened=opened, name=name: opened(getattr(args, name), args.batch_size))
+            seen[name] = {'samples': network(images['samples'])}
+            if args.reference:
+                seen[name]['reference'] = kept(once, f'{name} of the reference', lambda network=network: network(
+                    images['reference']))
     if jax.process_index() != 0:
         return out
-    if args.samples and args.inception:
-        out['samples'] = inception_scores(ours, theirs, load_statistics(args.reference))
-    elif args.samples:
+    if 'inception' in seen:
+        out['samples'] = inception_scores(seen['inception']['samples'], seen['inception'].get('reference'),
+                                          load_statistics(args.reference) if args.reference else {})
+    if 'dinov2' in seen:
+        ours, theirs = seen['dinov2']['samples'], seen['dinov2'].get('reference')
+        out['dinov2'] = {} if theirs is None else evaluation.compare(ours, theirs)
+        out['dinov2']['vendi'] = vendi.vendi_score(ours)
+    if args.samples and not seen:
         judge = Judge.fit(images['train'], np.asarray(stores['train'].array('labels')))
         out['samples'] = evaluation.sample_set(judge, images['samples'], images['reference'], images['train'])
     if args.heldout:
@@ -259,6 +277,13 @@ def evaluate(args: argparse.Namespace, step: int | None) -> dict[str, Any]:
                                                           vocab_size, probe=args.probe)
         out['codes'] = {name: evaluation.code_usage(s['codes'], vocab_size) for name, s in sets.items()}
     return out
+
+
+def kept(once: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
+    """`once[name]`, made the first time that it is asked for."""
+    if name not in once:
+        once[name] = make()
+    return once[name]
 
 
 def merged(paths: Sequence[str]) -> np.ndarray:
@@ -276,13 +301,6 @@ def merged(paths: Sequence[str]) -> np.ndarray:
     if len(sets) < len(paths):
         raise ValueError('--samples: a set is named twice')
     return first if len(sets) == 1 else np.concatenate(list(sets.values()))
-
-
-def features(module: Any, params: Any, images: np.ndarray, batch_size: int) -> InceptionOutput:
-    """Features of uint8 images [N, H, W, 3], float32, in every process; each computes a part on its devices."""
-    unit = modules.Unit.of(batch_size, len(images))
-    run = modules.Batched(lambda params, x: module.apply({'params': params}, x), params, unit)
-    return shards.gathered(lambda part: run(images[part.start:part.stop], len(part)), len(images), unit.rows)
 
 
 if __name__ == '__main__':

@@ -16,9 +16,11 @@ from dlc_jax import convert
 from dlc_jax.convert import llada
 from dlc_jax.models import dit, sedd, sem, vit
 from dlc_jax.models.vae import AutoencoderKL
+from dlc_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, CenterCrop
 from experiments import convert as command
 from experiments import sample
 from experiments.dlc.code_model import CodeModel
+from experiments.dlc.commands import features
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
@@ -323,6 +325,19 @@ def test_released_encoders_read_images(run, weights, pictures, tmp_path, monkeyp
     np.testing.assert_array_equal(seen['codes'], encoder.encode_images(images)['codes'])
     assert len(np.unique(seen['codes'])) > 2
     assert (seen['config'].guidance, seen['config'].num_steps, 'guidance' in seen) == (4.0, 250, False)
+
+
+def test_features_of_released_weights(weights):
+    root, params = weights
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 1), np.uint8)
+    seen = features.encoder(root / 'dinov2', batch_size=2)(images)
+    inputs = np.stack([CenterCrop(224, IMAGENET_MEAN, IMAGENET_STD)(image.repeat(3, -1)) for image in images])
+    want = MODULES['dinov2'].apply({'params': params['dinov2']}, inputs).cls
+    np.testing.assert_allclose(seen, want, atol=1e-5)
+    sem = features.encoder(root / 'sem', batch_size=2)(images)
+    assert sem.shape == (3, 32) and np.abs(sem[0] - sem[1]).max() > 1e-3
+    with pytest.raises(ValueError, match='weights of kind dit'):
+        features.encoder(root / 'dit', batch_size=2)
 
 
 def test_published_recipe_gives_way_to_flags(run, weights, tmp_path, monkeypatch):

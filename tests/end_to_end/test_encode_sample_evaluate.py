@@ -12,7 +12,7 @@ from configs.dlc import quickstart
 from dlc_jax.metrics import frechet
 from dlc_jax.models.inception import InceptionOutput
 from dlc_jax.models.vae import SCALING_FACTOR, AutoencoderKL
-from experiments import encode, evaluate, sample
+from experiments import encode, evaluate, neighbours, sample
 from experiments.dlc import code_model, generator
 from experiments.dlc.code_model import CodeModel
 from experiments.dlc.data import codestore, codestore_writer, sources
@@ -268,6 +268,51 @@ def test_published_fid_is_against_the_reference_files_statistics(tmp_path):
     assert plain['fid'] > 2 * scores['fid'] and plain['precision'] == scores['precision']
     np.savez(tmp_path / 'images.npz', arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     assert evaluate.load_statistics(str(tmp_path / 'images.npz')) == {}
+
+
+def test_an_encoder_may_be_the_feature_space(monkeypatch, tmp_path, encoder, pictures, capsys):
+    images = np.stack([pictures[i]['image'] for i in range(NUM)])
+    images = np.repeat(np.repeat(images, 2, 1), 2, 2)
+    np.savez(tmp_path / 'x.npz', arr_0=images[:5])
+    np.savez(tmp_path / 'y.npz', arr_0=images)
+    monkeypatch.setattr(Encoder, 'load', lambda path: encoder)
+
+    def measure(*arguments):
+        monkeypatch.setattr('sys.argv', ['evaluate', f'--samples={tmp_path}/x.npz', '--dinov2=x', *arguments])
+        evaluate.main()
+        return json.loads(capsys.readouterr().out)['dinov2']
+    seen = encoder.encode_images(list(images))['embeddings']
+    want = frechet.frechet_distance(frechet.statistics(seen[:5]), frechet.statistics(seen))
+    scores = measure(f'--reference={tmp_path}/y.npz')
+    assert scores['frechet'] == pytest.approx(want, rel=1e-4) and want > 0
+    assert measure() == {'vendi': scores['vendi']} and 1 < scores['vendi'] < 5  # which needs no reference
+
+
+def test_samples_and_what_they_are_nearest_to(monkeypatch, tmp_path, encoder, pictures, capsys):
+    images = np.stack([pictures[i]['image'] for i in range(NUM)])
+    np.savez(tmp_path / 'train.npz', arr_0=images)
+    np.savez(tmp_path / 'copies.npz', arr_0=images[[4, 2]])
+    np.savez(tmp_path / 'heldout.npz', arr_0=255 - images)
+    monkeypatch.setattr(Encoder, 'load', lambda path: encoder)
+    for features in ([], ['--dinov2=x']):
+        monkeypatch.setattr('sys.argv', [
+            'neighbours', '--samples', f'{tmp_path}/copies.npz', f'--among={tmp_path}/train.npz', '--k=3', *features,
+            f'--heldout={tmp_path}/heldout.npz', f'--out={tmp_path}/near.png'])
+        neighbours.main()
+        found = json.loads((tmp_path / 'near.json').read_text())
+        assert [row[0] for row in found['rows']] == [4, 2]
+        assert all(row == sorted(row) for row in found['distances']) and np.shape(found['rows']) == (2, 3)
+        assert found['median_nearest'] < 1e-3 < found['median_nearest_heldout']
+    flat = images.reshape(NUM, -1).astype(float)
+    distances = np.sqrt(((flat[4] - flat) ** 2).mean(1))
+    pixels = neighbours.neighbours(neighbours.pixels(images[[4]]), neighbours.pixels(images), 3)
+    assert pixels['rows'][0].tolist() == np.argsort(distances)[:3].tolist()
+    np.testing.assert_allclose(pixels['distances'][0], np.sort(distances)[:3], atol=1e-4)
+    for arguments, match in ((['--k=9'], '--k=9: .*holds 7 images'), (['--out=x.jpg'], 'end it in .png')):
+        monkeypatch.setattr('sys.argv', ['neighbours', f'--samples={tmp_path}/copies.npz', f'--out={tmp_path}/x.png',
+                                         f'--among={tmp_path}/train.npz', *arguments])
+        with pytest.raises(ValueError, match=match):
+            neighbours.main()
 
 
 def test_representation_leaves_images_on_disk(monkeypatch, tmp_path, capsys):

@@ -81,6 +81,19 @@ def noted_settings(kind: str, path: str | os.PathLike) -> list[str]:
             (('process', {'absorb': 'absorbing'}.get(graph, graph)), ('noise', noise)) if value]
 
 
+def kind_of(path: str | os.PathLike) -> str:
+    """Which of `KINDS` the released weights at `path` are.
+
+    Raises:
+        ValueError, OSError: none of them, or damaged.
+    """
+    tensors = load_state_dict(storage.local_copy(path))
+    kinds = [name for name, kind in KINDS.items() if any(tensor.endswith(kind.sign) for tensor in tensors)]
+    if not kinds:
+        raise ValueError(f'{path}: these are the weights of no known kind ({", ".join(KINDS)})')
+    return kinds[0]
+
+
 def fields_of(kind: str, config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What `read` has to know of `config`."""
     return {'process': config.diffusion.process} if kind == 'sedd' else {}
