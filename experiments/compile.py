@@ -66,12 +66,6 @@ def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: st
             yield program.name, compile_program(program, target)
 
 
-def settled(config: ml_collections.ConfigDict, target: Slice) -> ml_collections.ConfigDict:
-    """`config` with `accumulate=0` replaced by the least that fits `target`."""
-    return fitting.accumulated(config, mesh_of(config, target.devices), build,
-                               lambda program: compile_program(program, target))
-
-
 def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice) -> dict[str, Report]:
     """Reports of the programs of a published configuration for the table of `readiness.py`, as quickly as they can be
     had: the step with less effort, a decoder's sampler from few blocks.
@@ -80,7 +74,13 @@ def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice) -> 
         ValueError: its batch or layout does not go with the slice.
     """
     mesh = mesh_of(config, target.devices)
-    config = settled(readiness.divided(config, mesh_lib.batch_shards(mesh)), target)
+    tried: list[Report] = []
+
+    def compiled(program: Program) -> Report:
+        tried.append(compile_program(program, target))
+        return tried[-1]
+    config = fitting.accumulated(readiness.divided(config, mesh_lib.batch_shards(mesh)), mesh, build, compiled,
+                                 present=False, fast=True)
     programs, out = programs_of(config, target, fast=True), {}
     depth = 0
     if config.experiment == 'policy':
@@ -91,6 +91,8 @@ def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice) -> 
             def at(blocks, program=program):
                 return shallow(config, target, blocks, program)
             out[program.name] = readiness.extrapolated(program, at, depth, target)
+        elif program.name == 'step' and tried:
+            out['step'] = tried[-1]
         else:
             out[program.name] = compile_program(program, target)
         print(describe(f'{path} {program.name}', out[program.name], target, fast=True), flush=True)
@@ -224,7 +226,8 @@ def main() -> None:
     if args.mesh == 'sweep':
         return compile_meshes(args.config, config, target, fast=args.fast)
     if not config.accumulate:
-        config = settled(config, target)
+        config = fitting.accumulated(config, mesh_of(config, target.devices), build,
+                                     lambda program: compile_program(program, target), present=False, fast=args.fast)
         print(f'{args.config} on {target.name}: accumulate={config.accumulate} is the least that fits', flush=True)
     reports: dict[str, Report] = {}
     for program, report in compile_config(config, target, only=args.only, fast=args.fast):

@@ -57,12 +57,14 @@ def microbatches(config: Config, mesh: Mesh) -> list[int]:
     return [] if rest else [n for n in range(1, each + 1) if each % n == 0]
 
 
-def accumulated(config: Config, mesh: Mesh, build: Build, compiled: Callable[[Program], Report] | None) -> Config:
+def accumulated(config: Config, mesh: Mesh, build: Build, compiled: Callable[[Program], Report] | None, *,
+                present: bool = True, fast: bool = False) -> Config:
     """`config` with `accumulate=0` replaced by the least number of microbatches whose step fits.
 
     Args:
         build: of an experiment.
         compiled: what a compiler says of a program; None: on these devices everything fits.
+        present, fast: of the step to compile, see `step_program`.
 
     Raises:
         ValueError: the batch cannot be dealt out, or no number of microbatches fits.
@@ -77,7 +79,7 @@ def accumulated(config: Config, mesh: Mesh, build: Build, compiled: Callable[[Pr
         experiment = build(config, mesh)
         if compiled is None:
             return config
-        program = step_program(experiment, mesh, mesh.devices.flatten().tolist())
+        program = step_program(experiment, mesh, mesh.devices.flatten().tolist(), present=present, fast=fast)
         report = compiled(program)
         if report['fits']:
             return config
@@ -115,7 +117,7 @@ def sweep(config: Config, target: Slice, build: Build, mesh_of: Callable[[Config
                 return last[0]
             try:
                 mesh = mesh_of(candidate, target.devices)
-                chosen = accumulated(candidate, mesh, build, compiled)
+                chosen = accumulated(candidate, mesh, build, compiled, present=False, fast=fast)
                 yield dict(mesh.shape), chosen.accumulate, last[0]
             except ValueError as error:
                 yield sizes, 0, str(error)
