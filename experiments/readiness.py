@@ -20,7 +20,7 @@ from experiments.runtime.slices import GIB, Slice
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 TABLE, ROWS = CHECKOUT / 'docs' / 'readiness.md', CHECKOUT / 'docs' / 'readiness.json'
 
-SLICES = ('v5e-16', 'v6e-8', 'v5p-8', 'v4-32', 'v5e-64', 'h100-8')
+SLICES = ('v5e-16', 'v6e-8', 'v5p-8', 'v4-32', 'v5e-64', 'h100-4', 'h100-8')
 # Configurations, and those that differ from one only in settings that no program shows (rates, periods, seeds).
 PUBLISHED = {
     'configs/rlhf/tldr.py': ('online_dpo_410m', 'online_dpo_410m_async', 'online_dpo_1b', 'online_dpo_1b_async',
@@ -46,14 +46,14 @@ PUBLISHED = {
 }
 # In this order a sweep compiles first: one of each kind and size.
 FIRST = ('configs/rlhf/sft_imdb.py', 'configs/rlhf/reward_tldr.py:410m', 'configs/rlhf/tldr.py:online_dpo_2.8b',
-         'configs/rlhf/no_robots.py:online_dpo', 'configs/rlhf/tldr.py:online_dpo_410m',
-         'configs/dlc/generator_imagenet.py:L512', 'configs/dlc/code_model_imagenet.py:L512',
-         'configs/rlhf/tldr.py:online_dpo_1b',
+         'configs/rlhf/no_robots.py:online_dpo', 'configs/rlhf/tldr.py:online_dpo_2.8b_async',
+         'configs/rlhf/tldr.py:online_dpo_1b_async', 'configs/dlc/generator_imagenet.py:L512',
+         'configs/rlhf/tldr.py:online_dpo_410m', 'configs/rlhf/no_robots.py:online_dpo_async',
+         'configs/dlc/code_model_imagenet.py:L512', 'configs/rlhf/tldr.py:online_dpo_1b',
          'configs/rlhf/reward_tldr.py:2.8b', 'configs/rlhf/sft_tldr.py:2.8b', 'configs/rlhf/gsm8k.py:online_dpo',
          'configs/dlc/encoder_imagenet.py:L512', 'configs/rlhf/tldr.py:online_dpo_410m_async',
-         'configs/rlhf/no_robots.py:online_dpo_async', 'configs/rlhf/stackexchange.py:elastic_reset',
-         'configs/rlhf/imdb.py:elastic_reset', 'configs/rlhf/sft_no_robots.py',
-         'configs/dlc/text_to_code_llada.py:L512')
+         'configs/rlhf/stackexchange.py:elastic_reset', 'configs/rlhf/imdb.py:elastic_reset',
+         'configs/rlhf/sft_no_robots.py', 'configs/dlc/text_to_code_llada.py:L512')
 DEPTHS = (2, 4)  # at which a decoder's sampler is compiled in place of its own depth
 
 
