@@ -8,6 +8,7 @@ from experiments.runtime import fitting
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import divisible_advice
 from experiments.runtime.programs import bytes_on_device
+from experiments.runtime.slices import Slice
 
 
 @pytest.fixture
@@ -67,3 +68,17 @@ def test_the_quickest_layout_that_fits():
     assert fitting.best(found)[:2] == ({'data': 2}, 1)
     with pytest.raises(ValueError, match='fits in no layout'):
         fitting.best(found[2:])
+
+
+def test_a_sweep_tries_every_split(monkeypatch):
+    """Eight devices: tensor 1, 2, 4, 8, the rest along fsdp or data; what cannot be laid out so is said."""
+    def compile_program(program, target):
+        seconds = dict(matmul=float(program.mesh.shape['tensor']), memory=0.0, network=0.0, cycles=0.0)
+        return {'total': 1, 'usable_bytes': 2, 'fits': program.mesh.shape['data'] == 1, 'beside': {}, 'seconds': seconds}
+    monkeypatch.setattr(fitting, 'compile_program', compile_program)
+    target = Slice('eight', tuple(jax.devices()), 2, 2, 1.0, 1.0, 1.0)
+    found = list(fitting.sweep(config_of(), target, train.build, train.mesh_of))
+    assert len(found) == 2 * len(fitting.TENSOR)
+    assert found[0][:2] == (dict(data=1, fsdp=8, tensor=1), 1)
+    assert 'raise mesh.fsdp' in found[1][2]  # data=8 fits with no number of microbatches
+    assert fitting.best(found)[0] == dict(data=1, fsdp=8, tensor=1)
