@@ -74,7 +74,8 @@ def test_a_sweep_tries_every_split(monkeypatch):
     """Eight devices: tensor 1, 2, 4, 8, the rest along fsdp or data; what cannot be laid out so is said."""
     def compile_program(program, target):
         seconds = dict(matmul=float(program.mesh.shape['tensor']), memory=0.0, network=0.0, cycles=0.0)
-        return {'total': 1, 'usable_bytes': 2, 'fits': program.mesh.shape['data'] == 1, 'beside': {}, 'seconds': seconds}
+        fits = program.mesh.shape['data'] == 1
+        return {'total': 1, 'usable_bytes': 2, 'fits': fits, 'beside': {}, 'seconds': seconds}
     monkeypatch.setattr(fitting, 'compile_program', compile_program)
     target = Slice('eight', tuple(jax.devices()), 2, 2, 1.0, 1.0, 1.0)
     found = list(fitting.sweep(config_of(), target, train.build, train.mesh_of))
