@@ -79,6 +79,7 @@ def main() -> None:
     if args.json:
         storage.check_writable(storage.resolve(args.json).parent, '--json')
     launch.initialize(args)
+    launch.check_alone('experiments.evaluate_translation')
     logging.getLogger('sacrebleu').setLevel(logging.ERROR)  # it would take words joined by spaces for a mistake
     wanted = steps_lib.wanted(args.step, args.game) if args.game else [None]
     if args.step == 'all':

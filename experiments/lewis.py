@@ -18,6 +18,7 @@ def main() -> None:
     p.add_argument('--workdir', default='runs/lewis')
     args, config = launch.parse(p, default_config='configs/rlhf/lewis.py')
     launch.initialize(args)
+    launch.check_alone('experiments.lewis')
     comparison = compare(config, args.workdir)
     workdir = pathlib.Path(args.workdir)
     with storage.write_whole(workdir / 'metrics.json') as file:

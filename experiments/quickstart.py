@@ -32,6 +32,7 @@ def main() -> None:
     p.add_argument('--workdir', help='default: ' + ', '.join(which.workdir for which in WHICH.values()))
     args, config = launch.parse(p, default_config=lambda args: f'configs/{WHICH[args.which].config}.py')
     launch.initialize(args)
+    launch.check_alone('experiments.quickstart')
     chosen = WHICH[args.which]
     quickstart = importlib.import_module(f'experiments.quickstarts.{chosen.module}')
     workdir = args.workdir or chosen.workdir

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.runtime import storage
+from experiments.runtime import exchange, storage
 from experiments.runtime.digest import digests, json_digest
 from experiments.runtime.partition import flatten
 from experiments.runtime.retention import Retention
@@ -67,6 +67,9 @@ class Checkpointer:
         self._writing: int | None = None  # a step handed to Orbax that `wait` has not yet seen on disk
         self._retention = keep if isinstance(keep, Retention) else Retention(keep)
         self._unmeasured = False  # whether it was said that the metric to keep the best by is missing
+        # Those that must go on from the same step; a reader of others' runs may be alone in it.
+        self._trainers = None if read_only or jax.process_count() == 1 else exchange.mesh_of(
+            range(jax.process_count()) if processes is None else processes)
         together = ocp.options.MultiprocessingOptions()
         if processes is not None:  # Orbax then leaves the folder to us
             if len(processes) == 1:
@@ -192,13 +195,16 @@ class Checkpointer:
         def read(step: int) -> tuple[int, Any, dict]:
             meta = self._meta(step)
             self._check_shapes(step, meta['shapes'], _shapes(like))
-            out = self._manager.restore(step, args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()))
-            if 'data' in meta and json_digest(out.data) != meta['data']:
+            data = self._json(step, 'data')
+            if 'data' in meta and json_digest(data) != meta['data']:
                 raise Damaged('the position in the data is not the one that was saved')
-            _check_digests(meta, digests(out.state))
-            return step, out.state, out.data
-        return self._readable(read, step)
+            state = ocp.StandardCheckpointHandler().restore(self.directory / str(step) / 'state',
+                                                            args=ocp.args.StandardRestore(target))
+            return step, state, data
+
+        def verify(restored: tuple[int, Any, dict]) -> None:
+            _check_digests(self._meta(restored[0]), digests(restored[1]))
+        return self._readable(read, step, verify)
 
     def restore_part(self, name: str, like: Any, shardings: Any, *, step: int | None = None) -> Any | None:
         """The subtree `name`, such as 'params' or 'params/policy', of the newest readable checkpoint or of `step`;
@@ -228,8 +234,14 @@ class Checkpointer:
         there is none."""
         return self._readable(lambda step: self._meta(step)['shapes'], step) or {}
 
-    def _readable(self, read: Callable[[int], T], step: int | None) -> T | None:
-        """`read` of `step`, or of the newest step for which it works; one warning names those passed over.
+    def _readable(self, read: Callable[[int], T], step: int | None,
+                  verify: Callable[[T], None] = lambda out: None) -> T | None:
+        """`read` of `step`, or of the newest step for which it works, in all of the trainers' processes; one warning
+        names those passed over.
+
+        Args:
+            read: reads by itself in every process, for what it cannot read others may.
+            verify: raises for what was read and is not to be used; all processes call it together.
 
         Raises:
             ValueError: `read` raised one of `_OtherModel`, or worked for no step; `step` is not on disk.
@@ -237,14 +249,24 @@ class Checkpointer:
         if step is not None:
             self.check_kept(step)
         failures = []
-        for candidate in reversed(self.steps()) if step is None else [step]:
+        for candidate in self._candidates() if step is None else [step]:
+            failure = ''
             try:
                 with _quiet():
                     out = read(candidate)
             except _OtherModel as error:
                 raise ValueError(str(error)) from None
             except Exception as error:  # Orbax and TensorStore have no common type for what they cannot read
-                failures.append(f'{candidate} ({_first_line(error)})')
+                failure = _first_line(error)
+            if self._trainers is not None and not exchange.everywhere(self._trainers, not failure):
+                failure = failure or 'another process cannot read it'
+            try:
+                if not failure:
+                    verify(out)
+            except Exception as error:
+                failure = _first_line(error)
+            if failure:
+                failures.append(f'{candidate} ({failure})')
                 continue
             if failures:
                 log.warning('%s: unreadable checkpoint %s; continuing from %d', self.directory, ', '.join(failures),
@@ -255,6 +277,14 @@ class Checkpointer:
             raise ValueError(f'{self.directory}: no readable checkpoint: {", ".join(failures)}; {cure}')
         return None
 
+    def _candidates(self) -> list[int]:
+        """Steps on disk, newest first, as the first of the trainers' processes sees them."""
+        steps = self.steps()[::-1]
+        if self._trainers is None:
+            return steps
+        first = exchange.processes_of(self._trainers)[0]
+        return json.loads(exchange.broadcast(self._trainers, json.dumps(steps).encode(), first))
+
     def check_kept(self, step: int) -> None:
         """Raises a ValueError where `step` is not on disk."""
         if step not in self.steps():
@@ -264,13 +294,17 @@ class Checkpointer:
 
     def _meta(self, step: int) -> dict[str, Any]:
         """Shapes and digests of a step. One that was saved without digests has `shapes` alone."""
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = self._json(step, 'meta')
         if set(meta) == {'shapes'}:
             return meta
         check = meta.pop('meta', None)
         if set(meta) != {'shapes', 'digests', 'data'} or check != json_digest(meta):
             raise Damaged('its list of shapes and digests is not the one that was saved')
         return meta
+
+    def _json(self, step: int, item: str) -> dict[str, Any]:
+        # Not by way of the manager, which waits after each item for all processes, and so for those that failed.
+        return ocp.JsonCheckpointHandler().restore(self.directory / str(step) / item, args=ocp.args.JsonRestore())
 
     def _check_shapes(self, step: int, saved: dict, wanted: dict) -> None:
         for name in sorted(set(saved) | set(wanted)):

@@ -5,6 +5,7 @@ these devices; processes that have none take no part. In a job of one process th
 """
 import functools
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,12 @@ CHUNK = 1 << 16  # bytes; payloads are padded to a power of two from here on, fo
 def processes_of(mesh: Mesh) -> list[int]:
     """Indices of the processes that have devices of `mesh`, ascending."""
     return sorted({device.process_index for device in mesh.devices.flat})
+
+
+def mesh_of(processes: Sequence[int]) -> Mesh:
+    """A mesh of all devices of these processes, to exchange something over."""
+    return Mesh(np.array([device for device in jax.devices() if device.process_index in processes]), ('device',),
+                axis_types=(AxisType.Auto,))
 
 
 def portion(mesh: Mesh, num: int) -> slice:
@@ -78,6 +85,11 @@ def broadcast(mesh: Mesh, payload: bytes | None, source: int) -> bytes:
     # A sum of integers in which all others are 0 takes one all-reduce, whatever the number of processes.
     whole = _run(_grid(mesh), _sum(mesh), _by_process(mesh, own.view(np.uint32)))
     return np.asarray(whole).view(np.uint8)[:length].tobytes()
+
+
+def everywhere(mesh: Mesh, holds: bool) -> bool:
+    """Whether it holds in every process."""
+    return holds if len(processes_of(mesh)) == 1 else bool(_gather(mesh, np.array([holds])).all())
 
 
 def check_same(mesh: Mesh, data: bytes, message: str) -> None:

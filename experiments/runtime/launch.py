@@ -323,3 +323,10 @@ def initialize(args: argparse.Namespace) -> None:
                     'yourself (chmod go-w)', place)
     jax.config.update('jax_compilation_cache_dir', args.compilation_cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def check_alone(command: str) -> None:
+    """Raises a ValueError in a job of several processes, of which `command`, once joined, has no use."""
+    if jax.process_count() > 1:
+        raise ValueError(f'{command} runs in one process, here are {jax.process_count()}; start it once, without '
+                         '--distributed')

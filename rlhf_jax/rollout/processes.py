@@ -29,6 +29,11 @@ from rlhf_jax.rollout.stream import Generate, Weights
 Share = Callable[[bytes | None], bytes]
 
 
+def _of_one_process(payload: bytes | None) -> bytes:
+    assert payload is not None  # the only process of a job is its first
+    return payload
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What the learner asks for, in `request.json`.
@@ -97,7 +102,7 @@ class Remote:
     """
 
     def __init__(self, directory: str | os.PathLike, weights: Weights, *, max_staleness: int, poll: float = 0.01,
-                 share: Share = lambda payload: payload):
+                 share: Share = _of_one_process):
         self._share, self._leads = share, jax.process_index() == 0
         self._folder, self._weights, self._poll = _Folder(directory), weights, poll
         self._max_staleness = max_staleness
@@ -165,7 +170,7 @@ class Remote:
 
 def serve(generate: Generate, weights: Newest, directory: str | os.PathLike, *, generator: int = 0,
           num_generators: int = 1, poll: float = 0.01, idle_timeout: float | None = None,
-          share: Share = lambda payload: payload) -> int:
+          share: Share = _of_one_process) -> int:
     """A generator: makes the batches that the learner's request asks for until it is closed.
 
     Args:

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 
 import jobs
 from configs.dlc import quickstart, quickstart_text
 from configs.rlhf import base, translation
 from experiments.dlc.data import codestore_writer, digit_pairs, sources
+from experiments.rlhf.models import architecture
 from experiments.runtime import launch
 from experiments.runtime.metrics import read_metrics
+from rlhf_jax import convert
+from rlhf_jax.weights import files
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / 'end_to_end'))
 from policy_runs import config_of as policy  # noqa: E402
@@ -23,11 +27,12 @@ from policy_runs import config_of as policy  # noqa: E402
 STEPS = 5
 PPO = dict(algorithm__name='ppo', algorithm__num_minibatches=2, elastic__method='elastic_reset', elastic__period=2,
            eval_every=2, eval_prompts=12, data__heldout='train', reward__gold='task')
+APART = dict(rollout__devices=2, rollout__mesh=dict(data=1, fsdp=-1, tensor=1))
 POLICIES = {
     'online_dpo': {}, 'online_dpo stale': dict(rollout__max_staleness=1),
     'ppo': PPO, 'ppo stale': PPO | dict(rollout__max_staleness=1),
-    'apart': dict(rollout__devices=2, rollout__max_staleness=1), 'apart in turn': dict(rollout__devices=2),
-    'apart, two behind': dict(rollout__devices=2, rollout__max_staleness=2),
+    'apart': APART | dict(rollout__max_staleness=1), 'apart in turn': APART,
+    'apart, two behind': APART | dict(rollout__max_staleness=2),
 }
 TEXTS = ('sft', 'reward_model', 'dpo')
 IMAGES = ('encoder', 'generator', 'code_model', 'text_to_code')
@@ -35,9 +40,12 @@ GAMES = ('translation_agent', 'translation_game')
 
 
 def config_of(name, store):
-    """The config of a run of `STEPS` steps; `store`: of codes and captions, for the trainers of `IMAGES`."""
+    """The config of a run of `STEPS` steps; `store`: what `make_store` made."""
     if name in POLICIES:
         config = policy(**dict(optimizer__learning_rate__peak=1e-2) | POLICIES[name])
+        if config.algorithm.name == 'ppo':
+            config.weights, config.algorithm.critic_weights = str(store / 'policy'), str(store / 'reward_model')
+            config.reward.update(dict(kind='model', model=str(store / 'reward_model'), batch_size=6))
     elif name in TEXTS:
         config = getattr(base, name)().copy_and_resolve_references().unlock()
         config.model = policy().model
@@ -58,14 +66,14 @@ def config_of(name, store):
             config = quickstart_text.get_config('tiny').text_to_code.copy_and_resolve_references().unlock()
             config.model.num_codes = config.model.vocab_size = 16
             config.model.vocab_multiple = 8
-            config.data.heldout, config.eval_every = str(store), 3
+            config.data.heldout, config.eval_every = str(store / 'codes'), 3
             config.mesh = whole.encoder.mesh
         else:
             config = whole.generators['code'] if name == 'generator' else whole[name]
         if name == 'encoder':
             config.model.drop_path = 0.25
         else:
-            config.data.path = str(store)
+            config.data.path = str(store / 'codes')
         config.batch_size = 32
     config.unlock()
     # A gradient that is 0 but for rounding (of the keys' bias, say) must not become a step of the learning rate.
@@ -75,17 +83,22 @@ def config_of(name, store):
     return config
 
 
-def make_store(path):
-    """Held-out digits with codes, embeddings and captions drawn at random."""
+def make_store(folder):
+    """Held-out digits with codes, embeddings and captions drawn at random; a language model and a reward model."""
     rng = np.random.default_rng(0)
     source = sources.image_source(quickstart.get_config('tiny').encoder.data, 'heldout')
     meta = dict(num_codes=16, vocab_size=16, captions=True)
-    with codestore_writer.writer(path, num=len(source), meta=meta) as opened:
+    with codestore_writer.writer(folder / 'codes', num=len(source), meta=meta) as opened:
         opened.append({'codes': rng.integers(0, 16, (len(source), 16)), 'labels': source.labels,
                        'images': source.images, 'embeddings': rng.normal(size=(len(source), 32)).astype(np.float32)},
                       names=[source.name(i) for i in range(len(source))],
                       captions=[digit_pairs.caption(*rng.integers(0, (10, 10, 4))) for _ in range(len(source))])
-    return path
+    model = policy().model
+    for name, module in (('policy', architecture.decoder(model)), ('reward_model', architecture.reward_model(model))):
+        params = jax.jit(module.init)(jax.random.key(5), np.zeros((1, 2), np.int32))['params']
+        params = jax.tree.map(lambda x: np.asarray(x + 0.05 * rng.normal(size=x.shape), x.dtype), params)
+        files.save(folder / name, convert.to_torch(model.kind, module, params), convert.config_of(model.kind, module))
+    return folder
 
 
 def kill_once(workdir, processes, devices, rng, seconds=6.0):

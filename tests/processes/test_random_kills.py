@@ -29,7 +29,7 @@ def untimed(rows):
 def test_at_random_moments(tmp_path):
     seed = time.time_ns()
     rng, counts, whole = random.Random(seed), collections.Counter(), {}
-    store = runs.make_store(tmp_path / 'store')
+    store = runs.make_store(tmp_path)
     end, number = time.monotonic() + 60 * float(os.environ.get('RUNS_MINUTES', '5')), 0
     turns = [(name, processes) for name in NAMES for processes in DEVICES]
     rng.shuffle(turns)

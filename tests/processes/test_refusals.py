@@ -1,8 +1,11 @@
-"""What a policy cannot do in several processes is said in a line, before anything is compiled."""
+"""What cannot be done in several processes is said in a line, before anything is compiled."""
+import sys
+
 import jax
 import pytest
 
 from configs.rlhf import base
+from experiments import evaluate_translation, lewis, quickstart
 from experiments.rlhf.policy import rollouts
 
 
@@ -37,3 +40,12 @@ def test_an_address_that_nobody_can_reach(address, message):
     config.rollout.address = address
     with pytest.raises(ValueError, match=f'rollout.address=.* {message}'):
         rollouts.check(config)
+
+
+@pytest.mark.parametrize('command, flag', [(lewis, 'workdir'), (quickstart, 'workdir'), (evaluate_translation, 'game')])
+def test_commands_of_one_process(command, flag, monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(sys, 'argv', ['command', f'--{flag}={tmp_path}'])
+    with pytest.raises(ValueError, match='runs in one process, here are 2; start it once, without --distributed'):
+        command.main()
+    assert not list(tmp_path.iterdir())

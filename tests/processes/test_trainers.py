@@ -6,6 +6,7 @@ differ from another only in what they compute, and not in where batches and weig
     python -m pytest -m slow_harness tests/processes/test_trainers.py
 """
 import random
+import shutil
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ MEASURED = ('loss', 'reward', 'kl', 'length', 'eval_reward', 'eval_kl', 'heldout
 
 @pytest.fixture(scope='module')
 def config_of(tmp_path_factory):
-    store = runs.make_store(tmp_path_factory.mktemp('store') / 'codes')
+    store = runs.make_store(tmp_path_factory.mktemp('store'))
 
     def make(name, mesh=None):
         config = runs.config_of(name.split(',')[0] if name in MESHES else name, store)
@@ -139,6 +140,22 @@ def test_a_job_of_which_one_is_killed_goes_on_to_the_same_end(config_of, two, tm
     launch.save_config(config_of('online_dpo stale'), workdir)
     assert runs.kill_once(workdir, 2, 2, random.Random(0), seconds=0.5)
     assert_identical(runs.finish(workdir, 2, 2)[0], two['online_dpo stale'][0])
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(two, tmp_path_factory, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(next(tmp_path_factory.getbasetemp().glob('two*/sft')), workdir)
+    parts = [path for path in (workdir / 'checkpoints' / str(runs.STEPS)).rglob('ocdbt.process_1/d/*')]
+    assert parts
+    for path in parts:
+        path.write_bytes(b'')
+    (_, _, first), (_, _, second) = ends = jobs.run('tests.processes.several', f'--workdirs={workdir}', processes=2,
+                                                    devices=2)
+    assert [status for status, _, _ in ends] == [0, 0], first[-2000:] + second[-2000:]
+    for stderr in (first, second):
+        assert f'unreadable checkpoint {runs.STEPS} (' in stderr and 'continuing from 4' in stderr, stderr[-2000:]
+    assert f'{runs.STEPS} (another process cannot read it)' in first + second
+    assert_identical(dict(np.load(workdir / 'state.npz')), two['sft'][0])
 
 
 def test_one_process_reads_the_checkpoint_of_two(config_of, two, tmp_path_factory):
