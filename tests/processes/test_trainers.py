@@ -28,7 +28,7 @@ APART = ('apart', 'apart in turn', 'apart, two behind')
 OTHERS = ('sft', 'generator')
 REST = ('reward_model', 'dpo', 'encoder', 'code_model', 'text_to_code', 'translation_agent', 'translation_game')
 KILLED, STOPPED = ('online_dpo stale',), ('apart',)
-ON_FOUR = ('sft', 'online_dpo stale', 'apart')  # of the last two hosts train and two generate
+ON_FOUR = ('sft', 'apart')  # of the last two hosts train and two generate
 MESHES = {'sft': (1, 4, 1), 'sft, tensor over hosts': (1, 1, 4), 'sft, tensor within hosts': (1, 2, 2)}
 MEASURED = ('loss', 'reward', 'kl', 'length', 'eval_reward', 'eval_kl', 'heldout_loss', 'bleu_en')
 
