@@ -63,5 +63,5 @@ def fingerprint(params: Any) -> str:
     """16 hexadecimal digits that tell one set of weights from another."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf).data)
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)  # bfloat16 is no buffer
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime.digest import digests, json_digest
+from experiments.runtime.digest import digests, fingerprint, json_digest
 
 VALUES = np.random.default_rng(0).normal(size=(8, 6))
 
@@ -20,6 +20,7 @@ def test_one_flipped_bit_changes_the_digest(dtype):
         damaged = x.copy()
         damaged.view(np.uint8)[3, 5 * x.itemsize + bit // 8] ^= 1 << bit % 8
         assert digests({'x': damaged})['x'] != before, bit
+        assert fingerprint({'x': damaged}) != fingerprint({'x': x}), bit
 
 
 def test_the_place_of_an_element_counts():
