@@ -12,7 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Literal, jaxprs_in_params
 from jax.sharding import Mesh
 
 from experiments.runtime import hlo
@@ -77,8 +77,19 @@ def matmul_flops(jaxpr: Any) -> float:
             total += max(map(matmul_flops, eqn.params['branches']))
         else:
             inner = sum(map(matmul_flops, jaxprs_in_params(eqn.params)))
-            total += inner * (eqn.params['length'] if eqn.primitive.name == 'scan' else 1)
+            total += inner * _trips(eqn)
     return total
+
+
+def _trips(eqn: Any) -> int:
+    """How often a loop's body runs: of a `while` as often as the number that its condition counts up to lets it."""
+    if eqn.primitive.name == 'scan':
+        return eqn.params['length']
+    if eqn.primitive.name != 'while':
+        return 1
+    bounds = [operand.val for test in eqn.params['cond_jaxpr'].jaxpr.eqns if test.primitive.name == 'lt'
+              for operand in test.invars if isinstance(operand, Literal)]
+    return int(max(bounds, default=1))
 
 
 def compile_program(program: Program, target: Slice) -> Report:

@@ -185,6 +185,9 @@ def test_flops_count_loops_branches_and_recomputation():
     assert count(lambda x: x @ w) == product
     assert count(jax.jit(loop)) == 5 * product
     assert count(lambda x: jax.lax.cond(x[0, 0] > 0, loop, lambda x: x @ w, x)) == 5 * product
+    early = lambda x: jax.lax.while_loop(lambda c: (c[0] < 7) & (c[1][0, 0] < 1), lambda c: (c[0] + 1, c[1] @ w),
+                                         (0, x))
+    assert count(early) == 7 * product
     tower = lambda x: jnp.sin(jnp.sin(x @ w) @ w).sum()
     assert count(jax.grad(tower)) == 4 * product
     assert count(jax.grad(jax.checkpoint(tower))) == 6 * product
