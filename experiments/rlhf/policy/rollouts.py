@@ -311,9 +311,12 @@ class Generator(Batches):
     def _draw(self, params, version, tokens, mask, keys):
         rollout, num_samples = self._config.rollout, self._config.algorithm.num_samples
         if not (rollout.chunk or rollout.slots):
-            parts, over = [], mesh_lib.batch_sharding(self._mesh)
-            for rows in np.split(np.arange(len(tokens)), self._waves):
-                wave = placement.place_tree((tokens[rows], mask[rows], keys[rows]), over)
+            parts, over, size = [], mesh_lib.batch_sharding(self._mesh), len(tokens) // self._waves
+            for first in range(0, len(tokens), size):
+                wave: Any = tokens, mask, keys
+                if self._waves > 1:
+                    wave = tuple(x[first:first + size] for x in wave)
+                wave = placement.place_tree(wave, over)
                 drawn = generate_lib.generate(self._module, params, *wave, self._sampling, num_samples=num_samples)
                 parts.append(exchange.fetch(drawn))  # before the next wave takes memory of its own
             return jax.tree.map(lambda *parts: np.concatenate(parts), *parts), {}
