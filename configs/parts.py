@@ -52,6 +52,7 @@ def learning() -> dict:
             num_samples=2,  # K completions a prompt
             num_minibatches=1,  # N updates a batch, one after another
             num_epochs=1,  # T passes over a batch
+            stop_kl=0.0,  # nats a token from a batch's sampler (k3), past which its other updates are left out; 0: off
             beta=0.1, loss_type='sigmoid', ties='drop',  # of Online DPO; drop | order | same
             kl_coefficient=0.05,  # price of KL: in the reward; GRPO: in the loss, estimated by k3
             kl_estimator='k1',  # of KL in the reward: k1 | k2 | k3

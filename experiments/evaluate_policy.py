@@ -25,6 +25,7 @@ import ml_collections
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models import flags
 from experiments.rlhf.models import tokenizer as tokenizer_lib
+from experiments.rlhf.models.classifier import TextClassifier, is_classifier
 from experiments.rlhf.models.inference import Policy, Prompt, Responses
 from experiments.rlhf.policy import evaluation, rewards
 from experiments.runtime import launch, storage
@@ -39,6 +40,7 @@ def main() -> None:
     p.add_argument('--reference', metavar='RUN|HF_FOLDER', help='what the policy started from')
     p.add_argument('--reward', metavar='NAME', help="task | a reward model's folder | package.module:function")
     p.add_argument('--gold', metavar='NAME', help='the same, of a reward that was not trained on')
+    p.add_argument('--label', help='of a BERT or DistilBERT classifier: whose probability is the reward')
     p.add_argument('--trust', action='store_true', help="run code that the policy's config.json names as its reward")
     p.add_argument('--gold_before_eos', action='store_true',
                    help='read gold reward models one token before EOS, as published TL;DR win rates were')
@@ -120,7 +122,7 @@ def evaluate(args: argparse.Namespace, given: ml_collections.ConfigDict | None, 
     out, responses = measure(policy)
     if args.out and jax.process_index() == 0:
         storage.write_json_lines(steps_lib.placed(args.out, step), flags.response_lines(
-            [{'prompt': row['prompt']} for row in rows], responses))
+            [{name: row[name] for name in ('prompt', 'reference') if name in row} for row in rows], responses))
     return out
 
 
@@ -161,7 +163,8 @@ def fitting(policy: Policy, candidates: Sequence[tasks.Prompt], task: tasks.Task
         elif task.cut_prompts and limit > 0:
             ids = policy.encode.cut(ids, limit)
             prompts.append(ids)
-            rows.append({'prompt': policy.tokenizer.decode(ids)} | dict(prompt.row))
+            whole = str(prompt.text)  # what a classifier of texts reads, as in training
+            rows.append({'prompt': policy.tokenizer.decode(ids), 'whole_prompt': whole} | dict(prompt.row))
     if not prompts:
         raise ValueError(f'none of {len(candidates)} prompts has at most {limit} tokens (--max_prompt, '
                          '--max_new_tokens)')
@@ -195,6 +198,9 @@ def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | Non
 
     def find(name):
         def model(path):
+            if is_classifier(path):
+                label = args.label or (config.reward.get('label', '') if uses_config else '')
+                return TextClassifier(path, policy.mesh, label=label, batch_size=args.batch_size)
             tokenizer_lib.check_stage(f'--{name}', path, policy.encode)
             return rewards.RewardModel(path, policy.mesh, num_ids=policy.tokenizer.vocab_size,
                                        batch_size=args.batch_size, dtype=args.dtype or '',

@@ -138,7 +138,7 @@ class JsonTokenizer:
         path = path / 'tokenizer.json' if path.is_dir() else path
         if not path.exists():
             raise FileNotFoundError(f'{path}: no such file')
-        self._tokenizer = _open(path)
+        self._tokenizer = open_file(path)
         settings = _settings(path.parent)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.tokens: dict[int, str] = {i: token for token, i in vocabulary.items()}
@@ -282,8 +282,15 @@ def set_bos(folder: pathlib.Path, tokenizer: JsonTokenizer, bos: bool) -> None:
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
-def _open(path: pathlib.Path) -> Any:
-    """The library's tokenizer, without what its file says of lengths."""
+def open_file(path: pathlib.Path) -> Any:
+    """The tokenizer of the `tokenizers` library in a tokenizer.json, without what the file says of lengths.
+
+    Text that spells a special token is text to it.
+
+    Raises:
+        ValueError: not a tokenizer.
+        ImportError: the package tokenizers is not installed.
+    """
     try:
         import tokenizers
     except ImportError:
@@ -296,7 +303,7 @@ def _open(path: pathlib.Path) -> Any:
         raise ValueError(f'{path}: not a tokenizer.json ({error})') from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # text that spells a special token is text
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

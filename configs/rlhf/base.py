@@ -97,6 +97,7 @@ def policy() -> ConfigDict:
         reward=dict(
             kind='task',  # task: its rule | model: a reward model | function: 'package.module:function'
             model='',  # a Hugging Face folder, or the work directory of a reward_model run
+            label='',  # of a BERT or DistilBERT classifier: the label whose probability is the reward
             batch_size=64,  # rows the reward model reads at once
             mesh=dict(data=1, fsdp=-1, tensor=1),  # of the generating devices, for reward models; where sizes cannot
             # be divided so, each device has all

@@ -3,7 +3,7 @@ reset_to_ema, elastic_reset.
 
     python -m experiments.train --config=configs/rlhf/imdb.py:elastic_reset --workdir=runs/imdb/elastic_reset \\
         --config.data.path=imdb --config.weights=gpt2-imdb --config.tokenizer=gpt2-imdb \\
-        --config.reward.kind=model --config.reward.model=runs/imdb/reward
+        --config.reward.model=distilbert-imdb
 
 50 iterations of PPO in the released settings: five epochs, AdamW at 1e-6 with weight decay 1e-6 on all but biases, norm
 clipped at 0.5, gamma 0.99, lambda 0.95, no clipping of values; 48 new tokens exactly after up to 64 of the review. The
@@ -16,10 +16,11 @@ What differs: a minibatch holds two whole responses (96 tokens, theirs 64), so t
 and not 100; advantages are whitened over the iteration; tokens are drawn from the whole distribution but for EOS, and
 scored in it, where the authors drew among the 50 likeliest and scored under all (--config.sampling.top_k=50
 --config.sampling.scored=all; top_k alone draws and scores among the 50); the first 300 held-out prompts are evaluated
-in training, where the released code reads 5,000 and all 25,000 at the end (--config.eval_prompts). The published
-reward, a DistilBERT classifier of prompt and continuation, is no model of this repository: wrap it in a function
-(--config.reward.kind=function --config.reward.function=package.module:function) or train a reward model on reviews of
-either sentiment.
+in training, where the released code reads 5,000 and all 25,000 at the end (--config.eval_prompts).
+
+The reward is the published one, the probability of POSITIVE that a DistilBERT classifier (`lvwerra/distilbert-imdb`,
+with its tokenizer.json) gives to the whole prompt and its continuation, which loses its beginning beyond 512 tokens. A
+reward model trained on reviews of either sentiment: --config.reward.model=runs/imdb/reward --config.reward.label=''.
 
 Hardware: one GPU. Drift, the policy's perplexity on human reviews: `experiments.evaluate --policy=RUN --drift=5000`.
 """
@@ -48,7 +49,7 @@ def get_config(name: str = 'elastic_reset'):
         kl_unit='token', critic='separate'))
     config.sampling.update(dict(max_new_tokens=48, min_new_tokens=48, temperature=1.0, top_k=0, scored='drawn',
                                 max_prompt=64))
-    config.reward.kind = 'function'
+    config.reward.update(dict(kind='model', model='models/distilbert-imdb', label='POSITIVE'))
     if method:
         config.elastic.update(dict(
             method=method, period=17, decay=0.995, tick_on='iteration', reset_on='iteration', reset_offset=0,

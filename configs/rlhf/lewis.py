@@ -6,8 +6,8 @@ a2c, reinforce, gumbel  the settings of the authors' scripts for the game and fo
             KL and the other methods' settings are ours. Minutes a run on one CPU core. Their scripts for the plain game
             (`run_a2c.sh` and its siblings) differ from those for Elastic Reset, which are taken here for all methods:
             a2c at 1e-3 in batches of 64, reinforce at 5e-4 for 50,000 steps, gumbel in batches of 64 at temperature 1
-            (10 under Elastic Reset). The relaxed tokens have temperature 1 here; there is no field for it yet. Their
-            variants of Elastic Reset: decay 0.999 and 0.9995, a period of 1000 and 1500 steps.
+            (10 under Elastic Reset). Their variants of Elastic Reset: decay 0.999 and 0.9995, a period of 1000 and 1500
+            steps; the listener reset with the speaker (`--reset_listener ema`): --config.elastic.agents=both.
 tiny        to see that everything runs; its numbers mean nothing.
 """
 import ml_collections
@@ -35,6 +35,7 @@ def get_config(size: str = 'quickstart') -> ml_collections.ConfigDict:
         if size == 'reinforce':
             config.training.update(num_steps=25_000, batch_size=64, learning_rate=1e-3)
             config.elastic.period = 5000
+        config.training.temperature = 10.0 if size == 'gumbel' else 1.0
         for method in config.methods.values():
             if method.decays:
                 method.decays = (0.995,)
@@ -56,9 +57,11 @@ def _quickstart() -> ml_collections.ConfigDict:
             num_steps=1000, batch_size=50,
             learning_rate=2e-3, weight_decay=0.01,
             listener_pace=0.003,  # size of the listener's updates beside the speaker's
+            temperature=1.0,  # of gumbel's relaxed symbols
             log_every=50,  # steps
         ),
-        elastic=dict(period=200, tick_every=10, tick_offset=1),  # steps; see rlhf_jax/elastic_reset.py
+        # Steps; see rlhf_jax/elastic_reset.py. Who is averaged and reset: speaker | both
+        elastic=dict(period=200, tick_every=10, tick_offset=1, agents='speaker'),
         methods=dict(  # one run a coefficient of the KL and a decay; without decays, the method has none
             fixed_reference=run((0.0, 0.01, 0.03, 0.1, 0.3, 1.0)),  # 0: the plain run, which is interpolated
             ema_anchor=run((0.1,), (0.95,)),

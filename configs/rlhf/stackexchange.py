@@ -12,8 +12,8 @@ of the KL starts at 0.02 and aims at 6 nats a response. Rank 16, alpha 32 on que
 
 What differs: responses end at EOS, after 32 to 127 tokens (theirs ignored it and drew a length from that range);
 advantages are whitened over the batch, not within one response; gradients of all microbatches count; no early stop of
-epochs by KL; no dropout (theirs 0.05, 0.1 for the reward model), and the base in bfloat16 computation over float32
-weights, not 8 bits.
+epochs by KL (--config.algorithm.stop_kl=0.15: here measured by k3 before an update, there by k1 after it); no dropout
+(theirs 0.05, 0.1 for the reward model), and the base in bfloat16 computation over float32 weights, not 8 bits.
 
 Their script for plain PPO (`rlhf_llama_7b_sft_mine.yml`) starts from a coefficient of 0.2 and takes 8 questions a GPU,
 and runs go on to 1250 steps: --config.algorithm.kl_coefficient=0.2 --config.num_steps=1250. Here ppo has what the

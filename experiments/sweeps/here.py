@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.runtime import launch
+from experiments.runtime.metrics import read_metrics
 from experiments.sweeps.plan import Run, is_finished
 
 log = logging.getLogger(__name__)
@@ -51,13 +52,23 @@ def job_of(run: Run, workdir: pathlib.Path, *, common: Sequence[str] = (), train
     stages = [Stage(module('experiments.train', *run.flags, *training, f'--workdir={folder}', *common),
                     lambda: is_finished(folder, run.config.num_steps))]
     if evaluation is not None:
+        every = '--step=all' in evaluation
         stages.append(Stage(module(*measure, f'--json={folder / EVALUATION}', *common),
-                            lambda: (folder / EVALUATION).exists()))
+                            lambda: is_measured(folder, every)))
     if alphas:
         stages.append(Stage(module(*measure, f'--interpolate={",".join(f"{alpha:g}" for alpha in alphas)}',
                                    f'--json={folder / INTERPOLATION}', *common),
                             lambda: (folder / INTERPOLATION).exists()))
     return Job(run.name, tuple(stages), folder / LOG)
+
+
+def is_measured(folder: pathlib.Path, every: bool) -> bool:
+    """Whether the evaluation of the run in `folder` is there; `every`: of each checkpoint that it keeps."""
+    path = folder / EVALUATION
+    if not path.exists() or not every:
+        return path.exists()
+    kept = {int(place.name) for place in (folder / 'checkpoints').iterdir() if place.name.isdigit()}
+    return kept <= {row['step'] for row in read_metrics(path)}
 
 
 def module(name: str, *flags: str) -> tuple[str, ...]:

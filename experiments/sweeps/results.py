@@ -107,8 +107,12 @@ def read(folder: pathlib.Path, setting: str, seed: int, config: dict[str, Any]) 
     for row in rows:
         final |= {name: value for name, value in row.items() if name != 'step' and not of_the_clock(name)
                   and value is not None}
-    evaluation = read_json(folder / EVALUATION, {})
-    final |= {f'{EVALUATED}{name}': value for name, value in evaluation.items() if isinstance(value, (int, float))}
+    for row in read_evaluation(folder / EVALUATION):
+        named = {f'{EVALUATED}{name}': value for name, value in row.items()
+                 if name not in ('step', 'hours') and isinstance(value, (int, float))}
+        final |= named
+        if 'step' in row:
+            rows.append({'step': row['step']} | named)
     num_steps = config.get('num_steps', 0)
     if is_finished(folder, num_steps):
         state = 'finished'
@@ -121,9 +125,21 @@ def read(folder: pathlib.Path, setting: str, seed: int, config: dict[str, Any]) 
     return Result(setting, seed, str(folder), config, state, rows, final, read_json(folder / INTERPOLATION, []))
 
 
+def read_evaluation(path: pathlib.Path) -> list[dict[str, Any]]:
+    """What `experiments.evaluate` wrote: one row, or with `--step=all` one a checkpoint, which has its `step`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.exists():
+        return []
+    curve = read_metrics(path)
+    return curve or [read_json(path, {})]
+
+
 def of_the_clock(name: str) -> bool:
     """Whether a metric is a time, which no two runs have in common."""
-    return 'seconds' in name
+    return 'seconds' in name or name == 'hours'
 
 
 def read_json(path: pathlib.Path, default: Any) -> Any:

@@ -2,7 +2,7 @@
 
 A row holds `question` and two answers, `response_j` with more votes than `response_k`. The reward is the logit of a
 model trained on such pairs. Drift is the policy's perplexity on human answers, the mean over windows unweighted
-(`perplexity.perplexity(..., weighted=False)`); the tax on other abilities is HumanEval's pass@k.
+(`perplexity.perplexity(..., weighted=False)`); the tax on other abilities is HumanEval's pass@k (`humaneval.py`).
 """
 import math
 from collections.abc import Mapping, Sequence

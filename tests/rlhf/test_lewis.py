@@ -98,6 +98,27 @@ def test_gumbel_symbols_are_hard_forwards_and_soft_backwards(agents):
     assert all(np.abs(grads['speaker'][layer]['kernel']).sum() > 0 for layer in ('hidden', 'symbols'))
 
 
+def test_gumbel_temperature_is_of_the_gradient_alone(agents):
+    """The symbols are the likeliest at any temperature; through them goes the gradient of a softmax of logits / T."""
+    grad = lambda t: jax.value_and_grad(lambda p: lewis.self_play_loss(
+        p, GAME, OBJECTS, jax.random.key(3), method='gumbel', temperature=t)[0])(agents)
+    (one, sharp), (ten, smooth) = grad(1.0), grad(10.0)
+    assert one == ten
+    jax.tree.map(np.testing.assert_array_equal, sharp['listener'], smooth['listener'])
+    logits, _ = lewis.speak(agents['speaker'], GAME, OBJECTS)
+    noisy = logits + jax.random.gumbel(jax.random.key(3), logits.shape)
+    hard = jax.nn.one_hot(noisy.argmax(-1), GAME.num_symbols)
+
+    def loss_of(symbols):
+        guesses = jax.nn.log_softmax(lewis.listen(agents['listener'], symbols))
+        return -jnp.take_along_axis(guesses, jnp.asarray(OBJECTS)[..., None], -1).sum((1, 2)).mean()
+    towards = jax.grad(loss_of)(hard)
+    for t, grads in ((1.0, sharp), (10.0, smooth)):
+        back = jax.vjp(lambda x: jax.nn.softmax(x / t), noisy)[1](towards)[0]
+        np.testing.assert_allclose(grads['speaker']['symbols']['bias'], back.reshape(len(OBJECTS), -1).sum(0),
+                                   rtol=1e-4, atol=1e-7)
+
+
 def test_what_is_unknown_is_refused(agents):
     with pytest.raises(ValueError, match="method='ppo'"):
         lewis.self_play_loss(agents, GAME, OBJECTS, jax.random.key(0), method='ppo')
@@ -105,6 +126,8 @@ def test_what_is_unknown_is_refused(agents):
         lewis.self_play_loss(agents, GAME, OBJECTS, jax.random.key(0), kl_coefficient=.1)
     with pytest.raises(ValueError, match='log_every=30 must divide num_steps=100'):
         lewis.Training(num_steps=100, log_every=30)
+    with pytest.raises(ValueError, match='temperature=0.0 must be positive'):
+        lewis.Training(temperature=0.0)
 
 
 def test_agents_that_know_the_language_score_one():

@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tqdm import tqdm
@@ -159,6 +161,8 @@ def test_another_config_in_the_same_workdir_is_refused(compared):
     ('alphas', (0.5, 1.0), r'config.alphas=\(0.5, 1.0\) must have 0.0 and 1.0'),
     ('seeds', (3,), r'config.seeds=\(3,\): two or more, each once'),
     ('training.method', 'ppo', "method='ppo' is not one of"),
+    ('elastic.agents', 'listener', "config.elastic.agents='listener' is not one of"),
+    ('training.temperature', 0.0, 'temperature=0.0 must be positive'),
     ('training.listener_pace', 2.0, r'listener_pace=2.0 must be in \[0, 1\]'),
     ('game.supervised', 0.01, 'supervised: no object of 9 is left'),
 ])
@@ -201,6 +205,23 @@ def test_published_settings(size, steps, period, rate):
     assert settings.resets(steps)[:2] == [period - 1, 2 * period - 1]
     assert settings.due('step', 0).tick and settings.due('step', 100).tick and not settings.due('step', 99).tick
     assert config.methods.elastic_reset.decays == (0.995,)
+    assert config.training.temperature == (10.0 if size == 'gumbel' else 1.0)
+
+
+@pytest.mark.parametrize('agents', ['speaker', 'both'])
+def test_who_is_reset(agents):
+    """An average that stays where it began takes back whom it is of."""
+    config = tiny().unlock()
+    config.elastic.agents = agents
+    game = lewis_task.Game(config.game.properties, config.game.types)
+    start = lewis_task.init(jax.random.key(0), game, config.hidden)
+    objects = jnp.asarray(game.objects())
+    training = lewis_task.Training(**config.training)
+    params, _ = jax.jit(lambda p: lewis_task.train(jax.random.key(1), p, game, objects, objects, training,
+                                                   runs.elastic(config, 'reset_to_init')))(start)
+    jax.tree.map(np.testing.assert_array_equal, params['speaker'], start['speaker'])
+    moved = np.abs(params['listener']['types']['kernel'] - start['listener']['types']['kernel']).max()
+    assert moved == 0 if agents == 'both' else moved > 1e-2
 
 
 def test_quickstart_settings():

@@ -1,9 +1,18 @@
 """Parts of a policy's training step that need no model."""
+import math
+
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from configs.rlhf import base
+from experiments.rlhf.policy import algorithms
 from experiments.rlhf.policy import step as policy_step
+from experiments.rlhf.policy.kind import Networks
+from rlhf_jax import elastic_reset as er
 
 
 def test_metrics_of_updates_are_means_but_for_the_gap_before_the_first():
@@ -30,3 +39,62 @@ def test_microbatches_weigh_what_they_count():
     whole = policy_step.value_and_grad(loss, jnp.float32(2), rows, rows['counts'], 1, 1)
     parts = policy_step.value_and_grad(loss, jnp.float32(2), rows, rows['counts'], 4, 1)
     np.testing.assert_allclose([parts[0][0], parts[1]], [whole[0][0], whole[1]], rtol=1e-6)
+
+
+# ---- Updates that are left out ---------------------------------------------------------------------------------------
+
+class Table(Networks):
+    """A policy that draws each token from one table of logits, whatever the prompt: no model has to be compiled."""
+    rules, columns = (), ('tokens', 'mask')
+
+    def init(self, key):
+        return {'policy': {'logits': jnp.zeros(5)}}
+
+    def forward(self, params, rows):
+        length = rows['mask'].shape[-1]
+        return jax.nn.log_softmax(params['policy']['logits'])[rows['tokens'][..., -length:]], None
+
+
+def one_step(**algorithm):
+    """State and metrics after one batch of 4 prompts with 2 samples of 3 tokens."""
+    config = base.policy()
+    config.batch_size = 4
+    config.algorithm.update(dict(name='rloo', num_samples=2, kl_coefficient=0.0) | algorithm)
+    elastic = er.method('elastic_reset', 2, decay=0.5, tick_on='epoch', reset_on='iteration', policy=r'policy/.*')
+    step = policy_step.PolicyStep(config, algorithms.get(config.algorithm), Table(config), elastic, optax.adam(0.3), 1)
+    tokens = np.random.default_rng(0).integers(0, 5, (4, 2, 3))
+    batch = {'tokens': tokens, 'prompt_mask': np.ones((4, 2, 0), bool), 'mask': np.ones((4, 2, 3), bool),
+             'logprobs': np.full((4, 2, 3), -math.log(5)), 'rewards': (tokens == 2).sum(-1).astype(float),
+             'ended': np.ones((4, 2), bool), 'replaced': np.zeros((4, 2), bool),
+             'policy_version': np.zeros((4, 2, 3), int)}
+    state, metrics = jax.jit(step)(step.init(jax.random.key(0)), {name: jnp.asarray(x) for name, x in batch.items()})
+    return jax.device_get(state.replace(rng=None)), jax.device_get(metrics)
+
+
+def test_updates_stop_once_the_policy_is_too_far_from_what_drew_the_batch():
+    """The first update is always made, for it begins at the sampler; a bound that nothing reaches changes nothing."""
+    whole, _ = one_step(num_epochs=3)
+    free, metrics = one_step(num_epochs=3, stop_kl=1e9)
+    chex.assert_trees_all_close(free, whole, rtol=1e-6)
+    assert metrics['stopped_updates'] == 0 and metrics['sampler_kl'] > 0
+    once, _ = one_step(num_epochs=1)
+    stopped, metrics = one_step(num_epochs=3, stop_kl=1e-9)
+    chex.assert_trees_all_close(stopped, once, rtol=1e-6)  # moments and their count too; one tick
+    assert metrics['stopped_updates'] == pytest.approx(2 / 3)
+    assert np.abs(whole.params['policy']['logits'] - once.params['policy']['logits']).max() > 0.1
+    within, metrics = one_step(num_epochs=2, num_minibatches=2, stop_kl=1e-9)
+    assert metrics['stopped_updates'] == 0.75  # an epoch in which one update was made ticks, the other does not
+    np.testing.assert_allclose(within.extra['elastic'].ema['policy']['logits'],
+                               within.params['policy']['logits'] / 2, rtol=1e-6)
+
+
+def test_a_bound_on_updates_needs_scores_of_what_was_drawn():
+    with pytest.raises(ValueError, match='algorithm.stop_kl=-1.0 must be at least 0'):
+        one_step(stop_kl=-1.0)
+
+    class Bound(Table):
+        as_drawn = False
+    config = base.policy()
+    config.algorithm.stop_kl = 0.1
+    with pytest.raises(ValueError, match='algorithm.stop_kl=0.1: this policy scores a bound'):
+        policy_step.PolicyStep(config, None, Bound(config), None, optax.sgd(1.0), 1)

@@ -210,6 +210,24 @@ def test_gains_over_interpolation_are_at_the_same_drift_and_paired(tmp_path):
     assert 'Gain over that interpolation' in report.markdown(summary)
 
 
+def test_evaluations_of_every_checkpoint_are_curves_and_are_finished(tmp_path):
+    write_run(tmp_path / 'a', 0, [{'reward': 1.0}, {'reward': 2.0}])
+    (tmp_path / 'a' / 'checkpoints' / '1').mkdir()
+    path = tmp_path / 'a' / 'evaluation.json'
+    assert not here.is_measured(tmp_path / 'a', True)
+    path.write_text('{"step": 1, "hours": 0.1, "reward": 0.5, "settings": "s"}\n')
+    assert here.is_measured(tmp_path / 'a', False) and not here.is_measured(tmp_path / 'a', True)
+    with open(path, 'a') as file:
+        file.write('{"step": 2, "hours": 0.2, "reward": 0.75, "settings": "s"}\n')
+    assert here.is_measured(tmp_path / 'a', True)
+    found = results.collect([str(tmp_path)])
+    assert found[0].final == {'reward': 2.0, 'evaluate.reward': 0.75}
+    assert report.curves_of(found, 'evaluate.reward')[0]['all'][1].tolist() == [0.5, 0.75]
+    path.write_text('{"reward"')
+    with pytest.raises(ValueError, match='evaluation.json: damaged'):
+        results.collect([str(tmp_path)])
+
+
 @pytest.mark.slow
 def test_real_runs_resume_to_the_same_report(monkeypatch, tmp_path):
     """Two tiny fine-tunings and their evaluation; a finished run is not started again."""

@@ -12,6 +12,7 @@ from rlhf_jax.tasks import lewis
 NAMES = {'fixed_reference': 'KL to the initial policy', 'ema_anchor': 'KL to the average (EMA anchor)',
          'reference_reset': 'KL to a snapshot (reference reset)', 'reset_to_init': 'reset to the initial policy',
          'reset_to_ema': 'reset to the average', 'elastic_reset': 'Elastic Reset'}
+AGENTS = {'speaker': r'speaker/.*', 'both': r'(speaker|listener)/.*'}  # who is averaged and reset -> parameters
 ALGORITHMS = {'a2c': 'A2C', 'reinforce': 'REINFORCE', 'gumbel': 'Gumbel-softmax'}
 
 
@@ -50,12 +51,13 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
 def elastic(config: ml_collections.ConfigDict, method: str) -> er.ElasticReset:
     """The settings of `method` with the schedule of `config.elastic`."""
     return er.method(method, config.elastic.period, tick_every=config.elastic.tick_every,
-                     tick_offset=config.elastic.tick_offset)
+                     tick_offset=config.elastic.tick_offset, policy=AGENTS[config.elastic.agents])
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises a ValueError for what would fail, or mean nothing, once the runs have begun."""
     launch.check_fields('config.methods', config.methods, tuple(er.METHODS))
+    launch.check_choice('config.elastic.agents', config.elastic.agents, AGENTS)
     training = lewis.Training(**config.training)
     split_objects(config, config.seeds[0] if config.seeds else 0)
     for name, method in config.methods.items():

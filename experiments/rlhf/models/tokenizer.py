@@ -13,6 +13,7 @@ import ml_collections
 
 from experiments.rlhf.data import texts
 from experiments.rlhf.models import architecture
+from experiments.rlhf.models.classifier import is_classifier
 from experiments.runtime import launch, storage
 from rlhf_jax import tokenizers
 from rlhf_jax.weights.json_file import read_json
@@ -168,7 +169,8 @@ def _same_file(name: str, other: str) -> bool:
 
 
 def check_stages(config: Config, encode: texts.Encoder) -> None:
-    """`check_stage` of every folder that a config takes weights from, before anything is compiled.
+    """`check_stage` of every folder that a config takes weights from, before anything is compiled; not of classifiers,
+    which read text.
 
     Raises:
         ValueError: one was made with another tokenizer.
@@ -178,5 +180,5 @@ def check_stages(config: Config, encode: texts.Encoder) -> None:
              'reward.model': reward.get('model', '') if reward.get('kind') == 'model' else '',
              'reward.gold': reward.get('gold', ''), 'algorithm.critic_weights': algorithm.get('critic_weights', '')}
     for field, path in named.items():
-        if path and ':' not in path.replace('://', ''):
+        if path and ':' not in path.replace('://', '') and not is_classifier(path):
             check_stage(field, path, encode)

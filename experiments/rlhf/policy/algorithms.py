@@ -268,7 +268,8 @@ def get(settings: Any) -> Algorithm:
                           ('critic', ('separate', 'shared')), ('mean_over', ('sequence', 'token'))):
         launch.check_choice(f'algorithm.{name}', settings[name], choices)
     for name, least in (('num_minibatches', 1), ('num_epochs', 1), ('kl_coefficient', 0), ('kl_target', 0),
-                        ('value_coefficient', 0), ('value_clip', 0), ('clip_high', 0), ('correction_cap', 1e-9)):
+                        ('stop_kl', 0), ('value_coefficient', 0), ('value_clip', 0), ('clip_high', 0),
+                        ('correction_cap', 1e-9)):
         if settings[name] < least:
             raise ValueError(f'algorithm.{name}={settings[name]} must be at least {least}')
     for name in ('beta', 'clip'):

@@ -197,6 +197,7 @@ class HeldOutPrompts(Evaluation):
         self._config, self._mesh, self._columns = heldout, mesh, columns
         self._generate, self._published = kind.generator(heldout, sampling, None), published
         self._num = min(config.eval_prompts, self._generate.num_prompts)
+        self._generate.prepare(self._num)
         decoding = kind.decoding(heldout, sampling)
         self._convert = rollouts.snapshots(decoding, sampling, mesh)
         self._measure = jax.jit(measure, out_shardings=mesh_lib.replicated(mesh))

@@ -107,8 +107,12 @@ class Generator(Protocol):
     def rows(self, index: int) -> list[Mapping[str, Any]]:
         """Of the data set, one for each of the B prompts of batch `index`."""
 
+    def prepare(self, num: int) -> None:
+        """Before training: whatever `measures` of the first `num` prompts of the run compares completions with."""
+
     def measures(self, batches: list[Mapping[str, Any]], rows: list[Mapping[str, Any]]) -> dict[str, float]:
-        """The task's metrics of completions: of batches [B, K, ...] in turn, and the row of each of their prompts."""
+        """The task's metrics of completions, and how often they win against the data's own: of batches [B, K, ...] in
+        turn, and the row of each of their prompts."""
 
     def __call__(self, params: Any, *, index: int, version: int) -> dict[str, Any]: ...
 

@@ -15,14 +15,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf.data.tasks import Task
+from experiments.rlhf.data.texts import Encoder
 from experiments.rlhf.models import architecture, loading
+from experiments.rlhf.models.classifier import TextClassifier, is_classifier
 from experiments.rlhf.models.tokenizer import tokenizer_of
 from experiments.runtime import exchange, launch, modules, partition, placement, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.programs import placed
 from experiments.runtime.signals import signals
+from rlhf_jax import generate as generate_lib
 from rlhf_jax.models import decoder, heads
 from rlhf_jax.rollout.rewards import score
+from rlhf_jax.tasks import tldr
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +47,36 @@ class Completions:
     mask: np.ndarray
     ended: np.ndarray
 
+    def part(self, which: slice) -> 'Completions':
+        """Some of them."""
+        return Completions(*(x[which] for x in (self.texts, self.rows, self.tokens, self.mask, self.ended)))
+
 
 Reward = Callable[[Completions], np.ndarray]
+
+
+class TooLong(ValueError):
+    """A completion has more tokens than a reward model reads."""
+
+
+def given(encode: Encoder, prompts: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]) -> Completions:
+    """The `reference` of each row as a completion of its prompt's ids, an EOS at its end."""
+    replies = [[*encode.continuing(row['reference']), encode.tokenizer.eos] for row in rows]
+    whole = [[*prompt, *reply] for prompt, reply in zip(prompts, replies)]
+    tokens, mask = generate_lib.pad_prompts(whole, buckets=(max(map(len, whole)),), pad_token=encode.tokenizer.pad,
+                                            left=False)
+    return Completions([row['reference'] for row in rows], rows, tokens, mask, np.ones(len(rows), bool))
+
+
+def wins(gold: np.ndarray, reference_gold: np.ndarray) -> dict[str, float]:
+    """How gold rewards [N, K] do against those of the data's own responses [N]: `win_rate` counts strict wins,
+    `win_ties` equal ones, `win_margin` is the mean difference. What has no reward (NaN) is left out."""
+    theirs = np.repeat(reference_gold, gold.shape[1])
+    known = np.isfinite(gold.reshape(-1)) & np.isfinite(theirs)
+    if not known.any():
+        return {}
+    found = tldr.win_rate(gold.reshape(-1)[known], theirs[known])
+    return {'win_rate': found.win_rate, 'win_ties': found.ties, 'win_margin': found.margin}
 
 
 class Scorer:
@@ -70,6 +102,15 @@ class Scorer:
         self._warned = False
         self._reward, self._gold = reward, gold
 
+    @property
+    def has_gold(self) -> bool:
+        """Whether there is a second reward, which is never trained on."""
+        return self._gold is not None
+
+    def gold(self, completions: Any) -> np.ndarray:
+        """float32 [N]: the second reward, NaN where a completion has none; errors as of calling this."""
+        return score(self._gold, completions, num=len(completions.rows), timeout=self._timeout, may_miss=True)[0]
+
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, task: Task, mesh: Mesh) -> 'Scorer':
         """The rewards of texts that `config.reward` names.
@@ -84,9 +125,12 @@ class Scorer:
         num_ids = tokenizer_of(config).vocab_size
 
         def model(path):
-            return shared(path, mesh_lib.reshaped(mesh, section.mesh), dtype=config.model.dtype, num_ids=num_ids,
-                          batch_size=section.batch_size)
+            over = mesh_lib.reshaped(mesh, section.mesh)
+            if is_classifier(path):
+                return shared(path, over, TextClassifier, label=section.get('label', ''), batch_size=section.batch_size)
+            return shared(path, over, dtype=config.model.dtype, num_ids=num_ids, batch_size=section.batch_size)
 
+        check_label(section)
         reward = find('reward.kind', reward_name(section), task, task_name, model)
         gold = find('reward.gold', section.gold, task, task_name, model, gold=True) if section.gold else None
         return cls(section, reward, gold)
@@ -226,11 +270,13 @@ def check_code(names: Mapping[str, str], source: str, trust: bool) -> None:
 
 def abstract(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, tuple[heads.RewardModel, Any]]:
     """The reward models of a run that generates on `mesh`, by path: module, and parameters as `jax.ShapeDtypeStruct`
-    with shardings. One whose folder is not there is taken to be of the policy's size."""
+    with shardings. One whose folder is not there is taken to be of the policy's size; classifiers are left out."""
     section, over = config.reward, mesh_lib.reshaped(mesh, config.reward.mesh)
     paths = [section.model if section.kind == 'model' else '', section.gold]
     out = {}
     for path in (path for path in paths if path not in ('', 'task') and ':' not in path):
+        if is_classifier(path):
+            continue
         module = architecture.reward_model(config.model)
         if (storage.resolve(path) / 'config.json').exists():
             module = loading.reward_module(path, dict(dtype=config.model.dtype))
@@ -241,17 +287,27 @@ def abstract(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, tuple[h
     return out
 
 
-def shared(path: str, mesh: Mesh, **settings: Any) -> 'RewardModel':
-    """`RewardModel(...)`, or the same one where this process still uses it: a run that generates and evaluates on the
-    same devices needs its weights but once."""
-    key = (str(path), mesh, *sorted(settings.items()))
+def check_label(section: Mapping[str, Any]) -> None:
+    """Raises a ValueError where `reward.label` is given and neither reward is a classifier, which alone has labels."""
+    names = [section['model'] if section['kind'] == 'model' else '', section['gold']]
+    label = section.get('label', '')
+    if label and not any(is_classifier(name) for name in names):
+        raise ValueError(f'reward.label={label!r}: neither reward.model nor reward.gold is a BERT or '
+                         'DistilBERT classifier; leave it empty')
+
+
+def shared(path: str, mesh: Mesh, make: Callable[..., Any] | None = None, **settings: Any) -> Any:
+    """`make(path, mesh, ...)`, a `RewardModel` by default, or the same one where this process still uses it: a run that
+    generates and evaluates on the same devices needs its weights but once."""
+    make = make or RewardModel
+    key = (make, str(path), mesh, *sorted(settings.items()))
     model = _MODELS.get(key)
     if model is None:
-        model = _MODELS[key] = RewardModel(path, mesh, **settings)
+        model = _MODELS[key] = make(path, mesh, **settings)
     return model
 
 
-_MODELS: 'weakref.WeakValueDictionary[Any, RewardModel]' = weakref.WeakValueDictionary()
+_MODELS: 'weakref.WeakValueDictionary[Any, Any]' = weakref.WeakValueDictionary()
 
 
 class RewardModel:
@@ -293,7 +349,7 @@ class RewardModel:
         tokens, mask, ended, owners = exchange.gather_rows(
             self._mesh, (completions.tokens, completions.mask, completions.ended, process))
         if tokens.shape[1] > self.max_length:
-            raise ValueError(f'{self._path}: reads at most {self.max_length} tokens, rows have {tokens.shape[1]}')
+            raise TooLong(f'{self._path}: reads at most {self.max_length} tokens, rows have {tokens.shape[1]}')
         out, back = [], ended.astype(np.int32) * self._before_eos
         with jax.set_mesh(self._mesh):
             for start in range(0, len(tokens), self._rows):

@@ -224,6 +224,9 @@ class Batches:
         """Of the data set, one for each of the B prompts of batch `index`."""
         return [self._rows[i] for i in self._order(self._draws(index))]
 
+    def prepare(self, num: int) -> None:
+        """Nothing has to be known of the first `num` prompts before they are measured."""
+
     def _draws(self, index: int) -> np.ndarray:
         return index * self._config.batch_size + np.arange(self._config.batch_size)
 
@@ -279,6 +282,7 @@ class Generator(Batches):
         self._scorer = rewards.Scorer.of(config, self.task, mesh)
         self._sampling = sampling_of(config, tuple(self.tokenizer.stops), self.tokenizer.pad)
         self._buckets = tuple(config.sampling.buckets) or (config.sampling.max_prompt,)
+        self._encode, self._reference_gold = encode, None
         super().__init__(config, mesh, rows)
         self._waves = waves.count(config, mesh)
 
@@ -295,9 +299,13 @@ class Generator(Batches):
 
     def measures(self, batches: Sequence[Mapping[str, np.ndarray]],
                  rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """The task's metrics of the responses in `batches`, whose prompts have `rows`; {} where it has none."""
+        """Of the responses in `batches`, whose prompts have `rows`: the task's metrics, where it has some, and how
+        often they win against the data's own, where `prepare` has scored those."""
+        wins = {}
+        if self._reference_gold is not None and batches:
+            wins = rewards.wins(np.concatenate([batch['gold'] for batch in batches]), self._reference_gold)
         if self.task.metrics is None:
-            return {}
+            return wins
         texts, of_texts = [], iter(rows)
         rows_of_texts = []
         for batch in batches:
@@ -306,7 +314,22 @@ class Generator(Batches):
             texts += text_arrays.decoded(self.tokenizer, flat(batch['tokens'][..., -length:]), flat(batch['mask']),
                                          flat(batch['tokens'][..., :-length]), flat(batch['prompt_mask']))[0]
             rows_of_texts += [row for _, row in zip(range(num_prompts), of_texts) for _ in range(num_samples)]
-        return self.task.metrics(texts, rows_of_texts)
+        return self.task.metrics(texts, rows_of_texts) | wins
+
+    def prepare(self, num: int) -> None:
+        """Scores the data's own responses to the first `num` prompts by the gold reward, if there are both and it can
+        read them."""
+        which = self._order(np.arange(num))
+        rows = [self._rows[i] for i in which]
+        if self._scorer.has_gold and all(isinstance(row.get('reference'), str) for row in rows):
+            try:
+                with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+                    own = rewards.given(self._encode, [self._prompts[i] for i in which], rows).part(
+                        exchange.portion(self._mesh, num))
+                    gold = exchange.gather_rows(self._mesh, {'gold': self._scorer.gold(own)})
+                self._reference_gold = gold['gold']
+            except rewards.TooLong as error:
+                log.warning('evaluation has no win rate: of the data\'s own responses one is too long (%s)', error)
 
     def _draw(self, params, version, tokens, mask, keys):
         rollout, num_samples = self._config.rollout, self._config.algorithm.num_samples

@@ -34,12 +34,14 @@ class _Updated(NamedTuple):
         trained: parameters, without what an adapter leaves frozen.
         elastic: `er.Elastic`; None without Elastic Reset.
         kept, reset: float32 scalars, of the first reset within this batch: how much it kept, and whether there was one.
+        stopped: float32 scalar, 1 once the policy is too far from the batch's sampler for more updates (`stop_kl`).
     """
     trained: Params
     opt_state: Any
     elastic: er.Elastic | None
     kept: Array
     reset: Array
+    stopped: Array
 
 
 class PolicyStep:
@@ -52,6 +54,9 @@ class PolicyStep:
         elastic: the method of resets; None: none.
         optimizer: of the trained parameters.
         shards: devices that a batch is laid out over.
+
+    Raises:
+        ValueError: updates are to stop by a KL that the policy's scores do not estimate.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, algorithm: algorithms.Algorithm, networks: Networks,
@@ -60,6 +65,9 @@ class PolicyStep:
         self._networks, self._elastic, self._optimizer, self._shards = networks, elastic, optimizer, shards
         self._controller = (kl.AdaptiveController(config.algorithm.kl_target, config.algorithm.kl_rate)
                             if config.algorithm.kl_target else kl.FixedController())
+        if config.algorithm.stop_kl and not networks.as_drawn:
+            raise ValueError(f'algorithm.stop_kl={config.algorithm.stop_kl}: this policy scores a bound and not what '
+                             'its sampler drew; set it to 0')
 
     # ---- State -------------------------------------------------------------------------------------------------------
 
@@ -126,6 +134,10 @@ class PolicyStep:
         loss, metrics = self._algorithm.loss(self._settings, logprobs, values, rows)
         if not self._networks.as_drawn:
             return loss, metrics
+        if self._settings.stop_kl:
+            apart = kl.estimate(masked.zeroed(rows['logprobs'], rows['mask']), masked.zeroed(logprobs, rows['mask']),
+                                'k3')
+            metrics = metrics | {'sampler_kl': jax.lax.stop_gradient(masked.mean(apart, rows['mask']))}
         gap = jnp.abs(masked.zeroed(logprobs - rows['logprobs'], rows['mask']))
         return loss, metrics | jax.lax.stop_gradient({'logprob_gap': masked.mean(gap, rows['mask']),
                                                       'logprob_gap_max': gap.max()})
@@ -153,9 +165,10 @@ class PolicyStep:
         def epoch(updated, number):
             indices = number * settings.num_minibatches + jnp.arange(settings.num_minibatches)
             updated, metrics = jax.lax.scan(minibatch, updated, (indices, minibatches))
-            return self._after('epoch', state.step * settings.num_epochs + number, updated), metrics
+            skipped = metrics['stopped_updates'].min() if settings.stop_kl else None  # every update of the epoch is
+            return self._after('epoch', state.step * settings.num_epochs + number, updated, skipped), metrics
 
-        updated = _Updated(trained, state.opt_state, state.extra.get('elastic'), jnp.float32(0), jnp.float32(0))
+        updated = _Updated(trained, state.opt_state, state.extra.get('elastic'), *3 * [jnp.float32(0)])
         updated, of_updates = jax.lax.scan(epoch, updated, jnp.arange(settings.num_epochs))
         updated = self._after('iteration', state.step, updated)
         metrics |= summary(of_updates) | batch_metrics(batch, state.step)
@@ -176,14 +189,27 @@ class PolicyStep:
             self._algorithm.weights(self._settings, rows), self._config.accumulate, self._shards)
         updates, opt_state = self._optimizer.update(grads, updated.opt_state, updated.trained)
         trained = jax.tree.map(lambda p, u: p + u.astype(p.dtype), updated.trained, updates)
-        updated = self._after('step', k, updated._replace(trained=trained, opt_state=opt_state))
+        if self._settings.stop_kl:
+            # Measured before the update. Once too far, always too far: other minibatches may lie nearer by chance.
+            stopped = jnp.maximum(updated.stopped, jnp.float32(metrics['sampler_kl'] > self._settings.stop_kl))
+            trained, opt_state = jax.tree.map(lambda old, new: jnp.where(stopped > 0, old, new),
+                                              (updated.trained, updated.opt_state), (trained, opt_state))
+            updated = updated._replace(stopped=stopped)
+            metrics = metrics | {'stopped_updates': stopped}
+        updated = self._after('step', k, updated._replace(trained=trained, opt_state=opt_state), updated.stopped)
         return updated, metrics | {'loss': loss, 'grad_norm': optim.norm(grads)}
 
-    def _after(self, event: str, k: Array, updated: _Updated) -> _Updated:
-        """What Elastic Reset does after the k-th `event`: ticks, measures, resets."""
+    def _after(self, event: str, k: Array, updated: _Updated, skipped: Array | None = None) -> _Updated:
+        """What Elastic Reset does after the k-th `event`: ticks, measures, resets.
+
+        Args:
+            skipped: 1 where nothing was done in the event, so that the average does not tick; resets keep their time.
+        """
         if not self._elastic:
             return updated
         due = self._elastic.due(event, k)
+        if self._settings.stop_kl and skipped is not None:
+            due = due._replace(tick=jnp.logical_and(due.tick, skipped == 0))
         elastic, trained, opt_state, kept = er.apply_measured(
             self._elastic, updated.elastic, updated.trained, updated.opt_state, due)
         if event == self._elastic.reset_on:  # of several resets within a batch the first is reported

@@ -1,0 +1,164 @@
+"""Runs Python source that nobody has read, in a process that can do little: for programs that a model wrote.
+
+The process sees no network (a network namespace of its own), reads no file but Python's and the system's libraries,
+writes none but in a temporary folder (Landlock), signals nobody, has bounded memory, files and time, and everything
+that it starts dies with it (a process namespace of its own). Linux only; where the kernel refuses any of this, nothing
+is run. It is made against mistakes and mischief, not against an attack on the kernel.
+"""
+import functools
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from typing import NamedTuple
+
+# Read by a Python that starts without site-packages. Its first line of standard input is the settings, the rest the
+# source. What it has to say goes to a pipe that the source is not told of.
+_LAUNCHER = r'''
+import ctypes, json, os, resource, struct, sys
+settings = json.loads(sys.stdin.readline())
+source = sys.stdin.read()
+pipe = settings['pipe']
+
+def say(outcome, detail=''):
+    os.write(pipe, (json.dumps([settings['nonce'], outcome, detail[:300]]) + '\n').encode())
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+def call(name, *arguments):
+    result = getattr(libc, name)(*arguments)
+    if result < 0:
+        say('refused', name + ': ' + os.strerror(ctypes.get_errno()))
+        os._exit(1)
+    return result
+
+def landlock():
+    version = call('syscall', 444, None, 0, 1)
+    if version < 6:
+        say('refused', 'landlock: version 6 is needed, the kernel has %d' % version)
+        os._exit(1)
+    every, read, on_files = (1 << 16) - 1, 0b1101, 0b1100000000000111
+    attributes = struct.pack('QQQ', every, 0b11, 0b11)
+    rules = call('syscall', 444, attributes, len(attributes), 0)
+    for path, write in settings['paths']:
+        try:
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            continue
+        allowed = (every if write else read) & (every if os.path.isdir(path) else on_files)
+        call('syscall', 445, rules, 1, struct.pack('=Qi', allowed, place), 0)
+        os.close(place)
+    call('prctl', 38, 1, 0, 0, 0)   # no new privileges
+    call('syscall', 446, rules, 0)
+    os.close(rules)
+
+call('unshare', 0x10000000 | 0x40000000 | 0x20000000 | 0x08000000)   # user, network, processes, IPC
+child = os.fork()
+if child:
+    os.close(pipe)
+    os.waitpid(child, 0)
+    os._exit(0)
+call('prctl', 1, 9, 0, 0, 0)   # dies with its parent
+landlock()
+for name, value in settings['limits'].items():
+    resource.setrlimit(getattr(resource, name), (value, value))
+os.chdir(settings['folder'])
+sys.stdin = open(os.devnull)
+try:
+    exec(compile(source, 'program', 'exec'), {'__name__': '__main__'})
+except BaseException as error:
+    say('failed', type(error).__name__ + ': ' + str(error))
+else:
+    say('passed')
+os._exit(0)
+'''
+
+
+class Outcome(NamedTuple):
+    """How a program ended: 'passed', 'failed' or 'timed out', and what is known of a failure."""
+    outcome: str
+    detail: str = ''
+
+
+class Unavailable(OSError):
+    """This machine cannot confine a process; nothing was run."""
+
+
+def run_python(source: str, *, seconds: float = 10.0, memory: int = 2 ** 30) -> Outcome:
+    """Runs `source` to its end. It passes if it gets there without an exception; leaving early is a failure.
+
+    Args:
+        seconds: it may take.
+        memory: bytes of address space.
+
+    Raises:
+        Unavailable: the kernel refused a part of the sandbox.
+    """
+    if sys.platform != 'linux':
+        raise Unavailable(f'a sandbox for programs needs Linux, this is {sys.platform}')
+    reader, writer = os.pipe()
+    nonce = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {'pipe': writer, 'nonce': nonce, 'folder': folder, 'paths': [*_readable(), (folder, True)],
+                    'limits': {'RLIMIT_CPU': int(seconds) + 1, 'RLIMIT_AS': memory, 'RLIMIT_FSIZE': 2 ** 24,
+                               'RLIMIT_NOFILE': 64, 'RLIMIT_CORE': 0}}
+        process = subprocess.Popen(
+            [sys.executable, '-I', '-S', '-c', _LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, pass_fds=(writer,), start_new_session=True, cwd=folder,
+            env={'PATH': '/usr/bin:/bin', 'HOME': folder, 'LC_ALL': 'C.UTF-8', 'OPENBLAS_NUM_THREADS': '1'})
+        os.close(writer)
+        late = False
+        try:
+            process.communicate((json.dumps(settings) + '\n' + source).encode(errors='replace'), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            _kill(process)
+        said = _read(reader, nonce)
+    if said and said[1] == 'refused':
+        raise Unavailable(f'programs cannot be confined on this machine ({said[2]}); run it on one with user '
+                          'namespaces and Landlock 6 (Linux 6.12), or in a virtual machine')
+    if late:
+        return Outcome('timed out', f'after {seconds:g} s')
+    return Outcome(said[1], said[2]) if said else Outcome('failed', 'ended before its last line')
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends the launcher; the kernel ends what runs in its namespace."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _read(reader: int, nonce: str) -> list[str] | None:
+    """The last message with `nonce` in the pipe, which is closed."""
+    os.set_blocking(reader, False)
+    try:
+        content = os.read(reader, 2 ** 16)
+    except BlockingIOError:
+        content = b''
+    finally:
+        os.close(reader)
+    found = None
+    for line in content.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, list) and len(row) == 3 and row[0] == nonce:
+            found = row
+    return found
+
+
+@functools.cache
+def _readable() -> tuple[tuple[str, bool], ...]:
+    """Python's own files and the system's libraries."""
+    paths = {sys.base_prefix, sys.prefix, *sysconfig.get_paths().values(), '/lib', '/lib64', '/usr/lib', '/usr/lib64',
+             '/usr/share/zoneinfo', '/etc/ld.so.cache', '/dev/null', '/dev/zero', '/dev/urandom'}
+    return tuple((path, path == '/dev/null') for path in sorted(paths))
