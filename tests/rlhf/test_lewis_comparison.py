@@ -221,7 +221,7 @@ def test_who_is_reset(agents):
                                                    runs.elastic(config, 'reset_to_init')))(start)
     jax.tree.map(np.testing.assert_array_equal, params['speaker'], start['speaker'])
     moved = np.abs(params['listener']['types']['kernel'] - start['listener']['types']['kernel']).max()
-    assert moved == 0 if agents == 'both' else moved > 1e-2
+    assert moved == 0 if agents == 'both' else moved > 1e-4  # its pace is 0.003 of the speaker's
 
 
 def test_quickstart_settings():
