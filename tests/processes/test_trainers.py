@@ -23,13 +23,16 @@ from experiments.runtime.partition import flatten
 
 pytestmark = pytest.mark.slow
 
-SHARED = ('online_dpo', 'online_dpo stale', 'ppo', 'ppo stale')  # policies whose processes share the devices
-APART = ('apart', 'apart in turn', 'apart, two behind')
+SHARED = ('online_dpo stale', 'ppo')  # policies whose processes share the devices
+APART = ('apart',)
 OTHERS = ('sft', 'generator')
-REST = ('reward_model', 'dpo', 'encoder', 'code_model', 'text_to_code', 'translation_agent', 'translation_game')
+REST = ('online_dpo', 'ppo stale', 'reward_model', 'dpo', 'encoder', 'code_model', 'text_to_code', 'translation_agent',
+        'translation_game', 'sft, tensor within hosts')
+REST_APART = ('apart in turn', 'apart, two behind')
 KILLED, STOPPED = ('online_dpo stale',), ('apart',)
 ON_FOUR = ('sft', 'apart')  # of the last two hosts train and two generate
-MESHES = {'sft': (1, 4, 1), 'sft, tensor over hosts': (1, 1, 4), 'sft, tensor within hosts': (1, 2, 2)}
+MESHES = {'sft, tensor over hosts': (1, 1, 4), 'sft, tensor within hosts': (1, 2, 2)}
+LAG = {'apart': 1, 'apart in turn': 0, 'apart, two behind': 2}
 MEASURED = ('loss', 'reward', 'kl', 'length', 'eval_reward', 'eval_kl', 'heldout_loss', 'bleu_en')
 
 
@@ -52,7 +55,7 @@ def alone(config_of, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def two(config_of, tmp_path_factory):
-    names = (*SHARED, *APART, *OTHERS, *MESHES)
+    names = (*SHARED, *APART, *OTHERS, 'sft, tensor over hosts')
     return runs.train_all(tmp_path_factory.mktemp('two'), {name: config_of(name) for name in names}, 2, 2,
                           killed=KILLED, stopped=STOPPED)
 
@@ -65,8 +68,8 @@ def four(config_of, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def rest(config_of, tmp_path_factory):
-    """Runs of `REST` on one process and on two."""
-    configs = {name: config_of(name) for name in REST}
+    """Runs of `REST` and `REST_APART` on one process and on two."""
+    configs = {name: config_of(name) for name in (*REST, *REST_APART)}
     return tuple(runs.train_all(tmp_path_factory.mktemp('rest'), configs, processes, devices)
                  for processes, devices in ((1, 4), (2, 2)))
 
@@ -89,7 +92,7 @@ def assert_identical(state, expected):
         np.testing.assert_array_equal(state[path], x, err_msg=path)
 
 
-@pytest.mark.parametrize('name', [*SHARED, *OTHERS, *MESHES])
+@pytest.mark.parametrize('name', [*SHARED, *OTHERS, 'sft, tensor over hosts'])
 def test_two_processes_train_what_one_trains(name, alone, two):
     assert_same_run(two[name], alone[name.split(',')[0]])
 
@@ -105,13 +108,22 @@ def test_four_processes_train_what_one_trains(name, alone, four):
     assert_same_run(four[name], alone[name])
 
 
+def assert_apart(name, on_one, on_two):
+    assert_identical(on_two[0], on_one[0])
+    assert [row['rollout_staleness'] for row in on_two[1]] == [min(i, LAG[name]) for i in range(len(on_two[1]))]
+
+
 @pytest.mark.parametrize('name', APART)
 def test_hosts_apart_train_what_devices_apart_train(name, alone, two):
     """One host trains while the other generates, each by itself: bit for bit the run of one process that divides its
     devices."""
-    assert_identical(two[name][0], alone[name][0])
-    lag = {'apart': 1, 'apart in turn': 0, 'apart, two behind': 2}[name]
-    assert [row['rollout_staleness'] for row in two[name][1]] == [min(i, lag) for i in range(len(two[name][1]))]
+    assert_apart(name, alone[name], two[name])
+
+
+@pytest.mark.slow_harness
+@pytest.mark.parametrize('name', REST_APART)
+def test_hosts_apart_at_any_staleness(name, rest):
+    assert_apart(name, rest[0][name], rest[1][name])
 
 
 @pytest.mark.parametrize('name', [f'{name} killed' for name in KILLED] + [f'{name} stopped' for name in STOPPED])
