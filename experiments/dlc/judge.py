@@ -1,9 +1,13 @@
 """A small classifier of pixels that no compared model has seen the inside of: its features measure them all alike."""
 import dataclasses
+import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from experiments.runtime import launch, storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,3 +45,100 @@ class Judge:
 
 def _rows(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1).astype(np.float64) / 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Perceptron:
+    """What a fitted MLP computes, from its arrays alone: no object of scikit-learn has to be stored or trusted.
+
+    Attributes:
+        coefs_, intercepts_: float64 weights [in, out] and biases [out] of each layer, rectified but for the last.
+        classes_: int [C], ascending.
+    """
+    coefs_: Sequence[np.ndarray]
+    intercepts_: Sequence[np.ndarray]
+    classes_: np.ndarray
+
+    def predict_proba(self, rows: np.ndarray) -> np.ndarray:
+        """[N, C]."""
+        *hidden, last = zip(self.coefs_, self.intercepts_)
+        for weight, bias in hidden:
+            rows = np.maximum(rows @ weight + bias, 0)
+        logits = rows @ last[0] + last[1]
+        e = np.exp(logits - logits.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    def predict(self, rows: np.ndarray) -> np.ndarray:
+        """[N]."""
+        return self.classes_[self.predict_proba(rows).argmax(1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureJudge:
+    """A judge of one or more regions of a picture, in a work directory of its own.
+
+    A label says the class of every region, most significant first: with ten classes and two regions 72 is 7, then 2.
+
+    Attributes:
+        judge: of a region. Its classes are 0..C-1.
+        shape: (H, W, C) of pictures.
+        regions: (top, bottom, left, right) of each, in pixels; all of one size.
+    """
+    judge: Judge
+    shape: tuple[int, int, int]
+    regions: tuple[tuple[int, int, int, int], ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.judge.model.classes_)
+
+    @property
+    def num_labels(self) -> int:
+        return self.num_classes ** len(self.regions)
+
+    def parts(self, images: np.ndarray) -> list[np.ndarray]:
+        """The regions of pictures [N, H, W, C], [N, h, w, C] each."""
+        return [images[:, top:bottom, left:right] for top, bottom, left, right in self.regions]
+
+    def classes_of(self, labels: np.ndarray) -> np.ndarray:
+        """Classes int [N, regions] that labels [N] say."""
+        powers = self.num_classes ** np.arange(len(self.regions))[::-1]
+        return np.asarray(labels)[:, None] // powers % self.num_classes
+
+    def agreement(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Probability float32 [N] that every region of pictures float [N, H, W, C] in [0, 1] is what its label says."""
+        out = np.ones(len(images))
+        for part, wanted in zip(self.parts(images), self.classes_of(labels).T):
+            out *= self.judge.probabilities(np.asarray(part) * 255.0)[np.arange(len(part)), wanted]
+        return out.astype(np.float32)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes arrays and a config.json that `load` reads."""
+        model = self.judge.model
+        arrays = {f'{name}_{i}': x for name, layers in (('weight', model.coefs_), ('bias', model.intercepts_))
+                  for i, x in enumerate(layers)}
+        place = storage.resolve(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        with storage.write_whole(place / 'judge.npz') as file:
+            np.savez(file, **arrays)
+        storage.write_json(place / 'config.json', dict(
+            experiment='judge', shape=self.shape, regions=self.regions, num_classes=self.num_classes,
+            num_layers=len(model.coefs_)))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> 'PictureJudge':
+        """
+        Raises:
+            ValueError: no judge there, or a damaged one.
+        """
+        config = launch.read_config(folder)
+        if config.get('experiment') != 'judge':
+            raise ValueError(f'{folder}: holds a run of experiment={config.get("experiment")!r}, not a judge')
+        try:
+            with np.load(storage.local_copy(folder) / 'judge.npz', allow_pickle=False) as arrays:
+                weights, biases = ([arrays[f'{name}_{i}'] for i in range(config.num_layers)]
+                                   for name in ('weight', 'bias'))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f'{folder}: its judge.npz is damaged or not there ({error})') from None
+        model = Perceptron(weights, biases, np.arange(config.num_classes))
+        return cls(Judge(model), tuple(config.shape), tuple(map(tuple, config.regions)))

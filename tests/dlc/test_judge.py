@@ -1,0 +1,55 @@
+"""Judges: what is written is what was fitted, and labels say what each region shows."""
+import json
+
+import numpy as np
+import pytest
+
+from experiments.dlc.judge import Judge, PictureJudge
+
+REGIONS = ((0, 3, 1, 4), (3, 6, 1, 4))
+
+
+@pytest.fixture(scope='module')
+def fitted():
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 4
+    images = rng.integers(0, 60, (200, 3, 3, 1)) + labels[:, None, None, None] * 50
+    return PictureJudge(Judge.fit(images.astype(np.uint8), labels), (6, 6, 1), REGIONS)
+
+
+def pictures(upper, lower):
+    x = np.zeros((len(upper), 6, 6, 1), np.uint8)
+    x[:, :3, 1:4], x[:, 3:, 1:4] = (50 * np.asarray(y)[:, None, None, None] + 30 for y in (upper, lower))
+    return x
+
+
+def test_a_judge_is_read_as_it_was_fitted(fitted, tmp_path):
+    fitted.save(tmp_path)
+    read = PictureJudge.load(tmp_path)
+    x = np.random.default_rng(1).integers(0, 256, (50, 3, 3, 1)).astype(np.uint8)
+    np.testing.assert_allclose(read.judge.probabilities(x), fitted.judge.probabilities(x), rtol=1e-12)
+    np.testing.assert_array_equal(read.judge.predict(x), fitted.judge.predict(x))
+    np.testing.assert_allclose(read.judge.features(x), fitted.judge.features(x), rtol=1e-12)
+    assert (read.shape, read.regions, read.num_labels) == ((6, 6, 1), REGIONS, 16)
+
+
+def test_labels_say_the_class_of_each_region(fitted):
+    upper, lower = np.array([3, 0, 2]), np.array([1, 1, 2])
+    images = pictures(upper, lower) / 255.0
+    np.testing.assert_array_equal(fitted.classes_of(4 * upper + lower), np.stack([upper, lower], 1))
+    right = fitted.agreement(images, 4 * upper + lower)
+    assert right.dtype == np.float32 and (right > 0.8).all()
+    swapped = fitted.agreement(images, 4 * lower + upper)
+    assert (swapped[:2] < 0.1).all() and swapped[2] == right[2]
+    p = [fitted.judge.probabilities(part * 255)[0] for part in fitted.parts(images)]
+    assert right[0] == pytest.approx(p[0][3] * p[1][1], rel=1e-6)
+
+
+def test_a_folder_that_holds_no_judge(fitted, tmp_path):
+    fitted.save(tmp_path)
+    (tmp_path / 'judge.npz').write_bytes(b'nothing')
+    with pytest.raises(ValueError, match='its judge.npz is damaged'):
+        PictureJudge.load(tmp_path)
+    (tmp_path / 'config.json').write_text(json.dumps({'experiment': 'encoder'}))
+    with pytest.raises(ValueError, match="experiment='encoder', not a judge"):
+        PictureJudge.load(tmp_path)
