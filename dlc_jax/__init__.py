@@ -17,6 +17,7 @@ _PUBLIC = {
     # modules
     'codes': 'codes',
     'convert': 'convert',
+    'likelihood': 'likelihood',
     'preprocess': 'preprocess',
     'text_to_code': 'text_to_code',
     # models

@@ -21,7 +21,7 @@ from rlhf_jax.rollout import processes
 
 log = logging.getLogger(__name__)
 
-POLICIES = ('policy',)  # experiments whose module has a `KIND`
+POLICIES = ('policy', 'align')  # experiments whose module has a `KIND`
 
 
 def wait_for_config(workdir: str, timeout: float) -> None:

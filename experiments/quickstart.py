@@ -2,6 +2,7 @@
 
     python -m experiments.quickstart                       # Discrete Latent Codes on handwritten digits
     python -m experiments.quickstart --which=text          # text to image on pairs of handwritten digits
+    python -m experiments.quickstart --which=align         # the same improved by a reward on the pictures
     python -m experiments.quickstart --which=rlhf          # asynchronous RLHF on arithmetic, Elastic Reset on a game
 
 Results in report.html and metrics.json of the work directory. Interrupt it anywhere and run it again: it continues and
@@ -23,6 +24,7 @@ class Quickstart(NamedTuple):
 
 WHICH = {'dlc': Quickstart('dlc', 'dlc/quickstart', 'runs/quickstart'),
          'text': Quickstart('text_to_image', 'dlc/quickstart_text', 'runs/quickstart_text'),
+         'align': Quickstart('align', 'dlc/quickstart_align', 'runs/quickstart_align'),
          'rlhf': Quickstart('rlhf', 'rlhf/quickstart', 'runs/quickstart_rlhf')}
 
 

@@ -50,6 +50,7 @@ EXPERIMENTS = {
     'reward_model': 'experiments.rlhf.supervised.reward_model',
     'dpo': 'experiments.rlhf.supervised.dpo',
     'policy': 'experiments.rlhf.policy.experiment',
+    'align': 'experiments.align.experiment',
     'translation_agent': 'experiments.rlhf.translation.agent',
     'translation_game': 'experiments.rlhf.translation.game',
 }

@@ -66,7 +66,8 @@ def test_runner_has_nothing_heavy_at_module_scope(path):
 COMMON = ('experiments.runtime', 'rlhf_jax')
 MODELS = (*COMMON, 'experiments.rlhf.data', 'experiments.rlhf.models')
 # LLaDA is a LLaMA; weight files and tokenizers know neither images nor language.
-IMAGES = ('experiments.runtime', 'dlc_jax', 'rlhf_jax.models.llama', 'rlhf_jax.weights', 'rlhf_jax.tokenizers')
+IMAGES = ('experiments.runtime', 'dlc_jax', 'rlhf_jax.models.llama', 'rlhf_jax.models.lora', 'rlhf_jax.weights',
+          'rlhf_jax.tokenizers')
 ROOMS = {
     'experiments/runtime': (),
     'experiments/dlc': (*IMAGES, 'experiments.dlc.data'),
@@ -82,6 +83,7 @@ ROOMS = {
     'experiments/rlhf/translation': COMMON,
     'experiments/rlhf/lewis': COMMON,
     'experiments/sweeps': ('experiments.runtime',),
+    'experiments/align': ('experiments.runtime', 'experiments.dlc', 'experiments.rlhf', 'dlc_jax', 'rlhf_jax'),
     'experiments/quickstarts': ('experiments', 'configs', 'dlc_jax', 'rlhf_jax'),
     'configs': ('dlc_jax', 'rlhf_jax'),
     'configs/dlc': ('configs.parts', 'dlc_jax'),

@@ -1,9 +1,9 @@
-"""Every field of the four image experiments, with its unit. A config file starts from one of these and changes
+"""Every field of the image experiments, with its unit. A config file starts from one of these and changes
 lines.
 """
 import ml_collections
 
-from configs.parts import adamw, precision, runner, schedule
+from configs.parts import adamw, learning, precision, runner, schedule
 
 ConfigDict = ml_collections.ConfigDict
 
@@ -151,4 +151,45 @@ def text_to_code() -> ConfigDict:
         sampler=dict(steps=0,  # 0: one a position
                      block_length=0,  # 0: the whole code
                      remasking='random', temperature=0.2, guidance=0.0),  # low_confidence | random; 0: off
+    )).lock()
+
+
+def align() -> ConfigDict:
+    """A text-to-code model trained on the codes it writes, by a reward on their images: batch_size counts captions,
+    num_steps rollout batches."""
+    text = text_to_code()
+    of_text = ('model', 'words', 'tokenizer', 'vocabulary', 'caption_length', 'pretrained', 'sampler')
+    return ConfigDict(dict(
+        experiment='align', **runner(),
+        **{name: text[name] for name in of_text},
+        weights='',  # the run of text_to_code, or of align, to start from; or released weights in `pretrained`
+        lora=dict(rank=0, alpha=32.0, targets=()),  # 0: train all weights; path regexes, (): queries and values
+        likelihood=dict(  # see experiments.align.writer
+            kind='bound',  # bound: for online_dpo and best_of_n | exact: for rloo and grpo, sampler.remasking=random
+            num=8,  # sets of masked positions; of exact, steps of the sampler, 0: all
+        ),
+        generator=dict(
+            path='',  # work directory of a generator, or its released weights; frozen
+            config='',  # of compile checks without a path: a config file such as configs/dlc/generator_imagenet.py:L512
+            vae='',  # of a generator of latents: folder of the released autoencoder
+            sampler=dict(name='', num_steps=0, guidance=0.0),  # '' and 0: as the generator's own config says
+            share_noise=True,  # the K codes of a caption are drawn from the same noise
+            batch_size=0,  # images drawn at once; 0: all of a batch
+        ),
+        reward=dict(
+            kind='model',  # model: a judge or an encoder | function: 'package.module:function' of images and rows
+            model='',  # work directory of the judge or encoder
+            function='',
+            gold='',  # a second one, logged and never trained on: a judge or encoder | package.module:function
+            missing_eos='',  # of texts alone
+            timeout=0.0,  # seconds a batch; 0: none
+            replacement='',  # in place of a reward that is missing (None, NaN), infinite or did not come; '': missing
+            # ones are left out of their groups and not trained on, the others are errors
+        ),
+        data=dict(
+            # Captions: a code store that has them, a .jsonl of {"caption": ..., what rewards need} or a .txt
+            path='', heldout='',
+        ),
+        **learning(),
+        optimizer=adamw(schedule(1e-6), schedule(0.0), clip_norm=1.0),
     )).lock()

@@ -27,7 +27,7 @@ from experiments.runtime.experiment import Experiment
 from experiments.runtime.programs import Program
 from experiments.runtime.state import TrainState
 from experiments.runtime.training import training
-from rlhf_jax.models import llama
+from rlhf_jax.models import llama, lora
 from rlhf_jax.weights import files
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,17 @@ def build(config: Config, mesh: Mesh) -> Experiment:
                       warm_start=(lambda state: warm_start(config, state)) if config.pretrained else None)
 
 
+def init_params(config: Config, key: jax.Array) -> Any:
+    """Fresh parameters of the model that `config` describes, with an adapter where `config.lora.rank` is set."""
+    module = make_model(config)
+    params = module.init(key, jnp.zeros((1, 2), jnp.int32))['params']
+    if not config.get('lora') or not config.lora.rank:
+        return params
+    targets = tuple(config.lora.targets) or llama.LORA_TARGETS
+    return lora.init(jax.random.fold_in(key, 1), module, params, rank=config.lora.rank, alpha=config.lora.alpha,
+                     targets=targets)
+
+
 def check(config: Config, model: llama.Llama, objective: text_to_code.Objective) -> None:
     """Raises a ValueError for codes and captions longer than the model's context, a batch that has no such groups, or
     a sampler that makes no sense."""
@@ -190,6 +201,70 @@ def warm_start(config: Config, state: TrainState) -> TrainState:
     return state.replace(params=params)
 
 
+# ---- Weights of runs -------------------------------------------------------------------------------------------------
+
+RUNS = ('text_to_code', 'align')  # experiments that train this model: on captioned codes, and by a reward on images
+
+
+def load_run(workdir: str | os.PathLike, *, step: int | None = None, field: str = '') -> tuple[Config, Any]:
+    """Config and weights of a run of `RUNS`, in host memory; an adapter is merged into them.
+
+    Args:
+        step: of the checkpoint; None: the newest.
+        field: stands before the path in errors, as in 'weights='.
+
+    Raises:
+        ValueError: no such run, or no checkpoint in it yet.
+    """
+    config = runs.read_config(workdir, *RUNS, field=field)
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    part = 'params' if config.experiment == 'text_to_code' else 'params/policy'
+    params = runs.restore_part(workdir, part, shapes, step)
+    return config, lora.merge(params) if config.get('lora') and config.lora.rank else params
+
+
+# Fields of `model` that say how it computes or was begun, not what it is.
+_MANNER = ('dtype', 'remat', 'unroll', 'attention_impl', 'init_std', 'size')
+
+
+def check_weights(config: Config) -> None:
+    """Raises a ValueError or OSError where the weights that `config` starts from are not there or of another model."""
+    if config.weights and config.pretrained:
+        raise ValueError(f'weights={config.weights} and pretrained={config.pretrained}: a run starts from one of them')
+    if config.pretrained:
+        open_pretrained(config)
+    if not config.weights:
+        return
+    theirs, field = runs.read_config(config.weights, *RUNS, field='weights='), f'weights={config.weights}'
+    a, b = make_model(config), make_model(theirs)
+    for name in type(a).__dataclass_fields__:
+        if name not in (*_MANNER, 'param_dtype', 'parent', 'name') and getattr(a, name) != getattr(b, name):
+            raise ValueError(f'model.{name}={getattr(a, name)!r}, but {field} has {getattr(b, name)!r}')
+    for name in ('num_codes', 'vocab_size'):
+        if config.model[name] != theirs.model[name]:
+            raise ValueError(f'model.{name}={config.model[name]}, but {field} has {theirs.model[name]}')
+    spelled = lambda c: {'words': dict(c.words), 'tokenizer': c.tokenizer, 'vocabulary': tuple(c.vocabulary)}
+    for name, ours in spelled(config).items():
+        if ours != spelled(theirs)[name]:
+            raise ValueError(f'{name}={ours}, but {field} has {spelled(theirs)[name]}; its captions were read so')
+
+
+def load_weights(config: Config, params: Any) -> Any:
+    """`params`, an adapter kept, with the weights of the run `config.weights` or the released ones of
+    `config.pretrained`, laid out as they are; as they are where neither is given."""
+    plain = lora.without(params)
+    if config.weights:
+        check_weights(config)
+        loaded = load_run(config.weights, field='weights=')[1]
+        loaded = placement.place_tree(loaded, jax.tree.map(lambda x: x.sharding, plain))
+    elif config.pretrained:
+        state = TrainState(jnp.int32(0), plain, None, None, jax.random.key(0))
+        loaded = warm_start(config, state).params
+    else:
+        return params
+    return lora.join(params, loaded)
+
+
 # ---- Held out --------------------------------------------------------------------------------------------------------
 
 class HeldOutCaptions(evaluation.Evaluation):
@@ -227,8 +302,8 @@ class TextToCode:
 
     @classmethod
     def load(cls, workdir: str | os.PathLike, step: int | None = None) -> 'TextToCode':
-        """The run in `workdir`, as its newest checkpoint has it, or that of `step`."""
-        config, params = runs.load(workdir, 'text_to_code', build, step=step)
+        """The run of text_to_code or align in `workdir`, as its newest checkpoint has it, or that of `step`."""
+        config, params = load_run(workdir, step=step)
         return cls(config, params, captions_lib.open_tokenizer(config))
 
     def sample(self, key: jax.Array, prompts: Sequence[str], *, num_per_prompt: int = 1, part: range | None = None,

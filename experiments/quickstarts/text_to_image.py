@@ -146,11 +146,10 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
     page.save(workdir / 'report.html')
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
-    """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says."""
-    workdir = stages.claim(config, workdir)
-    clock = stages.Clock(workdir / 'seconds.json')
-    config = config.copy_and_resolve_references()
+def train_models(config: ml_collections.ConfigDict, workdir: pathlib.Path,
+                 clock: stages.Clock) -> dict[str, codestore.CodeStore]:
+    """Trains what `workdir` does not hold yet: encoder, codes, generator, text to code. Returns the stores of codes."""
+    config = config.copy_and_resolve_references().unlock()
 
     # ---- 1, 2: encoder, codes ----------------------------------------------------------------------------------------
     clock.stage('encoder', lambda: train(config.encoder, workdir / 'encoder', name='1/6 encoder'))
@@ -161,13 +160,20 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
             write_codes(encoder, DigitPairs(split, num, heldout=data.heldout, seed=data.split_seed),
                         workdir / 'codes' / split, config.sample_batch)
     clock.stage('codes', encode)
-    stores = {split: codestore.open_code_store(workdir / 'codes' / split) for split in config.num_images}
 
     # ---- 3, 4: generator, text to code -------------------------------------------------------------------------------
     config.generator.data.path = config.text_to_code.data.path = str(workdir / 'codes' / 'train')
     config.text_to_code.data.heldout = str(workdir / 'codes' / 'heldout')
     clock.stage('generator', lambda: train(config.generator, workdir / 'generator', name='3/6 generator'))
     clock.stage('text to code', lambda: train(config.text_to_code, workdir / 'text_to_code', name='4/6 text to code'))
+    return {split: codestore.open_code_store(workdir / 'codes' / split) for split in config.num_images}
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says."""
+    workdir = stages.claim(config, workdir)
+    clock = stages.Clock(workdir / 'seconds.json')
+    stores = train_models(config, workdir, clock)
 
     # ---- 5, 6: samples, numbers, page --------------------------------------------------------------------------------
     sets = clock.stage('samples', lambda: sample_sets(config, workdir, stores))

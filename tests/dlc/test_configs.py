@@ -21,8 +21,10 @@ ARGUMENTS = {
     'generator_digits': ('code', 'class', 'embedding', 'none'),
     'released': ('sem', 'dit', 'sedd', 'llada'),
     'text_to_code_llada': ('L512', 'L128'),
+    'align_digits': ('online_dpo', 'rloo_async', 'elastic_reset'),
+    'align_llada': ('full', 'lora_async'),
 }
-QUICKSTARTS = ('quickstart', 'quickstart_text')
+QUICKSTARTS = ('quickstart', 'quickstart_text', 'quickstart_align')
 FILES = sorted(p.stem for p in (ROOT / 'configs' / 'dlc').glob('*.py')
                if p.stem not in ('__init__', 'base', *QUICKSTARTS))
 # Published counts, where the paper's size is a config (arXiv 2507.12318; without fixed position embeddings).

@@ -14,13 +14,13 @@ import numpy as np
 
 from dlc_jax import convert
 from dlc_jax.convert import llada
+from experiments.dlc import text_to_code
 from experiments.dlc.weights.kinds import published_config
 from experiments.runtime import folders, launch, modules, runs, storage
 from rlhf_jax.models.llama import SIZES, Llama
 from rlhf_jax.tokenizers import JsonTokenizer
 from rlhf_jax.weights import files
 
-EXPERIMENT = 'text_to_code'  # of the work directories that hold one
 SEPARATOR, CODE_TOKEN = '<|start_sem|>', '<|sem_vocab_{}|>'  # names in the released tokenizer
 T = TypeVar('T')
 
@@ -56,9 +56,12 @@ def read_run(workdir: str | os.PathLike, step: int | None = None) -> tuple[Llama
     newest, or that of `step`) has.
 
     Raises:
-        ValueError: no run of text_to_code there, or no checkpoint yet.
+        ValueError: no run of text_to_code or align there, or no checkpoint yet.
     """
-    config = runs.read_config(workdir, EXPERIMENT)
+    config = runs.read_config(workdir, *text_to_code.RUNS)
+    if config.experiment == 'align':  # whose checkpoint has more in it, an adapter perhaps
+        config, params = text_to_code.load_run(workdir, step=step)
+        return text_to_code.make_model(config), params, config
     saved = runs.saved_shapes(workdir, step).get('params/embed')
     if saved is None:
         raise runs.no_checkpoint(workdir)

@@ -1,0 +1,1 @@
+"""Text to image improved by a reward on the images: the one room of the runner that knows both halves."""
