@@ -208,7 +208,7 @@ def test_help_says_how(monkeypatch, capsys):
 
 def test_responses_and_pairs_in_parts_are_those_of_the_whole(runs, tmp_path, monkeypatch, capsys):
     rows = tmp_path / 'rows.jsonl'
-    rows.write_text(''.join(json.dumps({'prompt': f'{i}+{i}=', 'chosen': f' {i}', 'rejected': f' {i}{i}'}) + '\n'
+    rows.write_text(''.join(json.dumps({'prompt': f'{i % 2}+1=', 'chosen': f' {i}', 'rejected': f' {i}{i}'}) + '\n'
                             for i in range(7)))
     made = {'responses': (sample_command.main, f'--policy={runs / "sft"}', f'--prompts={rows}', '--num_samples=2',
                           '--temperature=1', '--max_new_tokens=3', '--batch_size=2'),
@@ -218,6 +218,9 @@ def test_responses_and_pairs_in_parts_are_those_of_the_whole(runs, tmp_path, mon
         out = lambda folder: f'--out={tmp_path}/{folder}/{name}.jsonl'
         command(main, monkeypatch, *arguments, out('whole'))
         whole = (tmp_path / 'whole' / f'{name}.jsonl').read_bytes()
+        if name == 'responses':  # the same prompt in another block has draws of its own
+            drawn = [json.loads(line)['completion'] for line in whole.splitlines()]
+            assert drawn[:2] != drawn[4:6]
         for i in (0, 1):
             command(main, monkeypatch, *arguments, out('parts'), f'--shard={i}/3')
         assert '2 of 3 shards; missing are 2/3' in capsys.readouterr().out
