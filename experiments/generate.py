@@ -13,7 +13,7 @@ import importlib
 import logging
 import time
 
-from experiments.rlhf.policy import rewards, rollouts, waves
+from experiments.rlhf.policy import rewards, roles, rollouts, waves
 from experiments.runtime import fitting, launch, storage
 from experiments.runtime.programs import placed
 from experiments.train import EXPERIMENTS
@@ -57,7 +57,7 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
                          '(rollout.num_generators)')
     names = {'reward.function': rewards.reward_name(config.reward), 'reward.gold': config.reward.gold}
     rewards.check_code(names, f'--workdir={workdir}', trust)
-    folder, mesh = storage.resolve(workdir) / 'rollouts', rollouts.generator_mesh(config)
+    folder, mesh = storage.resolve(workdir) / 'rollouts', roles.generator_mesh(config)
     kind = importlib.import_module(EXPERIMENTS[config.experiment]).KIND
     decoding = kind.decoding(config, mesh)
     weights_of_version = placed(decoding.shapes, decoding.shardings)

@@ -76,7 +76,7 @@ def complete(config: ml_collections.ConfigDict) -> None:
 def mesh_of(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """`config.mesh` over `devices` (default: all) but those that `config.rollout` sets apart to generate."""
     if config.get('rollout'):
-        from experiments.rlhf.policy.rollouts import learner_devices
+        from experiments.rlhf.policy.roles import learner_devices
         return mesh_lib.make_mesh(config.mesh, learner_devices(config, devices))
     return mesh_lib.make_mesh(config.mesh, devices)
 

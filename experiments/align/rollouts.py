@@ -17,7 +17,8 @@ from experiments.align.painter import Painter, noise_keys
 from experiments.align.writer import make_model, make_sampling, make_words
 from experiments.dlc import text_to_code as text_to_code_lib
 from experiments.dlc.data import captions as tokens_lib
-from experiments.rlhf.policy import rollouts
+from experiments.rlhf.policy import generator as generator_lib
+from experiments.rlhf.policy import roles
 from experiments.runtime import exchange, placement
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax.models import llama, lora
@@ -25,7 +26,7 @@ from rlhf_jax.models import llama, lora
 Config = ml_collections.ConfigDict
 
 
-class Decoding(rollouts.SamplerWeights):
+class Decoding(generator_lib.SamplerWeights):
     """The weights of a text-to-code model."""
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -33,7 +34,7 @@ class Decoding(rollouts.SamplerWeights):
                          (*lora.PARTITION_RULES, *llama.PARTITION_RULES), bool(config.lora.rank), mesh)
 
 
-class CodeGenerator(rollouts.Batches):
+class CodeGenerator(generator_lib.Batches):
     """`Batches` of codes and their images.
 
     Raises:
@@ -111,7 +112,7 @@ def write(module: Any, words: text_to_code.Words, sampling: text_to_code.Samplin
 def sampler_program(config: Config, devices: Sequence[jax.Device]) -> tuple[Any, tuple, Mesh]:
     """(jitted program, its abstract arguments, mesh) that writes and draws a whole batch as `devices` would, some of
     which train; for compile checks. Of the images as many are drawn as `generator.batch_size` allows at once."""
-    mesh = rollouts.generator_mesh(config, devices=devices)
+    mesh = roles.generator_mesh(config, devices=devices)
     decoding, painter, rows = Decoding(config, mesh), Painter.shapes(config), mesh_lib.batch_sharding(mesh)
     words, sampling = make_words(config), make_sampling(config)
     num = config.batch_size * config.algorithm.num_samples

@@ -64,7 +64,8 @@ _SETTINGS = {
         Setting('max_length', 'max_position_embeddings', 512),
         Setting('activation', 'activation', 'gelu', 'activation')),
 }
-_FIXED = {'bert': {'num_segments': 2, 'pooled': 'tanh'}, 'distilbert': {'num_segments': 0, 'pooled': 'relu'}}
+_FIXED: dict[str, dict[str, Any]] = {'bert': {'num_segments': 2, 'pooled': 'tanh'},
+                                     'distilbert': {'num_segments': 0, 'pooled': 'relu'}}
 
 
 def from_torch(state_dict: Mapping[str, Any], *, config: Mapping[str, Any],
@@ -87,7 +88,7 @@ def from_torch(state_dict: Mapping[str, Any], *, config: Mapping[str, Any],
     if 'classifier.weight' not in state_dict:
         raise ValueError('convert: there is no tensor classifier.weight; give the folder of a sequence classifier')
     num_labels = shape_of(state_dict, 'classifier.weight', 2)[0]
-    found = _FIXED[kind] | settings.fields_of(config, _SETTINGS[kind])
+    found: dict[str, Any] = _FIXED[kind] | settings.fields_of(config, _SETTINGS[kind])
     if found['width'] % found['num_heads']:
         raise ValueError(f'convert: config has a width of {found["width"]}, which {found["num_heads"]} heads do not '
                          'divide')

@@ -7,7 +7,7 @@ import pytest
 
 from configs.rlhf import base
 from experiments import train
-from experiments.rlhf.policy import rollouts
+from experiments.rlhf.policy import generator as generator_lib
 from experiments.runtime import mesh as mesh_lib
 
 B, P, L = 8, 14, 8
@@ -40,7 +40,7 @@ def devices(count, **sizes):
 def shared_steps():
     """One step for each config and mesh: jax then compiles it once. How batches come about is not the step's business,
     so runs that differ in that alone share it; they share the conversion of weights for decoding as well."""
-    steps, decoders, build, decoding = {}, {}, train.build, rollouts.Decoding
+    steps, decoders, build, decoding = {}, {}, train.build, generator_lib.Decoding
 
     def build_once(config, mesh):
         if config.experiment != 'policy':
@@ -60,5 +60,5 @@ def shared_steps():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, 'build', build_once)
-        patch.setattr(rollouts, 'Decoding', convert_once)
+        patch.setattr(generator_lib, 'Decoding', convert_once)
         yield

@@ -12,6 +12,7 @@ import pytest
 from experiments import generate, train
 from experiments.rlhf.models import architecture
 from experiments.rlhf.policy import experiment as policy
+from experiments.rlhf.policy import generator as generator_lib
 from experiments.rlhf.policy import rollouts
 from experiments.runtime import launch, loop
 from experiments.runtime.metrics import read_metrics
@@ -183,7 +184,7 @@ def test_bad_rows_may_be_left_out(places, caplog):
     at = str(places / 'sums.jsonl')
     config = config_of(data__task='gsm8k', data__path=at, data__options={}, data__num_rows=0, data__skip_bad_rows=True,
                        sampling__max_prompt=100, model__max_length=128)
-    generator = rollouts.Generator(config, devices(1))
+    generator = generator_lib.Generator(config, devices(1))
     assert len(generator._prompts) == 5
     assert 'left out 1 rows of 6' in caplog.text and 'answer' in caplog.text
 

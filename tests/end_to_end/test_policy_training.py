@@ -17,8 +17,9 @@ import pytest
 from configs.rlhf import base
 from experiments import train
 from experiments.rlhf.models import architecture
-from experiments.rlhf.policy import algorithms, rollouts, waves
+from experiments.rlhf.policy import algorithms, roles, waves
 from experiments.rlhf.policy import experiment as policy
+from experiments.rlhf.policy import generator as generator_lib
 from experiments.rlhf.policy import step as policy_step
 from experiments.rlhf.policy.models import PolicyModels
 from experiments.runtime import mesh as mesh_lib
@@ -428,7 +429,7 @@ STALE = dict(count=2, rollout__max_staleness=1, rollout__devices=2)
 def test_synchronous_training_is_the_plain_loop(trained):
     config, mesh = config_of(), devices(1)
     experiment = train.build(config, mesh)
-    generator, decoding = rollouts.Generator(config, mesh), rollouts.Decoding(config, mesh)
+    generator, decoding = generator_lib.Generator(config, mesh), generator_lib.Decoding(config, mesh)
     state = jax.device_get(jax.jit(experiment.init)(jax.random.key(0)))
     _, step = start(config)
     for n in range(config.num_steps):
@@ -492,7 +493,7 @@ def test_resets_are_trained_on_and_published(tmp_path, monkeypatch):
     rows = read_metrics(tmp_path / 'metrics.jsonl')
     resets = policy.elastic_config(config).resets(5)
     assert resets == [1, 3] and [row['reset'] for row in rows] == [0, 1, 0, 0.5]
-    convert_weights = rollouts.Decoding(config, mesh).convert
+    convert_weights = generator_lib.Decoding(config, mesh).convert
     for version in (1, 2, 3, 4):
         assert_equal(published[version], jax.device_get(convert_weights(states[version].params['policy'])))
     assert_equal(states[2].extra['elastic'].ema, states[2].extra['elastic'].init)
@@ -503,10 +504,10 @@ def test_devices_apart():
     """`rollout.devices` leaves the learner the others."""
     config = config_of(rollout__devices=2, mesh=dict(data=-1, fsdp=1, tensor=1), batch_size=12)
     learner = train.mesh_of(config)
-    generator = rollouts.generator_mesh(config, learner)
+    generator = roles.generator_mesh(config, learner)
     assert learner.devices.size == 6 and generator.devices.size == 2
     assert not set(learner.devices.flat) & set(generator.devices.flat)
-    shared = rollouts.generator_mesh(config_of(), devices(3, data=-1))
+    shared = roles.generator_mesh(config_of(), devices(3, data=-1))
     assert list(shared.devices.flat) == jax.devices()[:3]
 
 
@@ -596,16 +597,16 @@ class Rising:
 def sampled():
     """(weights for decoding, batch 3 under version 2) in the plain way."""
     config, mesh = config_of(), devices(1)
-    decoding = rollouts.Decoding(config, mesh)
+    decoding = generator_lib.Decoding(config, mesh)
     params = decoding.convert(stirred(jax.jit(architecture.init_decoder(config))(jax.random.key(0))))
-    return params, rollouts.Generator(config, mesh)(params, index=3, version=2)
+    return params, generator_lib.Generator(config, mesh)(params, index=3, version=2)
 
 
 def test_weights_taken_up_on_the_way(sampled):
     """Tokens of one response are of several versions, each with its own; with equal weights nothing else changes."""
     params, plain = sampled
     weights = Rising(params, 1)
-    batch = rollouts.Generator(config_of(rollout__chunk=3, rollout__max_staleness=1), devices(1), weights)(
+    batch = generator_lib.Generator(config_of(rollout__chunk=3, rollout__max_staleness=1), devices(1), weights)(
         params, index=3, version=2)
     np.testing.assert_array_equal(batch['tokens'], plain['tokens'])
     np.testing.assert_allclose(batch['logprobs'], plain['logprobs'], atol=1e-5)
@@ -619,7 +620,7 @@ def test_weights_taken_up_on_the_way(sampled):
 
 def test_slots_give_the_same_samples(sampled):
     params, plain = sampled
-    batch = rollouts.Generator(config_of(rollout__slots=8), devices(1))(params, index=3, version=2)
+    batch = generator_lib.Generator(config_of(rollout__slots=8), devices(1))(params, index=3, version=2)
     for name in ('tokens', 'mask', 'rewards', 'ended'):
         np.testing.assert_array_equal(batch[name], plain[name], err_msg=name)
     np.testing.assert_allclose(batch['logprobs'], plain['logprobs'], atol=1e-5)
@@ -632,7 +633,7 @@ def test_waves_give_the_same_samples(sampled, prompts):
     config, mesh = config_of(), devices(1)
     config.rollout.memory = waves.wave_bytes(config, prompts, mesh) / waves.GIB
     assert waves.count(config, mesh) == 8 // prompts
-    batch = rollouts.Generator(config, mesh)(params, index=3, version=2)
+    batch = generator_lib.Generator(config, mesh)(params, index=3, version=2)
     for name in ('tokens', 'mask', 'rewards', 'ended'):
         np.testing.assert_array_equal(batch[name], plain[name], err_msg=name)
     np.testing.assert_allclose(batch['logprobs'], plain['logprobs'], rtol=5e-7)  # products of fewer rows: the last bits
@@ -641,8 +642,8 @@ def test_waves_give_the_same_samples(sampled, prompts):
 def test_a_prompt_that_comes_twice_in_a_batch_is_answered_anew():
     """A data set smaller than a batch, or the seam between two epochs."""
     config, mesh = config_of(data__num_rows=5), devices(1)
-    params = rollouts.Decoding(config, mesh).convert(jax.jit(architecture.init_decoder(config))(jax.random.key(0)))
-    batch = rollouts.Generator(config, mesh)(params, index=0, version=0)
+    params = generator_lib.Decoding(config, mesh).convert(jax.jit(architecture.init_decoder(config))(jax.random.key(0)))
+    batch = generator_lib.Generator(config, mesh)(params, index=0, version=0)
     assert len({row.tobytes() for row in batch['tokens'][:, 0, :P]}) == 5
     assert len({row.tobytes() for row in batch['tokens'].reshape(16, -1)[:, P:]}) == 16
 
@@ -714,13 +715,13 @@ def test_a_reward_model_scores_the_last_token(weights, trained):
     config = config_of(reward__kind='model', reward__model=str(root / 'reward_model'), reward__batch_size=6,
                        reward__gold='policy_rewards:ascii_share', num_steps=1)
     fresh = jax.jit(architecture.init_decoder(config))(jax.random.key(0))
-    params = rollouts.Decoding(config, devices(1)).convert(fresh)
-    batch = rollouts.Generator(config, devices(1))(params, index=0, version=0)
+    params = generator_lib.Decoding(config, devices(1)).convert(fresh)
+    batch = generator_lib.Generator(config, devices(1))(params, index=0, version=0)
     module = architecture.reward_model(config.model)
     for i in ((0, 0), (3, 1), (7, 1)):
         mask = np.concatenate([batch['prompt_mask'][i], batch['mask'][i]])
         text = batch['tokens'][i][mask]
         scores = module.apply({'params': value}, text[None])
         assert batch['rewards'][i] == pytest.approx(float(scores[0, -1]), abs=1e-4)
-    plain = rollouts.Generator(config_of(), devices(1))(params, index=0, version=0)
+    plain = generator_lib.Generator(config_of(), devices(1))(params, index=0, version=0)
     np.testing.assert_array_equal(batch['gold'], plain['rewards'])

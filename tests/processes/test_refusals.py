@@ -6,7 +6,7 @@ import pytest
 
 from configs.rlhf import base
 from experiments import evaluate_translation, lewis, quickstart
-from experiments.rlhf.policy import rollouts
+from experiments.rlhf.policy import roles
 
 
 @pytest.mark.parametrize('fields, message', [
@@ -25,12 +25,12 @@ def test_settings_of_one_process(fields, message, monkeypatch):
     monkeypatch.setattr(jax, 'devices', lambda: [Device(i) for i in range(8)])
     monkeypatch.setattr(jax, 'local_device_count', lambda: 4)
     config = base.policy().copy_and_resolve_references()
-    rollouts.check(config)
+    roles.check(config)
     config.rollout.update(dict(devices=4))
-    rollouts.check(config)
+    roles.check(config)
     config.rollout.update(dict(devices=0) | fields)
     with pytest.raises(ValueError, match=message):
-        rollouts.check(config)
+        roles.check(config)
 
 
 @pytest.mark.parametrize('address, message', [('8476', 'must be host:port'), ('host:', 'must be host:port'),
@@ -39,7 +39,7 @@ def test_an_address_that_nobody_can_reach(address, message):
     config = base.policy().copy_and_resolve_references()
     config.rollout.address = address
     with pytest.raises(ValueError, match=f'rollout.address=.* {message}'):
-        rollouts.check(config)
+        roles.check(config)
 
 
 @pytest.mark.parametrize('command, flag', [(lewis, 'workdir'), (quickstart, 'workdir'), (evaluate_translation, 'game')])

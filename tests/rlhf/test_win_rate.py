@@ -8,7 +8,8 @@ import pytest
 
 from configs.rlhf import base
 from experiments.rlhf.data.texts import Encoder
-from experiments.rlhf.policy import rewards, rollouts
+from experiments.rlhf.policy import generator as generator_lib
+from experiments.rlhf.policy import rewards
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax import tokenizers
 
@@ -28,7 +29,7 @@ def test_held_out_responses_are_held_against_the_datas_own(tmp_path, monkeypatch
     (tmp_path / 'length_reward.py').write_text(
         'seen = []\ndef gold(texts, rows):\n    seen.append(list(texts))\n    return [float(len(t)) for t in texts]\n')
     monkeypatch.syspath_prepend(tmp_path)
-    generator = rollouts.Generator(config, ONE)
+    generator = generator_lib.Generator(config, ONE)
     generator._rows = [row | {'reference': row['response']} for row in generator._rows]
     generator.task = dataclasses.replace(generator.task, metrics=None)
     generator.prepare(5)

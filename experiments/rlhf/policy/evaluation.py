@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models.inference import Policy, Progress, Prompt, Responses
-from experiments.rlhf.policy import rollouts
+from experiments.rlhf.policy import roles, rollouts
 from experiments.rlhf.policy.kind import Kind
 from experiments.rlhf.policy.rewards import Completions, Reward
 from experiments.runtime import mesh as mesh_lib
@@ -190,7 +190,7 @@ class HeldOutPrompts(Evaluation):
         heldout = kind.held_out(config)
         # Where the learner's devices generate, they are evaluated on as they generate.
         apart = config.rollout.devices or config.rollout.transport != 'devices'
-        sampling = mesh if apart else rollouts.generator_mesh(config, mesh)
+        sampling = mesh if apart else roles.generator_mesh(config, mesh)
         parts = math.lcm(mesh_lib.batch_shards(mesh) * config.accumulate * config.algorithm.num_minibatches,
                          mesh_lib.batch_shards(sampling))
         heldout.batch_size = min(-(-config.eval_prompts // parts) * parts, config.batch_size)

@@ -13,7 +13,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from experiments.rlhf.policy import algorithms, autoregressive, evaluation, hosts, rollouts
+from experiments.rlhf.policy import algorithms, autoregressive, evaluation, hosts, roles, rollouts
 from experiments.rlhf.policy.footprint import Footprint
 from experiments.rlhf.policy.kind import Kind, Networks
 from experiments.rlhf.policy.step import PolicyStep
@@ -51,7 +51,7 @@ def build_policy(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh) -> E
 
     @functools.cache
     def footprint(devices: tuple[jax.Device, ...] | None = None) -> Footprint:
-        generating = rollouts.generator_mesh(config, mesh, devices)
+        generating = roles.generator_mesh(config, mesh, devices)
         return Footprint(kind, config, mesh, generating, jax.eval_shape(step.init, jax.random.key(0)), networks.rules)
 
     opened: list[rollouts.Rollouts] = []
@@ -106,7 +106,7 @@ def check(kind: Kind, config: ml_collections.ConfigDict, algorithm: algorithms.A
             raise ValueError(f'algorithm.name={config.algorithm.name!r}: {refusals[use]}')
     launch.check_choice('lr_per', config.lr_per, ('step', 'batch'))
     modules.dtype(config.reference, 'reference')
-    rollouts.check(config)
+    roles.check(config)
     evaluation.check(config)
     elastic_config(config)
 

@@ -22,7 +22,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from experiments.rlhf.policy import rollouts
+from experiments.rlhf.policy import roles, rollouts
 from experiments.rlhf.policy.kind import Generator, Kind
 from experiments.runtime import exchange, processes
 from experiments.runtime.passage import Passage
@@ -121,7 +121,7 @@ class Delivered:
 def open_rollouts(kind: Kind, config: ml_collections.ConfigDict, learner: Mesh,
                   workdir: str | os.PathLike) -> rollouts.Rollouts:
     """The stream of a learner on the mesh `learner`, on whatever devices its batches are made."""
-    generating = rollouts.generator_mesh(config, learner)
+    generating = roles.generator_mesh(config, learner)
     if jax.process_index() in exchange.processes_of(generating):
         return rollouts.open_rollouts(kind, config, learner, workdir)
     bound, decoding = config.rollout.max_staleness, kind.decoding(config, generating)
@@ -138,7 +138,7 @@ def generate(kind: Kind, config: ml_collections.ConfigDict, learner: Mesh, workd
     Raises:
         ValueError, OSError: data, tokenizer or rewards that do not fit, before anything is compiled.
     """
-    mesh = rollouts.generator_mesh(config, learner)
+    mesh = roles.generator_mesh(config, learner)
     decoding, make = kind.decoding(config, mesh), kind.generator(config, mesh, None)
     line = Line(learner, mesh, decoding.shapes, decoding.shardings)
     name, text = processes.awaited(STARTED, processes.FINISHED)

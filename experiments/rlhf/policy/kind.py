@@ -99,7 +99,7 @@ class Decoding(Protocol):
 
 
 class Generator(Protocol):
-    """`Generate` of a `RolloutStream` over a data set of prompts: see `rollouts.Batches`."""
+    """`Generate` of a `RolloutStream` over a data set of prompts: see `generator.Batches`."""
 
     @property
     def num_prompts(self) -> int: ...
