@@ -23,6 +23,9 @@ import jax
 import numpy as np
 import pytest
 
+from tests import compiled_once
+
+compiled_once.install()
 jax.config.update('jax_num_cpu_devices', 8)
 
 GOLDEN = pathlib.Path(__file__).parent / 'parity' / 'data' / 'dlc_golden.npz'
@@ -34,6 +37,7 @@ def programs_go_with_their_module():
     """Every compiled program holds memory maps, of which a process may have 65530; past them the compiler crashes."""
     yield
     jax.clear_caches()
+    compiled_once.clear()
     gc.collect()
 
 

@@ -18,6 +18,7 @@ from experiments import train
 from experiments.runtime import exchange, launch, partition
 from experiments.runtime.signals import Stopped, signals
 from policy_runs import shared_steps
+from tests import compiled_once
 
 
 class Kill(Exception):
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument('--slow', type=float, default=0.0, help='seconds that every step takes longer')
     args, _ = launch.parse(parser)
     launch.initialize(args)
+    compiled_once.install()
     with shared_steps():
         for workdir in map(pathlib.Path, args.workdirs.split(',')):
             config = launch.read_config(workdir)

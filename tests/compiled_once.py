@@ -1,0 +1,28 @@
+"""Programs that are compiled once for each text, however often they are wrapped in `jax.jit`.
+
+A run that is killed and resumed, or the same model in two tests, is compiled anew by JAX, whose own cache for such
+cases lies on disk and is left off for several CPU devices (`runtime/launch.py`). This one keeps the programs in memory.
+"""
+from jax._src import cache_key, compiler
+
+_programs = {}
+
+
+def install() -> None:
+    """From now on, in this process, for programs on the CPU."""
+    compile_anew = compiler.compile_or_get_cached
+
+    def compile_once(backend, computation, devices, options, host_callbacks, *args, **kwargs):
+        make = lambda: compile_anew(backend, computation, devices, options, host_callbacks, *args, **kwargs)
+        if host_callbacks or backend.platform != 'cpu':
+            return make()
+        key = cache_key.get(computation, devices, options, backend), tuple(device.id for device in devices.flat)
+        if key not in _programs:
+            _programs[key] = make()
+        return _programs[key]
+
+    compiler.compile_or_get_cached = compile_once
+
+
+def clear() -> None:
+    _programs.clear()
