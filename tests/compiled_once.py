@@ -3,9 +3,13 @@
 A run that is killed and resumed, or the same model in two tests, is compiled anew by JAX, whose own cache for such
 cases lies on disk and is left off for several CPU devices (`runtime/launch.py`). This one keeps the programs in memory.
 """
+import time
+
 from jax._src import cache_key, compiler
 
-_programs = {}
+QUICK, MOST = 0.1, 2000  # seconds of compiling, and how many programs that take no longer outlive their module
+
+_programs, _quick = {}, {}
 
 
 def install() -> None:
@@ -18,11 +22,16 @@ def install() -> None:
             return make()
         key = cache_key.get(computation, devices, options, backend), tuple(device.id for device in devices.flat)
         if key not in _programs:
+            start = time.monotonic()
             _programs[key] = make()
+            if time.monotonic() - start < QUICK and len(_quick) < MOST:
+                _quick[key] = _programs[key]
         return _programs[key]
 
     compiler.compile_or_get_cached = compile_once
 
 
 def clear() -> None:
+    """Forgets all but the operations that every module uses."""
     _programs.clear()
+    _programs.update(_quick)
