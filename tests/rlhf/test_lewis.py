@@ -1,4 +1,6 @@
 """The Lewis game: language, agents, losses in closed form, and the compared methods on a small game."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,12 +174,14 @@ def test_methods_share_their_path_until_they_differ(trained):
     start, runs = trained
     history = {name: h['kl'] for name, (_, h) in runs.items()}
     assert all(h.shape == (4,) for h in history.values())
+    # Each is a program of its own, whose sums XLA may round otherwise; another path would differ in the second digit.
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5)
     for name in ('reset_to_init', 'reset_to_ema', 'elastic_reset'):
-        np.testing.assert_array_equal(history[name][0], history['fixed_reference'][0])
+        same(history[name][0], history['fixed_reference'][0])
     assert history['reset_to_init'][1] == history['reset_to_init'][3] == 0  # it logs after the reset of steps 20 and 40
     jax.tree.map(np.testing.assert_array_equal, runs['reset_to_init'][0]['speaker'], start['speaker'])
     assert 0 < history['elastic_reset'][1] < history['fixed_reference'][1]
-    np.testing.assert_array_equal(history['elastic_reset'][1], history['reset_to_ema'][1])
+    same(history['elastic_reset'][1], history['reset_to_ema'][1])
     assert history['elastic_reset'][3] != history['reset_to_ema'][3]
     listener = runs['elastic_reset'][0]['listener']
     assert np.abs(listener['types']['kernel'] - start['listener']['types']['kernel']).max() > 1e-2  # never reset
