@@ -24,6 +24,8 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
+from experiments.runtime import cores
+
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 40   # without a sign of life, after which a process counts as dead
@@ -39,7 +41,6 @@ FINISHED = 'finished'  # announced when a run has ended
 _run = 0  # counts the runs of this process
 _CORES = 'experiments/cores/'
 _meetings = itertools.count()  # the same in all processes, which meet in the same order
-_sharing = 1  # processes that have the cores of this one
 _first_on_host = True  # whether no process of a lower number is on this machine
 _joined = threading.Event()  # JAX's store aborts a process that asks it anything before it is connected
 
@@ -100,14 +101,14 @@ def join(args: argparse.Namespace) -> None:
 def _look_around(timeout: float) -> None:
     """Finds out which processes of the job are on this machine, and how many may run on the very cores that this one
     may."""
-    global _sharing, _first_on_host
+    global _first_on_host
     from jax._src import distributed
-    state, cores = distributed.global_state, getattr(os, 'sched_getaffinity', lambda pid: ())(0)
-    mine = f'{socket.gethostname()} {sorted(cores)}'
+    state = distributed.global_state
+    mine = f'{socket.gethostname()} {sorted(cores.bound())}'
     state.client.key_value_set(f'{_CORES}{state.process_id}', mine)
     everybody = [state.client.blocking_key_value_get(f'{_CORES}{i}', int(1000 * timeout))
                  for i in range(state.num_processes)]
-    _sharing = everybody.count(mine)
+    cores.share(everybody.count(mine))
     hosts = [theirs.split()[0] for theirs in everybody]
     _first_on_host = hosts.index(socket.gethostname()) == state.process_id
 
@@ -132,12 +133,6 @@ def once_a_host(make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarr
     if _first_on_host:
         shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays until the last process lets go of it
     return shared
-
-
-def usable_cores() -> int:
-    """Cores for this process: those its launcher bound it to, or its share of those that it has with others."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return max(bound // _sharing, 1)
 
 
 def _client() -> Any:

@@ -13,7 +13,7 @@ import sys
 import jax
 import numpy as np
 
-from experiments.runtime import launch, processes
+from experiments.runtime import cores, launch, processes
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     p.add_argument('--killed_at', type=int, default=0)
     args, _ = launch.parse(p)
     launch.initialize(args)
-    print(f'{processes.usable_cores()} cores')
+    print(f'{cores.usable()} cores')
     made = processes.once_a_host(lambda: {'by': np.full(3, jax.process_index())})
     print(f'made by {set(made["by"].tolist())}')
     if args.killed_at:

@@ -13,9 +13,8 @@ from dlc_jax.models.inception import InceptionOutput
 from dlc_jax.preprocess import IMAGENET_MEAN, IMAGENET_STD, CenterCrop
 from experiments.dlc.encoder import Encoder, encode
 from experiments.dlc.weights import reading
+from experiments.runtime import cores, modules, shards, storage
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import modules, shards, storage
-from experiments.runtime.processes import usable_cores
 from rlhf_jax.weights.files import load_state_dict
 
 DINOV2_SIZE = 224  # pixels that DINOv2 is shown, as FD-DINOv2 was published (arXiv 2306.04675)
@@ -81,5 +80,5 @@ def _prepared(transform: Callable[[np.ndarray], np.ndarray], images: np.ndarray,
         if images.shape[-1] != 1:
             raise ValueError(f'the images have {images.shape[-1]} channels, the network reads {channels}')
         images = np.repeat(images, channels, -1)
-    with ThreadPoolExecutor(usable_cores()) as threads:
+    with ThreadPoolExecutor(cores.usable()) as threads:
         return np.stack(list(threads.map(transform, images)))

@@ -16,7 +16,7 @@ import numpy as np
 from dlc_jax.ssl.augment import MultiCrop
 from dlc_jax.ssl.masking import BlockMasking, pack_masks
 from experiments.dlc.data.images import ImageSource
-from experiments.runtime.processes import usable_cores
+from experiments.runtime import cores
 from experiments.runtime.stream import WHOLE, Batch, EpochOrder, Share, Stream
 
 # Streams of random numbers that must not coincide.
@@ -53,7 +53,7 @@ def read_parallel(source: ImageSource, index: Callable[[int], int], make: Callab
         return {'batch': finish(batch, items[0][0] // rows), 'met': met}
 
     # Of the cores that this process may use: eight processes of a node with 32 workers each would be 256.
-    num_workers = min(num_workers, usable_cores())
+    num_workers = min(num_workers, cores.usable())
     items = grain.MapDataset.range(count * rows).map(load)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # grain's worker pool reads absl flags, which this code base does not use
@@ -63,7 +63,7 @@ def read_parallel(source: ImageSource, index: Callable[[int], int], make: Callab
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(options, worker_init_fn=keep_off_accelerators)
     else:
-        num_threads = num_threads or min(16, usable_cores())
+        num_threads = num_threads or min(16, cores.usable())
         ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * rows, num_threads))
         batches = items.to_iter_dataset(ahead).batch(rows, batch_fn=collate)
     for made in batches:

@@ -20,8 +20,7 @@ from experiments.dlc.data import codestore, codestore_shards, memory
 from experiments.dlc.data.decode import SUFFIXES
 from experiments.dlc.data.image_files import is_junk
 from experiments.dlc.data.printable import printable
-from experiments.runtime import png, shards, storage
-from experiments.runtime.processes import usable_cores
+from experiments.runtime import cores, png, shards, storage
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +141,7 @@ def _write_files(out: Any, parts: Sequence[np.ndarray], texts: Sequence[str]) ->
 
     def save(numbered: tuple[int, np.ndarray]) -> None:
         png.save(out / f'{numbered[0]:06d}.png', numbered[1])
-    with ThreadPoolExecutor(usable_cores()) as threads:
+    with ThreadPoolExecutor(cores.usable()) as threads:
         start = 0
         for block in blocks(parts):
             list(threads.map(save, enumerate(block, start)))
