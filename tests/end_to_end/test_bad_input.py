@@ -496,12 +496,13 @@ def test_sample_stopped_by_a_signal_continues(call, generator, tmp_path):
         assert status == 0 and said.strip().endswith('stopped by signal; run the same command to continue')
         assert not (tmp_path / 'cut.npz').exists()
         status, said = call('evaluate', f'--samples={tmp_path}/cut.npz --reference={tmp_path}/whole.npz --inception=x')
-        assert status == 2 and re.search('cut.npz: unfinished, [24] of 10 images; run the same', said)
+        assert status == 2 and re.search('cut.npz: unfinished, [246] of 10 images; run the same', said)
         status, said = call('sample', f'{arguments}{tmp_path}/cut.npz --seed=1')
         assert status == 2 and 'holds a store with seed=0, not 1' in said
         before = len(calls)
         assert call('sample', f'{arguments}{tmp_path}/cut.npz')[0] == 0
-    assert before == 3 and calls[3].start in (2, 4)  # what was written is not made again
+    # The signal is heeded between two batches, of which one more may have begun; what was written is not made again.
+    assert before in (3, 4) and calls[before].start in (2, 4, 6)
     assert (tmp_path / 'cut.npz').read_bytes() == (tmp_path / 'whole.npz').read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ['cut.npz', 'whole.npz']
     with np.load(tmp_path / 'cut.npz') as arrays:
