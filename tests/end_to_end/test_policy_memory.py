@@ -7,7 +7,8 @@ import pytest
 
 from experiments import train
 from experiments.rlhf.models import architecture
-from experiments.rlhf.policy import rewards, rollouts
+from experiments.rlhf.policy import generator as generator_lib
+from experiments.rlhf.policy import rewards
 from experiments.runtime import partition
 from experiments.runtime.programs import bytes_on_device
 from policy_runs import config_of, devices
@@ -53,7 +54,7 @@ def test_residents_are_what_is_live_at_every_moment(apart, reward_model, tmp_pat
     def look(moment, device):
         seen.setdefault(moment, []).append(on(device) - before[device])
 
-    def generate(*args, inner=rollouts.generate_lib.generate, **kwargs):
+    def generate(*args, inner=generator_lib.generate_lib.generate, **kwargs):
         if apart and len(seen.get('sampler', [])) == 1:
             assert published.wait(60)  # the next version comes while this one samples
         look('sampler', last)
@@ -67,7 +68,7 @@ def test_residents_are_what_is_live_at_every_moment(apart, reward_model, tmp_pat
     def scored(self, completions, inner=rewards.RewardModel.__call__):
         look('reward', last)
         return inner(self, completions)
-    monkeypatch.setattr(rollouts.generate_lib, 'generate', generate)
+    monkeypatch.setattr(generator_lib.generate_lib, 'generate', generate)
     monkeypatch.setattr(publish.InProcess, 'publish', publish_one)
     monkeypatch.setattr(rewards.RewardModel, '__call__', scored)
     train.train(config, tmp_path, mesh=learner, hooks=[lambda *_: look('step', everything[0])])
