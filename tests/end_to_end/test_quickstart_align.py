@@ -29,9 +29,9 @@ def test_report_and_metrics_hold_what_is_promised(uninterrupted):
         assert (row['kl'] == 0) == (name == 'fine-tuned')
     for judge in ('proxy', 'gold'):  # of real pictures, whatever was trained
         assert min(metrics['judges'][judge].values()) > 0.6
-    staleness = lambda name: read_metrics(workdir / f'{name}_0' / 'metrics.jsonl')[-1]['token_staleness']
+    staleness = lambda name: read_metrics(workdir / f'{name}_1' / 'metrics.jsonl')[-1]['token_staleness']
     assert staleness('online_dpo') == 0 and staleness('online_dpo_async') == 1
-    assert any(row['reset'] for row in read_metrics(workdir / 'elastic_reset_0' / 'metrics.jsonl'))
+    assert any(row['reset'] for row in read_metrics(workdir / 'elastic_reset_1' / 'metrics.jsonl'))
     page = (workdir / 'report.html').read_text()
     for part in ('Methods', 'Training', 'Before and after, from the same noise', 'both right, unseen pairs',
                  'proxy reward'):
@@ -53,7 +53,7 @@ def test_interrupted_while_a_policy_learns_and_given_the_text_stages_the_numbers
         uninterrupted, tmp_path, monkeypatch):
     whole, metrics = uninterrupted
     again = tmp_path / 'again'
-    shutil.copytree(whole, again, ignore=shutil.ignore_patterns('best_of_n_0*', 'metrics.json', 'text'))
+    shutil.copytree(whole, again, ignore=shutil.ignore_patterns('best_of_n_1*', 'metrics.json', 'text'))
     config = config_lib.get_config('tiny').copy_and_resolve_references()
     config.text = str(whole / 'text')
     (again / 'config.json').unlink()
