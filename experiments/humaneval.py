@@ -9,6 +9,7 @@ The rows of samples.jsonl keep the problems' own fields. Programs have no networ
 """
 import collections
 import concurrent.futures
+import io
 import json
 import os
 
@@ -65,7 +66,8 @@ def read_samples(path: str) -> list[dict[str, str]]:
         ValueError, OSError: nothing there, or a line without one of the fields.
     """
     rows = []
-    for number, line in enumerate(storage.resolve(path).read_text().splitlines(), 1):
+    # Lines end at \n alone: a text may hold other separators, which JSON leaves as they are.
+    for number, line in enumerate(io.StringIO(storage.resolve(path).read_text()), 1):
         try:
             row = json.loads(line)
         except ValueError:

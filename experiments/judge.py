@@ -13,6 +13,7 @@
 Every pair is judged in both orders at temperature 0. Answers are recorded as they come: interrupt it anywhere and run
 it again. A tie, and an answer that is neither, count half; how many there were is reported.
 """
+import io
 import json
 import os
 import pathlib
@@ -91,7 +92,8 @@ def read_rows(flag: str, path: str) -> list[dict[str, Any]]:
         ValueError, OSError: nothing there, or a line that is none of them.
     """
     rows = []
-    for number, line in enumerate(storage.resolve(path).read_text().splitlines(), 1):
+    # Lines end at \n alone: a text may hold other separators, which JSON leaves as they are.
+    for number, line in enumerate(io.StringIO(storage.resolve(path).read_text()), 1):
         try:
             row = json.loads(line)
         except ValueError:

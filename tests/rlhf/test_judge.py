@@ -8,7 +8,7 @@ import pytest
 
 from experiments import judge as command
 from experiments.rlhf.policy import judge
-from experiments.runtime import launch
+from experiments.runtime import launch, storage
 
 
 class Stub(http.server.ThreadingHTTPServer):
@@ -193,3 +193,9 @@ def test_bad_input_is_one_line(arguments, message, responses, tmp_path, monkeypa
             *(argument.format(at=tmp_path) if '{at}' in argument else argument for argument in arguments))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count('\n') == 1
+
+
+def test_a_line_ends_where_json_ends_it(tmp_path):
+    rows = [{'prompt': 'a\u2028b', 'completion': 'c\x85d'}, {'prompt': 'e', 'completion': ''}]
+    storage.write_json_lines(tmp_path / 'rows.jsonl', rows)
+    assert command.read_rows('--responses', str(tmp_path / 'rows.jsonl')) == rows
