@@ -28,6 +28,8 @@ from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.models.classifier import TextClassifier, is_classifier
 from experiments.rlhf.models.inference import Policy, Prompt, Responses
 from experiments.rlhf.policy import evaluation, rewards
+from experiments.rlhf.policy.completions import Reward
+from experiments.rlhf.policy.reward_model import RewardModel
 from experiments.runtime import launch, storage
 from experiments.runtime import steps as steps_lib
 from experiments.runtime.curve import Curve, settings_of
@@ -175,7 +177,7 @@ def fitting(policy: Policy, candidates: Sequence[tasks.Prompt], task: tasks.Task
 
 
 def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | None, task: tasks.Task,
-               data: Mapping[str, Any], policy: Policy, *, read: bool) -> dict[str, rewards.Reward]:
+               data: Mapping[str, Any], policy: Policy, *, read: bool) -> dict[str, Reward]:
     """Reward functions to report: from the flags, else from the run's config, else the task's own rule.
 
     As in training, `reward.missing_eos` of the config stands in place of the reward of a response that does not end.
@@ -202,7 +204,7 @@ def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | Non
                 label = args.label or (config.reward.get('label', '') if uses_config else '')
                 return TextClassifier(path, policy.mesh, label=label, batch_size=args.batch_size)
             tokenizer_lib.check_stage(f'--{name}', path, policy.encode)
-            return rewards.RewardModel(path, policy.mesh, num_ids=policy.tokenizer.vocab_size,
+            return RewardModel(path, policy.mesh, num_ids=policy.tokenizer.vocab_size,
                                        batch_size=args.batch_size, dtype=args.dtype or '',
                                        before_eos=args.gold_before_eos and name == 'gold')
         return rewards.find(f'--{name}', names[name], task, data['task'], model, gold=name == 'gold')

@@ -14,7 +14,8 @@ import numpy as np
 
 from experiments.rlhf.data import texts
 from experiments.rlhf.models import tokenizer as tokenizer_lib
-from experiments.rlhf.policy.rewards import Completions, RewardModel
+from experiments.rlhf.policy.completions import Completions
+from experiments.rlhf.policy.reward_model import RewardModel
 from experiments.runtime import launch, lines, shards, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import steps as steps_lib

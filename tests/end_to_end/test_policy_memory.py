@@ -8,7 +8,7 @@ import pytest
 from experiments import train
 from experiments.rlhf.models import architecture
 from experiments.rlhf.policy import generator as generator_lib
-from experiments.rlhf.policy import rewards
+from experiments.rlhf.policy import reward_model as reward_model_lib
 from experiments.runtime import partition
 from experiments.runtime.programs import bytes_on_device
 from policy_runs import config_of, devices
@@ -65,12 +65,12 @@ def test_residents_are_what_is_live_at_every_moment(apart, reward_model, tmp_pat
         if version == 1:
             published.set()
 
-    def scored(self, completions, inner=rewards.RewardModel.__call__):
+    def scored(self, completions, inner=reward_model_lib.RewardModel.__call__):
         look('reward', last)
         return inner(self, completions)
     monkeypatch.setattr(generator_lib.generate_lib, 'generate', generate)
     monkeypatch.setattr(publish.InProcess, 'publish', publish_one)
-    monkeypatch.setattr(rewards.RewardModel, '__call__', scored)
+    monkeypatch.setattr(reward_model_lib.RewardModel, '__call__', scored)
     train.train(config, tmp_path, mesh=learner, hooks=[lambda *_: look('step', everything[0])])
     small = 6000  # a batch, its keys and its metrics
     assert weights > 5 * small and beside['reward'] > 5 * small  # one copy more or less would show
@@ -87,9 +87,9 @@ def test_a_reward_model_in_the_dtype_that_it_computes_in_scores_the_same():
     tokens = jax.random.randint(jax.random.key(1), (4, 9), 0, 259)
     params = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(2), x.shape),
                           module.init(jax.random.key(0), tokens)['params'])
-    small = rewards.compact(module, params)
+    small = reward_model_lib.compact(module, params)
     back = jnp.zeros(4, jnp.int32)
-    scores = [rewards.last_scores(module, p, tokens, jnp.ones((4, 9), bool), back) for p in (params, small)]
+    scores = [reward_model_lib.last_scores(module, p, tokens, jnp.ones((4, 9), bool), back) for p in (params, small)]
     assert (scores[0] == scores[1]).all() and len(set(scores[0].tolist())) == 4
     dtypes = {name: leaf.dtype for name, leaf in partition.flatten(small).items()}
     assert dtypes['backbone/blocks/attn/qkv/kernel'] == jnp.bfloat16

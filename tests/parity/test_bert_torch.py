@@ -7,8 +7,8 @@ import pytest
 
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models import classifier
-from experiments.rlhf.policy import rewards
-from experiments.rlhf.policy.rewards import Completions
+from experiments.rlhf.policy import reward_model, rewards
+from experiments.rlhf.policy.completions import Completions
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
 from hf_twins import torch, transformers
@@ -148,7 +148,7 @@ def test_a_config_names_it_and_one_copy_is_used(tmp_path):
     scorer = rewards.Scorer.of(config, tasks.Task(), one_device())
     scored = scorer(completions(['the film was '] * 2, ['good', 'bad']))
     assert scored['rewards'].shape == (2,) and 0 < scored['rewards'].min() < scored['rewards'].max() < 1
-    held = rewards.shared(str(tmp_path), one_device(), classifier.TextClassifier, label='POSITIVE', batch_size=64)
+    held = reward_model.shared(str(tmp_path), one_device(), classifier.TextClassifier, label='POSITIVE', batch_size=64)
     assert rewards.Scorer.of(config, tasks.Task(), one_device())._reward is held
 
 

@@ -10,7 +10,7 @@ import pytest
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models import loading
 from experiments.rlhf.models.inference import Policy
-from experiments.rlhf.policy import evaluation, rewards
+from experiments.rlhf.policy import completions, evaluation, reward_model
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax import convert, tokenizers
 from rlhf_jax.models.gpt2 import GPT2
@@ -138,16 +138,16 @@ def test_gold_is_read_at_eos_or_one_before(tmp_path):
     files.save(tmp_path, convert.to_torch('gpt2', module, params), convert.config_of('gpt2', module))
     tokens = np.arange(12).reshape(3, 4).astype(np.int32)
     mask = np.array([[0, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]], bool)
-    batch = rewards.Completions([''] * 3, [{}] * 3, tokens, mask, np.array([True, True, False]))
+    batch = completions.Completions([''] * 3, [{}] * 3, tokens, mask, np.array([True, True, False]))
     values = np.asarray(module.apply({'params': params}, jnp.asarray(tokens), mask=jnp.asarray(mask)))
-    at = rewards.RewardModel(str(tmp_path), ONE, batch_size=2)(batch)
-    before = rewards.RewardModel(str(tmp_path), ONE, batch_size=2, before_eos=True)(batch)
+    at = reward_model.RewardModel(str(tmp_path), ONE, batch_size=2)(batch)
+    before = reward_model.RewardModel(str(tmp_path), ONE, batch_size=2, before_eos=True)(batch)
     np.testing.assert_allclose(at, values[[0, 1, 2], [3, 2, 3]], atol=1e-5)
     np.testing.assert_allclose(before, values[[0, 1, 2], [2, 1, 3]], atol=1e-5)  # the third never ended
-    held = rewards.shared(str(tmp_path), ONE, batch_size=2)
-    assert rewards.shared(str(tmp_path), ONE, batch_size=2) is held
-    assert rewards.shared(str(tmp_path), ONE, batch_size=2, before_eos=True) is not held
+    held = reward_model.shared(str(tmp_path), ONE, batch_size=2)
+    assert reward_model.shared(str(tmp_path), ONE, batch_size=2) is held
+    assert reward_model.shared(str(tmp_path), ONE, batch_size=2, before_eos=True) is not held
     with pytest.raises(ValueError, match='the reward model has 259 tokens, the tokenizer 300'):
-        rewards.RewardModel(str(tmp_path), ONE, num_ids=300)
+        reward_model.RewardModel(str(tmp_path), ONE, num_ids=300)
     with pytest.raises(ValueError, match='holds a reward model, not a policy'):
         loading.load_policy(str(tmp_path))

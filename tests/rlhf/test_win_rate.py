@@ -8,8 +8,8 @@ import pytest
 
 from configs.rlhf import base
 from experiments.rlhf.data.texts import Encoder
+from experiments.rlhf.policy import completions as completions_lib
 from experiments.rlhf.policy import generator as generator_lib
-from experiments.rlhf.policy import rewards
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax import tokenizers
 
@@ -45,7 +45,7 @@ def test_held_out_responses_are_held_against_the_datas_own(tmp_path, monkeypatch
     assert generator.measures(batches, [])['win_rate'] == pytest.approx(4 / 9)
 
     def too_long(completions):
-        raise rewards.TooLong('reads at most 3 tokens')
+        raise completions_lib.TooLong('reads at most 3 tokens')
     monkeypatch.setattr(generator._scorer, '_gold', too_long)
     generator._reference_gold = None
     generator.prepare(5)
@@ -54,7 +54,7 @@ def test_held_out_responses_are_held_against_the_datas_own(tmp_path, monkeypatch
 
 def test_given_responses_follow_their_prompt_and_end(tmp_path):
     tokenizer = tokenizers.ByteTokenizer()
-    completions = rewards.given(Encoder(tokenizer, False, 'bytes'), [[1, 2], [3]],
+    completions = completions_lib.given(Encoder(tokenizer, False, 'bytes'), [[1, 2], [3]],
                                 [{'reference': 'a'}, {'reference': ''}])
     assert completions.texts == ['a', ''] and completions.ended.all()
     assert [row[keep].tolist() for row, keep in zip(completions.tokens, completions.mask)] == [

@@ -5,7 +5,7 @@ import ml_collections
 
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models import tokenizer as tokenizer_lib
-from experiments.rlhf.policy import footprint, rewards
+from experiments.rlhf.policy import footprint, reward_model
 from experiments.rlhf.policy import generator as generator_lib
 from experiments.rlhf.policy.kind import Kind
 from experiments.rlhf.policy.models import PolicyModels, carries_stop_tokens, sampling_of
@@ -64,6 +64,6 @@ KIND = Kind(
     decoding=lambda config, mesh: generator_lib.Decoding(config, mesh),
     generator=lambda config, mesh, weights: generator_lib.Generator(config, mesh, weights),
     sampler_program=None, programs=lambda config, run: footprint.samplers(config, run) + footprint.scorers(config, run),
-    models=lambda config, mesh: {path: params for path, (_, params) in rewards.abstract(config, mesh).items()},
+    models=lambda config, mesh: {path: params for path, (_, params) in reward_model.abstract(config, mesh).items()},
     batch_shapes=batch_shapes, num_tokens=lambda config: architecture.decoder(config.model).vocab_size,
     held_out=held_out)

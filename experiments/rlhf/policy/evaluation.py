@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models.inference import Policy, Progress, Prompt, Responses
 from experiments.rlhf.policy import roles, rollouts
+from experiments.rlhf.policy.completions import Completions, Reward
 from experiments.rlhf.policy.kind import Kind
-from experiments.rlhf.policy.rewards import Completions, Reward
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import placement
 from experiments.runtime.evaluation import Evaluation

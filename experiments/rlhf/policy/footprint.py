@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.rlhf.policy import rewards, rollouts, waves
+from experiments.rlhf.policy import reward_model, rollouts, waves
 from experiments.rlhf.policy.kind import Kind
 from experiments.rlhf.policy.models import sampling_of
 from experiments.runtime import mesh as mesh_lib
@@ -143,11 +143,11 @@ def scorers(config: Config, run: Footprint) -> list[Program]:
     length, out = config.sampling.max_prompt + config.sampling.max_new_tokens, []
     args = tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=batch) for shape, dtype in (
         ((count, length), jnp.int32), ((count, length), bool), ((count,), jnp.int32)))
-    for path, (module, params) in rewards.abstract(config, run.generating).items():
+    for path, (module, params) in reward_model.abstract(config, run.generating).items():
         others = {name: tree for name, tree in run.models.items() if name != path}
         beside = dict(run.beside_sampler()) | {'reward models': others, 'weights for decoding': run.weights}
         out.append(Program('reward' if path == config.reward.model else 'gold reward',
-                           jax.jit(functools.partial(rewards.last_scores, module)), (params, *args), mesh,
+                           jax.jit(functools.partial(reward_model.last_scores, module)), (params, *args), mesh,
                            {name: tree for name, tree in beside.items() if jax.tree.leaves(tree)},
                            times=-(-total // count), knobs=REWARD))
     return out

@@ -14,6 +14,7 @@ from experiments.rlhf.data import tasks
 from experiments.rlhf.data import texts as text_arrays
 from experiments.rlhf.models import architecture
 from experiments.rlhf.models import tokenizer as tokenizer_lib
+from experiments.rlhf.policy import completions as completions_lib
 from experiments.rlhf.policy import rewards, waves
 from experiments.rlhf.policy.models import carries_stop_tokens, sampling_of
 from experiments.runtime import exchange, partition, placement
@@ -193,11 +194,11 @@ class Generator(Batches):
         if self._scorer.has_gold and all(isinstance(row.get('reference'), str) for row in rows):
             try:
                 with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-                    own = rewards.given(self._encode, [self._prompts[i] for i in which], rows).part(
+                    own = completions_lib.given(self._encode, [self._prompts[i] for i in which], rows).part(
                         exchange.portion(self._mesh, num))
                     gold = exchange.gather_rows(self._mesh, {'gold': self._scorer.gold(own)})
                 self._reference_gold = gold['gold']
-            except rewards.TooLong as error:
+            except completions_lib.TooLong as error:
                 log.warning('evaluation has no win rate: of the data\'s own responses one is too long (%s)', error)
 
     def _draw(self, params, version, tokens, mask, keys):
@@ -279,8 +280,8 @@ def finish(tokenizer: Any, scorer: rewards.Scorer, prompts: np.ndarray, prompt_m
     own = lambda x: x[dealt].reshape(-1, x.shape[-1])  # rewards are of a list of completions
     texts, ended = text_arrays.decoded(tokenizer, own(samples.tokens), own(samples.mask),
                                        np.repeat(prompts[dealt], num_samples, 0), own(prompt_mask))
-    scored = scorer(rewards.Completions(texts, [row for row in rows[dealt] for _ in range(num_samples)], own(tokens),
-                                        own(mask), ended))
+    scored = scorer(completions_lib.Completions(
+        texts, [row for row in rows[dealt] for _ in range(num_samples)], own(tokens), own(mask), ended))
     scored = exchange.gather_rows(mesh, scored | {'ended': ended})
     grouped = {name: x.reshape(num_prompts, num_samples) for name, x in scored.items()}
     return {'tokens': tokens, 'prompt_mask': prompt_mask, 'mask': samples.mask, 'logprobs': samples.logprobs} | grouped
