@@ -28,13 +28,16 @@ STEPS = 5
 PPO = dict(algorithm__name='ppo', algorithm__num_minibatches=2, elastic__method='elastic_reset', elastic__period=2,
            eval_every=2, eval_prompts=12, data__heldout='train', reward__gold='task')
 APART = dict(rollout__devices=2, rollout__mesh=dict(data=1, fsdp=-1, tensor=1))
+LORA = dict(lora__rank=2, lora__alpha=4.0)
 POLICIES = {
-    'online_dpo': {}, 'online_dpo stale': dict(rollout__max_staleness=1),
+    'online_dpo': {}, 'online_dpo stale': dict(rollout__max_staleness=1), 'online_dpo lora': LORA,
+    'rloo': dict(algorithm__name='rloo'), 'best_of_n': dict(algorithm__name='best_of_n', algorithm__num_samples=4),
     'ppo': PPO, 'ppo stale': PPO | dict(rollout__max_staleness=1),
     'apart': APART | dict(rollout__max_staleness=1), 'apart in turn': APART,
     'apart, two behind': APART | dict(rollout__max_staleness=2),
+    'files': dict(rollout__max_staleness=1, rollout__transport='files', rollout__mesh=APART['rollout__mesh']),
 }
-TEXTS = ('sft', 'reward_model', 'dpo')
+TEXTS = ('sft', 'sft lora', 'reward_model', 'dpo')
 IMAGES = ('encoder', 'generator', 'code_model', 'text_to_code')
 GAMES = ('translation_agent', 'translation_game')
 
@@ -47,12 +50,14 @@ def config_of(name, store):
             config.weights, config.algorithm.critic_weights = str(store / 'policy'), str(store / 'reward_model')
             config.reward.update(dict(kind='model', model=str(store / 'reward_model'), batch_size=6))
     elif name in TEXTS:
-        config = getattr(base, name)().copy_and_resolve_references().unlock()
+        config = getattr(base, name.split()[0])().copy_and_resolve_references().unlock()
         config.model = policy().model
         config.model.max_length = config.max_length = 64
         config.model.num_heads = 4  # which `tensor` divides
         config.data = policy(data__num_rows=40, data__heldout='train').data
         config.eval_every, config.batch_size = 3, 8
+        if name.endswith('lora'):
+            config.lora.update(dict(rank=2, alpha=4.0))
     elif name in GAMES:
         config = translation.get_config('tiny_speaker' if name == 'translation_agent' else 'tiny_game').unlock()
         config.update_from_flattened_dict({
