@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument('--workdirs', required=True)
     parser.add_argument('--slow', type=float, default=0.0, help='seconds that every step takes longer')
     parser.add_argument('--marks', type=pathlib.Path, help='a file that grows by a byte with every step')
-    parser.add_argument('--raise_after', type=int, default=0, help='steps after which this process fails; 0: it does not')
+    parser.add_argument('--raise_after', type=int, default=0, help='steps after which this process fails')
     args, _ = launch.parse(parser)
     launch.initialize(args)
     taken = itertools.count(1)

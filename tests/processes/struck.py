@@ -24,21 +24,21 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX  # noqa: F401 (imports PyTorch, where there is one, for seconds)
 
-import runs
-from experiments import generate, train  # noqa: F401
+from experiments import train
 from experiments.runtime import launch
 from experiments.runtime.metrics import read_metrics
-from tests.processes import several  # noqa: F401
 
-for module in (*train.EXPERIMENTS.values(), 'experiments.lewis'):  # once, by the server
-    importlib.import_module(module)
+# Imported once, by the server: the commands, and what they import late (tensorboardX takes PyTorch along).
+PRELOADED = ('tensorboardX', 'runs', 'tests.processes.several', 'experiments.generate', 'experiments.lewis',
+             *train.EXPERIMENTS.values())
+for name in PRELOADED:
+    importlib.import_module(name)
 
 TIMES = ('seconds', 'seconds_per_step', 'seconds_waiting_for_batch')
 END_SECONDS = 120  # in which the others end after one has been lost
 JOIN_SECONDS = 30  # for all processes to come
-SETTLE_SECONDS = 6  # in which they usually do; most of the time they are ended then, as a launcher would
+SETTLE_SECONDS = 6  # in which the others usually end; most of the time they are ended then, as a launcher would
 Outcome = tuple[dict[str, np.ndarray], list[dict[str, Any]], list[tuple[int, str, float]]]
 CULPRIT = r'(?:process |task:)(\d+)'
 

@@ -93,7 +93,8 @@ def test_at_random_moments(tmp_path):
         try:
             if turn not in whole:
                 whole[turn] = through(turn, 'whole', 0, None)
-            result = through(turn, 'struck', rng.randint(3, STRIKES[processes]), lambda happened: counts[title].update([happened]))
+            result = through(turn, 'struck', rng.randint(3, STRIKES[processes]),
+                             lambda happened: counts[title].update([happened]))
             struck.assert_same(result, whole[turn])
             compared[title] += 1
         except Exception as error:  # the others are looked at all the same
