@@ -52,9 +52,11 @@ def sft() -> ConfigDict:
     return _language(
         'sft',
         max_length=562,  # tokens of prompt and response; longer ones are left out, counted and logged
+        length_buckets=4,  # lengths that a batch may be cut to, the least that holds its longest text; 1: max_length
         eval_every=0,  # steps between evaluations on data.heldout, and at the end; 0: none
         train_on_prompt=True,
-        packing=False,  # several texts a row, attention kept within each
+        packing=False,  # several texts a row, attention kept within each; batch_size counts rows
+        pack_batch=False,  # the texts of a batch, which batch_size counts, in as few rows as hold them: the same loss
         optimizer=adamw(schedule(1e-5, decay='cosine'), schedule(0.0)),
     ).lock()
 
@@ -64,6 +66,7 @@ def reward_model() -> ConfigDict:
     return _language(
         'reward_model',
         max_length=638,  # tokens of prompt and response
+        length_buckets=4,  # lengths that a batch may be cut to, the least that holds its longest text; 1: max_length
         eval_every=0,  # steps between evaluations on data.heldout, and at the end; 0: none
         margin=0.0, centering=0.0,  # of the Bradley-Terry loss
         optimizer=adamw(schedule(1e-5, decay='cosine'), schedule(0.0)),
@@ -75,6 +78,7 @@ def dpo() -> ConfigDict:
     return _language(
         'dpo',
         max_length=638,
+        length_buckets=4,  # lengths that a batch may be cut to, the least that holds its longest text; 1: max_length
         eval_every=0,  # steps between evaluations on data.heldout, and at the end; 0: none
         loss=dict(beta=0.1, loss_type='sigmoid'),  # sigmoid | ipo
         optimizer=adamw(schedule(3e-6, decay='linear'), schedule(0.0)),
@@ -94,6 +98,9 @@ def policy() -> ConfigDict:
             max_prompt=512,  # tokens; longer prompts are left out, counted and logged
             buckets=(),  # prompt lengths to compile for; (): max_prompt alone
         ),
+        # Lengths that the learner's prompts may be cut to, and as many of responses: the least that hold the batch's
+        # longest. 1: max_prompt and max_new_tokens.
+        length_buckets=3,
         reward=dict(
             kind='task',  # task: its rule | model: a reward model | function: 'package.module:function'
             model='',  # a Hugging Face folder, or the work directory of a reward_model run

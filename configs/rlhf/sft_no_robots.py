@@ -6,8 +6,9 @@
 Data: a folder with splits train (9,500 rows of `messages`) and test. Two epochs in batches of 128, learning rate 5e-6
 falling linearly to 0 after 3 % of warm-up, no weight decay, 4096 tokens; that answers alone are trained on is our
 choice. That is the paper's text; its code has three epochs in batches of 224 (--config.batch_size=224
---config.num_steps=127). The published RL runs had eight GPUs. 16 bytes for each of 8.0 billion parameters, 120 GiB in
-all, before what the backward pass keeps.
+--config.num_steps=127). The texts of a batch are packed, each by itself, which leaves its loss what it is. The
+published RL runs had eight GPUs. 16 bytes for each of 8.0 billion parameters, 120 GiB in all, before what the backward
+pass keeps.
 """
 from configs.rlhf import base
 
@@ -22,6 +23,7 @@ def get_config():
     config.weights = config.tokenizer = 'models/Llama-3.1-8B'
     config.data.update(dict(task='no_robots', path='data/no_robots', heldout='test'))
     config.max_length, config.train_on_prompt = 4096, False
+    config.pack_batch = True
     config.optimizer.learning_rate.update(
         dict(peak=5e-6, warmup_steps=round(0.03 * config.num_steps), first_step=1, decay='linear'))
     config.eval_every = 50

@@ -7,7 +7,8 @@ Data: a folder with the splits train and validation of the OpenAI TL;DR comparis
 rows), raw (subreddit, title, post, summary) or prepared (query, reference_response). One epoch; all tokens are trained
 on, those of the prompt as well. Batches are those of one GPU of the published scripts, which do not say how many there
 were; they compute in float16 (410m: bfloat16), here it is bfloat16 over float32 weights. Texts have at most 562 tokens
-and longer ones are left out; the published script cuts at 580.
+and longer ones are left out; the published script cuts at 580. It packs no rows; here the texts of a batch are
+packed, each by itself, which leaves the batch and its loss what they are.
 
 Without the released folders, `experiments.train --dry_run` still says what a run needs: every parameter costs 16 bytes
 (weight, two moments, gradient), spread over the devices of mesh axis fsdp.
@@ -28,6 +29,7 @@ def get_config(size: str = '410m'):
     config.weights = config.tokenizer = f'models/pythia-{size}-deduped'
     config.data.update(dict(task='tldr', path='data/tldr', heldout='validation'))
     config.max_length = 562
+    config.pack_batch = True
     config.optimizer.learning_rate.update(dict(peak=1e-5, decay='cosine'))
     config.eval_every = 500
     return config

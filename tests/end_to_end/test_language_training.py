@@ -310,3 +310,17 @@ def test_batches_hold_what_the_experiment_says():
         assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {
             k: (x.shape, x.dtype) for k, x in experiment.batch.items()}
         assert kind != 'sft' or batch['mask'].max() > 1  # rows do hold several texts
+
+
+def test_a_step_on_a_packed_batch_is_the_step_on_its_texts():
+    """Four microbatches of two texts: two of two rows."""
+    found = []
+    for pack_batch in (False, True):
+        config = config_of('sft', packing=False, pack_batch=pack_batch, accumulate=4)
+        experiment = train.build(config, one_device())
+        batch = next(experiment.open_batches())
+        assert len(batch['tokens']) == (4 if pack_batch else 8)
+        found.append(jax.jit(experiment.step)(jax.jit(experiment.init)(jax.random.key(0)), batch))
+    (state, metrics), (packed_state, packed_metrics) = found
+    chex.assert_trees_all_close(packed_metrics, metrics, rtol=1e-5)
+    chex.assert_trees_all_close(packed_state.params, state.params, atol=2e-5)

@@ -166,8 +166,9 @@ def test_preferences():
 
 
 def test_batches_cover_an_epoch_and_continue_where_they_were():
-    config = ml_collections.ConfigDict(dict(batch_size=2, seed=3))
-    stream, other = (texts.batches({'x': np.arange(6)}, config) for _ in range(2))
+    config = ml_collections.ConfigDict(dict(batch_size=2, seed=3, max_length=4, length_buckets=1))
+    rows = {'x': np.arange(6), 'mask': np.ones((6, 4), bool)}
+    stream, other = (texts.batches(rows, config) for _ in range(2))
     seen = [next(stream)['x'] for _ in range(3)]
     assert sorted(np.concatenate(seen)) == list(range(6))
     other.set_state(stream.get_state())

@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from experiments.rlhf.data import lengths
 from experiments.runtime import placement
 from experiments.runtime.stream import ArrayBatches
 from rlhf_jax import chat
@@ -207,10 +208,90 @@ def _short_enough(items: list[Any], max_length: int, lengths: Sequence[int], wha
 
 # ---- Streams ---------------------------------------------------------------------------------------------------------
 
+class TextBatches(ArrayBatches):
+    """Endless batches of this process's rows, shuffled anew each epoch and cut to the least of a few lengths that holds
+    the longest row of the whole batch, those of other processes included.
+
+    Args:
+        arrays: rows padded on the right.
+        config: of the run.
+        share: which rows of a batch this process provides.
+    """
+
+    def __init__(self, arrays: Arrays, config: ml_collections.ConfigDict, share: placement.Share = placement.WHOLE):
+        super().__init__(arrays, config.batch_size, seed=config.seed, share=share)
+        self._lengths = lengths.lengths(config.max_length, config.length_buckets)
+        self._row_lengths = lengths.row_lengths(arrays)
+
+    def _whole(self) -> np.ndarray:
+        """Rows int64 [batch_size] of `arrays` that the batch has, over all processes."""
+        return self._order(self._position + np.arange(self._batch_size))
+
+    def _draw(self) -> Arrays:
+        return lengths.cut_rows(super()._draw(), lengths.least(self._lengths, self._row_lengths[self._whole()].max()))
+
+
+class PackedTextBatches(TextBatches):
+    """Batches of texts, each batch packed into as few rows as hold it: the same texts a step, and the same loss up to
+    rounding where it is a mean over tokens.
+
+    The number of rows is one of a few (`row_counts`), all multiples of a microbatch; rows left over are padding.
+
+    Args:
+        arrays: `demonstrations` that are not packed.
+    """
+
+    def __init__(self, arrays: Arrays, config: ml_collections.ConfigDict, share: placement.Share = placement.WHOLE):
+        super().__init__(arrays, config, share)
+        self._share, self._max_length = share, config.max_length
+        self._row_counts = row_counts(config.batch_size, config.accumulate)
+
+    def _draw(self) -> Arrays:
+        texts = self._whole()
+        groups = pack(self._row_lengths[texts].tolist(), self._max_length)
+        rows = self._share.rows(lengths.least(self._row_counts, len(groups)))
+        return packed([texts[groups[row]].tolist() if row < len(groups) else [] for row in rows.tolist()], self._arrays,
+                      self._row_lengths)
+
+
+def row_counts(batch_size: int, accumulate: int) -> tuple[int, ...]:
+    """Numbers of rows that a batch of `batch_size` texts may be packed into, ascending: 1, 2, 3, 4, 6, 8, 12, 16, ...
+    microbatches of the size that `accumulate` gives, up to all of them."""
+    counts = {count for power in range(accumulate.bit_length()) for count in (2 ** power, 3 * 2 ** power)}
+    return tuple(batch_size // accumulate * count for count in sorted(counts | {accumulate}) if count <= accumulate)
+
+
+def packed(groups: Sequence[Sequence[int]], arrays: Arrays, row_lengths: np.ndarray) -> Arrays:
+    """Rows that hold several of the texts of `demonstrations` each.
+
+    Args:
+        groups: texts of each row, none for a row of padding.
+        arrays: `tokens`, `mask`, `prompt_mask`, [N, T].
+        row_lengths: int [N], tokens of each text.
+
+    Returns:
+        The same arrays [len(groups), T], `mask` int32 as of packed `demonstrations`; tokens of padding are 0.
+    """
+    shape = len(groups), arrays['tokens'].shape[1]
+    out = {'tokens': np.zeros(shape, np.int32), 'mask': np.zeros(shape, np.int32),
+           'prompt_mask': np.zeros(shape, bool)}
+    for row, group in enumerate(groups):
+        start = 0
+        for number, text in enumerate(group, 1):
+            length = row_lengths[text]
+            span = slice(start, start + length)
+            out['tokens'][row, span] = arrays['tokens'][text, :length]
+            out['prompt_mask'][row, span] = arrays['prompt_mask'][text, :length]
+            out['mask'][row, span] = number
+            start += length
+    return out
+
+
 def batches(arrays: Arrays, config: ml_collections.ConfigDict,
-            share: placement.Share = placement.WHOLE) -> ArrayBatches:
-    """Endless batches of this process's rows, shuffled anew each epoch."""
-    return ArrayBatches(arrays, config.batch_size, seed=config.seed, share=share)
+            share: placement.Share = placement.WHOLE) -> TextBatches:
+    """The stream of batches that `config` describes."""
+    stream = PackedTextBatches if config.get('pack_batch') else TextBatches
+    return stream(arrays, config, share)
 
 
 def decoded(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray, prompts: np.ndarray | None = None,

@@ -1,8 +1,12 @@
 """The first kind of policy: a decoder that writes its response token by token after the prompt."""
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_collections
 
+from experiments.rlhf.data import lengths
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy import footprint, reward_model
@@ -17,6 +21,7 @@ def check(config: Config) -> None:
     """Raises a ValueError for settings of the sampler that cannot work."""
     sampling, module = config.sampling, architecture.decoder(config.model)
     sampling_of(config)
+    lengths.check(config)
     if sampling.temperature <= 0:
         raise ValueError(f'sampling.temperature={sampling.temperature} must be positive: the learner needs the '
                          'probabilities that tokens were drawn with')
@@ -49,6 +54,13 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return shapes
 
 
+def shortened(config: Config, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Cuts prompts and responses of a rollout batch, each to one of `length_buckets` lengths."""
+    sampling, count = config.sampling, config.length_buckets
+    return lengths.cut_rollouts(batch, lengths.lengths(sampling.max_prompt, count),
+                                lengths.lengths(sampling.max_new_tokens, count))
+
+
 def held_out(config: Config) -> Config:
     """`config` with the prompts of `data.heldout`, sampled all at once."""
     config = config.copy_and_resolve_references()
@@ -66,4 +78,4 @@ KIND = Kind(
     sampler_program=None, programs=lambda config, run: footprint.samplers(config, run) + footprint.scorers(config, run),
     models=lambda config, mesh: {path: params for path, (_, params) in reward_model.abstract(config, mesh).items()},
     batch_shapes=batch_shapes, num_tokens=lambda config: architecture.decoder(config.model).vocab_size,
-    held_out=held_out)
+    held_out=held_out, shortened=shortened)

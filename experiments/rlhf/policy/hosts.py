@@ -10,6 +10,7 @@ Between the two, generators make the next batch, of the version they have just g
 that of one process with as many devices apart: of version max(0, i - S).
 """
 import collections
+import functools
 import json
 import logging
 import os
@@ -129,7 +130,8 @@ def open_rollouts(kind: Kind, config: ml_collections.ConfigDict, learner: Mesh,
     delivered = Delivered(line, config.num_steps, bound, first=lambda: stream.produced)
     stream = RolloutStream(delivered, delivered, max_staleness=bound, threaded=False, late=True,
                            num_batches=config.num_steps)
-    return rollouts.Rollouts(stream, decoding.convert, learner, config.num_steps, kind.num_tokens(config))
+    return rollouts.Rollouts(stream, decoding.convert, learner, config.num_steps, kind.num_tokens(config),
+                             shortened=functools.partial(kind.shortened, config))
 
 
 def generate(kind: Kind, config: ml_collections.ConfigDict, learner: Mesh, workdir: str | os.PathLike) -> None:

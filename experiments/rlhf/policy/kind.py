@@ -136,6 +136,8 @@ class Kind(NamedTuple):
         models: (config, the generators' mesh) -> parameters of reward models by path, `jax.ShapeDtypeStruct` with
             shardings.
         programs: (config, `footprint.Footprint`) -> the programs that sample and reward, for compile checks.
+        shortened: (config, batch) -> the rollout batch as the learner trains on it, without padding that no row needs;
+            a function of the batch alone, for all processes must find the same shapes.
     """
     settled: Callable[[Config], Config]
     check: Callable[[Config], None]
@@ -150,3 +152,4 @@ class Kind(NamedTuple):
     held_out: Callable[[Config], Config]
     models: Callable[[Config, Mesh], dict[str, Any]] = lambda config, mesh: {}
     programs: Callable[[Config, Any], list[Program]] | None = None
+    shortened: Callable[[Config, Mapping[str, Any]], Mapping[str, Any]] = lambda config, batch: batch

@@ -75,13 +75,15 @@ class Rollouts:
         num_steps: of the run; nothing is published after the last.
         vocab_size: ids of the policy; a batch with others (a generator of another model, a damaged file) is refused.
         held: the transport, where what was published is on devices of this process.
+        shortened: batch -> the batch without padding that no row needs (`kind.Kind.shortened`).
     """
 
     def __init__(self, stream: RolloutStream, convert: Callable[[Any], Any], mesh: Mesh, num_steps: int,
-                 vocab_size: int | None = None, held: publish.InProcess | None = None):
+                 vocab_size: int | None = None, held: publish.InProcess | None = None,
+                 shortened: Callable[[Any], Any] = lambda batch: batch):
         self._stream, self._convert, self._num_steps, self._vocab_size = stream, convert, num_steps, vocab_size
         self._sharding, self._held = mesh_lib.batch_sharding(mesh), held
-        self._failed = False
+        self._failed, self._shortened = False, shortened
 
     def publish(self, version: int, state: Any) -> None:
         """Before the first batch, and after every step but the last."""
@@ -106,7 +108,7 @@ class Rollouts:
         try:
             batch = next(self._stream)
             batch_lib.check(batch, 'a rollout batch', self._vocab_size)
-            return placement.place_tree(batch, self._sharding)
+            return placement.place_tree(self._shortened(batch), self._sharding)
         except Interrupted:
             raise
         except Exception:
@@ -166,4 +168,5 @@ def open_rollouts(kind: Kind, config: ml_collections.ConfigDict, mesh: Mesh, wor
     convert, held = decoding.convert, None
     if rollout.transport == 'devices':
         convert, held = snapshots(decoding, generating, mesh), weights
-    return Rollouts(stream, convert, mesh, config.num_steps, kind.num_tokens(config), held)
+    return Rollouts(stream, convert, mesh, config.num_steps, kind.num_tokens(config), held,
+                    functools.partial(kind.shortened, config))

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.rlhf.data import tasks, texts
+from experiments.rlhf.data import lengths, tasks, texts
 from experiments.rlhf.models import adapters, architecture, loading
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.runtime import evaluation, optim, placement, processes
@@ -37,7 +37,7 @@ class Objective:
         rows: (params, reference, batch) -> {name: [B]}, from which `reduce` makes the metrics of any number of rows.
         reduce: {name: [N]} -> metrics, among them `loss`.
         open: (config, split) -> arrays of the whole split.
-        batch: shapes and dtypes of a batch.
+        batch: shapes and dtypes of a batch at its longest; batches may have shorter rows, and packed ones fewer.
         prepare: batch -> batch, before it is cut into microbatches.
         prefix: where the decoder's parameters sit.
         trained: regexes of parameters that are trained beside an adapter.
@@ -69,6 +69,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
     if config.max_length > limit:
         raise ValueError(f'max_length={config.max_length} exceeds the context of the model, model.max_length={limit}')
     evaluation.check_every(config)
+    lengths.check(config)
     shards, adapted = mesh_lib.batch_shards(mesh), config.lora.rank > 0
 
     def init_params(key):
@@ -96,9 +97,12 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
 
     def step(state, batch):
         frozen, trained = divide(state.params)
+        # A packed batch has fewer rows: as many less microbatches, of the size that all have.
+        rows = len(next(iter(batch.values())))
+        accumulate = rows // (config.batch_size // config.accumulate)
         (value, metrics), grads = optim.value_and_grad(
             lambda p, b, r: loss(lora.join(frozen, p), state, b, r), trained, objective.prepare(dict(batch)),
-            jax.random.fold_in(state.rng, state.step), config.accumulate, shards)
+            jax.random.fold_in(state.rng, state.step), accumulate, shards)
         trained, opt_state, norm = optim.apply(tx, grads, state.replace(params=trained))
         return (state.replace(step=state.step + 1, params=lora.join(frozen, trained), opt_state=opt_state),
                 metrics | {'loss': value, 'grad_norm': norm})
@@ -143,6 +147,8 @@ class HeldOutTexts(evaluation.Evaluation):
                  reduce: Callable[[Mapping[str, Any]], Metrics], writer: Any):
         super().__init__(config.eval_every, config.num_steps, writer)
         self._mesh, self._arrays, self._size = mesh, arrays, config.batch_size // config.accumulate
+        self._lengths = lengths.lengths(config.max_length, config.length_buckets)
+        self._row_lengths = lengths.row_lengths(arrays)
         self._rows = jax.jit(rows, out_shardings=mesh_lib.replicated(mesh))
         self._reduce = reduce
 
@@ -151,7 +157,9 @@ class HeldOutTexts(evaluation.Evaluation):
         num, sharding = len(next(iter(self._arrays.values()))), mesh_lib.batch_sharding(self._mesh)
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
             for index, count in evaluation.full_batches(num, self._size):
-                batch = placement.place_tree({name: array[index] for name, array in self._arrays.items()}, sharding)
+                length = lengths.least(self._lengths, self._row_lengths[index].max())
+                rows = lengths.cut_rows({name: array[index] for name, array in self._arrays.items()}, length)
+                batch = placement.place_tree(rows, sharding)
                 parts.append({name: np.asarray(x)[:count] for name, x in self._rows(state, batch).items()})
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return {f'heldout_{name}': float(value) for name, value in self._reduce(whole).items()}
