@@ -40,7 +40,7 @@ def precision() -> dict:
         dtype='float32',  # compute: float32 | bfloat16; parameters stay float32
         remat='none',  # none | full | dots | dots_no_batch
         unroll=False,  # emit blocks one after another: slower to compile, at times faster to run
-        attention_impl='auto',  # auto: the fused kernel where there is one | xla | cudnn
+        attention_impl='auto',  # auto: the fused kernel where there is one | xla | cudnn | splash
     )
 
 

@@ -159,7 +159,7 @@ def attention(q: Array, k: Array, v: Array, *, impl: str = 'auto') -> Array:
 
     Args:
         q, k, v: [B, N, H, D].
-        impl: 'auto', 'xla' or 'cudnn', see `rlhf_jax.models.attention.choose`.
+        impl: 'auto', 'xla', 'cudnn' or 'splash', see `rlhf_jax.models.attention.choose`.
 
     Returns:
         [B, N, H, D] in the dtype of `v`.

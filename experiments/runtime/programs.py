@@ -82,9 +82,14 @@ def matmul_flops(jaxpr: Any) -> float:
 
 
 def _trips(eqn: Any) -> int:
-    """How often a loop's body runs: of a `while` as often as the number that its condition counts up to lets it."""
+    """How often a loop's body runs: of a `while` as often as the number that its condition counts up to lets it, of a
+    Pallas kernel once for each point of its grid, of what is written for one device once on each."""
     if eqn.primitive.name == 'scan':
         return eqn.params['length']
+    if eqn.primitive.name == 'pallas_call':
+        return math.prod(eqn.params['grid_mapping'].grid)
+    if eqn.primitive.name == 'shard_map':
+        return math.prod(eqn.params['mesh'].shape[axis] for axis in eqn.params['manual_axes'])
     if eqn.primitive.name != 'while':
         return 1
     bounds = [operand.val for test in eqn.params['cond_jaxpr'].jaxpr.eqns if test.primitive.name == 'lt'

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.models import splash_attention as splash
+
 Array = jax.Array
 
-IMPLEMENTATIONS = ('auto', 'xla', 'cudnn')
+IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'splash')
 
 
 def target() -> tuple[str, str]:
@@ -39,41 +41,60 @@ def _widest_head() -> int:
 
 
 def choose(impl: str, q: Array) -> str:
-    """'xla' or 'cudnn' for queries [B, T, H, D].
+    """'xla', 'cudnn' or 'splash' for queries [B, T, H, D].
 
     Args:
-        impl: 'auto' takes the fused kernel where the target has one for this call; the others take what they name.
+        impl: 'auto' takes the fused kernel where the target has one for this call: in half precision cuDNN on NVIDIA
+            GPUs, and on TPUs splash attention for rows of at least one of its blocks. The others take what they name.
 
     Raises:
-        ValueError: `impl` is not one of `IMPLEMENTATIONS`, or 'cudnn' for what cuDNN does not compute.
+        ValueError: `impl` is not one of `IMPLEMENTATIONS`, 'cudnn' for what cuDNN does not compute, or 'splash' where
+            there is no TPU.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f'attention_impl={impl!r} is not one of {IMPLEMENTATIONS}')
     if impl == 'cudnn' and not cudnn_takes(q):
         raise ValueError(f"attention_impl='cudnn' wants bfloat16 or float16 and heads of a multiple of 8 up to "
                          f"{_widest_head()}, got {q.dtype} and heads of {q.shape[-1]}; 'auto' takes another path there")
+    platform, kind = target()
+    if impl == 'splash' and platform != 'tpu':
+        raise ValueError(f"attention_impl='splash' is a kernel for TPUs, and these devices are of platform "
+                         f"{platform!r}; 'auto' takes what they have")
     if impl != 'auto':
         return impl
-    platform, kind = target()
+    if platform == 'tpu' and q.dtype == jnp.bfloat16 and q.shape[1] >= splash.LANES:
+        return 'splash'
     return 'cudnn' if platform == 'gpu' and 'NVIDIA' in kind and cudnn_takes(q) else 'xla'
 
 
-def fused(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False,
-          impl: str = 'auto') -> Array | None:
+def fused(q: Array, k: Array, v: Array, *, mask: Array | None = None, segments: Array | None = None,
+          causal: bool = False, impl: str = 'auto') -> Array | None:
     """Softmax attention by a fused kernel; None where the plain formula is to be computed.
 
     Args:
         q: [B, T, H, D].
         k, v: [B, S, Hkv, D]; each is read by H / Hkv queries.
         mask: bool [B, 1, T, S] or broadcast to it, which keys a query sees; None: all.
+        segments: int32 [B, T], where they say the same as `mask` (T = S): a query sees the keys of its own segment.
         causal: and no later ones (T = S).
         impl: see `choose`.
 
     Returns:
         [B, T, H, D] in the dtype of `v`. A query that sees no key gets something finite.
+
+    Raises:
+        ValueError: see `choose`; or 'splash' for a mask that is none of segments.
     """
-    if choose(impl, q) == 'xla':
+    kernel = choose(impl, q)
+    if kernel == 'xla':
         return None
+    if kernel == 'splash':
+        if impl == 'auto' and (splash.layout(q, k) is None or mask is not None and segments is None):
+            return None
+        if mask is not None and segments is None:
+            raise ValueError("attention_impl='splash' has no window over tokens that are masked one by one; 'auto' "
+                             'takes another path there')
+        return splash.splash_attention(q, k, v, segments=segments, causal=causal)
     length, keys = q.shape[1], k.shape[1]
     q, k, v = (even(x) for x in (q, k, v))
     how: dict[str, Any] = dict(is_causal=causal, implementation='cudnn')

@@ -62,10 +62,12 @@ class Context:
     Attributes:
         rotary: of `layers.rotary`; None for models with learned positions.
         mask: bool [B, 1, T, S], which keys a query sees; None: decided by causality alone.
+        segments: int32 [B, T], where without a cache they say the same: a query sees its own segment.
         index: slot of the first of the T tokens in the cache; None without one.
     """
     rotary: Any = None
     mask: Array | None = None
+    segments: Array | None = None
     index: Array | None = None
 
 
@@ -104,6 +106,7 @@ def prepare(tokens: Array, mask: Array | None, positions: Array | None, cache: C
             raise ValueError(f'{name} has shape {x.shape}, expected that of the tokens, {tokens.shape}')
     batch, length = tokens.shape
     if cache is None:
+        segments = None if mask is None else mask.astype(jnp.int32)
         if mask is None:
             default, visible = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape), None
         else:
@@ -112,8 +115,8 @@ def prepare(tokens: Array, mask: Array | None, positions: Array | None, cache: C
             visible = visible[:, None]
         if 0 < window < length:  # a shorter row lies within it
             near = (default[:, :, None] - default[:, None, :] < window)[:, None]
-            visible = near if visible is None else visible & near
-        return (default if positions is None else positions), Context(mask=visible)
+            visible, segments = near if visible is None else visible & near, None
+        return (default if positions is None else positions), Context(mask=visible, segments=segments)
 
     if batch != cache.mask.shape[0] or length > cache.length:
         raise ValueError(f'tokens have shape {tokens.shape}, the cache {cache.mask.shape[0]} rows of {cache.length}')
@@ -140,8 +143,8 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
         k, v: [B, T, Hkv, D]; each is read by H / Hkv queries.
         kv: keys and values of the layer in the cache, [B, Hkv, S, D].
         causal: a token does not see later ones. With a cache it never does.
-        impl: 'auto', 'xla' or 'cudnn', see `attention.choose`; over a cache 'xla', or else `decode_attention` where it
-            takes the call.
+        impl: 'auto', 'xla', 'cudnn' or 'splash', see `attention.choose`; over a cache 'xla', or else `decode_attention`
+            where it takes the call.
 
     Returns:
         [B, T, H, D], and keys and values: `k` and `v` themselves, or the updated `kv`.
@@ -150,7 +153,7 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
     chex.assert_equal_shape((k, v))
     chex.assert_equal_shape((q, k), dims=(0, 1, 3))
     if kv is None:
-        out = attention.fused(q, k, v, mask=context.mask, causal=causal, impl=impl)
+        out = attention.fused(q, k, v, mask=context.mask, segments=context.segments, causal=causal, impl=impl)
         if out is None:
             out = jax.nn.dot_product_attention(q, k, v, mask=context.mask, is_causal=causal, implementation='xla')
         return out, (k, v)

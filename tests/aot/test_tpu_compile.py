@@ -15,6 +15,7 @@ from experiments import train
 from experiments.runtime import compiler, hlo, partition, programs, slices
 from experiments.runtime import mesh as mesh_lib
 from experiments.train import build, mesh_of
+from rlhf_jax.models import attention
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="pip install -e '.[tpu]'")
 
@@ -118,6 +119,28 @@ def test_asynchronous_programs_compile_for_the_smallest_slice(file, name):
     assert {name: reports[name]['mesh'] for name in ('step', 'sampler', 'publish')} == {
         'step': three, 'sampler': one, 'publish': three}
     assert all(report['fits'] for report in reports.values())
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('length, heads, kv_heads, dim, causal, packed', [
+    (256, 16, 16, 72, False, False), (261, 16, 16, 64, False, False), (565, 32, 32, 80, True, True),
+    (1024, 32, 8, 128, True, True)], ids=['DiT-XL', 'ViT-L', 'Pythia-2.8b', 'LLaMA-8B'])
+def test_attention_writes_no_scores(length, heads, kv_heads, dim, causal, packed):
+    """Forward and backward, rows over two chips and heads over two."""
+    mesh = mesh_lib.make_mesh({'fsdp': 2, 'tensor': 2}, slices.named('v5e-4').devices)
+    shape = lambda *sizes, dtype=jnp.bfloat16, spec: jax.ShapeDtypeStruct(
+        sizes, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
+    q, k = (shape(8, length, n, dim, spec=('fsdp', None, 'tensor')) for n in (heads, kv_heads))
+    segments = shape(8, length, dtype=jnp.int32, spec=('fsdp',)) if packed else None
+
+    def loss(q, k, v, segments):
+        mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None]
+        return attention.fused(q, k, v, mask=mask, segments=segments, causal=causal).astype(jnp.float32).sum()
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, segments).compile().as_text()
+    assert 'splash_mha' in text and 'all-gather' not in text
+    assert not re.search(rf'\[(\d+,)*{length},{length}\]', text)
 
 
 @needs_libtpu

@@ -1,10 +1,14 @@
 """Fused attention: which kernel a call gets, how it is brought into the kernel's shape, and the decode kernel."""
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models import attention, decode_attention
+from experiments.runtime import mesh as mesh_lib
+from rlhf_jax.models import attention, decode_attention, splash_attention
 from rlhf_jax.models.gpt_neox import GPTNeoX
 
 
@@ -64,7 +68,9 @@ def test_the_platform_decides(monkeypatch):
     monkeypatch.setattr(attention, 'target', lambda: ('gpu', 'NVIDIA H100 80GB HBM3'))
     assert choices() == ['cudnn', 'xla', 'xla'] and attention.choose('xla', half) == 'xla'
     monkeypatch.setattr(attention, 'target', lambda: ('tpu', 'TPU v5e'))
-    assert choices() == ['xla'] * 3
+    assert choices() == ['xla'] * 3  # shorter than a block
+    long = qkv(splash_attention.LANES, dtype=jnp.bfloat16)[0]
+    assert attention.choose('auto', long) == 'splash' and attention.choose('auto', long.astype(jnp.float32)) == 'xla'
 
 
 def test_what_cannot_be_is_an_error_that_names_the_field():
@@ -72,7 +78,79 @@ def test_what_cannot_be_is_an_error_that_names_the_field():
         attention.fused(*qkv(4), impl='flash')
     with pytest.raises(ValueError, match="attention_impl='cudnn' wants bfloat16"):
         attention.fused(*qkv(4), impl='cudnn')
+    with pytest.raises(ValueError, match="attention_impl='splash' is a kernel for TPUs, .* platform 'cpu'"):
+        attention.fused(*qkv(4), impl='splash')
 
+
+# ---- Splash attention ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """Calls are made as for a TPU, with the kernel interpreted; in blocks of 128, so that there are several."""
+    monkeypatch.setattr(attention, 'target', lambda: ('tpu', 'TPU v5e'))
+    monkeypatch.setattr(splash_attention, 'BLOCK', 128)
+    kernel, calls = splash_attention.splash_attention, []
+
+    def interpreted(*args, **how):
+        calls.append(how)
+        return kernel(*args, interpret=True, **how)
+    monkeypatch.setattr(splash_attention, 'splash_attention', interpreted)
+    return calls
+
+
+def test_blocks_are_few_and_short():
+    assert [splash_attention.block_length(n) for n in (1, 128, 261, 565, 640, 641, 1024, 2048)] == [
+        128, 128, 384, 640, 640, 384, 512, 512]
+
+
+@pytest.mark.parametrize('kind, causal, length', [('none', False, 11), ('none', True, 140), ('padded', True, 140),
+                                                  ('packed', False, 140), ('packed', True, 128)])
+def test_splash_attention_is_the_plain_one(tpu, kind, causal, length):
+    q, k, v = qkv(length, heads=2, kv_heads=1)
+    mask = masks(length)[kind]
+    segments = None if kind == 'none' else jnp.asarray({
+        'padded': np.array([np.arange(length) >= 2, np.arange(length) < length - 3]),
+        'packed': np.sort(np.random.default_rng(1).integers(0, 4, (2, length)), 1)}[kind], jnp.int32)
+    weigh = jnp.sin(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
+    weigh = weigh if mask is None else weigh * mask.any(-1)[:, 0, :, None, None]
+
+    def value_and_gradient(f):
+        return jax.jit(jax.value_and_grad(lambda x: (f(*x) * weigh).sum()))((q, k, v))
+    got = value_and_gradient(functools.partial(attention.fused, mask=mask, segments=segments, causal=causal,
+                                               impl='splash'))
+    want = value_and_gradient(functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=causal))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert len(tpu) == 1
+
+
+def test_a_decoder_with_splash_attention_on_a_mesh_is_the_plain_one(tpu):
+    """Rows over two devices, heads over two; where a window or an unknown layout forbids it, the plain path."""
+    module = GPTNeoX(vocab_size=31, width=32, depth=2, num_heads=2, max_length=200, attention_impl='splash')
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 31, (2, 130)))
+    mask = jnp.ones((2, 130), bool).at[0, :9].set(False)
+    params = module.init(jax.random.key(0), tokens[:, :2])['params']
+    plain = module.clone(attention_impl='xla')
+    run = lambda module: jax.jit(lambda p: module.apply({'params': p}, tokens, mask=mask))(params)
+    want, calls = run(plain), len(tpu)
+    mesh = mesh_lib.make_mesh({'fsdp': 2, 'tensor': 2}, jax.devices()[:4])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        got = run(module)
+        assert len(tpu) > calls
+        q, k, v = qkv(140, dtype=jnp.bfloat16)
+        see = jnp.tril(jnp.ones((140, 140), bool))[None, None]
+        assert attention.fused(q, k, v, mask=see) is None and attention.fused(q[:1], k[:1], v[:1]) is None
+        with pytest.raises(ValueError, match="attention_impl='splash' has no window"):
+            attention.fused(q, k, v, mask=see, impl='splash')
+        with pytest.raises(ValueError, match="attention_impl='splash' of 1 rows: the mesh in context cannot divide"):
+            attention.fused(q[:1], k[:1], v[:1], impl='splash')
+    np.testing.assert_allclose(np.where(mask[..., None], got, 0), np.where(mask[..., None], want, 0), rtol=1e-4,
+                               atol=1e-4)
+    with jax.set_mesh(mesh):  # no rules: how a batch lies is not known
+        assert attention.fused(q, k, v) is None
+
+
+# ---- Decoding --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('heads, kv_heads, slots, dim', [(4, 4, 70, 16), (4, 2, 130, 24)])
 def test_decode_kernel(heads, kv_heads, slots, dim):
