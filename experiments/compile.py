@@ -188,8 +188,9 @@ def compile_meshes(path: str, config: ml_collections.ConfigDict, target: Slice, 
           + f' --config.accumulate={accumulate}')
 
 
-def compile_all(topologies: str, file: str | os.PathLike) -> None:
-    """Compiles the rows that `file` lacks and writes the table anew; slices without a compiler here are left out."""
+def compile_all(topologies: str, file: str | os.PathLike, only: str = '') -> None:
+    """Compiles the rows that `file` lacks, of configurations that match the regex `only`, and writes the table anew;
+    slices without a compiler here are left out."""
     targets = {}
     for name in topologies.split(',') if topologies else readiness.SLICES:
         try:
@@ -199,7 +200,7 @@ def compile_all(topologies: str, file: str | os.PathLike) -> None:
                 raise
             print(error, file=sys.stderr)
     overrides = [argument for argument in sys.argv if argument.startswith('--config.')]
-    for key, row in readiness.sweep(targets, file, compile_row, overrides):
+    for key, row in readiness.sweep(targets, file, compile_row, overrides, only):
         print(f'{key}: {row.get("refused") or "compiled"} ({row["seconds"]} s)', flush=True)
     if os.path.samefile(file, readiness.ROWS):
         readiness.TABLE.write_text(readiness.table(readiness.read(file)))
@@ -214,14 +215,15 @@ def main() -> None:
                    'row by row; rows that are there already are kept')
     p.add_argument('--mesh', choices=('sweep',), help='compile the step for every split of the slice, each with the '
                    'fewest microbatches that fit, and name the quickest')
-    p.add_argument('--only', metavar='PROGRAM', help='one of the programs: step, sampler, ...')
+    p.add_argument('--only', metavar='PROGRAM', help='one of the programs: step, sampler, ...; with --all a '
+                   'regex, configurations in whose path it is found')
     p.add_argument('--fast', action='store_true',
                    help='compile the step in a quarter of the time to a slower program (TPU): its time means nothing, '
                         'its memory is about the same')
     p.add_argument('--json', metavar='FILE', help='also write the reports there')
     args, config = launch.parse(p, optional='--all' in sys.argv)
     if args.all:
-        return compile_all(args.topology, args.json or readiness.ROWS)
+        return compile_all(args.topology, args.json or readiness.ROWS, args.only or '')
     target = slices.named(args.topology or 'v5e-16')
     if args.mesh == 'sweep':
         return compile_meshes(args.config, config, target, fast=args.fast)

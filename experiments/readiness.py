@@ -6,6 +6,7 @@ on where it was. `docs/readiness.md` is made of that file.
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from experiments.runtime.slices import GIB, Slice
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 TABLE, ROWS = CHECKOUT / 'docs' / 'readiness.md', CHECKOUT / 'docs' / 'readiness.json'
 
-SLICES = ('v5e-16', 'v6e-8', 'v5p-8', 'v4-32', 'v5e-64', 'h100-4', 'h100-8')
+SLICES = ('v5e-8', 'v5e-16', 'v6e-8', 'v5p-8', 'v4-32', 'v5e-64', 'h100-4', 'h100-8')
 # Configurations, and those that differ from one only in settings that no program shows (rates, periods, seeds).
 PUBLISHED = {
     'configs/rlhf/tldr.py': ('online_dpo_410m', 'online_dpo_410m_async', 'online_dpo_1b', 'online_dpo_1b_async',
@@ -128,12 +129,16 @@ def compacted(report: Report) -> dict[str, Any]:
 
 def sweep(targets: Mapping[str, Slice], file: os.PathLike,
           compile_row: Callable[[str, ml_collections.ConfigDict, Slice], Mapping[str, Report]],
-          overrides: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Compiles the rows that `file` does not have yet, those of `FIRST` on all slices before others, and keeps each."""
+          overrides: list[str], only: str = '') -> Iterator[tuple[str, dict[str, Any]]]:
+    """Compiles the rows that `file` does not have yet, those of `FIRST` on all slices before others, and keeps each.
+
+    Args:
+        only: configurations in whose path it is found, a regex; '': all.
+    """
     groups = FIRST, paths()[len(FIRST):]
     for name, path in ((name, path) for group in groups for name in targets for path in group):
         key = f'{path} {name}'
-        if key in read(file):
+        if key in read(file) or not re.search(only, path):
             continue
         started = time.monotonic()
         try:

@@ -36,7 +36,8 @@ class Cache:
     """Keys and values of the tokens seen so far, in slots 0, 1, ... of each row.
 
     Attributes:
-        keys, values: one [B, H, S, D] a layer, H the key-value heads: the axes a decode step's two products want.
+        keys, values: one [B, H / f, S, f D] a layer, H the key-value heads: the axes a decode step's two products want.
+            `f` heads lie side by side (`heads_beside`), which the shapes say.
         mask: bool [B, S], slots that hold a token (padding of the prompt, and slots not written yet, do not).
         index: int32 [], the slot of the next token in all rows; or [B], one a row.
     """
@@ -141,7 +142,7 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
     Args:
         q: [B, T, H, D].
         k, v: [B, T, Hkv, D]; each is read by H / Hkv queries.
-        kv: keys and values of the layer in the cache, [B, Hkv, S, D].
+        kv: keys and values of the layer in the cache, see `Cache`.
         causal: a token does not see later ones. With a cache it never does.
         impl: 'auto', 'xla', 'cudnn' or 'splash', see `attention.choose`; over a cache 'xla', or else `decode_attention`
             where it takes the call.
@@ -163,12 +164,38 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
     if impl != 'xla' and decode_attention.takes(q, keys):
         ends = jnp.broadcast_to(context.index + 1, (batch,))
         return decode_attention.decode_attention(q, keys, values, context.mask[:, 0, 0], ends), (keys, values)
+    beside = keys.shape[-1] // dim
     q = q.reshape(batch, length, k.shape[2], -1, dim)
+    if beside > 1:
+        q = _among(q, beside)
     scores = jnp.einsum('bthgd,bhsd->bhgts', q, keys.astype(q.dtype), preferred_element_type=jnp.float32) * dim ** -0.5
     scores = jnp.where(context.mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, -1).astype(q.dtype)
     out = jnp.einsum('bhgts,bhsd->bthgd', probs, values.astype(q.dtype))
+    if beside > 1:  # of what a query read, the columns of its own head
+        out = jnp.einsum('bthigid->bthigd', out.reshape(*out.shape[:3], beside, -1, beside, dim))
     return out.reshape(batch, length, heads, dim), (keys, values)
+
+
+def heads_beside(kv_heads: int, dim: int) -> int:
+    """How many key-value heads of width `dim` a cache keeps side by side where it is traced for.
+
+    A TPU pads the last axis of an array to 128 numbers: heads of 64 would take twice their memory, and twice the time
+    that a decode step needs to read them. Elsewhere 1.
+    """
+    if attention.target()[0] != 'tpu':
+        return 1
+    of_a_device = kv_heads // layers.mesh_axes('heads')[1]
+    return max((n for n in range(1, 128 // dim + 1) if of_a_device and of_a_device % n == 0), default=1)
+
+
+def _among(q: Array, beside: int) -> Array:
+    """Queries [B, T, H, G, D] as those of `beside` heads at once, [B, T, H / beside, beside G, beside D]: zero in the
+    columns of the other heads, so that a product with all of them is that with their own."""
+    batch, length, heads, group, dim = q.shape
+    q = q.reshape(batch, length, heads // beside, beside, group, 1, dim)
+    q = q * jnp.eye(beside, dtype=q.dtype)[:, None, :, None]
+    return q.reshape(batch, length, heads // beside, beside * group, beside * dim)
 
 
 def run_blocks(block: functools.partial[nn.Module], depth: int, x: Array, context: Context, *, cache: Cache | None,
@@ -370,8 +397,8 @@ def split_rules(rules: Sequence[tuple[str, P]]) -> tuple[tuple[str, P], ...]:
 
 
 def _started(pairs: Sequence[tuple[Array, Array]], mask: Array | None, shape: tuple[int, ...], length: int) -> Cache:
-    extra = length - shape[1]
-    to_cache = lambda x: jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, extra), (0, 0)))
+    extra, beside = length - shape[1], heads_beside(*pairs[0][0].shape[2:])
+    to_cache = lambda x: jnp.pad(_side_by_side(x, beside), ((0, 0), (0, 0), (0, extra), (0, 0)))
     present = jnp.ones(shape, bool) if mask is None else mask != 0
     return Cache(keys=tuple(to_cache(k) for k, _ in pairs), values=tuple(to_cache(v) for _, v in pairs),
                  mask=jnp.pad(present, ((0, 0), (0, extra))), index=jnp.int32(shape[1]))
@@ -387,9 +414,15 @@ def _written(cache: Cache, present: Array) -> Cache:
     return dataclasses.replace(cache, mask=mask, index=cache.index + present.shape[1])
 
 
+def _side_by_side(x: Array, beside: int) -> Array:
+    """Keys or values [B, T, H, D] as a cache has them, [B, H / beside, T, beside D]."""
+    batch, length, heads, dim = x.shape
+    return x.reshape(batch, length, heads // beside, beside * dim).transpose(0, 2, 1, 3)
+
+
 def _write(buffer: Array, new: Array, index: Array) -> Array:
-    """Writes `new` [B, T, H, D] into slots `index`, `index + 1`, ... of `buffer` [B, H, S, D]."""
-    new = new.transpose(0, 2, 1, 3).astype(buffer.dtype)
+    """Writes `new` [B, T, H, D] into slots `index`, `index + 1`, ... of `buffer`, keys or values of a `Cache`."""
+    new = _side_by_side(new, buffer.shape[-1] // new.shape[-1]).astype(buffer.dtype)
     if index.ndim:
         return jax.vmap(lambda row, x, i: jax.lax.dynamic_update_slice(row, x, (0, i, 0)))(buffer, new, index)
     return jax.lax.dynamic_update_slice(buffer, new, (0, 0, index, 0))

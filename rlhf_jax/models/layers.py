@@ -30,6 +30,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def mesh_axes(name: str) -> tuple[Any, int]:
+    """Axes of the mesh in context along which the logical axis `name` lies (`flax.linen.logical_axis_rules`), None
+    where no rule says, and into how many parts they split it."""
+    axes = (nn.logical_to_mesh_axes((name,)) or (None,))[0]
+    shape = jax.sharding.get_abstract_mesh().shape
+    return axes, math.prod(shape.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
 def scan_blocks(block: Callable[..., nn.Module], depth: int, *, remat: str = 'none', unroll: bool = False,
                 num_broadcast: int = 0) -> Callable[..., nn.Module]:
     """Runs `depth` copies of `block` in sequence, their parameters stacked on a leading axis.

@@ -4,12 +4,12 @@ XLA knows nothing of the kernel, so it cannot split a call over devices: here ea
 that lie on it, as the logical axis rules in context (`flax.linen.logical_axis_rules`) lay out 'batch' and 'heads'.
 """
 import functools
-import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.models import layers
 
 Array = jax.Array
 
@@ -29,13 +29,11 @@ def layout(q: Array, k: Array) -> tuple[P, ...] | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return P(), P()
-    batch, heads = nn.logical_to_mesh_axes(('batch', 'heads')) or (None, None)
-
-    def ways(axes: str | tuple[str, ...] | None) -> int:
-        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-    if batch is None or q.shape[0] % ways(batch):
+    batch, batch_parts = layers.mesh_axes('batch')
+    heads, head_parts = layers.mesh_axes('heads')
+    if batch is None or q.shape[0] % batch_parts:
         return None
-    if q.shape[2] % ways(heads) or k.shape[2] % ways(heads):
+    if q.shape[2] % head_parts or k.shape[2] % head_parts:
         heads = None
     return P(batch, None, heads, None), P(batch, None)
 

@@ -47,6 +47,16 @@ def test_cells():
     assert readiness.cell(None, config) == ''
 
 
+def test_a_sweep_compiles_the_rows_that_are_asked_for_and_missing(tmp_path):
+    targets = dict.fromkeys(('v5e-8', 'h100-8'), None)
+    compiled = lambda path, config, target: {}
+    sweep = lambda only: [key for key, _ in readiness.sweep(targets, tmp_path / 'rows.json', compiled, [], only)]
+    first = ['configs/rlhf/sft_tldr.py:2.8b v5e-8', 'configs/rlhf/sft_tldr.py:2.8b h100-8']
+    assert sweep('sft_tldr.py:2') == first and sweep('sft_tldr.py:2') == []
+    assert sweep('sft_tldr') == [f'configs/rlhf/sft_tldr.py:{size} {name}' for name in targets
+                                 for size in ('410m', '1b')]
+
+
 def test_the_table_is_that_of_the_rows():
     assert readiness.TABLE.read_text() == readiness.table(json.loads(readiness.ROWS.read_text()))
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from experiments.runtime import mesh as mesh_lib
-from rlhf_jax.models import attention, decode_attention, splash_attention
+from rlhf_jax.models import attention, decode_attention, decoder, splash_attention
 from rlhf_jax.models.gpt_neox import GPTNeoX
+from rlhf_jax.models.llama import Llama
+from tiny_models import random_params
 
 
 def qkv(length, heads=4, kv_heads=4, dim=8, dtype=jnp.float32, batch=2):
@@ -129,7 +131,7 @@ def test_a_decoder_with_splash_attention_on_a_mesh_is_the_plain_one(tpu):
     module = GPTNeoX(vocab_size=31, width=32, depth=2, num_heads=2, max_length=200, attention_impl='splash')
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 31, (2, 130)))
     mask = jnp.ones((2, 130), bool).at[0, :9].set(False)
-    params = module.init(jax.random.key(0), tokens[:, :2])['params']
+    params = random_params(module)
     plain = module.clone(attention_impl='xla')
     run = lambda module: jax.jit(lambda p: module.apply({'params': p}, tokens, mask=mask))(params)
     want, calls = run(plain), len(tpu)
@@ -191,3 +193,36 @@ def test_a_decode_step_through_the_kernel_is_the_plain_one(monkeypatch):
     monkeypatch.setattr(decode_attention, 'decode_attention', interpreted)
     np.testing.assert_allclose(steps(), want, rtol=1e-4, atol=1e-5)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize('kind', ['gpt_neox', 'llama'])
+def test_heads_that_lie_side_by_side_in_the_cache_are_read_apart(kind, monkeypatch):
+    """A prompt, then two tokens at once, then one; of LLaMA two queries read each of the two heads."""
+    module = {'gpt_neox': GPTNeoX(vocab_size=31, width=32, depth=1, num_heads=4, stacked=False),
+              'llama': Llama(vocab_size=31, width=32, depth=1, num_heads=4, num_kv_heads=2, hidden=48,
+                             stacked=False)}[kind]
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 31, (2, 9)))
+    mask = jnp.ones((2, 6), bool).at[0, :2].set(False)
+    params = random_params(module)
+
+    def run(params):
+        _, cache = module.apply({'params': params}, tokens[:, :6], mask=mask, cache_length=9)
+        first, cache = module.apply({'params': params}, tokens[:, 6:8], cache=cache)
+        last, cache = module.apply({'params': params}, tokens[:, 8:], cache=cache)
+        return jnp.concatenate([first, last], 1), cache
+    want, plain = jax.jit(lambda p: run(p))(params)
+    monkeypatch.setattr(decoder, 'heads_beside', lambda kv_heads, dim: 2)
+    got, cache = jax.jit(lambda p: run(p))(params)
+    heads = plain.keys[0].shape[1]
+    assert plain.keys[0].shape == (2, heads, 9, 8) and cache.values[0].shape == (2, heads // 2, 9, 16)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_fill_the_lanes_of_a_tpu(monkeypatch):
+    beside = lambda: [decoder.heads_beside(*shape) for shape in ((16, 64), (12, 32), (3, 64), (32, 80), (8, 128),
+                                                                 (8, 256))]
+    assert beside() == [1] * 6
+    monkeypatch.setattr(attention, 'target', lambda: ('tpu', 'TPU v5e'))
+    assert beside() == [2, 4, 1, 1, 1, 1]
+    with (jax.set_mesh(mesh_lib.make_mesh({'tensor': 8})), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES)):
+        assert beside()[:2] == [2, 1]  # pairs stay on a device

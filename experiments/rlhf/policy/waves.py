@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from experiments.rlhf.models import architecture
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import partition
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, decoder
 
 GIB = 2 ** 30
 
@@ -61,15 +62,17 @@ def wave_bytes(config: ml_collections.ConfigDict, prompts: int, mesh: Mesh) -> f
     platform = mesh.devices.flat[0].platform
     heads, tensor = module.num_heads, mesh.shape['tensor']
     kv_heads, dim = getattr(module, 'num_kv_heads', 0) or heads, getattr(module, 'head_dim', 0) or module.width // heads
-    if platform == 'tpu':  # whose arrays have a multiple of 128 numbers along their last axis
-        dim = -(-dim // 128) * 128
-    width = np.dtype(module.dtype).itemsize
-    cache = 2 * module.depth * kv_heads / tensor * (sampling.max_prompt + sampling.max_new_tokens - 1) * dim * width
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
+        beside = decoder.heads_beside(kv_heads, dim)
         query = jax.ShapeDtypeStruct((1, sampling.max_prompt, heads, dim), module.dtype)
         fused = attention.choose(module.attention_impl, query) != 'xla'
+    width, slots = np.dtype(module.dtype).itemsize, sampling.max_prompt + sampling.max_new_tokens - 1
+    lanes = 128 if platform == 'tpu' else 1  # arrays have a multiple of so many numbers along their last axis
+    # Keys and values of all layers, as computed and as a cache has them.
+    computed, cache = (2 * module.depth * slots * kv_heads / tensor / n * math.ceil(n * dim / lanes) * lanes * width
+                       for n in (1, beside))
     scores = 0 if fused else heads / tensor * sampling.max_prompt ** 2 * (4 + width)
     hidden = sampling.max_prompt * (getattr(module, 'hidden', 0) or 4 * module.width) / tensor * width * 2
     num_samples = config.algorithm.num_samples
     logits = 3 * 4 * math.ceil(module.vocab_size / 128) * 128
-    return prompts * max(2 * cache + scores + hidden, (1 + num_samples) * cache + num_samples * logits)
+    return prompts * max(computed + cache + scores + hidden, (1 + num_samples) * cache + num_samples * logits)
