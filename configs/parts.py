@@ -38,7 +38,7 @@ def precision() -> dict:
     """How a model computes."""
     return dict(
         dtype='float32',  # compute: float32 | bfloat16; parameters stay float32
-        remat='none',  # none | full | dots | dots_no_batch
+        remat='none',  # what the backward pass recomputes: none | full | dots | dots_no_batch | auto: as little as fits
         unroll=False,  # emit blocks one after another: slower to compile, at times faster to run
         attention_impl='auto',  # auto: the fused kernel where there is one | xla | cudnn | splash
     )

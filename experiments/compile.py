@@ -79,8 +79,8 @@ def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice) -> 
     def compiled(program: Program) -> Report:
         tried.append(compile_program(program, target))
         return tried[-1]
-    config = fitting.accumulated(readiness.divided(config, mesh_lib.batch_shards(mesh)), mesh, build, compiled,
-                                 present=False, fast=True)
+    config = fitting.fitted(readiness.divided(config, mesh_lib.batch_shards(mesh)), mesh, build, compiled,
+                            present=False, fast=True)
     programs, out = programs_of(config, target, fast=True), {}
     depth = 0
     if config.experiment == 'policy':
@@ -91,7 +91,7 @@ def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice) -> 
             def at(blocks, program=program):
                 return shallow(config, target, blocks, program)
             out[program.name] = readiness.extrapolated(program, at, depth, target)
-        elif program.name == 'step' and tried:
+        elif program.name == 'step' and tried and tried[-1]['fits']:
             out['step'] = tried[-1]
         else:
             out[program.name] = compile_program(program, target)
@@ -227,10 +227,11 @@ def main() -> None:
     target = slices.named(args.topology or 'v5e-16')
     if args.mesh == 'sweep':
         return compile_meshes(args.config, config, target, fast=args.fast)
-    if not config.accumulate:
-        config = fitting.accumulated(config, mesh_of(config, target.devices), build,
-                                     lambda program: compile_program(program, target), present=False, fast=args.fast)
-        print(f'{args.config} on {target.name}: accumulate={config.accumulate} is the least that fits', flush=True)
+    if not config.accumulate or config.model.get('remat') == fitting.AUTO:
+        config = fitting.fitted(config, mesh_of(config, target.devices), build,
+                                lambda program: compile_program(program, target), present=False, fast=args.fast)
+        print(f'{args.config} on {target.name}: accumulate={config.accumulate}, remat={config.model.get("remat")} is '
+              'the least that fits', flush=True)
     reports: dict[str, Report] = {}
     for program, report in compile_config(config, target, only=args.only, fast=args.fast):
         reports[program] = report

@@ -105,7 +105,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
 
     # ---- Mesh, model, data -------------------------------------------------------------------------------------------
     mesh, config = mesh or mesh_of(config), as_started(config, workdir)
-    config = fitting.accumulated(config, mesh, build, fitting.here(mesh))
+    config = fitting.fitted(config, mesh, build, fitting.here(mesh))
     experiment = build(config, mesh)
     config = experiment.config or config
     launch.check_workdir(config, workdir)
@@ -179,9 +179,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
 
 
 def as_started(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> ml_collections.ConfigDict:
-    """`config` with what it leaves open (None, and `accumulate=0`) as the run in `workdir` was started with."""
+    """`config` with what it leaves open (None, `accumulate=0`, `model.remat='auto'`) as the run in `workdir` was
+    started with."""
     left_open = [name for name, value in config.items() if value is None or name == 'accumulate' and value == 0]
-    if not left_open or not (storage.resolve(workdir) / 'config.json').exists():
+    remat_open = config.model.get('remat') == fitting.AUTO
+    if not (left_open or remat_open) or not (storage.resolve(workdir) / 'config.json').exists():
         return config
     try:
         started = launch.read_config(workdir)
@@ -190,6 +192,8 @@ def as_started(config: ml_collections.ConfigDict, workdir: str | os.PathLike) ->
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.update({name: started[name] for name in left_open if name in started})
+        if remat_open:
+            config.model.remat = started.model.get('remat', fitting.AUTO)
     return config
 
 
@@ -219,7 +223,7 @@ def main() -> None:
     launch.initialize(args)
     if args.dry_run:
         mesh = mesh_of(config, slices.named(args.topology).devices if args.topology else None)
-        config = fitting.accumulated(config, mesh, build, None)  # nothing is compiled: as if everything fitted
+        config = fitting.fitted(config, mesh, build, None)  # nothing is compiled: as if everything fitted
         # Devices of a slice that is elsewhere compute nothing, not even a constant.
         with contextlib.nullcontext() if args.topology else jax.set_mesh(mesh):
             experiment = build(config, mesh)

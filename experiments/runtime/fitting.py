@@ -1,4 +1,4 @@
-"""Microbatches and meshes chosen for the memory there is, by compiling the step."""
+"""Microbatches, recomputation and meshes chosen for the memory there is, by compiling the step."""
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +19,8 @@ Build = Callable[[Config, Mesh], Experiment]
 STEP = 'raise mesh.fsdp or accumulate, set model.remat'
 BATCHES_AHEAD = 3  # of `runtime.prefetch`: two in its queue and one that waits for a place there
 TENSOR = (1, 2, 4, 8)  # ways to split a layer that are tried
+AUTO = 'auto'  # a `model.remat`: the first of these whose step fits, else 'full'
+REMATS = ('none', 'dots_no_batch')
 
 
 def usable_bytes(mesh: Mesh) -> float:
@@ -92,8 +94,34 @@ def accumulated(config: Config, mesh: Mesh, build: Build, compiled: Callable[[Pr
                      f'a device of the mesh {dict(mesh.shape)} has; raise mesh.fsdp or mesh.tensor, set model.remat')
 
 
+def fitted(config: Config, mesh: Mesh, build: Build, compiled: Callable[[Program], Report] | None, *,
+           present: bool = True, fast: bool = False) -> Config:
+    """`config` with what it leaves to the memory there is: `accumulate=0`, then `model.remat='auto'`.
+
+    Microbatches are counted with everything recomputed, for each of them gathers the weights anew; then as little is
+    recomputed as the memory allows that is left.
+
+    Args and errors: those of `accumulated`.
+    """
+    if config.model.get('remat') != AUTO:
+        return accumulated(config, mesh, build, compiled, present=present, fast=fast)
+    config = config.copy_and_resolve_references()
+    config.model.remat = 'full'
+    config = accumulated(config, mesh, build, compiled, present=present, fast=fast)
+    devices = mesh.devices.flatten().tolist()
+    for remat in REMATS:
+        candidate = config.copy_and_resolve_references()
+        candidate.model.remat = remat
+        if compiled is None:
+            return candidate
+        program = step_program(build(candidate, mesh), mesh, devices, present=present, fast=fast)
+        if compiled(program)['fits']:
+            return candidate
+    return config
+
+
 def here(mesh: Mesh) -> Callable[[Program], Report] | None:
-    """`compiled` of `accumulated` for the devices of this machine."""
+    """`compiled` of `fitted` for the devices of this machine."""
     usable = usable_bytes(mesh)
     if math.isinf(usable):
         return None
@@ -117,7 +145,7 @@ def sweep(config: Config, target: Slice, build: Build, mesh_of: Callable[[Config
                 return last[0]
             try:
                 mesh = mesh_of(candidate, target.devices)
-                chosen = accumulated(candidate, mesh, build, compiled, present=False, fast=fast)
+                chosen = fitted(candidate, mesh, build, compiled, present=False, fast=fast)
                 yield dict(mesh.shape), chosen.accumulate, last[0]
             except ValueError as error:
                 yield sizes, 0, str(error)

@@ -4,7 +4,7 @@ import pytest
 
 from configs.rlhf import sft_arithmetic
 from experiments import train
-from experiments.runtime import fitting
+from experiments.runtime import fitting, launch
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import divisible_advice
 from experiments.runtime.programs import bytes_on_device
@@ -45,6 +45,36 @@ def test_the_least_that_fits_and_divides_is_found_in_few_compilations(activation
     found = fitting.accumulated(config_of(), mesh, builder(tried), compiler(activations, 100, tried))
     assert tried == expected and found.accumulate == expected[-1]
     assert fitting.accumulated(config_of(3), mesh, builder(tried), None).accumulate == 3  # what is set stays
+
+
+@pytest.mark.parametrize('usable, expected', [(1000, 'none'), (500, 'dots_no_batch'), (100, 'full')])
+def test_as_little_is_recomputed_as_fits_with_the_fewest_microbatches(usable, expected, mesh):
+    """The step keeps 900, 400 or 90 bytes for its backward pass."""
+    tried = []
+
+    def build(config, mesh):
+        tried.append(config.model.remat)
+        return train.build(config, mesh)
+
+    def compiled(program):
+        kept = {'none': 900, 'dots_no_batch': 400, 'full': 90}[tried[-1]]
+        return {'total': kept, 'usable_bytes': usable, 'fits': kept <= usable, 'beside': {}}
+    config = config_of()
+    config.model.remat = 'auto'
+    found = fitting.fitted(config, mesh, build, compiled)
+    assert (found.model.remat, found.accumulate) == (expected, 1) and tried[0] == 'full'
+    assert fitting.fitted(config, mesh, train.build, None).model.remat == 'none'
+    config.model.remat = 'dots'
+    assert fitting.fitted(config, mesh, train.build, None).model.remat == 'dots'  # what is set stays
+
+
+def test_a_resumed_run_recomputes_what_it_did(tmp_path):
+    config = config_of(4)
+    config.model.remat = 'full'
+    launch.save_config(config, tmp_path)
+    config.model.remat = 'auto'
+    assert train.as_started(config, tmp_path).model.remat == 'full'
+    assert train.as_started(config, tmp_path / 'new').model.remat == 'auto'
 
 
 def test_what_cannot_fit_is_one_line(mesh):
