@@ -89,7 +89,7 @@ def _trips(eqn: Any) -> int:
     if eqn.primitive.name == 'pallas_call':
         return math.prod(eqn.params['grid_mapping'].grid)
     if eqn.primitive.name == 'shard_map':
-        return math.prod(eqn.params['mesh'].shape[axis] for axis in eqn.params['manual_axes'])
+        return math.prod(eqn.params['mesh'].shape[axis] for axis in eqn.params['newly_manual_axes'])
     if eqn.primitive.name != 'while':
         return 1
     bounds = [operand.val for test in eqn.params['cond_jaxpr'].jaxpr.eqns if test.primitive.name == 'lt'

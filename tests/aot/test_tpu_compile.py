@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from configs.dlc import base, code_model_imagenet, generator_imagenet
 from configs.rlhf import gsm8k, tldr
@@ -128,7 +129,8 @@ def test_asynchronous_programs_compile_for_the_smallest_slice(file, name):
     (1024, 32, 8, 128, True, True)], ids=['DiT-XL', 'ViT-L', 'Pythia-2.8b', 'LLaMA-8B'])
 def test_attention_writes_no_scores(length, heads, kv_heads, dim, causal, packed):
     """Forward and backward, rows over two chips and heads over two."""
-    mesh = mesh_lib.make_mesh({'fsdp': 2, 'tensor': 2}, slices.named('v5e-4').devices)
+    target = slices.named('v5e-4')
+    mesh = mesh_lib.make_mesh({'fsdp': 2, 'tensor': 2}, target.devices)
     shape = lambda *sizes, dtype=jnp.bfloat16, spec: jax.ShapeDtypeStruct(
         sizes, dtype, sharding=jax.NamedSharding(mesh, jax.P(*spec)))
     q, k = (shape(8, length, n, dim, spec=('fsdp', None, 'tensor')) for n in (heads, kv_heads))
@@ -137,8 +139,11 @@ def test_attention_writes_no_scores(length, heads, kv_heads, dim, causal, packed
     def loss(q, k, v, segments):
         mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None]
         return attention.fused(q, k, v, mask=mask, segments=segments, causal=causal).astype(jnp.float32).sum()
+    program = programs.Program('attention', jax.jit(jax.grad(loss, (0, 1, 2))), (q, k, k, segments), mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, segments).compile().as_text()
+        text = program.jitted.lower(*program.args).compile().as_text()
+    products = 2 * 8 * heads * length ** 2 * dim / 4  # of a chip; two forward, five backward
+    assert 7 * products <= programs.compile_program(program, target)['flops'] < 7 * 2.4 * products
     assert 'splash_mha' in text and 'all-gather' not in text
     assert not re.search(rf'\[(\d+,)*{length},{length}\]', text)
 
@@ -215,6 +220,13 @@ def test_flops_count_loops_branches_and_recomputation():
     assert count(jax.grad(tower)) == 4 * product
     assert count(jax.grad(jax.checkpoint(tower))) == 6 * product
     image, kernel = jnp.ones((1, 6, 6, 3)), jnp.ones((3, 3, 3, 5))
+    with jax.set_mesh(mesh_lib.make_mesh({'data': 2, 'tensor': 4})):  # two devices have rows of their own, all compute
+        rows = jax.shard_map(lambda x: x @ w, in_specs=jax.P('data'), out_specs=jax.P('data'), check_vma=False)
+        assert count(rows) == 4 * product
+    blocks = lambda x: pl.pallas_call(lambda x, w, y: y.__setitem__(..., x[...] @ w[...]), grid=(2,), out_shape=x,
+                                      in_specs=[pl.BlockSpec((2, 8), lambda i: (i, 0)), pl.BlockSpec()],
+                                      out_specs=pl.BlockSpec((2, 8), lambda i: (i, 0)))(x, w)
+    assert count(blocks) == product
     conv = lambda x: jax.lax.conv_general_dilated(image, kernel, (1, 1), 'VALID',
                                                   dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     assert count(conv) == 2 * (4 * 4 * 5) * (3 * 3 * 3)
