@@ -2,6 +2,8 @@
 
     # code first, pixels second
     python -m experiments.sample --unconditional --code_model=RUN --generator=RUN --num=64 --out=grid.png
+    # embedding first, pixels second
+    python -m experiments.sample --unconditional --embedding_model=RUN --generator=RUN --num=64 --out=grid.png
     # from the codes of real images, and from several images' codes at once
     python -m experiments.sample --from_images a.png b.png --encoder=RUN --generator=RUN --out=out_dir/
     python -m experiments.sample --compose a.png b.png --encoder=RUN --generator=RUN --num=16 --out=samples.npz

@@ -45,6 +45,7 @@ EXPERIMENTS = {
     'encoder': 'experiments.dlc.encoder',
     'generator': 'experiments.dlc.generator',
     'code_model': 'experiments.dlc.code_model',
+    'embedding_model': 'experiments.dlc.embedding_model',
     'text_to_code': 'experiments.dlc.text_to_code',
     'sft': 'experiments.rlhf.supervised.sft',
     'reward_model': 'experiments.rlhf.supervised.reward_model',

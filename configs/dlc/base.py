@@ -122,6 +122,25 @@ def code_model() -> ConfigDict:
     )).lock()
 
 
+def embedding_model() -> ConfigDict:
+    """Diffusion over an encoder's embeddings, the code model's rival (arXiv 2312.03701; network of its code)."""
+    return ConfigDict(dict(
+        experiment='embedding_model', **runner(),
+        model=dict(
+            size='L12',  # width and depth override it when not 0
+            width=0, depth=0,
+            embedding_dim=1024,  # of data.path's embeddings
+            time_dim=256,
+            dtype='float32', remat='none', unroll=False,  # see configs.parts.precision
+        ),
+        diffusion=dict(num_timesteps=1000, beta_start=1e-4, beta_end=0.02),
+        ema=dict(decay=0.9999, ramp=True),
+        optimizer=adamw(schedule(1e-4), schedule(0.0), clip_norm=1.0),
+        data=dict(path=''),  # code store written by experiments.encode
+        sampler=dict(name='ddim', num_steps=250, ddim_eta=1.0),  # ddpm | ddim; its noise, 0 to 1
+    )).lock()
+
+
 def text_to_code() -> ConfigDict:
     """LLaDA, fine-tuned to write the code of a caption (arXiv 2507.12318 table 6, arXiv 2502.09992)."""
     return ConfigDict(dict(

@@ -1,8 +1,8 @@
 """Discrete Latent Codes on handwritten digits, from raw images to a report (`python -m experiments.quickstart`).
 
 Trains the encoder, encodes the data set, trains generators on codes, on nothing and on the continuous embedding, trains
-the code model, samples, composes, evaluates. Interrupt it anywhere and run it again: it continues and ends with the
-same numbers.
+the models that draw codes and embeddings, samples, composes, evaluates. Interrupt it anywhere and run it again: it
+continues and ends with the same numbers.
 """
 import functools
 import pathlib
@@ -19,6 +19,7 @@ from experiments import encode as encode_lib
 from experiments.dlc import evaluation
 from experiments.dlc.code_model import CodeModel
 from experiments.dlc.data import codestore, sources
+from experiments.dlc.embedding_model import EmbeddingModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.judge import Judge
@@ -32,6 +33,7 @@ from experiments.train import train
 METHODS = {
     'unconditional': ('none', None),
     'code, then image': ('code', 'code_model'),
+    'embedding, then image': ('embedding', 'embedding_model'),
     'codes of held-out images': ('code', 'heldout'),
     'embeddings of held-out images': ('embedding', 'heldout'),
 }
@@ -53,6 +55,10 @@ class Models:
     @functools.cached_property
     def code_model(self) -> CodeModel:
         return CodeModel.load(self._workdir / 'code_model')
+
+    @functools.cached_property
+    def embedding_model(self) -> EmbeddingModel:
+        return EmbeddingModel.load(self._workdir / 'embedding_model')
 
     @functools.cache
     def generator(self, condition: str) -> Generator:
@@ -82,6 +88,8 @@ def draw_samples(config: ml_collections.ConfigDict, models: Models, heldout: cod
     if origin == 'code_model':
         cond = drawn['codes'] = models.code_model.sample(code_key, num, batch_size=config.sample_batch,
                                                          progress=bar('codes', num))
+    elif origin == 'embedding_model':
+        cond = models.embedding_model.sample(code_key, num, batch_size=config.sample_batch)
     elif origin == 'heldout':
         cond = heldout.array('codes' if condition == 'code' else 'embeddings')
     x = models.generator(condition).sample(image_key, cond, num, batch_size=config.sample_batch,
@@ -251,13 +259,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     clock.stage('codes', encode)
     stores = {split: codestore.open_code_store(workdir / 'codes' / split) for split in ('train', 'heldout')}
 
-    # ---- 3, 4: generators, code model --------------------------------------------------------------------------------
+    # ---- 3, 4: generators, code model, embedding model ---------------------------------------------------------------
     for condition, generator in config.generators.items():
         generator.data.path = str(workdir / 'codes' / 'train')
         clock.stage(f'generator, {condition}', lambda: train(
             generator, workdir / f'generator_{condition}', name=f'3/7 generator, condition {condition}'))
     config.code_model.data.path = str(workdir / 'codes' / 'train')
     clock.stage('code model', lambda: train(config.code_model, workdir / 'code_model', name='4/7 code model'))
+    config.embedding_model.data.path = str(workdir / 'codes' / 'train')
+    clock.stage('embedding model', lambda: train(config.embedding_model, workdir / 'embedding_model',
+                                                 name='4/7 embedding model'))
 
     # ---- 5, 6, 7: samples, numbers, page -----------------------------------------------------------------------------
     models = Models(workdir)

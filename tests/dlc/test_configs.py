@@ -24,9 +24,10 @@ ARGUMENTS = {
     'align_digits': ('online_dpo', 'rloo_async', 'elastic_reset'),
     'align_llada': ('full', 'lora_async'),
 }
-QUICKSTARTS = ('quickstart', 'quickstart_text', 'quickstart_align')
+# Of several stages, with commands of their own.
+PROGRAMS = ('quickstart', 'quickstart_text', 'quickstart_align', 'mixture')
 FILES = sorted(p.stem for p in (ROOT / 'configs' / 'dlc').glob('*.py')
-               if p.stem not in ('__init__', 'base', *QUICKSTARTS))
+               if p.stem not in ('__init__', 'base', *PROGRAMS))
 # Published counts, where the paper's size is a config (arXiv 2507.12318; without fixed position embeddings).
 PARAMETERS = {
     ('generator_imagenet', 'L512'): 825_266_336, ('code_model_imagenet', 'L512'): 322_549_249,
@@ -47,7 +48,7 @@ def test_config_builds_and_shards(name, argument):
         assert sum(x.size for x in jax.tree.leaves(state.params)) == PARAMETERS[name, argument]
 
 
-@pytest.mark.parametrize('name', FILES + list(QUICKSTARTS))
+@pytest.mark.parametrize('name', FILES + list(PROGRAMS))
 def test_docstring_commands_name_real_files(name):
     text = importlib.import_module(f'configs.dlc.{name}').__doc__
     assert 'python -m experiments.' in text

@@ -13,9 +13,10 @@ from dlc_jax.metrics import frechet
 from dlc_jax.models.inception import InceptionOutput
 from dlc_jax.models.vae import SCALING_FACTOR, AutoencoderKL
 from experiments import encode, evaluate, neighbours, sample
-from experiments.dlc import code_model, generator
+from experiments.dlc import code_model, embedding_model, generator
 from experiments.dlc.code_model import CodeModel
 from experiments.dlc.data import codestore, codestore_writer, sources
+from experiments.dlc.embedding_model import EmbeddingModel
 from experiments.dlc.encoder import Encoder, make_model
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
@@ -217,6 +218,25 @@ def test_embedding_generator_samples_from_images_and_their_mean(monkeypatch, tmp
     np.testing.assert_allclose(seen[1], np.repeat(want.mean(0, keepdims=True), 2, 0), rtol=1e-5)
 
 
+def test_embedding_generator_samples_from_drawn_embeddings(monkeypatch, tmp_path):
+    model, config = make_generator('embedding'), quickstart.get_config('tiny').embedding_model
+    known = {'mean': jnp.arange(32.0), 'std': jnp.full(32, 0.5)}
+    network = random_params(embedding_model.make_model(config), jnp.zeros((1, 32)), jnp.zeros(1, jnp.int32))
+    drawn = EmbeddingModel(config, {'network': network, 'embeddings': known})
+    monkeypatch.setattr(EmbeddingModel, 'load', lambda path: drawn)
+    seen = []
+    monkeypatch.setattr(Generator, 'sample', lambda self, key, cond, num, **kw: seen.append(cond) or np.zeros(
+        (num, 16, 16, 1), np.float32))
+    arguments = ['--unconditional', '--embedding_model=x', '--num=3', '--embedding_steps=4']
+    assert run_sample(monkeypatch, tmp_path, arguments, model).shape == (3, 16, 16, 1)
+    code_key, _ = jax.random.split(jax.random.key(0))
+    np.testing.assert_array_equal(seen[0], drawn.sample(code_key, 3, num_steps=4))
+    with pytest.raises(ValueError, match='embedding_steps=1 must lie in 2..1000'):
+        run_sample(monkeypatch, tmp_path, [*arguments[:-1], '--embedding_steps=1'], model)
+    with pytest.raises(ValueError, match='of 32 numbers, but the generator takes 16'):
+        run_sample(monkeypatch, tmp_path, arguments, make_generator('embedding', embedding_dim=16))
+
+
 def test_composed_codes_come_from_their_sources(monkeypatch, tmp_path, encoder, pictures):
     model, paths = make_generator('code'), write_digits(tmp_path, pictures)
     seen = []
@@ -236,6 +256,9 @@ def test_composed_codes_come_from_their_sources(monkeypatch, tmp_path, encoder, 
 
 @pytest.mark.parametrize('condition, arguments, match', [
     ('class', ['--unconditional'], 'use --classes'), ('embedding', ['--unconditional'], 'use --from_images'),
+    ('code', ['--unconditional', '--embedding_model=x'], "conditioned on 'code', not on embeddings"),
+    ('embedding', ['--from_images', 'a.png', '--encoder=x', '--embedding_model=x'], 'only with --unconditional'),
+    ('embedding', ['--unconditional', '--embedding_steps=4'], 'only with --embedding_model'),
     ('code', ['--unconditional'], '--code_model=RUN'), ('code', ['--from_images', 'a.png'], '--encoder=RUN'),
     ('code', ['--compose', 'a.png', '--encoder=x'], 'two images'),
     ('code', ['--classes', '1'], "conditioned on 'code'"),

@@ -34,8 +34,9 @@ class CountedProgram(modules.Batched):
 
 
 def test_every_seed_and_method_shares_its_model_s_program(uninterrupted):
-    # One encodes both splits; a code model and three generators sample; soft codes, and codes and embeddings of pairs.
-    assert len(PROGRAMS) == 1 + 4 + 3
+    # One encodes both splits; models of codes and of embeddings and three generators sample; soft codes, and codes and
+    # embeddings of pairs.
+    assert len(PROGRAMS) == 1 + 5 + 3
 
 
 def test_report_and_metrics_hold_what_is_promised(uninterrupted):
@@ -53,8 +54,8 @@ def test_report_and_metrics_hold_what_is_promised(uninterrupted):
     page = (workdir / 'report.html').read_text()
     for part in ('Methods', 'Samples', 'Compositions', 'Codes and representation', 'Training'):
         assert f'>{part}<' in page
-    # 4 methods and the held-out images, 3 kinds of compositions, 4 plots
-    assert page.count('<img') == 12 and 'src="http' not in page
+    # 5 methods and the held-out images, 3 kinds of compositions, 4 plots
+    assert page.count('<img') == 13 and 'src="http' not in page
 
 
 def test_interrupted_at_two_stages_the_numbers_are_the_same(uninterrupted, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""What a set of samples is conditioned on: codes that a model draws, or rows of codes, classes or embeddings."""
+"""What a set of samples is conditioned on: codes or embeddings that a model draws, or given rows of codes, classes or
+embeddings."""
 import argparse
 import dataclasses
 import hashlib
@@ -13,6 +14,7 @@ from experiments.dlc.code_model import CodeModel
 from experiments.dlc.commands.sample_flags import TEXT_SAMPLER
 from experiments.dlc.data.codestore import open_code_store
 from experiments.dlc.data.decode import Decoding, read_image
+from experiments.dlc.embedding_model import EmbeddingModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import CONDITION_ARRAY, Generator
 from experiments.dlc.text_to_code import TextToCode
@@ -63,11 +65,17 @@ def conditions_of(args: argparse.Namespace, generator: Generator | None, texts: 
         return _stored(args, generator, condition)
     if args.from_images or args.compose:
         return _images(args, generator, condition, key)
+    if args.embedding_model and condition != 'embedding':
+        raise ValueError(f'--embedding_model={args.embedding_model}: ' + (
+            f'the generator is conditioned on {condition!r}, not on embeddings' if generator else
+            'embeddings are no codes; give --generator and --out'))
     if condition == 'none':
         return Conditions(args.num or 16, {})
-    if instead := {'class': '--classes', 'embedding': '--from_images'}.get(condition):
-        raise ValueError(f'--unconditional: this generator is conditioned on {condition!r}, which no code model makes; '
-                         f'use {instead}')
+    if condition == 'class':
+        raise ValueError("--unconditional: this generator is conditioned on 'class', which no model draws; use "
+                         '--classes')
+    if condition == 'embedding':
+        return _drawn_embeddings(args, generator, key)
     if not args.code_model:
         raise ValueError('--unconditional needs --code_model=RUN: ' + (
             'this generator is conditioned on codes' if generator else 'it is what draws the codes'))
@@ -79,6 +87,29 @@ def conditions_of(args: argparse.Namespace, generator: Generator | None, texts: 
     made = dict(code_model=fingerprint(model.params), sampler=dict(modules.with_sampler(model.config, sampler).sampler))
     return Conditions(num, made, codes=(m.num_codes, m.vocab_size), draw=lambda part: model.sample(
         key, num, part=part, batch_size=args.batch_size, **sampler))
+
+
+def _drawn_embeddings(args: argparse.Namespace, generator: Generator, key: jax.Array) -> Conditions:
+    """Embeddings that --embedding_model draws, all of them in every process: they take little beside the images."""
+    if not args.embedding_model:
+        raise ValueError('--unconditional needs --embedding_model=RUN: this generator is conditioned on embeddings; or '
+                         'use --from_images')
+    model, num = EmbeddingModel.load(args.embedding_model), args.num or 16
+    check_embeddings(generator, model.config.model.embedding_dim, f'--embedding_model={args.embedding_model}')
+    most = model.config.diffusion.num_timesteps
+    if args.embedding_steps is not None and not 2 <= args.embedding_steps <= most:
+        raise ValueError(f'--embedding_steps={args.embedding_steps} must lie in 2..{most}')
+    sampler = dict(num_steps=args.embedding_steps)
+    made = dict(embedding_model=fingerprint(model.params),
+                sampler=dict(modules.with_sampler(model.config, sampler).sampler))
+    return Conditions(num, made, model.sample(key, num, batch_size=args.batch_size, **sampler))
+
+
+def check_embeddings(generator: Generator, size: int, of: str) -> None:
+    """Raises a ValueError unless the generator takes embeddings of `size` numbers, which `of` makes."""
+    if size != generator.config.model.embedding_dim:
+        raise ValueError(f'{of}: embeddings of {size} numbers, but the generator takes '
+                         f'{generator.config.model.embedding_dim}; use models trained on the same code store')
 
 
 def check_codes(generator: Generator | None, num_codes: int, vocab_size: int, of: str) -> None:
@@ -138,9 +169,8 @@ def _stored(args: argparse.Namespace, generator: Generator | None, condition: st
     if num > len(store):
         raise ValueError(f'--num={num}: --codes={args.codes} holds {len(store)}')
     rows = store.labels(m.num_classes) if condition == 'class' else store.array(CONDITION_ARRAY[condition])
-    if condition == 'embedding' and rows.shape[1] != m.embedding_dim:
-        raise ValueError(f'--codes={args.codes}: embeddings of {rows.shape[1]} numbers, but the generator takes '
-                         f'{m.embedding_dim}')
+    if condition == 'embedding':
+        check_embeddings(generator, rows.shape[1], f'--codes={args.codes}')
     codes = (store.num_codes, store.vocab_size) if condition == 'code' else None
     return Conditions(num, dict(rows=fingerprint(rows[:num]), drawn='encoder' not in store.meta), rows[:num],
                       codes=codes)
@@ -174,8 +204,6 @@ def embeddings(generator: Generator, encoder: Encoder, images: list[np.ndarray],
         ValueError: the generator takes embeddings of another size.
     """
     rows = encoder.encode_images(images, outputs=('embeddings',))['embeddings']
-    if rows.shape[1] != generator.config.model.embedding_dim:
-        raise ValueError(f'the encoder makes embeddings of {rows.shape[1]} numbers but the generator takes '
-                         f'{generator.config.model.embedding_dim}')
+    check_embeddings(generator, rows.shape[1], '--encoder')
     rows = rows.mean(0, keepdims=True) if compose else rows
     return np.resize(rows, (num, rows.shape[1]))

@@ -16,7 +16,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     p = launch.parser(description)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument('--unconditional', action='store_true',
-                      help='codes from --code_model (or none, for a generator without a condition)')
+                      help='codes from --code_model, embeddings from --embedding_model, or nothing, as the generator takes')
     what.add_argument('--from_images', nargs='+', metavar='IMAGE', help='codes (or embeddings) of these images')
     what.add_argument('--compose', nargs='+', metavar='IMAGE', help='codes composed of those of two or more images')
     what.add_argument('--classes', nargs='+', type=int, metavar='CLASS',
@@ -27,6 +27,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     what.add_argument('--text_file', metavar='FILE', help='texts, one a line')
     p.add_argument('--generator', '--dit', metavar='RUN')
     p.add_argument('--code_model', '--sedd', metavar='RUN')
+    p.add_argument('--embedding_model', metavar='RUN', help='draws the embeddings of a generator that takes these')
     p.add_argument('--encoder', '--sem', metavar='RUN')
     p.add_argument('--text_model', '--llada', metavar='RUN')
     p.add_argument('--vae', metavar='DIR',
@@ -60,6 +61,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     code.add_argument('--code_steps', type=int)
     code.add_argument('--eta', type=float, help='remasking rate')
     code.add_argument('--window', type=float, nargs=2, metavar=('LOW', 'HIGH'), help='remask between these times')
+    embedding = p.add_argument_group('embedding sampler (default: as the embedding model\'s config says)')
+    embedding.add_argument('--embedding_steps', type=int, help='network calls')
     composition = p.add_argument_group('composition')
     composition.add_argument('--composition', choices=('average', 'positions'), default='average',
                              help='average the soft codes and draw each position, or take each position from one image')
@@ -116,6 +119,11 @@ def check_flags(args: argparse.Namespace) -> None:
         for name in ('per_text', *TEXT_SAMPLER):
             if getattr(args, name) is not None:
                 raise ValueError(f'--{name}: only with --text or --text_file')
+    if args.embedding_model and not args.unconditional:
+        raise ValueError(f'--embedding_model={args.embedding_model}: only with --unconditional, whose embeddings it '
+                         'draws')
+    if args.embedding_steps is not None and not args.embedding_model:
+        raise ValueError(f'--embedding_steps={args.embedding_steps}: only with --embedding_model')
     for name in ('num', 'batch_size', 'code_steps', 'per_text', 'text_steps'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f'--{name}={getattr(args, name)} must be at least 1')
