@@ -6,11 +6,11 @@
     python -m experiments.sample --unconditional --embedding_model=RUN --generator=RUN --vae=sd-vae-ft-ema/ \\
         --num=50000 --out=samples.npz
 
-Network, batch 512, 200 epochs (500,000 steps), AdamW at 5.12e-4 with a weight decay of 0.01 and sampling by DDIM at eta
-1 in 250 steps are those of RCG's code (LTH14/rcg, for MoCo v3). Its schedule of noise, prediction of the clean embedding
-and normalization of each embedding by itself are not: noise is predicted on the linear schedule of the image generator,
-coordinates are standardized over the data set, weights are averaged and gradients clipped at 1. The paper's generator
-of DINOv2 embeddings, "with the same depth as the medium SEDD", was not published.
+Network, batch 512, 200 epochs (500,000 steps), AdamW at 5.12e-4 with a weight decay of 0.01 and sampling by DDIM at
+eta 1 in 250 steps are those of RCG's code (LTH14/rcg, for MoCo v3). Its schedule of noise, prediction of the clean
+embedding and normalization of each embedding by itself are not: noise is predicted on the linear schedule of the image
+generator, coordinates are standardized over the data set, weights are averaged and gradients clipped at 1. The paper's
+generator of DINOv2 embeddings, "with the same depth as the medium SEDD", was not published.
 """
 from configs.dlc import base
 

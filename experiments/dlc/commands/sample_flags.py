@@ -16,7 +16,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     p = launch.parser(description)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument('--unconditional', action='store_true',
-                      help='codes from --code_model, embeddings from --embedding_model, or nothing, as the generator takes')
+                      help='codes from --code_model or embeddings from --embedding_model; nothing, for a generator '
+                      'without a condition')
     what.add_argument('--from_images', nargs='+', metavar='IMAGE', help='codes (or embeddings) of these images')
     what.add_argument('--compose', nargs='+', metavar='IMAGE', help='codes composed of those of two or more images')
     what.add_argument('--classes', nargs='+', type=int, metavar='CLASS',
