@@ -49,6 +49,9 @@ SWEEPS: dict[str, tuple[str, ...]] = {
                      '--zip.algorithm.num_samples=2,4', '--zip.num_steps=256,128', '--zip.eval_every=64,32'),
     'tldr_asynchronous': (TLDR, '--variants=' + _list(f'online_dpo_{size}{end}' for size in ('410m', '1b', '2.8b')
                                                       for end in ('', '_async'))),
+    # Elastic Reset on TL;DR, against PPO at the same price of KL and at the published one: of the authors' branch.
+    'tldr_elastic': (TLDR, '--variants=ppo_410m,ppo_elastic_410m', '--sweep.algorithm.kl_coefficient=0.001,0.05',
+                     '--seeds=3', "--baseline=variant=ppo_410m"),
     # ---- Asynchronous RLHF, chat and mathematics ---------------------------------------------------------------------
     'no_robots_asynchronous': ('--config=configs/rlhf/no_robots.py', '--variants=online_dpo,online_dpo_async'),
     'gsm8k': ('--config=configs/rlhf/gsm8k.py', '--variants=online_dpo,online_dpo_async,rloo,rloo_async,ppo'),

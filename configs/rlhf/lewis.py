@@ -8,6 +8,9 @@ a2c, reinforce, gumbel  the settings of the authors' scripts for the game and fo
             a2c at 1e-3 in batches of 64, reinforce at 5e-4 for 50,000 steps, gumbel in batches of 64 at temperature 1
             (10 under Elastic Reset). Their variants of Elastic Reset: decay 0.999 and 0.9995, a period of 1000 and 1500
             steps; the listener reset with the speaker (`--reset_listener ema`): --config.elastic.agents=both.
+            Seeded iterated learning (`run_sil_*.sh`): 200 steps of imitation of either agent, 400 under reinforce, and
+            a generation every 2000 steps, under reinforce too (here every elastic.period); imitating on self-play
+            objects is ours, their code for it was not found.
 tiny        to see that everything runs; its numbers mean nothing.
 """
 import ml_collections
@@ -25,6 +28,7 @@ def get_config(size: str = 'quickstart') -> ml_collections.ConfigDict:
         config.pretrain.update(speaker_steps=20, listener_steps=5, learning_rate=0.02)
         config.training.update(num_steps=40, batch_size=8, learning_rate=0.02, log_every=10)
         config.elastic.update(period=20, tick_every=5)
+        config.imitation.update(speaker_steps=5, listener_steps=5, batch_size=8, learning_rate=0.02)
         config.alphas, config.seeds = (0.0, 0.5, 1.0), (0, 1)
     elif size != 'quickstart':
         config.game.held_out = 0
@@ -35,6 +39,8 @@ def get_config(size: str = 'quickstart') -> ml_collections.ConfigDict:
         if size == 'reinforce':
             config.training.update(num_steps=25_000, batch_size=64, learning_rate=1e-3)
             config.elastic.period = 5000
+        steps = 400 if size == 'reinforce' else 200
+        config.imitation.update(speaker_steps=steps, listener_steps=steps)
         config.training.temperature = 10.0 if size == 'gumbel' else 1.0
         for method in config.methods.values():
             if method.decays:
@@ -69,6 +75,11 @@ def _quickstart() -> ml_collections.ConfigDict:
             reset_to_init=run(),
             reset_to_ema=run(decays=(0.95,)),
             elastic_reset=run(decays=(0.995, 0.98, 0.95)),
+            imitation=run(),  # seeded iterated learning, a generation every elastic.period
+        ),
+        imitation=dict(  # see rlhf_jax/tasks/lewis_imitation.py
+            speaker_steps=50, listener_steps=50, batch_size=50, learning_rate=1e-3,
+            listener_target='teacher',  # teacher | objects
         ),
         alphas=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),  # of the interpolation; with 0 and 1
         seeds=(0, 1, 2, 3, 4),  # each its own split of the objects, pretraining and self-play

@@ -83,6 +83,7 @@ def game(algorithm: str = 'a2c') -> ConfigDict:
         elastic=dict(
             method='',  # '' | fixed_reference | ema_anchor | reference_reset | reset_to_init | reset_to_ema |
                         # elastic_reset
+            agents='speaker',  # who is averaged and reset: speaker | both, the listener too
             period=2000,  # steps between resets
             decay=0.995, tick_every=100,  # of the average, at each tick; steps between ticks
             reset_optimizer=False, reset_critic=False,

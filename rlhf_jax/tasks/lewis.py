@@ -17,84 +17,12 @@ import numpy as np
 import optax
 
 from rlhf_jax import elastic_reset as er
-
-Array = jax.Array
-Params = dict[str, Any]
+from rlhf_jax.tasks import lewis_imitation
+from rlhf_jax.tasks.lewis_agents import Array, Game, Params, listen, pick, speak
+from rlhf_jax.tasks.lewis_agents import init as init
+from rlhf_jax.tasks.lewis_imitation import Imitation as Imitation
 
 METHODS = ('a2c', 'reinforce', 'gumbel')
-
-
-@dataclasses.dataclass(frozen=True)
-class Game:
-    """Attributes: `properties` p and `types` t of each; there are t ** p objects and p t symbols."""
-    properties: int = 5
-    types: int = 5
-
-    @property
-    def num_symbols(self) -> int:
-        return self.properties * self.types
-
-    def objects(self) -> np.ndarray:
-        """Every object, int32 [t ** p, p], the last property changing fastest."""
-        grid = np.indices((self.types,) * self.properties)
-        return grid.reshape(self.properties, -1).T.astype(np.int32)
-
-    def split(self, rng: np.random.Generator, *, supervised: float = 0.0064,
-              self_play: float = 0.0097) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Disjoint objects to learn the language from, to play with, and held out: shares of all, the rest last.
-
-        Raises:
-            ValueError: a part would be empty.
-        """
-        objects = rng.permutation(self.objects())
-        first, second = round(supervised * len(objects)), round(self_play * len(objects))
-        parts = objects[:first], objects[first:first + second], objects[first + second:]
-        for name, part in zip(('supervised', 'self_play', 'held out'), parts):
-            if not len(part):
-                raise ValueError(f'{name}: no object of {len(objects)} is left for it; change supervised={supervised} '
-                                 f'or self_play={self_play}')
-        return parts
-
-    def messages(self, objects: Array) -> Array:
-        """Messages of the given language about objects: int [..., p] -> symbols [..., p], i t + type for property i."""
-        return objects + self.types * jnp.arange(self.properties)
-
-    def encode(self, objects: Array) -> Array:
-        """One-hot properties, side by side: int [..., p] -> float32 [..., p t]."""
-        return jax.nn.one_hot(objects, self.types).reshape(*objects.shape[:-1], self.num_symbols)
-
-
-# ---- Agents --------------------------------------------------------------------------------------------------------
-
-def init(key: Array, game: Game, hidden: int = 200, scale: float = 0.1) -> Params:
-    """Fresh agents; weights and biases from N(0, scale^2). The speaker holds its value head (for A2C)."""
-    shapes = {
-        'speaker': {'hidden': {'kernel': (game.num_symbols, hidden), 'bias': (hidden,)},
-                    'symbols': {'kernel': (hidden, game.properties * game.num_symbols),
-                                'bias': (game.properties * game.num_symbols,)},
-                    'value': {'kernel': (hidden, 1), 'bias': (1,)}},
-        'listener': {'hidden': {'kernel': (game.num_symbols, hidden)}, 'types': {'kernel': (hidden, game.types)}},
-    }
-    leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(structure, [scale * jax.random.normal(k, s) for k, s in zip(keys, leaves)])
-
-
-def speak(speaker: Params, game: Game, objects: Array) -> tuple[Array, Array]:
-    """Logits of the symbol at each position and the value: int [N, p] -> [N, p, p t], [N].
-
-    Two layers without a non-linearity between them, multiplied with each other first: that is less work for as few as
-    25 objects.
-    """
-    x, hidden = game.encode(objects), speaker['hidden']
-    through = lambda last: x @ (hidden['kernel'] @ last['kernel']) + (hidden['bias'] @ last['kernel'] + last['bias'])
-    logits, value = through(speaker['symbols']), through(speaker['value'])[..., 0]
-    return logits.reshape(*objects.shape[:-1], game.properties, game.num_symbols), value
-
-
-def listen(listener: Params, symbols: Array) -> Array:
-    """Logits of each property's type from the symbol at its position, one-hot [..., p, p t] -> [..., p, t]."""
-    return symbols @ (listener['hidden']['kernel'] @ listener['types']['kernel'])
 
 
 # ---- Losses --------------------------------------------------------------------------------------------------------
@@ -104,7 +32,7 @@ def supervised_losses(params: Params, game: Game, objects: Array) -> tuple[Array
     messages = game.messages(objects)
     logits, _ = speak(params['speaker'], game, objects)
     heard = listen(params['listener'], jax.nn.one_hot(messages, game.num_symbols))
-    return -_pick(logits, messages).mean(), -_pick(heard, objects).mean()
+    return -pick(logits, messages).mean(), -pick(heard, objects).mean()
 
 
 def self_play_loss(params: Params, game: Game, objects: Array, key: Array, *, method: str = 'a2c',
@@ -138,14 +66,14 @@ def self_play_loss(params: Params, game: Game, objects: Array, key: Array, *, me
         soft = jax.nn.softmax((logits + jax.random.gumbel(key, logits.shape)) / temperature)
         hard = jax.nn.one_hot(soft.argmax(-1), game.num_symbols)
         symbols = hard + soft - jax.lax.stop_gradient(soft)
-        reward = _pick(listen(params['listener'], symbols), objects).sum(-1)
+        reward = pick(listen(params['listener'], symbols), objects).sum(-1)
         loss = -reward.mean()
     else:
         messages = jax.random.categorical(key, logits)
-        reward = _pick(listen(params['listener'], jax.nn.one_hot(messages, game.num_symbols)), objects).sum(-1)
+        reward = pick(listen(params['listener'], jax.nn.one_hot(messages, game.num_symbols)), objects).sum(-1)
         fixed = jax.lax.stop_gradient(reward)
         advantage = fixed - (jax.lax.stop_gradient(value) if method == 'a2c' else baseline)
-        loss = -(advantage * _pick(logits, messages).sum(-1)).mean() - reward.mean() - entropy_coefficient * entropy
+        loss = -(advantage * pick(logits, messages).sum(-1)).mean() - reward.mean() - entropy_coefficient * entropy
         if method == 'a2c':
             loss = loss + value_coefficient * jnp.square(fixed - value).mean()
     metrics = {'reward': reward.mean(), 'entropy': entropy}
@@ -244,38 +172,45 @@ def check_schedule(training: Training, elastic_config: er.ElasticReset) -> None:
 
 
 class Carry(NamedTuple):
-    """A run between two steps: agents, optimizer, average, running mean of the rewards, number of steps done."""
+    """A run between two steps: agents, optimizer, average, running mean of the rewards, number of steps done; students,
+    where there is imitation."""
     params: Params
     opt_state: Any
     elastic: er.Elastic
     mean_reward: Array
     step: Array
+    students: lewis_imitation.Students | None = None
 
 
 def train(key: Array, params: Params, game: Game, self_play: Array, held_out: Array, training: Training,
-          elastic_config: er.ElasticReset) -> tuple[Params, dict[str, Array]]:
-    """Self-play under any of the compared methods (`elastic_reset.method`), as one program: `begin`, then `advance` by
-    all steps."""
-    carry = begin(params, training, elastic_config)
+          elastic_config: er.ElasticReset, imitation: Imitation | None = None) -> tuple[Params, dict[str, Array]]:
+    """Self-play under any of the compared methods (`elastic_reset.method`, or `imitation`), as one program: `begin`,
+    then `advance` by all steps."""
+    carry = begin(params, training, elastic_config, imitation)
     carry, history = advance(carry, key, params['speaker'], game, self_play, held_out, training, elastic_config,
-                             training.num_steps)
+                             training.num_steps, imitation=imitation)
     return carry.params, history
 
 
-def begin(params: Params, training: Training, elastic_config: er.ElasticReset) -> Carry:
+def begin(params: Params, training: Training, elastic_config: er.ElasticReset,
+          imitation: Imitation | None = None) -> Carry:
     """The state before the first step.
 
     Raises:
-        ValueError: a reset is not at a log point (`check_schedule`).
+        ValueError: a reset or a generation is not at a log point (`check_schedule`).
     """
     check_schedule(training, elastic_config)
+    if imitation and imitation.period % training.log_every:
+        raise ValueError(f'log_every={training.log_every} must divide imitation.period={imitation.period}')
+    students = imitation and lewis_imitation.Students(params, lewis_imitation.optimizers(imitation, params))
     return Carry(params, _optimizer(training).init(params), er.init(_of_speaker(elastic_config), params),
-                 jnp.float32(0), jnp.int32(0))
+                 jnp.float32(0), jnp.int32(0), students)
 
 
 def advance(carry: Carry, key: Array, start: Params, game: Game, self_play: Array, held_out: Array, training: Training,
             elastic_config: er.ElasticReset, num_steps: int,
-            decay: Array | float | None = None) -> tuple[Carry, dict[str, Array]]:
+            decay: Array | float | None = None,
+            imitation: Imitation | None = None) -> tuple[Carry, dict[str, Array]]:
     """Runs `num_steps` (a multiple of `log_every`) more steps. All calls of a run take the same arguments.
 
     The policy that is averaged and reset is the speaker with its value head, unless `elastic_config.policy` says
@@ -287,6 +222,7 @@ def advance(carry: Carry, key: Array, start: Params, game: Game, self_play: Arra
         self_play, held_out: int [N, p] objects.
         decay: in place of that in `elastic_config`; may be traced, as may `training.kl_coefficient`, so that runs
             which differ in these alone share a program.
+        imitation: seeded iterated learning; a generation counts as a reset.
 
     Returns:
         The state, and float32 [num_steps / log_every] of each metric: `communication`, `language` and `understanding`
@@ -299,7 +235,7 @@ def advance(carry: Carry, key: Array, start: Params, game: Game, self_play: Arra
     tx = _optimizer(training)
 
     def step(carry, _):
-        params, opt_state, elastic, mean, k = carry
+        params, opt_state, elastic, mean, k, students = carry
         rows, sample = jax.random.split(jax.random.fold_in(key, k))
         objects = self_play[jax.random.randint(rows, (training.batch_size,), 0, len(self_play))]
         reference = er.reference(elastic_config, elastic, params)['speaker']
@@ -313,17 +249,24 @@ def advance(carry: Carry, key: Array, start: Params, game: Game, self_play: Arra
         elastic = jax.lax.cond(elastic_config.due('step', k).tick, lambda e: er.tick(e, params, decay), lambda e: e,
                                elastic)
         mean = mean + (metrics['reward'] - mean) / (k + 1.0)
-        return Carry(params, opt_state, elastic, mean, k + 1), metrics['reward']
+        return Carry(params, opt_state, elastic, mean, k + 1, students), metrics['reward']
 
     def block(carry, _):
         carry, reward = jax.lax.scan(step, carry, length=training.log_every)
         due = elastic_config.due('step', carry.step - 1)._replace(tick=False)  # the step itself has ticked
         elastic, params, opt_state, kept = er.apply_measured(elastic_config, carry.elastic, carry.params,
                                                              carry.opt_state, due)
+        students = carry.students
+        if imitation:
+            generation = carry.step % imitation.period == 0
+            key_now = jax.random.fold_in(jax.random.fold_in(key, carry.step), 1)
+            taught = lambda s: lewis_imitation.transmit(key_now, s, params, game, self_play, imitation)
+            students = jax.lax.cond(generation, taught, lambda s: s, students)
+            params = jax.tree.map(lambda new, old: jnp.where(generation, new, old), students.params, params)
         sides = jax.tree.map(lambda *x: jnp.stack(x), carry.params, params)  # one program for both compiles faster
         both = jax.vmap(lambda p: measure(p, start, game, self_play, held_out))(sides)
         history = {'reward': reward[-1], 'kept': kept} | {name: x[1] for name, x in both.items()}
-        return (carry._replace(params=params, opt_state=opt_state, elastic=elastic),
+        return (carry._replace(params=params, opt_state=opt_state, elastic=elastic, students=students),
                 history | {f'before_reset_{name}': x[0] for name, x in both.items()})
 
     return jax.lax.scan(block, carry, length=num_steps // training.log_every)
@@ -344,7 +287,3 @@ def _optimizer(training: Training) -> optax.GradientTransformation:
 
 def _of_speaker(config: er.ElasticReset) -> er.ElasticReset:
     return dataclasses.replace(config, policy='speaker/.*') if config.policy == '.*' else config
-
-
-def _pick(logits: Array, index: Array) -> Array:
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), index[..., None], -1)[..., 0]

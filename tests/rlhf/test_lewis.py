@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import elastic_reset as er
-from rlhf_jax.tasks import lewis
+from rlhf_jax.tasks import lewis, lewis_imitation
 
 GAME = lewis.Game(properties=2, types=3)
 OBJECTS = jnp.asarray(GAME.objects())
@@ -133,21 +133,26 @@ def test_what_is_unknown_is_refused(agents):
         lewis.Training(temperature=0.0)
 
 
-def test_agents_that_know_the_language_score_one():
-    big = lewis.init(jax.random.key(0), GAME, hidden=6, scale=0.)
-    s, l = big['speaker'], big['listener']
-    s['hidden']['kernel'], l['hidden']['kernel'] = jnp.eye(6), jnp.eye(6)
+def fluent(spoken=range(6), understood=range(6)):
+    """Agents whose speaker says symbol `spoken[i]`, and whose listener understands `understood[i]`, for the given i."""
+    agents = lewis.init(jax.random.key(0), GAME, hidden=6, scale=0.)
     symbols = np.zeros((6, 2, 6), np.float32)
-    symbols[np.arange(6), np.arange(6) // 3, np.arange(6)] = 9
-    s['symbols']['kernel'] = jnp.asarray(symbols.reshape(6, 12))
-    l['types']['kernel'] = jnp.tile(9 * jnp.eye(3), (2, 1))
-    assert all(x == 1 for x in lewis.evaluate(big, GAME, OBJECTS).values())
-    assert sum(lewis.supervised_losses(big, GAME, OBJECTS)) < 1e-2
+    symbols[np.arange(6), np.arange(6) // 3, np.asarray(spoken)] = 9
+    types = np.zeros((6, 3), np.float32)
+    types[np.asarray(understood)] = np.tile(9 * np.eye(3), (2, 1))
+    for agent in agents.values():
+        agent['hidden']['kernel'] = jnp.eye(6)
+    agents['speaker']['symbols']['kernel'] = jnp.asarray(symbols.reshape(6, 12))
+    agents['listener']['types']['kernel'] = jnp.asarray(types)
+    return agents
+
+
+def test_agents_that_know_the_language_score_one():
+    assert all(x == 1 for x in lewis.evaluate(fluent(), GAME, OBJECTS).values())
+    assert sum(lewis.supervised_losses(fluent(), GAME, OBJECTS)) < 1e-2
     # Another convention, shared by both: they understand each other and the language is gone.
-    order = np.array([1, 2, 0, 4, 5, 3])
-    drifted = {'speaker': s | {'symbols': s['symbols'] | {'kernel': jnp.asarray(symbols[:, :, order].reshape(6, 12))}},
-               'listener': {'hidden': l['hidden'], 'types': {'kernel': l['types']['kernel'][order]}}}
-    scores = lewis.evaluate(drifted, GAME, OBJECTS)
+    order = [1, 2, 0, 4, 5, 3]
+    scores = lewis.evaluate(fluent(order, order), GAME, OBJECTS)
     assert scores['communication'] == 1 and scores['language'] == 0 and scores['understanding'] == 0
 
 
@@ -195,3 +200,42 @@ def test_a_run_is_reproducible_and_its_seeds_can_be_mapped(trained):
     _, history = jax.jit(jax.vmap(lambda k: lewis.train(k, start, GAME, OBJECTS, OBJECTS, training, config)))(keys)
     np.testing.assert_allclose(history['kl'][0], runs['elastic_reset'][1]['kl'], rtol=1e-3, atol=1e-5)
     assert np.abs(history['kl'][0] - history['kl'][1]).max() > 1e-4
+
+
+# ---- Seeded iterated learning ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('target', lewis_imitation.LISTENER_TARGETS)
+def test_students_learn_their_teachers_language_and_guesses(target):
+    """Of teachers who do not understand each other: the speaker has a language of its own, the listener the given."""
+    order = [1, 2, 0, 4, 5, 3]
+    teachers, begun = fluent(spoken=order), lewis.init(jax.random.key(4), GAME, hidden=6, scale=.5)
+    imitation = lewis.Imitation(10, 200, 100, batch_size=16, learning_rate=.03, listener_target=target)
+    students = lewis_imitation.Students(begun, lewis_imitation.optimizers(imitation, begun))
+    learnt = jax.jit(lambda key, s: lewis_imitation.transmit(key, s, teachers, GAME, OBJECTS, imitation))(
+        jax.random.key(0), students)
+    assert [int(learnt.opt_state[name][0].count) for name in ('speaker', 'listener')] == [200, 100]
+    said = lewis.speak(learnt.params['speaker'], GAME, OBJECTS)[0].argmax(-1)
+    np.testing.assert_array_equal(said, np.asarray(order)[GAME.messages(OBJECTS)])
+    heard = jax.nn.one_hot(said, GAME.num_symbols)
+    guesses = lewis.listen(learnt.params['listener'], heard).argmax(-1)
+    wanted = OBJECTS if target == 'objects' else lewis.listen(teachers['listener'], heard).argmax(-1)
+    np.testing.assert_array_equal(guesses, wanted)
+    assert (wanted == OBJECTS).all() == (target == 'objects')
+
+
+def test_students_take_their_teachers_places(trained):
+    """After steps 20 and 40; until then the run is the plain one, and the second generation continues the first."""
+    start, runs = trained
+    training = lewis.Training(num_steps=40, batch_size=8, learning_rate=.02, log_every=10, kl_coefficient=.1)
+    imitation = lewis.Imitation(20, 5, 5, batch_size=8, learning_rate=.02)
+    config, key = er.method('fixed_reference', 20), jax.random.key(1)
+    carry = lewis.begin(start, training, config, imitation)
+    half, history = jax.jit(lambda key, carry: lewis.advance(
+        carry, key, start['speaker'], GAME, OBJECTS, OBJECTS, training, config, 20, imitation=imitation))(key, carry)
+    np.testing.assert_allclose(history['before_reset_kl'], runs['fixed_reference'][1]['kl'][:2], rtol=1e-4)
+    assert abs(float(history['kl'][1] - history['before_reset_kl'][1])) > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, half.params, half.students.params)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), half.params, start)
+    assert moved['listener']['types']['kernel'] > 1e-3 and moved['speaker']['value']['kernel'] == 0
+    with pytest.raises(ValueError, match='log_every=10 must divide imitation.period=15'):
+        lewis.begin(start, training, config, lewis.Imitation(15))

@@ -61,7 +61,7 @@ def test_stopped_by_signals_within_runs_the_numbers_are_the_same(compared, tmp_p
     made = []
     monkeypatch.setattr(lewis._Setting, 'make', lambda self, run, update: made.append(run) or make(self, run, update))
     again = lewis.compare(tiny(), tmp_path, QUIET)
-    assert len(made) == 2  # 4 of 6 were kept
+    assert len(made) == 3  # 4 of 7 were kept
     assert again.metrics == compared[2].metrics
     for run, history in again.histories.items():
         for name, values in history.items():
@@ -94,6 +94,17 @@ def test_interpolation_ends_at_the_initial_and_the_final_policy(compared):
         np.testing.assert_allclose(comparison.interpolation[name][:, 0], comparison.start[name], atol=1e-6)
     for name, values in comparison.interpolation.items():
         np.testing.assert_allclose(values[:, -1], plain[name][:, -1], atol=1e-5, err_msg=name)
+
+
+def test_both_sides_of_a_generation_are_logged(compared):
+    _, runs, comparison = compared
+    plain, taught = runs['fixed_reference', 0.0, None], runs['imitation', 0.0, None]
+    np.testing.assert_allclose(taught['before_reset_kl'][:, :2], plain['kl'][:, :2], atol=1e-5)
+    assert np.abs(taught['kl'] - taught['before_reset_kl'])[:, 1::2].min() > 1e-3  # after steps 20 and 40
+    np.testing.assert_array_equal(taught['kl'][:, ::2], taught['before_reset_kl'][:, ::2])
+    row = comparison.metrics['methods']['seeded iterated learning, after a generation']
+    assert row['kl'] == pytest.approx(taught['kl'][:, -1].mean()) and 'kept' not in row
+    assert 'interpolation_at_kl' in comparison.metrics['gains']['seeded iterated learning, before a generation']
 
 
 def test_both_sides_of_a_reset_are_logged(compared):
@@ -162,6 +173,9 @@ def test_another_config_in_the_same_workdir_is_refused(compared):
     ('seeds', (3,), r'config.seeds=\(3,\): two or more, each once'),
     ('training.method', 'ppo', "method='ppo' is not one of"),
     ('elastic.agents', 'listener', "config.elastic.agents='listener' is not one of"),
+    ('imitation.speaker_steps', 0, 'imitation.speaker_steps=0 must be at least 1'),
+    ('imitation.learning_rate', 0.0, 'imitation.learning_rate=0.0 must be positive'),
+    ('imitation.listener_target', 'words', "imitation.listener_target='words' is not one of"),
     ('training.temperature', 0.0, 'temperature=0.0 must be positive'),
     ('training.listener_pace', 2.0, r'listener_pace=2.0 must be in \[0, 1\]'),
     ('game.supervised', 0.01, 'supervised: no object of 9 is left'),

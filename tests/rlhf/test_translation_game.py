@@ -273,6 +273,16 @@ def test_a_reset_inside_the_step(pretrained):
     assert len(moments) == 1 and moments[0].any()
 
 
+def test_the_listener_is_averaged_and_reset_too_where_both_are(pretrained):
+    averaged = {}
+    for agents in ('speaker', 'both'):
+        state = jax.eval_shape(train.build(game_config(pretrained, elastic__agents=agents), one_device()).init,
+                               jax.random.key(0))
+        averaged[agents] = {*partition.flatten(state.extra['elastic'].ema)}
+    every = {name for name in partition.flatten(state.params) if not name.startswith('speaker/value_')}
+    assert averaged['both'] == every and averaged['speaker'] == {n for n in every if n.startswith('speaker/')}
+
+
 def test_kl_is_of_the_initial_speaker(pretrained):
     step, state, batches = stepper(game_config(pretrained))
     found = []
@@ -448,6 +458,7 @@ def no_method(**fields):
 @pytest.mark.parametrize('fields, message', [
     (dict(elastic__period=9), 'elastic.period=9 is longer than the run of 8 steps'),
     (dict(elastic__method='warp'), "method='warp' is not one of"),
+    (dict(elastic__agents='listener'), "elastic.agents='listener' is not one of"),
     (dict(elastic__method='ema_anchor', kl__coefficient=0.0), "elastic.method='ema_anchor' acts through the KL"),
     (dict(freeze_speaker=True), "freeze_speaker leaves 'elastic_reset' nothing"),
     (no_method(kl__coefficient=-1.0), 'kl.coefficient=-1.0 must not be negative'),

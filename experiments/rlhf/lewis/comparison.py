@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from experiments.rlhf.lewis.runs import Run, check, elastic, runs, split_objects
+from experiments.rlhf.lewis.runs import Run, check, elastic, imitation, runs, split_objects
 from experiments.rlhf.lewis.summary import History, summarize
 from experiments.runtime.stages import claim, once
 from rlhf_jax import elastic_reset as er
@@ -86,17 +86,18 @@ def compare(config: ml_collections.ConfigDict, workdir: str | pathlib.Path,
 
 
 @functools.cache
-def _program(training: lewis.Training, game: lewis.Game, settings: er.ElasticReset, num_steps: int) -> Callable:
+def _program(training: lewis.Training, game: lewis.Game, settings: er.ElasticReset, imitation: lewis.Imitation | None,
+             num_steps: int) -> Callable:
     """`lewis.advance` by `num_steps`, compiled, over seeds; KL coefficient and decay are arguments."""
     def advance(carry, key, start, objects, kl_coefficient, decay):
         whole = dataclasses.replace(training, kl_coefficient=kl_coefficient)
-        return lewis.advance(carry, key, start, game, *objects, whole, settings, num_steps, decay)
+        return lewis.advance(carry, key, start, game, *objects, whole, settings, num_steps, decay, imitation)
     return jax.jit(jax.vmap(advance, (0, 0, 0, 0, None, None)))
 
 
 @functools.cache
-def _begin(training: lewis.Training) -> Callable:
-    return jax.jit(jax.vmap(lambda params: lewis.begin(params, training, er.ElasticReset())))
+def _begin(training: lewis.Training, imitation: lewis.Imitation | None) -> Callable:
+    return jax.jit(jax.vmap(lambda params: lewis.begin(params, training, er.ElasticReset(), imitation)))
 
 
 def chunk_steps(training: lewis.Training) -> int:
@@ -117,8 +118,9 @@ class _Setting:
 
     def make(self, run: Run, update: Callable[[int], Any]) -> dict[str, np.ndarray]:
         """The whole run; `update` hears of every chunk of steps."""
-        carry, history = _begin(self._training)(self._params), []
-        program = _program(self._training, self._game, elastic(self._config, run.method), self._chunk)
+        students = imitation(self._config, run.method)
+        carry, history = _begin(self._training, students)(self._params), []
+        program = _program(self._training, self._game, elastic(self._config, run.method), students, self._chunk)
         for _ in range(self._training.num_steps // self._chunk):
             carry, part = program(carry, self._keys, self._params['speaker'], self._objects, run.kl_coefficient,
                                   run.decay)

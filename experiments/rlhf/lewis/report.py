@@ -6,10 +6,9 @@ import ml_collections
 import numpy as np
 
 from experiments.rlhf.lewis.comparison import Comparison
-from experiments.rlhf.lewis.runs import ALGORITHMS, Run
+from experiments.rlhf.lewis.runs import ALGORITHMS, METHODS, Run
 from experiments.rlhf.lewis.summary import DRIFTS, SIDES, TASK, History, fronts
 from experiments.runtime import report
-from rlhf_jax import elastic_reset as er
 
 FRONTS = {'kl_front': 'the KL penalties', 'interpolation': 'interpolation', 'early_stopping': 'early stopping'}
 
@@ -65,7 +64,7 @@ def write_section(page: report.Report, config: ml_collections.ConfigDict, compar
 def _shown(histories: Mapping[Run, History]) -> list[Run]:
     """The runs with a curve of their own: the last of each method but the penalties'."""
     out = []
-    for method in er.METHODS:
+    for method in METHODS:
         of_method = [run for run in histories if run.method == method]
         if of_method and method != 'fixed_reference':
             out.append(of_method[-1])

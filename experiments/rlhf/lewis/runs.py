@@ -11,8 +11,10 @@ from rlhf_jax.tasks import lewis
 
 NAMES = {'fixed_reference': 'KL to the initial policy', 'ema_anchor': 'KL to the average (EMA anchor)',
          'reference_reset': 'KL to a snapshot (reference reset)', 'reset_to_init': 'reset to the initial policy',
-         'reset_to_ema': 'reset to the average', 'elastic_reset': 'Elastic Reset'}
+         'reset_to_ema': 'reset to the average', 'elastic_reset': 'Elastic Reset',
+         'imitation': 'seeded iterated learning'}
 AGENTS = {'speaker': r'speaker/.*', 'both': r'(speaker|listener)/.*'}  # who is averaged and reset -> parameters
+METHODS = (*er.METHODS, 'imitation')
 ALGORITHMS = {'a2c': 'A2C', 'reinforce': 'REINFORCE', 'gumbel': 'Gumbel-softmax'}
 
 
@@ -28,7 +30,16 @@ class Run(NamedTuple):
 
     @property
     def resets(self) -> bool:
-        return self.method in ('reset_to_init', 'reset_to_ema', 'elastic_reset')
+        """Whether it has two sides every period: resets, or generations of students."""
+        return self.method in ('reset_to_init', 'reset_to_ema', 'elastic_reset', 'imitation')
+
+    @property
+    def sides(self) -> dict[str, str]:
+        """What the table calls each side of the last reset -> its name in `summary.SIDES`."""
+        if not self.resets:
+            return {'': 'after'}
+        event = 'a generation' if self.method == 'imitation' else 'the reset'
+        return {f', {side} {event}': side for side in ('before', 'after')}
 
     @property
     def file_name(self) -> str:
@@ -43,25 +54,37 @@ class Run(NamedTuple):
 
 def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """Every run of the comparison, the plain one first."""
-    every = [Run(name, kl, decay) for name in er.METHODS if name in config.methods
+    every = [Run(name, kl, decay) for name in METHODS if name in config.methods
              for kl in config.methods[name].kl_coefficients for decay in config.methods[name].decays or (None,)]
     return sorted(every, key=lambda run: not run.plain)
 
 
 def elastic(config: ml_collections.ConfigDict, method: str) -> er.ElasticReset:
-    """The settings of `method` with the schedule of `config.elastic`."""
+    """The settings of `method` with the schedule of `config.elastic`; under imitation nothing is reset."""
+    method = 'fixed_reference' if method == 'imitation' else method
     return er.method(method, config.elastic.period, tick_every=config.elastic.tick_every,
                      tick_offset=config.elastic.tick_offset, policy=AGENTS[config.elastic.agents])
 
 
+def imitation(config: ml_collections.ConfigDict, method: str) -> lewis.Imitation | None:
+    """Imitation under the method of that name, a generation every `config.elastic.period`; None under the others."""
+    if method != 'imitation':
+        return None
+    if config.elastic.period % config.training.log_every:
+        raise ValueError(f'config.training.log_every={config.training.log_every} must divide config.elastic.period='
+                         f'{config.elastic.period}, so that both sides of a generation are logged')
+    return lewis.Imitation(config.elastic.period, **config.imitation)
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises a ValueError for what would fail, or mean nothing, once the runs have begun."""
-    launch.check_fields('config.methods', config.methods, tuple(er.METHODS))
+    launch.check_fields('config.methods', config.methods, METHODS)
     launch.check_choice('config.elastic.agents', config.elastic.agents, AGENTS)
     training = lewis.Training(**config.training)
     split_objects(config, config.seeds[0] if config.seeds else 0)
     for name, method in config.methods.items():
         settings = elastic(config, name)
+        imitation(config, name)
         settings.resets(training.num_steps)
         lewis.check_schedule(training, settings)
         if not method.kl_coefficients:

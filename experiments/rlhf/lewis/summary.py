@@ -29,14 +29,15 @@ def summarize(config: ml_collections.ConfigDict, histories: dict[Run, History],
     for run, history in histories.items():
         label = run.label(algorithm)
         per_period = config.elastic.period // config.training.log_every
-        for side, prefix in SIDES.items() if run.resets else (('after', ''),):
+        for suffix, side in run.sides.items():
+            prefix = SIDES[side]
             row = {name: history[prefix + name][:, -1] for name in start}
-            if run.method not in ('fixed_reference', 'reference_reset'):
+            if run.method not in ('fixed_reference', 'reference_reset', 'imitation'):
                 row['kept'] = history['kept'][:, -1]
             if run.resets:
                 both = np.concatenate([history[p + TASK][:, -per_period:] for p in SIDES.values()], 1)
                 row |= {'lowest': both.min(1), 'highest': both.max(1)}
-            methods[f'{label}, {side} the reset' if run.resets else label] = spread(row)
+            methods[label + suffix] = spread(row)
     for i, alpha in enumerate(config.alphas):
         methods[f'interpolation, α {alpha:g}'] = spread({name: x[:, i] for name, x in interpolation.items()})
 
@@ -46,9 +47,9 @@ def summarize(config: ml_collections.ConfigDict, histories: dict[Run, History],
         for run, history in histories.items():
             if run.method == 'fixed_reference':
                 continue
-            for side, prefix in SIDES.items() if run.resets else (('after', ''),):
-                label = run.label(algorithm)
-                row = gains.setdefault(f'{label}, {side} the reset' if run.resets else label, {})
+            for suffix, side in run.sides.items():
+                prefix = SIDES[side]
+                row = gains.setdefault(run.label(algorithm) + suffix, {})
                 x, y = DRIFTS[drift](history, prefix)[:, -1], history[prefix + TASK][:, -1]
                 for name, (xs, ys) in lines.items():
                     heights = np.array([front_height(xs[s], ys[s], x[s]) for s in range(len(x))])

@@ -5,8 +5,8 @@ with (arXiv 2312.07551; the game of arXiv 1909.04499 and 2003.12694).
 
 The listener learns German from the speaker's English by cross entropy; the speaker is rewarded with the listener's mean
 log-likelihood of the gold German ('a2c': REINFORCE with a learned baseline), or learns through a straight-through
-Gumbel-softmax ('gumbel'). One Adam step trains both. Elastic Reset averages and resets the speaker alone; its value
-network, the listener and the optimizer stay.
+Gumbel-softmax ('gumbel'). One Adam step trains both. Elastic Reset averages and resets the speaker, and with
+`elastic.agents='both'` the listener; the speaker's value network and the optimizer stay.
 """
 from typing import Any
 
@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from experiments.rlhf.translation import agent as agents
 from experiments.rlhf.translation import data as data_lib
 from experiments.rlhf.translation import evaluation
+from experiments.runtime import launch, optim, partition, placement
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import optim, partition, placement
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from rlhf_jax import elastic_reset, kl, masked
@@ -32,6 +32,8 @@ KL_ONLY = ('fixed_reference', 'ema_anchor', 'reference_reset')  # methods that a
 Params = dict[str, Any]
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+# Who is averaged and reset -> parameters.
+AGENTS = {'speaker': r'speaker/.*', 'both': r'(speaker|listener)/.*'}
 RULES = partition.prefixed('(?:speaker|listener)', seq2seq.PARTITION_RULES)
 
 
@@ -68,6 +70,7 @@ def make_method(config: ml_collections.ConfigDict) -> elastic_reset.ElasticReset
         ValueError: an unknown method, one that could never act, or settings out of range.
     """
     fields, coefficient = dict(config.elastic), config.kl.coefficient
+    agents_reset = fields.pop('agents', 'speaker')
     name = fields.pop('method') or ('fixed_reference' if coefficient else '')
     if coefficient < 0:
         raise ValueError(f'kl.coefficient={coefficient} must not be negative')
@@ -79,7 +82,8 @@ def make_method(config: ml_collections.ConfigDict) -> elastic_reset.ElasticReset
         if not coefficient:
             raise ValueError(f'elastic.method={name!r} acts through the KL penalty alone, but kl.coefficient is 0')
         fields |= dict(reset_optimizer=False, reset_critic=False)
-    method = elastic_reset.method(name, policy='speaker/.*', critic='speaker/value_.*', **fields)
+    launch.check_choice('elastic.agents', agents_reset, AGENTS)
+    method = elastic_reset.method(name, policy=AGENTS[agents_reset], critic='speaker/value_.*', **fields)
     method.resets(config.num_steps)
     return method
 
