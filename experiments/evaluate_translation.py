@@ -2,6 +2,7 @@
 
     python -m experiments.evaluate_translation --game=runs/game --split=val
     python -m experiments.evaluate_translation --speaker=runs/speaker --listener=runs/listener
+    python -m experiments.evaluate_translation --game=runs/game --language_model=runs/captions
     # the control of every claim of less drift: the game's speaker pulled back towards the one it started as
     python -m experiments.evaluate_translation --game=runs/game --interpolate=0,0.25,0.5,0.75,1
 
@@ -63,6 +64,8 @@ def main() -> None:
     p.add_argument('--path', metavar='DIR', help='another folder with that split')
     p.add_argument('--interpolate', metavar='A,B,...', default='',
                    help="scores with the game's speaker at these fractions of its way from the one it started as")
+    p.add_argument('--language_model', metavar='WORKDIR', help='also the fluency of the English under this run of '
+                   "`translation.py:language_model` (default: evaluation.language_model of the run)")
     p.add_argument('--json', metavar='FILE', help='also write the numbers there; --step=all: a line a checkpoint')
     steps_lib.add_flag(p, '--game')
     args, _ = launch.parse(p)
@@ -108,6 +111,8 @@ def evaluate(args: argparse.Namespace, alphas: Sequence[float], step: int | None
                 for a in alphas}
     with config.unlocked():
         config.evaluation.sentences = 0
+        if args.language_model:
+            config.evaluation.language_model = args.language_model
         if args.path:  # the vocabulary stays that of the run's own text
             config.vocabulary.paths = tuple(config.vocabulary.paths) or (config.data.path,)
             config.data.path = args.path

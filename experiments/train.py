@@ -54,6 +54,7 @@ EXPERIMENTS = {
     'align': 'experiments.align.experiment',
     'translation_agent': 'experiments.rlhf.translation.agent',
     'translation_game': 'experiments.rlhf.translation.game',
+    'translation_language_model': 'experiments.rlhf.translation.language_model',
 }
 
 

@@ -19,14 +19,14 @@ def get_config(size: str = 'small') -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(dict(
         modes=(1, 16, 64, 256),  # numbers of them, each a square number
         variance=0.1, spacing=1.0,  # of a mode along each axis; between neighbours
-        width=128, depth=4,
+        width=64, depth=4,
         batch_size=512, num_steps=3000,
         learning_rate=1e-3,  # Adam's, falling to 0 by a cosine
         num_samples=8192, sample_steps=100,
         seeds=(0, 1, 2),  # each its own initial weights, draws and samples
     ))
     if size == 'paper':
-        config.batch_size, config.num_steps = 2048, 146_500
+        config.width, config.batch_size, config.num_steps = 128, 2048, 146_500
         config.num_samples, config.sample_steps = 65_536, 250
     elif size == 'tiny':
         config.modes, config.width, config.depth, config.seeds = (4,), 16, 2, (0, 1)

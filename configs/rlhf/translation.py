@@ -15,6 +15,10 @@
         --config.data.path=DATA --config.speaker=runs/small/speaker --config.listener=runs/small/listener \\
         --config.elastic.method=elastic_reset
     python -m experiments.evaluate_translation --game=runs/small/elastic
+    # fluency of the English, by a language model of captions (English text of any folder)
+    python -m experiments.train --config=configs/rlhf/translation.py:small_language_model \\
+        --workdir=runs/small/captions --config.data.path=DATA
+    python -m experiments.evaluate_translation --game=runs/small/elastic --language_model=runs/small/captions
 
 `speaker`, `listener`, `game` and `game_gumbel` have the published sizes and rates (of arXiv 2003.12694's code, which
 Elastic Reset's game descends from; its own period, decay and number of steps were not published). The speaker and the
@@ -52,7 +56,10 @@ def _shared() -> dict:
         ),
         message=dict(max_length=50, min_length=3,  # tokens before the end of sentence
                      reference_length=False),  # cut to the length of the reference English, which nobody can know
-        evaluation=dict(every=500, sentences=0, rows=128),  # steps, 0: never; of data.valid, 0: all; at once
+        evaluation=dict(
+            every=500, sentences=0, rows=128,  # steps, 0: never; of data.valid, 0: all; at once
+            language_model='',  # work directory of one; '': the fluency of the English is not measured
+        ),
     )
 
 
@@ -102,14 +109,29 @@ def game(algorithm: str = 'a2c') -> ConfigDict:
     return config
 
 
+def language_model() -> ConfigDict:
+    """An LSTM over English captions. Embeddings and states of 512 are published (of COCO's captions); the rest is
+    ours."""
+    shared = _shared()
+    del shared['message'], shared['evaluation']['language_model']
+    config = ConfigDict(dict(experiment='translation_language_model', **runner(), **shared,
+                             optimizer=adamw(schedule(1e-3, final=1e-5, decay='linear'), schedule(0.0), clip_norm=1.0)))
+    config.model.update(dict(width=512, dropout=0.2))
+    config.batch_size, config.num_steps = 40, 50_000
+    config.log_every, config.checkpoint_every = 100, 5000
+    return config
+
+
 def _small(config: ConfigDict) -> ConfigDict:
     """Multi30k for all three, in minutes on a CPU."""
     config.vocabulary.update(dict(kind='words', size=3000))
     config.model.update(dict(width=128, dropout=0.0))
-    config.data.lengths, config.message.max_length = (12, 16, 20, 32), 24
+    config.data.lengths = (12, 16, 20, 32)
+    if 'message' in config:
+        config.message.max_length = 24
     config.evaluation.update(dict(every=500, sentences=256))
     config.log_every, config.checkpoint_every = 50, 500
-    if config.experiment == 'translation_agent':
+    if config.experiment != 'translation_game':
         config.model.dropout = 0.1
         config.batch_size, config.num_steps = 32, 3000
         config.optimizer.learning_rate.update(dict(peak=2e-3, final=1e-4, decay_steps=0))
@@ -124,10 +146,12 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     """A small grammar's sentences, in a minute or two; for tests, fewer steps of it."""
     config.vocabulary.update(dict(kind='words', size=80))
     config.model.update(dict(width=64, dropout=0.0))
-    config.data.lengths, config.message.max_length = (14, 20), 18
+    config.data.lengths = (14, 20)
+    if 'message' in config:
+        config.message.max_length = 18
     config.evaluation.update(dict(every=200, sentences=64, rows=64))
     config.log_every, config.checkpoint_every, config.batch_size = 20, 200, 32
-    if config.experiment == 'translation_agent':
+    if config.experiment != 'translation_game':
         config.num_steps = 2000
         config.optimizer.learning_rate.update(dict(peak=5e-3, final=1e-3, decay_steps=0))
     else:
@@ -138,7 +162,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
 
 
 CONFIGS = {'speaker': lambda: agent('speaker'), 'listener': lambda: agent('listener'), 'game': game,
-           'game_gumbel': lambda: game('gumbel')}
+           'game_gumbel': lambda: game('gumbel'), 'language_model': language_model}
 
 
 def get_config(name: str = 'tiny_speaker') -> ConfigDict:

@@ -1,5 +1,6 @@
 """Greedy translation of a held-out split and its BLEU: of the German, the task; of the English, the drift.
 
+`fluency_en`, where `evaluation.language_model` names one, is the mean of nats a token of the English under it.
 `bleu_*` is `bleu.legacy` on tokenized, lower-cased text, as the game has been reported; `sacrebleu_*`, where sacrebleu
 is installed, is lower-cased BLEU of words joined by spaces against the text as it was written.
 """
@@ -38,6 +39,7 @@ class _Scores:
                                            most=config.evaluation.sentences)
         self._vocabularies = data_lib.vocabularies(config, self.languages)
         self._rows, self._model, self._message = config.evaluation.rows, model, config.message
+        self._fluency = open_fluency(config, self.languages)
         self._run = jax.jit(self._translate)
 
     def _agents(self, params: Any) -> list[Any]:
@@ -72,8 +74,9 @@ class _Scores:
                 for name, x in whole.items()}
 
     def __call__(self, params: Any, *, sacrebleu: bool = False) -> dict[str, float]:
-        """`bleu_X` of every language X that is translated to, `nll_Y` in nats a token of what people wrote, under the
-        first agent; with `sacrebleu`, also `sacrebleu_X` where it is installed."""
+        """`bleu_X` of every language X that is translated to, `fluency_en` where a language model is named, `nll_Y` in
+        nats a token of what people wrote, under the first agent; with `sacrebleu`, also `sacrebleu_X` where it is
+        installed."""
         translated = self.translate(params)
         scores = {}
         for language in self.languages[1:]:
@@ -85,10 +88,29 @@ class _Scores:
                     scores[f'sacrebleu_{language}'] = score
                 except ImportError:
                     pass
+        if self._fluency:
+            measure, weights = self._fluency
+            scores['fluency_en'] = measure(weights, translated['en'])
         scores[f'nll_{self.languages[1]}'] = float(translated['nll'].sum() / translated['count'].sum())
         return scores
 
     signature = ''  # of sacrebleu
+
+
+def open_fluency(config: ml_collections.ConfigDict, languages: Sequence[str]) -> Any:
+    """Measure and weights of `evaluation.language_model`, or None where it names none.
+
+    Raises:
+        ValueError: it is of no use to agents of these `languages`, or no such run.
+    """
+    workdir = config.evaluation.get('language_model', '')
+    if not workdir:
+        return None
+    if 'en' not in languages[1:]:
+        raise ValueError(f'evaluation.language_model={workdir}: it reads English, and {" to ".join(languages)} writes '
+                         'none; leave it empty')
+    from experiments.rlhf.translation import language_model  # deferred: it is trained as the agents are
+    return language_model.load(workdir)
 
 
 class AgentEvaluation(_Scores):

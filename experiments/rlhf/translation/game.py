@@ -46,9 +46,13 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     def hooks(writer):
         return evaluation.hooks(config, writer, lambda: evaluation.GameEvaluation(config, game.model))
 
+    def check_runs():
+        game.pretrained()
+        evaluation.open_fluency(config, translation.FIELDS)
+
     return Experiment(game.init, game.loss, game.step, RULES, batch_spec(config, unit),
                       lambda: open_batches(config, unit, placement.share_of(mesh)), warm_start=game.warm_start,
-                      check=game.pretrained, hooks=hooks)
+                      check=check_runs, hooks=hooks)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
