@@ -95,6 +95,10 @@ def game(algorithm: str = 'a2c') -> ConfigDict:
             decay=0.995, tick_every=100,  # of the average, at each tick; steps between ticks
             reset_optimizer=False, reset_critic=False,
         ),
+        imitation=dict(  # seeded iterated learning; published: 4000, 400, 1e-4
+            every=0,  # steps between generations; 0: none
+            steps=400, learning_rate=1e-4,  # of either agent's imitation
+        ),
         pairs=dict(
             every=0,  # steps between supervised steps on pretraining pairs ("S2P"); 0: none
             coefficient=1.0,

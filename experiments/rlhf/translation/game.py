@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from experiments.rlhf.translation import agent as agents
 from experiments.rlhf.translation import data as data_lib
-from experiments.rlhf.translation import evaluation
+from experiments.rlhf.translation import evaluation, imitation
 from experiments.runtime import launch, optim, partition, placement
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
@@ -44,7 +44,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     game = TranslationGame(config, make_method(config), shards)
 
     def hooks(writer):
-        return evaluation.hooks(config, writer, lambda: evaluation.GameEvaluation(config, game.model))
+        generations = [imitation.Generations(config, game.model, mesh)] if imitation.wanted(config) else []
+        return generations + evaluation.hooks(config, writer, lambda: evaluation.GameEvaluation(config, game.model))
 
     def check_runs():
         game.pretrained()
@@ -65,6 +66,7 @@ def check(config: ml_collections.ConfigDict) -> None:
                          f'{message.max_length}')
     if not config.loss.temperature > 0:
         raise ValueError(f'loss.temperature={config.loss.temperature} must be positive')
+    imitation.check(config)
 
 
 def make_method(config: ml_collections.ConfigDict) -> elastic_reset.ElasticReset | None:
@@ -125,9 +127,10 @@ class TranslationGame:
         return TrainState(jnp.int32(0), params, self._optimizer.init(params), None, carried, extra)
 
     def extra(self, params: Params, checksums: Array) -> dict[str, Any]:
-        """What a run carries besides: checksums of its vocabularies, uint32 [3], and the speaker's average."""
+        """What a run carries besides: checksums of its vocabularies, uint32 [3], averages, and students."""
         elastic = {'elastic': elastic_reset.init(self._method, params)} if self._method else {}
-        return {'vocabulary': checksums} | elastic
+        learning = {'students': imitation.students(self._config, params)} if imitation.wanted(self._config) else {}
+        return {'vocabulary': checksums} | elastic | learning
 
     def pretrained(self) -> Params:
         """Weights of the agents that the config names, by name.
