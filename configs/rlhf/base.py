@@ -26,10 +26,13 @@ def model(kind: str, size: str, **fields) -> dict:
 
 
 def _language(experiment: str, **sections) -> ConfigDict:
+    lora = dict(rank=0, alpha=32.0, targets=())  # 0: train all weights; path regexes, (): the model's own
+    if experiment != 'policy':  # whose ratios would compare one draw of the dropped entries with another
+        lora |= dict(dropout=0.0)  # of the adapter's inputs while training, a probability
     return ConfigDict(dict(
         experiment=experiment, **runner(),
         model=model('gpt_neox', '410m'),
-        lora=dict(rank=0, alpha=32.0, targets=()),  # 0: train all weights; path regexes, (): the model's own
+        lora=lora,
         tokenizer='bytes',  # bytes | a tokenizer.json or its folder
         # Whether texts begin with BOS; None: as those of the run in `weights`, else as the tokenizer's files say.
         bos=config_dict.placeholder(bool),

@@ -6,7 +6,7 @@
 
 Data: the first 100,000 rows of `question`, `response_j`, `response_k`; pairs of more than 512 tokens are left out. One
 epoch in batches of 4 a device (how many is not published), rank 8, alpha 32, learning rate 2e-5 falling linearly to 0,
-weight decay 0.001. Dropout on the adapter (0.1) is left out. Memory as in `sft_stackexchange.py`.
+weight decay 0.001, dropout on the adapter 0.1. Memory as in `sft_stackexchange.py`.
 """
 from configs.rlhf import base
 
@@ -18,7 +18,7 @@ def get_config():
     config.batch_size = 4
     config.num_steps = PAIRS // config.batch_size
     config.model.update(dict(kind='llama', size='7B', dtype='bfloat16', remat='full'))
-    config.lora.update(dict(rank=8, alpha=32.0))
+    config.lora.update(dict(rank=8, alpha=32.0, dropout=0.1))
     config.weights, config.tokenizer, config.bos = 'runs/stackexchange/sft', 'models/llama-7b', True
     config.data.update(dict(task='stackexchange', path='data/stack_exchange_paired/data/reward', num_rows=PAIRS,
                             split='train', heldout='train[100000:104000]'))

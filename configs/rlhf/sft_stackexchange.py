@@ -6,9 +6,9 @@
 Data: a folder with a split train of `question` and the better answer `response_j`. Rank 16, alpha 32 on queries and
 values, 5000 steps of 8 rows a device (4 x 2 microbatches; the number of devices is not published), learning rate 1e-5
 on a cosine after 100 steps, weight decay 0.05. Rows hold 1024 tokens. Unlike the published packing, which cuts texts
-anywhere and lets one attend to the last, texts stay whole and by themselves. The published dropout on the adapter
-(0.05) and its 8-bit base are left out: the base is float32 here, 4 bytes for each of 6.7 billion parameters; moments
-and gradients exist for the adapter alone.
+anywhere and lets one attend to the last, texts stay whole and by themselves. Dropout on the adapter is 0.05. The
+published 8-bit base is left out: the base is float32 here, 4 bytes for each of 6.7 billion parameters; moments and
+gradients exist for the adapter alone.
 """
 from configs.rlhf import base
 
@@ -17,7 +17,7 @@ def get_config():
     config = base.sft()
     config.num_steps, config.batch_size, config.accumulate = 5000, 8, 2
     config.model.update(dict(kind='llama', size='7B', dtype='bfloat16', remat='full'))
-    config.lora.update(dict(rank=16, alpha=32.0))
+    config.lora.update(dict(rank=16, alpha=32.0, dropout=0.05))
     config.weights = config.tokenizer = 'models/llama-7b'
     config.bos = True  # as the tokenizer of LLaMA does
     config.data.update(dict(task='stackexchange', path='data/stack_exchange_paired/data/finetune',

@@ -67,7 +67,8 @@ class Dense(nn.Module):
     """Linear map of the last `inputs` axes to `features`. Parameters: `kernel` [*in, *features], `bias` [*features].
 
     Where the parameters also hold `lora_a` [*in, r], `lora_b` [r, *features] and `lora_scale` [] (see `lora.py`), the
-    output is `x (kernel + lora_scale lora_a lora_b)`, computed without ever forming that sum.
+    output is `x (kernel + lora_scale lora_a lora_b)`, computed without ever forming that sum; where they hold a
+    `lora_key` as well, the adapter reads `x` with some of its entries dropped (`lora.with_dropout`).
     """
     features: int | tuple[int, ...]
     inputs: int = 1
@@ -86,13 +87,22 @@ class Dense(nn.Module):
             a: Array = self.get_variable('params', 'lora_a')
             b: Array = self.get_variable('params', 'lora_b')
             scale: Array = self.get_variable('params', 'lora_scale')
-            y += self._contract(self._contract(x, a, self.inputs), b, 1) * jnp.asarray(scale, self.dtype)
+            read = x
+            if self.has_variable('params', 'lora_key'):
+                read = dropped(x, self.get_variable('params', 'lora_key'), self.get_variable('params', 'lora_keep'))
+            y += self._contract(self._contract(read, a, self.inputs), b, 1) * jnp.asarray(scale, self.dtype)
         if self.use_bias:
             y += self.param('bias', nn.initializers.zeros, features, self.param_dtype).astype(self.dtype)
         return y
 
     def _contract(self, x: Array, kernel: Array, axes: int) -> Array:
         return jnp.tensordot(x.astype(self.dtype), jnp.asarray(kernel, self.dtype), axes)
+
+
+def dropped(x: Array, key: Array, keep: Array) -> Array:
+    """`x` with each entry kept, and divided by `keep`, with probability `keep` [], else 0. `key`: data of a key."""
+    kept = jax.random.bernoulli(jax.random.wrap_key_data(key), keep, x.shape)
+    return jnp.where(kept, x / keep.astype(x.dtype), 0)
 
 
 def logits(x: Array, kernel: Array, *, transposed: bool = False, dtype: Any) -> Array:

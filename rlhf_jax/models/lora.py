@@ -25,7 +25,7 @@ from rlhf_jax.models import layers
 Array = jax.Array
 Params = Mapping[str, Any]
 
-LEAVES = ('lora_a', 'lora_b', 'lora_scale')
+LEAVES = ('lora_a', 'lora_b', 'lora_scale', 'lora_key', 'lora_keep')
 PARTITION_RULES = ((r'.*/lora_(a|b|scale)', P()),)  # a few megabytes; put them before the model's own rules
 
 
@@ -77,6 +77,24 @@ def init(key: Array, module: nn.Module, params: Params, *, rank: int, alpha: flo
         if target not in matched:
             raise ValueError(f'lora: target {target!r} matches no dense layer')
     return out
+
+
+def with_dropout(key: Array, params: Params, rate: float) -> dict[str, Any]:
+    """Parameters whose adapters read their inputs with dropout (as PEFT's `lora_dropout`): each layer of each block
+    drops by a key of its own, made of `key`. To be differentiated by what `params` holds, and not to be kept.
+
+    Raises:
+        ValueError: a rate outside [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f'lora: dropout={rate} must be in [0, 1)')
+    count = itertools.count()
+
+    def visit(path, layer):
+        lead, _, _ = _axes(path, layer['kernel'].shape)
+        keys = jax.random.split(jax.random.fold_in(key, next(count)), lead)
+        return dict(layer) | {'lora_key': jax.random.key_data(keys), 'lora_keep': jnp.full(lead, 1 - rate)}
+    return _visit({name: params[name] for name in sorted(params)}, visit)
 
 
 def adaptable_layers(module: nn.Module) -> frozenset[str]:

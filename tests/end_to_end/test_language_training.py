@@ -203,6 +203,17 @@ def test_the_reference_of_an_adapter_is_the_model_without_it():
     got, _ = adapted.loss(params, state, batch, None)
     assert abs(float(got) - np.log(2)) > 1e-3
     np.testing.assert_allclose(got, want, rtol=1e-5)
+    # Dropout is drawn anew with each key, in training alone: the reference has no adapter to drop inputs of.
+    dropping = train.build(config_of('dpo', lora=dict(rank=2, dropout=0.5)), one_device())
+    draws = [float(dropping.loss(params, state, batch, jax.random.key(seed))[0]) for seed in (0, 1, 0)]
+    assert draws[0] == draws[2] != draws[1] and abs(draws[0] - float(got)) > 1e-4
+
+
+@pytest.mark.parametrize('lora, message', [(dict(rank=2, dropout=1.0), r'lora.dropout=1.0 must be in \[0, 1\)'),
+                                           (dict(dropout=0.1), 'lora.dropout=0.1: there is no adapter')])
+def test_dropout_that_cannot_be_is_named(lora, message):
+    with pytest.raises(ValueError, match=message):
+        train.build(config_of('sft', lora=lora), one_device())
 
 
 # ---- Starting weights ------------------------------------------------------------------------------------------------

@@ -72,6 +72,36 @@ def test_only_the_adapter_trains():
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
+def test_dropout_is_of_the_adapters_inputs_alone():
+    """Each draw differs, their mean is the model without dropout up to what is not linear in it, and at a rate of 0
+    nothing is dropped."""
+    module = MODELS['llama']
+    params, fresh, params_lora = adapted('llama', (r'.*/mlp/down',))
+    tokens = np.tile(TOKENS[:1, :1], (64, 3))
+    run = jax.jit(lambda key, params, rate: module.apply({'params': lora.with_dropout(key, params, rate)}, tokens),
+                  static_argnums=2)
+    plain = jax.jit(module.apply)({'params': params_lora}, tokens)
+    np.testing.assert_allclose(run(jax.random.key(0), params_lora, 0.0), plain, atol=1e-5)
+    dropped = run(jax.random.key(0), params_lora, 0.5)
+    assert np.abs(dropped - run(jax.random.key(1), params_lora, 0.5)).max() > 1e-2
+    assert np.abs(dropped[0] - dropped[1]).max() > 1e-3  # rows of one text drop entries of their own
+    np.testing.assert_allclose(run(jax.random.key(0), fresh, 0.5), run(jax.random.key(1), fresh, 0.5), atol=1e-6)
+    chex.assert_trees_all_equal(lora.without(lora.with_dropout(jax.random.key(0), params_lora, 0.5)), params)
+    with pytest.raises(ValueError, match=r'dropout=1.0 must be in \[0, 1\)'):
+        lora.with_dropout(jax.random.key(0), params_lora, 1.0)
+
+
+def test_dropout_by_hand():
+    """Of ones: kept entries are 1 / keep, as many as that says, and each block has a key of its own."""
+    layer = {'kernel': jnp.ones((2, 50, 3)), 'lora_a': jnp.ones((2, 50, 1)), 'lora_b': jnp.ones((2, 1, 3)),
+             'lora_scale': jnp.ones(2)}
+    made = lora.with_dropout(jax.random.key(3), {'blocks': {'attn': {'q': layer}}}, 0.2)['blocks']['attn']['q']
+    assert made['lora_key'].shape == (2, 2) and (made['lora_key'][0] != made['lora_key'][1]).any()
+    kept = np.stack([layers.dropped(jnp.ones((40, 50)), made['lora_key'][i], made['lora_keep'][i]) for i in range(2)])
+    assert {*np.unique(kept).tolist()} == {0.0, 1.25} and kept.mean() == pytest.approx(1, abs=0.05)
+    assert (kept[0] != kept[1]).any()
+
+
 @pytest.mark.parametrize('change, message', [
     (dict(targets=(r'.*/attn/query',)), 'matches no dense layer'), (dict(rank=0), 'rank=0'),
     (dict(targets=(r'lm_head',)), r"lm_head .*would ignore its adapter; the layers of Llama .*'blocks/attn/k', "),

@@ -71,6 +71,11 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
     evaluation.check_every(config)
     lengths.check(config)
     shards, adapted = mesh_lib.batch_shards(mesh), config.lora.rank > 0
+    dropout = config.lora.get('dropout', 0.0)
+    if not 0 <= dropout < 1:
+        raise ValueError(f'lora.dropout={dropout} must be in [0, 1)')
+    if dropout and not adapted:
+        raise ValueError(f'lora.dropout={dropout}: there is no adapter to drop inputs of; set lora.rank')
 
     def init_params(key):
         return architecture.with_adapter(config, objective.init(key), jax.random.fold_in(key, 1))
@@ -93,7 +98,10 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
         return TrainState(jnp.int32(0), params, tx.init(divide(params)[1]), None, carried, extra)
 
     def loss(params, state, batch, rng):
-        return objective.loss(params, reference(params, state.extra), batch)
+        ref = reference(params, state.extra)
+        if dropout:
+            params = lora.with_dropout(rng, params, dropout)
+        return objective.loss(params, ref, batch)
 
     def step(state, batch):
         frozen, trained = divide(state.params)
