@@ -202,7 +202,9 @@ def begin(params: Params, training: Training, elastic_config: er.ElasticReset,
     check_schedule(training, elastic_config)
     if imitation and imitation.period % training.log_every:
         raise ValueError(f'log_every={training.log_every} must divide imitation.period={imitation.period}')
-    students = imitation and lewis_imitation.Students(params, lewis_imitation.optimizers(imitation, params))
+    students = None
+    if imitation:
+        students = lewis_imitation.Students(params, lewis_imitation.optimizers(imitation, params))
     return Carry(params, _optimizer(training).init(params), er.init(_of_speaker(elastic_config), params),
                  jnp.float32(0), jnp.int32(0), students)
 
