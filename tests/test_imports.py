@@ -19,7 +19,7 @@ BETWEEN_LIBRARIES = {'dlc_jax/__init__.py': ('rlhf_jax.__version__',),
                      'dlc_jax/text_to_code.py': ('rlhf_jax.models.llama',),
                      'dlc_jax/diffusion/discrete.py': ('rlhf_jax.inversion',),
                      **{f'dlc_jax/models/{name}.py': ('rlhf_jax.models.layers', 'rlhf_jax.models.attention')
-                        for name in ('layers', 'dit', 'sedd', 'vit')},
+                        for name in ('layers', 'dit', 'rdm', 'sedd', 'vit')},
                      'dlc_jax/convert/llada.py': ('rlhf_jax.models.llama', 'rlhf_jax.weights')}
 
 
