@@ -89,7 +89,9 @@ def fused(q: Array, k: Array, v: Array, *, mask: Array | None = None, segments: 
     if kernel == 'xla':
         return None
     if kernel == 'splash':
-        if impl == 'auto' and (splash.layout(q, k) is None or mask is not None and segments is None):
+        # Without a mesh in context the rows of a call may lie on several devices all the same, unknown here.
+        unknown = splash.layout(q, k) is None or jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
+        if impl == 'auto' and (unknown or mask is not None and segments is None):
             return None
         if mask is not None and segments is None:
             raise ValueError("attention_impl='splash' has no window over tokens that are masked one by one; 'auto' "

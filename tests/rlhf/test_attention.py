@@ -148,6 +148,7 @@ def test_a_decoder_with_splash_attention_on_a_mesh_is_the_plain_one(tpu):
             attention.fused(q[:1], k[:1], v[:1], impl='splash')
     np.testing.assert_allclose(np.where(mask[..., None], got, 0), np.where(mask[..., None], want, 0), rtol=1e-4,
                                atol=1e-4)
+    assert attention.fused(q, k, v) is None  # eight devices and no mesh
     with jax.set_mesh(mesh):  # no rules: how a batch lies is not known
         assert attention.fused(q, k, v) is None
 
