@@ -148,7 +148,7 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
             where it takes the call.
 
     Returns:
-        [B, T, H, D], and keys and values: `k` and `v` themselves, or the updated `kv`.
+        [B, T, H, D], and keys and values: the updated `kv`, or `k` and `v` as a cache has them.
     """
     chex.assert_rank((q, k, v), 4)
     chex.assert_equal_shape((k, v))
@@ -157,7 +157,8 @@ def attend(q: Array, k: Array, v: Array, context: Context, kv: tuple[Array, Arra
         out = attention.fused(q, k, v, mask=context.mask, segments=context.segments, causal=causal, impl=impl)
         if out is None:
             out = jax.nn.dot_product_attention(q, k, v, mask=context.mask, is_causal=causal, implementation='xla')
-        return out, (k, v)
+        beside = heads_beside(*k.shape[2:])
+        return out, (_side_by_side(k, beside), _side_by_side(v, beside))
     assert context.index is not None and context.mask is not None  # `prepare` gives both where there is a cache
     keys, values = (_write(buffer, new, context.index) for buffer, new in zip(kv, (k, v)))
     batch, length, heads, dim = q.shape
@@ -397,8 +398,8 @@ def split_rules(rules: Sequence[tuple[str, P]]) -> tuple[tuple[str, P], ...]:
 
 
 def _started(pairs: Sequence[tuple[Array, Array]], mask: Array | None, shape: tuple[int, ...], length: int) -> Cache:
-    extra, beside = length - shape[1], heads_beside(*pairs[0][0].shape[2:])
-    to_cache = lambda x: jnp.pad(_side_by_side(x, beside), ((0, 0), (0, 0), (0, extra), (0, 0)))
+    extra = length - shape[1]
+    to_cache = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0)))
     present = jnp.ones(shape, bool) if mask is None else mask != 0
     return Cache(keys=tuple(to_cache(k) for k, _ in pairs), values=tuple(to_cache(v) for _, v in pairs),
                  mask=jnp.pad(present, ((0, 0), (0, extra))), index=jnp.int32(shape[1]))

@@ -68,11 +68,10 @@ def wave_bytes(config: ml_collections.ConfigDict, prompts: int, mesh: Mesh) -> f
         fused = attention.choose(module.attention_impl, query) != 'xla'
     width, slots = np.dtype(module.dtype).itemsize, sampling.max_prompt + sampling.max_new_tokens - 1
     lanes = 128 if platform == 'tpu' else 1  # arrays have a multiple of so many numbers along their last axis
-    # Keys and values of all layers, as computed and as a cache has them.
-    computed, cache = (2 * module.depth * slots * kv_heads / tensor / n * math.ceil(n * dim / lanes) * lanes * width
-                       for n in (1, beside))
+    row = math.ceil(beside * dim / lanes) * lanes
+    cache = 2 * module.depth * kv_heads / beside / tensor * slots * row * width
     scores = 0 if fused else heads / tensor * sampling.max_prompt ** 2 * (4 + width)
     hidden = sampling.max_prompt * (getattr(module, 'hidden', 0) or 4 * module.width) / tensor * width * 2
     num_samples = config.algorithm.num_samples
     logits = 3 * 4 * math.ceil(module.vocab_size / 128) * 128
-    return prompts * max(computed + cache + scores + hidden, (1 + num_samples) * cache + num_samples * logits)
+    return prompts * max(2 * cache + scores + hidden, (1 + num_samples) * cache + num_samples * logits)
