@@ -62,11 +62,17 @@ def bytes_on_device(tree: Any) -> int:
     return compiled.memory_analysis().argument_size_in_bytes
 
 
-def matmul_flops(jaxpr: Any) -> float:
+def matmul_flops(jaxpr: Any, *, in_kernels: bool = False) -> float:
     """FLOPs of all matrix products and convolutions of a jaxpr: loops times their length, the dearer branch of each
-    condition, what is recomputed for the backward pass included. (XLA's own count takes the body of a loop once.)"""
+    condition, what is recomputed for the backward pass included. (XLA's own count takes the body of a loop once.)
+
+    Args:
+        in_kernels: of Pallas kernels alone.
+    """
     total = 0.0
     for eqn in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+        if in_kernels and eqn.primitive.name in ('dot_general', 'conv_general_dilated'):
+            continue
         if eqn.primitive.name == 'dot_general':
             contracted = eqn.params['dimension_numbers'][0][0]
             total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
@@ -74,9 +80,10 @@ def matmul_flops(jaxpr: Any) -> float:
             kernel, features = eqn.invars[1].aval, eqn.params['dimension_numbers'].rhs_spec[0]
             total += 2 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[features]
         elif eqn.primitive.name == 'cond':
-            total += max(map(matmul_flops, eqn.params['branches']))
+            total += max(matmul_flops(branch, in_kernels=in_kernels) for branch in eqn.params['branches'])
         else:
-            inner = sum(map(matmul_flops, jaxprs_in_params(eqn.params)))
+            below = in_kernels and eqn.primitive.name != 'pallas_call'
+            inner = sum(matmul_flops(inner, in_kernels=below) for inner in jaxprs_in_params(eqn.params))
             total += inner * _trips(eqn)
     return total
 
@@ -122,18 +129,24 @@ def compile_program(program: Program, target: Slice) -> Report:
             costs = hlo.costs(executable.as_text())
             report['collectives'] = {kind: dataclasses.asdict(entry) for kind, entry in costs.collectives.items()}
             report['hbm_traffic'] = costs.bytes
-            report['seconds'] = bounds(report, costs, target)
+            kernels = matmul_flops(traced.jaxpr, in_kernels=True) / mesh.devices.size
+            report['seconds'] = bounds(report, costs, target, kernels)
     report['total'] = report['bytes'] + sum(beside.values())
     return report | {'fits': 'arguments' in report and report['total'] <= target.usable_bytes,
                      'compile_seconds': time.monotonic() - started}
 
 
-def bounds(report: Report, costs: hlo.Costs, target: Slice) -> dict[str, float]:
+def bounds(report: Report, costs: hlo.Costs, target: Slice, kernels: float = 0.0) -> dict[str, float]:
     """Seconds that each resource needs for one run of a program on its own: `matmul`, `memory`, `network`; and
-    `cycles`, the compiler's own estimate of the whole (TPU), 0 where it gives none."""
+    `cycles`, the compiler's own estimate of the whole (TPU), 0 where it gives none.
+
+    Args:
+        kernels: FLOPs of Pallas kernels, which the compiler does not estimate: in `cycles` they count at the peak.
+    """
     network = sum(entry.bytes for entry in costs.collectives.values())
+    cycles = costs.cycles / target.clock + kernels / target.peak_flops if target.clock else 0.0
     return {'matmul': report['flops'] / target.peak_flops, 'memory': costs.bytes / target.hbm_bandwidth,
-            'network': network / target.network_bandwidth, 'cycles': costs.cycles / target.clock if target.clock else 0}
+            'network': network / target.network_bandwidth, 'cycles': cycles}
 
 
 def expected(report: Report) -> tuple[float, str]:

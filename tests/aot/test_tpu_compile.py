@@ -227,6 +227,8 @@ def test_flops_count_loops_branches_and_recomputation():
                                       in_specs=[pl.BlockSpec((2, 8), lambda i: (i, 0)), pl.BlockSpec()],
                                       out_specs=pl.BlockSpec((2, 8), lambda i: (i, 0)))(x, w)
     assert count(blocks) == product
+    both = jax.make_jaxpr(lambda x: blocks(x) + x @ w)(jnp.ones((4, 8)))
+    assert programs.matmul_flops(both) == 2 * product and programs.matmul_flops(both, in_kernels=True) == product
     conv = lambda x: jax.lax.conv_general_dilated(image, kernel, (1, 1), 'VALID',
                                                   dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     assert count(conv) == 2 * (4 * 4 * 5) * (3 * 3 * 3)
