@@ -163,11 +163,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
                 writer = MetricsWriter(workdir, from_step=start, pending=metrics.names, wandb=wandb,
                                        config=config.to_dict())
 
+        def before_saving() -> None:
+            still_owned()
+            if writer:  # a run that is resumed from there has the rows up to there
+                writer.flush()
+
         # ---- Train ---------------------------------------------------------------------------------------------------
         try:
             # Weights are published as the hooks given here left them, and before anything is measured.
             state = loop.run(state, step, batches, (*hooks, *experiment.hooks(writer)), config.num_steps,
-                             save=Save(checkpointer, batches, config.checkpoint_every, before=still_owned),
+                             save=Save(checkpointer, batches, config.checkpoint_every, before=before_saving),
                              log_hook=Log(writer, config.log_every), metrics=metrics,
                              name=name or config.experiment,
                              stop_every=1 if jax.process_count() == 1 else config.log_every)
@@ -185,17 +190,24 @@ def as_started(config: ml_collections.ConfigDict, workdir: str | os.PathLike) ->
     started with."""
     left_open = [name for name, value in config.items() if value is None or name == 'accumulate' and value == 0]
     remat_open = config.model.get('remat') == fitting.AUTO
-    if not (left_open or remat_open) or not (storage.resolve(workdir) / 'config.json').exists():
+    if not (left_open or remat_open):
         return config
-    try:
-        started = launch.read_config(workdir)
-    except launch.DamagedConfig:  # `check_workdir` says so
-        return config
+
+    def started() -> dict[str, Any]:
+        if not (storage.resolve(workdir) / 'config.json').exists():
+            return {}
+        try:
+            before = launch.read_config(workdir)
+        except launch.DamagedConfig:  # `check_workdir` says so
+            return {}
+        remat = {'remat': before.model.get('remat', fitting.AUTO)} if remat_open else {}
+        return {'fields': {name: before[name] for name in left_open if name in before}, 'model': remat}
+    # A shared disk may show the file to some processes alone, which would then train something else.
+    values = processes.agreed(started() if jax.process_index() == 0 else None)
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.update({name: started[name] for name in left_open if name in started})
-        if remat_open:
-            config.model.remat = started.model.get('remat', fitting.AUTO)
+        config.update(values.get('fields', {}))
+        config.model.update(values.get('model', {}))
     return config
 
 

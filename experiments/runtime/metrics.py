@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from experiments.runtime import storage
@@ -48,13 +48,17 @@ class MetricsWriter:
         self.path = directory / 'metrics.jsonl'
         self._waiting, self._uploaded, self._warned = bytearray(), time.monotonic(), False
         self._remote = storage.is_remote(directory)
+        rows: list[dict] = []
         if self.path.exists():
             before = lambda row: row['step'] < from_step or row['step'] == from_step and not set(row) & set(pending)
-            kept = [_line(row) for row in read_metrics(self.path) if before(row)]
+            rows = [row for row in read_metrics(self.path) if before(row)]
+            kept = b''.join(map(_line, rows))
             with storage.write_whole(self.path) as file:
-                file.write(b''.join(kept))
-            self._waiting += b''.join(kept) if self._remote else b''
-        self._board = _EventFiles(os.fspath(directory / 'tensorboard'), from_step) if tensorboard else None
+                file.write(kept)
+            self._waiting += kept if self._remote else b''
+        # TensorBoard drops whole steps, so what stays of that of the checkpoint is written once more.
+        again = [row for row in rows if row['step'] == from_step]
+        self._board = _EventFiles(os.fspath(directory / 'tensorboard'), from_step, again) if tensorboard else None
         self._wandb = _open_wandb(os.fspath(directory), wandb, config or {}) if wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -68,6 +72,11 @@ class MetricsWriter:
             self._try(lambda: self._board.write(step, values), f'TensorBoard events of step {step}')
         if self._wandb:
             self._try(lambda: self._wandb.log({'step': step} | values), f'step {step} to Weights & Biases')
+
+    def flush(self) -> None:
+        """Hands what has been written to the system: a process that is killed later leaves it in the files."""
+        if self._board:
+            self._try(self._board.flush, 'TensorBoard events')
 
     def close(self) -> None:
         """Writes what still waits."""
@@ -106,9 +115,9 @@ class _EventFiles:
     """TensorBoard event files, written by the caller. After a failure the next row begins a new file, for readers stop
     at a record that was cut short."""
 
-    def __init__(self, directory: str, from_step: int):
+    def __init__(self, directory: str, from_step: int, again: Sequence[Mapping[str, Any]] = ()):
         self._directory, self._file, self._from_step = directory, None, from_step
-        self._flushed = 0.0
+        self._again, self._flushed = again, 0.0
 
     def _open(self) -> Any:
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # deferred: imports that sampling does not need
@@ -117,18 +126,18 @@ class _EventFiles:
         name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}'
         file = RecordWriter(os.path.join(self._directory, name))
         file.write(Event(wall_time=time.time(), file_version='brain.Event:2').SerializeToString())
-        if self._from_step:  # hides what an interrupted run wrote after it
-            start = SessionLog(status=SessionLog.START)
-            file.write(Event(step=self._from_step + 1, wall_time=time.time(), session_log=start).SerializeToString())
+        # Hides what an interrupted run wrote of that step and later ones, of all steps where nothing had been saved.
+        start = SessionLog(status=SessionLog.START)
+        file.write(Event(step=self._from_step, wall_time=time.time(), session_log=start).SerializeToString())
+        for row in self._again:
+            _write_events(file, row['step'], {name: math.nan if x is None else x for name, x in row.items()
+                                              if name != 'step'})
         return file
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
         file, self._file = self._file or self._open(), None
         try:
-            for name, value in values.items():
-                file.write(Event(step=step, wall_time=time.time(), summary=scalar(name, value)).SerializeToString())
+            _write_events(file, step, values)
             seconds = REMOTE_SECONDS if storage.is_remote(self._directory) else FLUSH_SECONDS
             if time.monotonic() - self._flushed > seconds:
                 file.flush()
@@ -137,12 +146,25 @@ class _EventFiles:
             with contextlib.suppress(Exception):
                 file.close()
             raise
-        self._file, self._from_step = file, max(self._from_step, step)
+        self._file = file
+        if step + 1 > self._from_step:  # of a file that takes this one's place
+            self._from_step, self._again = step + 1, ()
+
+    def flush(self) -> None:
+        if self._file:
+            self._file.flush()
 
     def close(self) -> None:
         file, self._file = self._file, None
         if file:
             file.close()
+
+
+def _write_events(file: Any, step: int, values: Mapping[str, float]) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
+    for name, value in values.items():
+        file.write(Event(step=step, wall_time=time.time(), summary=scalar(name, value)).SerializeToString())
 
 
 def check_wandb(project: str) -> None:

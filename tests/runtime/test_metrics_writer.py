@@ -20,15 +20,17 @@ def steps(path):
 
 
 def events(path):
-    """Steps of the scalars in all event files, up to where each file is cut."""
+    """Steps of the scalars that TensorBoard shows of all event files, up to where each file is cut."""
     import struct
 
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
     found = []
     for file in sorted((path / 'tensorboard').iterdir(), key=lambda f: f.stat().st_mtime_ns):
         data = file.read_bytes()
         while len(data) >= 12 and len(data) >= 16 + (size := struct.unpack('<Q', data[:8])[0]):
             event = Event.FromString(data[12:12 + size])
+            if event.session_log.status == SessionLog.START:
+                found = [step for step in found if step < event.step]
             found += [event.step for value in event.summary.value]
             data = data[16 + size:]
     return found
@@ -44,6 +46,28 @@ def test_rows_and_events(tmp_path):
     writer.write(3, {'loss': 0.5})
     writer.close()
     assert [row['loss'] for row in read_metrics(tmp_path / 'metrics.jsonl')] == [1.0, 0.5, 0.5]
+
+
+def test_events_of_a_run_that_was_killed(tmp_path):
+    """What was written before a checkpoint is in the file then; of the checkpoint's step a resumed run shows once what
+    had been measured of it and once what it reports anew."""
+    first = MetricsWriter(tmp_path)
+    for step in range(1, 5):
+        first.write(step, {'loss': 1.0 / step})
+    first.write(4, {'eval': 0.5, 'other': float('nan')})
+    first.write(5, {'loss': 0.2})
+    first.flush()
+    assert events(tmp_path) == [1, 2, 3, 4, 4, 4, 5]  # though it is not closed
+    second = MetricsWriter(tmp_path, from_step=4, pending={'loss'})
+    second.write(4, {'loss': 0.25})
+    second.write(5, {'loss': 0.2})
+    second.close()
+    assert events(tmp_path) == [1, 2, 3, 4, 4, 4, 5]
+    first.close()
+    third = MetricsWriter(tmp_path)  # had been killed before its first checkpoint
+    third.write(1, {'loss': 1.0})
+    third.close()
+    assert events(tmp_path) == [1]
 
 
 def test_weights_and_biases_get_the_same_numbers(tmp_path, monkeypatch):
