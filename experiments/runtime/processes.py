@@ -1,8 +1,10 @@
 """The processes of one job: joining them, and ending all of them soon when one fails.
 
 A process that fails writes its first error line to the job's key-value store before it leaves; a thread in each of the
-others looks for such lines and ends its process with it. A process that dies without a word (SIGKILL, a machine that is
-gone, SIGSTOP) is missed by its heartbeats, and JAX ends the others with a message that names its task.
+others looks for such lines and ends its process with it. One that dies without a word (SIGKILL, a machine that is gone,
+SIGSTOP) is missed when a collective loses its connection: whoever sees that calls the roll, which those threads answer,
+and names who is absent. Where no collective notices, heartbeats do, and JAX ends the others with a message that names
+its task.
 """
 import argparse
 import contextlib
@@ -11,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import socket
 import sys
@@ -34,8 +37,14 @@ LOOK_SECONDS = 1.0       # between two looks for a failed process
 AWAIT_SECONDS = 0.1      # between two looks for an announcement
 WAIT_SECONDS = 14 * 86400  # for the slowest process, at places where all must have come; a dead one is missed before
 FAREWELL_SECONDS = 3.0   # that process 0, which keeps the store, stays after it failed
+ANSWER_SECONDS = 5.0     # for every process of the job to say that it is there
 
-_FAILED = 'experiments/failed/'
+# What a collective raises, by gloo or NCCL, where the connection to another process is gone.
+_LOST = re.compile(r'(closed|reset) by peer|broken pipe|connection (refused|closed)|timed out waiting|nccl', re.I)
+
+_WATCHED = 'experiments/watched/'  # what the thread in each process looks at
+_FAILED, _ROLL_CALL = f'{_WATCHED}failed/', f'{_WATCHED}roll_call/'
+_PRESENT = 'experiments/present/'
 _ANNOUNCED = 'experiments/announced/'
 FINISHED = 'finished'  # announced when a run has ended
 _run = 0  # counts the runs of this process
@@ -149,16 +158,21 @@ def watched() -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
+        answered = False
         while not done.wait(LOOK_SECONDS):
             client = _client()
             if client is None:
                 continue
             try:
-                failed = client.key_value_dir_get(_FAILED)
+                notes = dict(client.key_value_dir_get(_WATCHED))
+                if not answered and any(key.startswith(_ROLL_CALL) for key in notes):
+                    _answer(client)
+                    answered = True
             except jax.errors.JaxRuntimeError:  # the store is gone: what is left to say JAX says itself
                 return
+            failed = [line for key, line in notes.items() if key.startswith(_FAILED)]
             if failed and not done.is_set():
-                _end(f'error: {failed[0][1]}', 1)
+                _end(f'error: {failed[0]}', 1)
     thread = threading.Thread(target=watch, name='processes', daemon=True)
     thread.start()
     try:
@@ -225,16 +239,46 @@ def alone() -> bool:
 
 
 def fail(line: str, status: int) -> NoReturn:
-    """Ends this process with `status` and, in a job of several, the others with `line`; it waits for none of them."""
+    """Ends this process with `status` and, in a job of several, the others with `line`; it waits for none of them.
+
+    Where `line` says that a connection was lost, which is as much as a collective can tell, the processes are called
+    first, and those that do not answer are named.
+    """
     client = _client()
     if client is None or alone():
         raise SystemExit(status) from None
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        client.key_value_set(f'{_FAILED}{jax.process_index()}', f'process {jax.process_index()} of '
-                             f'{jax.process_count()} failed: {line}', allow_overwrite=True)
-    if jax.process_index() == 0:
+    number, count = jax.process_index(), jax.process_count()
+    try:
+        lost = _missing(client, number, count) if _LOST.search(line) else ''
+        if lost:
+            print(f'error: {lost}', file=sys.stderr)
+        line = f'{lost} ({line})' if lost else line
+        client.key_value_set(f'{_FAILED}{number}', f'process {number} of {count} failed: {line}', allow_overwrite=True)
+    except jax.errors.JaxRuntimeError:
+        if number:
+            print(f'error: process 0 of {count}, which keeps the store of the job, does not answer', file=sys.stderr)
+    if number == 0:
         time.sleep(FAREWELL_SECONDS)
     _end('', status)
+
+
+def _answer(client: Any) -> None:
+    client.key_value_set(f'{_PRESENT}{jax.process_index()}', '', allow_overwrite=True)
+
+
+def _missing(client: Any, number: int, count: int) -> str:
+    """Words on the processes that do not answer a roll call; '' if all do. Ends this process with the line of another
+    that has failed for a reason of its own."""
+    client.key_value_set(f'{_ROLL_CALL}{number}', '', allow_overwrite=True)
+    _answer(client)
+    absent, deadline = set(range(count)), time.monotonic() + ANSWER_SECONDS
+    while absent and time.monotonic() < deadline:
+        time.sleep(AWAIT_SECONDS)
+        failed = client.key_value_dir_get(_FAILED)
+        if failed:
+            _end(f'error: {failed[0][1]}', 1)
+        absent -= {int(key.rsplit('/', 1)[1]) for key, _ in client.key_value_dir_get(_PRESENT)}
+    return ', '.join(f'process {i} of {count}' for i in sorted(absent)) + ' was lost: no answer' if absent else ''
 
 
 def _end(line: str, status: int) -> NoReturn:

@@ -34,7 +34,8 @@ def test_a_killed_process_is_missed_and_the_job_continues_to_the_same_end(tmp_pa
     started = time.monotonic()
     (status, _, stderr), _ = jobs.finish(job)
     assert status != 0 and time.monotonic() - started < 120
-    assert re.search('task:1|(closed|reset) by peer', stderr), stderr[-2000:]  # heartbeats, or gloo before them
+    # Where the connection was lost the roll is called; else heartbeats are missing.
+    assert re.search('error: process 1 of 2 was lost: no answer|task:1', stderr), stderr[-2000:]
     last = max(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
     jobs.succeed('experiments.train', *command, f'--config.num_steps={last + 2}', processes=2, devices=1)
     assert (workdir / 'checkpoints' / str(last + 2)).is_dir()
