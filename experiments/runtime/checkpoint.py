@@ -5,12 +5,11 @@ Every way of reading takes the newest readable step and says which it passed ove
 error that names the first parameter that differs, never a silent fallback.
 """
 import contextlib
-import importlib
 import json
 import logging
 import math
 import os
-import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.runtime import exchange, storage
+from experiments.runtime import exchange, orbax_quirks, storage
 from experiments.runtime.digest import digests, json_digest
 from experiments.runtime.partition import flatten
 from experiments.runtime.retention import Retention
@@ -29,6 +28,9 @@ T = TypeVar('T')
 
 # '1': write checkpoints beside the training steps on the CPU as well, where saves otherwise hold the run up.
 ASYNCHRONOUS = 'DLC_ASYNCHRONOUS_CHECKPOINTS'
+
+LATE_SECONDS = 70.0  # after which a shared disk shows every machine what one of them sees (NFS: 60 by default)
+LOOK_SECONDS = 0.2
 
 
 def _shapes(state: Any) -> dict[str, list]:
@@ -47,14 +49,15 @@ class Checkpointer:
         keep: which steps stay: so many of the newest, or a `Retention`.
         read_only: never create or clean anything (sampling, evaluation).
         clean: remove what killed writers left unfinished. Only for the one process group that owns the directory.
-        processes: that read and write together, the first of the job among them; None: all.
+        processes: that read and write together, the first of the job among them; None: all, or, of `read_only`, each
+            by itself.
         asynchronous: write while training goes on. None: on accelerators, and on the CPU if `ASYNCHRONOUS` is '1'.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int | Retention = 2, read_only: bool = False,
                  clean: bool = False, processes: Sequence[int] | None = None,
                  asynchronous: bool | None = None):
-        _ignore_closed_loops()
+        orbax_quirks.ignore_closed_loops()
         directory = storage.resolve(directory)
         self.directory = directory if storage.is_remote(directory) else directory.absolute()
         on_cpu = jax.default_backend() == 'cpu'
@@ -68,22 +71,25 @@ class Checkpointer:
         self._retention = keep if isinstance(keep, Retention) else Retention(keep)
         self._unmeasured = False  # whether it was said that the metric to keep the best by is missing
         # Those that must go on from the same step; a reader of others' runs may be alone in it.
-        self._trainers = None if read_only or jax.process_count() == 1 else exchange.mesh_of(
+        alone = jax.process_count() == 1 or (read_only and processes is None)
+        self._trainers = None if alone else exchange.mesh_of(
             range(jax.process_count()) if processes is None else processes)
+        self._is_first = self._trainers is None or exchange.processes_of(self._trainers)[0] == jax.process_index()
         together = ocp.options.MultiprocessingOptions()
-        if processes is not None:  # Orbax then leaves the folder to us
+        if processes is not None and not read_only:  # Orbax then leaves the folder to us
             if len(processes) == 1:
-                _let_one_of_several_save()
+                orbax_quirks.let_one_of_several_save()
             together = ocp.options.MultiprocessingOptions(active_processes=set(processes),
                                                           barrier_sync_key_prefix='learners')
             self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             **({} if read_only else self._retention.options()), create=not read_only and processes is None,
             read_only=read_only, cleanup_tmp_directories=clean, enable_async_checkpointing=self._asynchronous,
+            save_root_metadata=not read_only,  # for which a reader too would wait for all processes of the job
             multiprocessing_options=together)
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=('state', 'data', 'meta')) if (
-                not read_only or self.directory.is_dir()) else None
+        self._open = lambda: ocp.CheckpointManager(self.directory, options=options,
+                                                   item_names=('state', 'data', 'meta'))
+        self._manager = self._open() if not read_only or self.directory.is_dir() else None
 
     def steps(self) -> list[int]:
         """Steps on disk, oldest first."""
@@ -104,7 +110,7 @@ class Checkpointer:
         Raises:
             OSError: nothing was kept of this step; earlier steps are untouched.
         """
-        if step == self._writing or self._holds(step):
+        if step == self._writing or self._agreed(self._holds(step)):
             return
         try:
             self.wait()
@@ -146,12 +152,21 @@ class Checkpointer:
         """
         if self._writing is None:
             return
-        step = self._writing
-        with self._as_os_error(step):
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-            if not self._holds(step):
-                raise Damaged('it is not there after it was written')
+        step, failure = self._writing, None
+        try:
+            with self._as_os_error(step):
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+                if self._is_first and not self._holds(step):
+                    raise Damaged('it is not there after it was written')
+        except OSError as error:
+            failure = error
+        # All must know, for a save that is tried again needs all of them.
+        if self._trainers is not None and not exchange.everywhere(self._trainers, failure is None) and not failure:
+            with self._as_os_error(step):
+                raise Damaged('another process could not write its part')
+        if failure:
+            raise failure
         self._writing = None
 
     @contextlib.contextmanager
@@ -170,9 +185,14 @@ class Checkpointer:
     def _holds(self, step: int) -> bool:
         return (self.directory / str(step)).is_dir()
 
+    def _agreed(self, seen: bool) -> bool:
+        """What the first of the trainers' processes sees: a shared disk shows a folder to others later, or still shows
+        one that is gone."""
+        return seen if self._trainers is None else exchange.everywhere(self._trainers, seen or not self._is_first)
+
     def delete_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: the unreadable ones that `restore` passed over."""
-        for later in [s for s in self.steps() if s > step]:
+        for later in [s for s in self._candidates() if s > step]:
             self._manager.delete(later)
 
     # ---- Reading -----------------------------------------------------------------------------------------------------
@@ -208,7 +228,8 @@ class Checkpointer:
 
     def restore_part(self, name: str, like: Any, shardings: Any, *, step: int | None = None) -> Any | None:
         """The subtree `name`, such as 'params' or 'params/policy', of the newest readable checkpoint or of `step`;
-        None if the directory holds none. Nothing else of it is read.
+        None if the directory holds none. Nothing else of it is read, and in each process no more than `shardings` give
+        to its devices.
 
         Raises:
             ValueError: the subtree is of another model, `step` was not kept, or no checkpoint can be read.
@@ -217,17 +238,23 @@ class Checkpointer:
         for part in reversed(name.split('/')):
             target = {part: target}
 
-        def read(step: int) -> Any:
+        def read(step: int) -> tuple[int, Any]:
             meta = self._meta(step)
             inside = {path[len(name) + 1:]: x for path, x in meta['shapes'].items() if path.startswith(f'{name}/')}
             self._check_shapes(step, inside, _shapes(like))
-            out = ocp.PyTreeCheckpointer().restore(self.directory / str(step) / 'state', ocp.args.PyTreeRestore(
-                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True))
+            # By the handler, for a `Checkpointer` of Orbax waits for all processes of the job.
+            wanted = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                                            partial_restore=True)
+            out = ocp.PyTreeCheckpointHandler().restore(self.directory / str(step) / 'state', args=wanted)
             for part in name.split('/'):
                 out = out[part]
-            _check_digests(meta, {f'{name}/{path}': x for path, x in digests(out).items()})
-            return out
-        return self._readable(read, step)
+            return step, out
+
+        def verify(restored: tuple[int, Any]) -> None:
+            step, out = restored
+            _check_digests(self._meta(step), {f'{name}/{path}': x for path, x in digests(out).items()})
+        restored = self._readable(read, step, verify)
+        return None if restored is None else restored[1]
 
     def shapes(self, step: int | None = None) -> dict[str, list]:
         """{path: [shape, name of the dtype]} of what the newest readable checkpoint, or that of `step`, holds; {} if
@@ -252,7 +279,7 @@ class Checkpointer:
         for candidate in self._candidates() if step is None else [step]:
             failure = ''
             try:
-                with _quiet():
+                with orbax_quirks.quiet():
                     out = read(candidate)
             except _OtherModel as error:
                 raise ValueError(str(error)) from None
@@ -278,15 +305,31 @@ class Checkpointer:
         return None
 
     def _candidates(self) -> list[int]:
-        """Steps on disk, newest first, as the first of the trainers' processes sees them."""
+        """Steps on disk, newest first, as the first of the trainers' processes sees them; the others wait until they
+        see them too."""
         steps = self.steps()[::-1]
         if self._trainers is None:
             return steps
         first = exchange.processes_of(self._trainers)[0]
-        return json.loads(exchange.broadcast(self._trainers, json.dumps(steps).encode(), first))
+        steps = json.loads(exchange.broadcast(self._trainers, json.dumps(steps).encode(), first))
+        self._look_until(lambda: set(self.steps()) == set(steps))
+        return steps
+
+    def _look_until(self, seen: Callable[[], bool]) -> None:
+        """Looks at the folder anew until `seen()`, as long as a shared disk may take to show it."""
+        deadline = time.monotonic() + LATE_SECONDS
+        while not seen() and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+            if self._manager is None:
+                self._manager = self._open() if self.directory.is_dir() else None
+            else:
+                self._manager.reload()
 
     def check_kept(self, step: int) -> None:
-        """Raises a ValueError where `step` is not on disk."""
+        """Raises a ValueError where `step` is not on disk. In a job of several processes another may have seen it, so
+        this one waits for it."""
+        if jax.process_count() > 1:
+            self._look_until(lambda: step in self.steps())
         if step not in self.steps():
             kept = ', '.join(map(str, self.steps())) or 'none'
             raise ValueError(f'--step={step}: {self.directory} holds steps {kept}; what is kept of a run is its '
@@ -327,51 +370,6 @@ def _check_digests(meta: Mapping[str, Any], digests_read: Mapping[str, str]) -> 
     for name, value in digests_read.items():
         if 'digests' in meta and meta['digests'].get(name) != value:
             raise Damaged(f'{name} is not what was saved')
-
-
-def _let_one_of_several_save() -> None:
-    """In a job of several processes Orbax (0.12) refuses arrays that one of them has whole, as a learner has whose only
-    host shares the job with those that generate. Not told how many processes there are, it writes them like others."""
-    internals = 'orbax.checkpoint._src'
-    handlers = importlib.import_module(f'{internals}.serialization.jax_array_handlers')
-    metadata = importlib.import_module(f'{internals}.metadata.array_metadata_store')
-
-    class Jax:
-        process_count = staticmethod(lambda: 1)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(jax, name)
-    handlers.jax = Jax()
-    metadata.Validator._validate_process_count = lambda self, *, ref_process_index: None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps other libraries from logging every exception that is reported here in one line."""
-    loggers = [logging.getLogger(name) for name in ('absl', 'orbax', 'asyncio')]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-
-
-def _ignore_closed_loops() -> None:
-    """One read or write that fails ends Orbax's event loop, and TensorStore's others then report to a loop that is
-    closed: hundreds of lines that say nothing, at any later time. All else that cannot be raised is shown as before."""
-    shown = sys.unraisablehook
-    if getattr(shown, 'ignores_closed_loops', False):
-        return
-
-    def hook(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and 'Event loop is closed' in str(error)):
-            shown(unraisable)
-    hook.ignores_closed_loops = True
-    sys.unraisablehook = hook
 
 
 def _describe(entry: list | None) -> str:

@@ -1,14 +1,14 @@
 """What a run has trained, read from its work directory."""
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 from jax.sharding import SingleDeviceSharding
 
-from experiments.runtime import launch, modules, storage
+from experiments.runtime import exchange, launch, modules, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.experiment import Experiment
@@ -87,18 +87,24 @@ def restore(workdir: str | os.PathLike, like: Any, shardings: Any = None, step: 
     return restored[1]
 
 
-def restore_part(workdir: str | os.PathLike, name: str, like: Any, step: int | None = None) -> Any:
-    """The subtree `name` ('params', 'params/policy', ...) of the newest checkpoint, or that of `step`, as numpy arrays:
-    tied to no device, so that a program over any mesh takes them.
+def restore_part(workdir: str | os.PathLike, name: str, like: Any, step: int | None = None,
+                 shardings: Any = None) -> Any:
+    """The subtree `name` ('params', 'params/policy', ...) of the newest checkpoint, or that of `step`.
+
+    Args:
+        shardings: a tree of them, over one mesh: each process of the mesh reads the parts of its own devices, and all
+            take the step that the first of them finds. None: as numpy arrays, tied to no device, so that a program over
+            any mesh takes them.
 
     Raises:
         ValueError: there is no checkpoint yet, or it is of another model.
     """
-    with _checkpoints(workdir) as checkpoints:
-        params = checkpoints.restore_part(name, like, on_host(like), step=step)
+    together = None if shardings is None else exchange.processes_of(jax.tree.leaves(shardings)[0].mesh)
+    with _checkpoints(workdir, together) as checkpoints:
+        params = checkpoints.restore_part(name, like, on_host(like) if shardings is None else shardings, step=step)
     if params is None:
         raise no_checkpoint(workdir)
-    return jax.device_get(params)
+    return jax.device_get(params) if shardings is None else params
 
 
 def saved_shapes(workdir: str | os.PathLike, step: int | None = None) -> dict[str, list]:
@@ -114,8 +120,8 @@ def on_host(like: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _checkpoints(workdir: str | os.PathLike) -> Iterator[Checkpointer]:
-    checkpointer = Checkpointer(storage.resolve(workdir) / 'checkpoints', read_only=True)
+def _checkpoints(workdir: str | os.PathLike, together: Sequence[int] | None = None) -> Iterator[Checkpointer]:
+    checkpointer = Checkpointer(storage.resolve(workdir) / 'checkpoints', read_only=True, processes=together)
     try:
         yield checkpointer
     finally:

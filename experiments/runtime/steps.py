@@ -4,7 +4,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from experiments.runtime import storage
+import jax
+
+from experiments.runtime import processes, storage
 from experiments.runtime.checkpoint import Checkpointer
 
 PLACE = '{step}'  # in an output's name: the step, so that every checkpoint has a place of its own
@@ -50,10 +52,15 @@ def of_run(step: str, workdir: str | os.PathLike) -> list[int]:
 
 
 def wanted(step: str, workdir: str | os.PathLike, *outputs: str | None) -> list[int | None]:
-    """As `of_run`; [None], the newest readable one, where neither `--step` nor an output asks for a step."""
-    if step == 'last' and not any(output and PLACE in output for output in outputs):
-        return [None]
-    return list(of_run(step, workdir))
+    """As `of_run`; [None], the newest readable one, where neither `--step` nor an output asks for a step.
+
+    The processes of a job call it together and get the steps that process 0 finds, for the run may still be training.
+    """
+    named = step != 'last' or any(output and PLACE in output for output in outputs)
+    if processes.alone():
+        return list(of_run(step, workdir)) if named else [None]
+    look = lambda: of_run(step, workdir) if named else [newest(workdir)]
+    return processes.agreed(look() if jax.process_index() == 0 else None)
 
 
 def of_places(step: str, places: Sequence[str]) -> list[int]:

@@ -23,6 +23,8 @@ import numpy as np
 
 Tree = Any
 
+LATE_SECONDS = 70.0  # after which a shared disk shows every machine what one of them sees (NFS: 60 by default)
+
 
 class InProcess:
     """Copies onto other devices of the same process, or onto the same ones.
@@ -180,12 +182,16 @@ class Files:
         gone = lambda: any(other >= version + self._keep for other in self.versions())
         wait(lambda: self._path(version).exists() or self._marker(version).exists() or gone(),
              f'version {version} was not published', self._timeout, self._poll)
-        try:
-            flat = self._read_shards(version) if self._marker(version).exists() else self._read_file(version)
-        except FileNotFoundError:
-            raise ValueError(f'{self._path(version)} is gone, only {self.versions()} are left; raise keep={self._keep} '
-                             'to max_staleness + 1') from None
-        return _placed(_unflatten(flat), self._shardings)
+        deadline = time.monotonic() + LATE_SECONDS  # a marker may be seen before the shards that it vouches for
+        while True:
+            try:
+                flat = self._read_shards(version) if self._marker(version).exists() else self._read_file(version)
+                return _placed(_unflatten(flat), self._shardings)
+            except FileNotFoundError:
+                if gone() or time.monotonic() > deadline:
+                    raise ValueError(f'{self._path(version)} is gone, only {self.versions()} are left; raise '
+                                     f'keep={self._keep} to max_staleness + 1') from None
+            time.sleep(self._poll)
 
     def _read_file(self, version: int) -> dict[str, np.ndarray]:
         from safetensors import deserialize

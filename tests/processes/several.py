@@ -1,14 +1,17 @@
 """Trains several runs one after another in one job, whose start is then paid for once:
 
     python -m tests.processes.several --workdirs=DIR,DIR,... [--slow=SECONDS] [--marks=FILE] [--raise_after=STEPS]
+        [--late=SECONDS] [--programs=DIR]
 
 Each folder holds a config.json, and perhaps kill.json or stop.json: a step after which the run is given up, or stopped
 by a signal to process 0, and resumed. Process 0 leaves the arrays of the final state in `state.npz`.
 """
+import contextlib
 import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import time
 
@@ -42,14 +45,45 @@ def interrupted(workdir: pathlib.Path, config) -> None:
             signals.received = None
 
 
+def see_late(workdirs: list[str], seconds: float) -> None:
+    """From now on Python sees the config.json of the first of `workdirs`, and finished checkpoints in all, so long
+    after it first looked for them, as a shared disk may show them to a machine that has not written them."""
+    late = re.compile('|'.join([re.escape(workdirs[0]) + '/config.json', *(
+        re.escape(workdir) + r'/checkpoints/\d+' for workdir in workdirs)]))
+    looked: dict[str, float] = {}
+
+    def hidden(path) -> bool:
+        match = late.match(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else None
+        return match is not None and time.monotonic() < looked.setdefault(match[0], time.monotonic()) + seconds
+
+    def stat(path, *args, stat=os.stat, **kwargs):
+        if hidden(path):
+            raise FileNotFoundError(2, 'not to be seen yet', path)
+        return stat(path, *args, **kwargs)
+
+    def listdir(path='.', listdir=os.listdir):
+        return [name for name in listdir(path) if not hidden(os.path.join(path, name))]
+
+    @contextlib.contextmanager
+    def scandir(path='.', scandir=os.scandir):
+        with scandir(path) as entries:
+            yield iter([entry for entry in entries if not hidden(entry.path)])
+    os.stat, os.listdir, os.scandir = stat, listdir, scandir
+
+
 def main() -> None:
     parser = launch.parser(__doc__)
     parser.add_argument('--workdirs', required=True)
     parser.add_argument('--slow', type=float, default=0.0, help='seconds that every step takes longer')
     parser.add_argument('--marks', type=pathlib.Path, help='a file that grows by a byte with every step')
     parser.add_argument('--raise_after', type=int, default=0, help='steps after which this process fails')
+    parser.add_argument('--late', type=float, default=0.0, help='seconds after which this process sees new files')
+    parser.add_argument('--programs', help='a folder that keeps compiled programs, for processes of one device')
     args, _ = launch.parse(parser)
     launch.initialize(args)
+    if args.programs:  # which `--compilation_cache` does for one device in all
+        jax.config.update('jax_compilation_cache_dir', args.programs)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     taken = itertools.count(1)
 
     def hook(step, state, metrics):
@@ -63,6 +97,8 @@ def main() -> None:
     with shared_steps():
         for workdir in map(pathlib.Path, args.workdirs.split(',')):
             config = launch.read_config(workdir)
+            if args.late:
+                see_late([str(workdir)] + [config.weights] * bool(config.get('weights')), args.late)
             interrupted(workdir, config)
             state = train.train(config, workdir, hooks=[hook])
             if state is not None:

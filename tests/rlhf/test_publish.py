@@ -1,8 +1,10 @@
 """Weights from learner to generator: snapshots, placement, files that are whole or absent, device-to-device pulls."""
+import json
 import pathlib
 import subprocess
 import sys
 import threading
+import time
 
 import chex
 import jax
@@ -103,6 +105,22 @@ def test_files_round_trip_bit_for_bit(tmp_path):
     chex.assert_trees_all_equal(reader.fetch(0), tree(1 / 3))
     on = Files(directory, SingleDeviceSharding(jax.devices()[5])).fetch(0)
     assert on['block']['kernel'].devices() == {jax.devices()[5]}
+
+
+def test_shards_that_are_seen_after_their_marker(tmp_path):
+    """As a shared disk may show them to another machine."""
+    from safetensors.numpy import save_file
+    (tmp_path / 'weights-000000003.json').write_text(json.dumps({'shards': 2, 'shapes': {'a': [4]}}))
+
+    def appear():
+        for i in range(2):
+            time.sleep(0.1)
+            save_file({f'a@{2 * i}': np.arange(2, dtype=np.float32) + 2 * i},
+                      tmp_path / f'shard-000000003-{i}-of-2.safetensors')
+    writer = threading.Thread(target=appear)
+    writer.start()
+    np.testing.assert_array_equal(Files(tmp_path, keep=1).fetch(3)['a'], np.arange(4))
+    writer.join()
 
 
 def test_files_keep_the_newest_and_withdraw_what_a_resumed_learner_undoes(tmp_path):
