@@ -206,12 +206,14 @@ def warm_start(config: Config, state: TrainState) -> TrainState:
 RUNS = ('text_to_code', 'align')  # experiments that train this model: on captioned codes, and by a reward on images
 
 
-def load_run(workdir: str | os.PathLike, *, step: int | None = None, field: str = '') -> tuple[Config, Any]:
-    """Config and weights of a run of `RUNS`, in host memory; an adapter is merged into them.
+def load_run(workdir: str | os.PathLike, *, step: int | None = None, field: str = '',
+             mesh: Mesh | None = None) -> tuple[Config, Any]:
+    """Config and weights of a run of `RUNS`; an adapter is merged into them.
 
     Args:
         step: of the checkpoint; None: the newest.
         field: stands before the path in errors, as in 'weights='.
+        mesh: the weights are laid out over it, and each of its processes reads its own parts; None: in host memory.
 
     Raises:
         ValueError: no such run, or no checkpoint in it yet.
@@ -219,8 +221,10 @@ def load_run(workdir: str | os.PathLike, *, step: int | None = None, field: str 
     config = runs.read_config(workdir, *RUNS, field=field)
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     part = 'params' if config.experiment == 'text_to_code' else 'params/policy'
-    params = runs.restore_part(workdir, part, shapes, step)
-    return config, lora.merge(params) if config.get('lora') and config.lora.rank else params
+    rules = (*lora.PARTITION_RULES, *llama.PARTITION_RULES)
+    shardings = None if mesh is None else partition.param_shardings(shapes, rules, mesh)
+    params = runs.restore_part(workdir, part, shapes, step, shardings)
+    return config, jax.jit(lora.merge)(params) if config.get('lora') and config.lora.rank else params
 
 
 # Fields of `model` that say how it computes or was begun, not what it is.
@@ -255,7 +259,7 @@ def load_weights(config: Config, params: Any) -> Any:
     plain = lora.without(params)
     if config.weights:
         check_weights(config)
-        loaded = load_run(config.weights, field='weights=')[1]
+        loaded = load_run(config.weights, field='weights=', mesh=placement.mesh_of(plain))[1]
         loaded = placement.place_tree(loaded, jax.tree.map(lambda x: x.sharding, plain))
     elif config.pretrained:
         state = TrainState(jnp.int32(0), plain, None, None, jax.random.key(0))

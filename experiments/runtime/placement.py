@@ -76,6 +76,12 @@ def place_tree(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(place, tree, shardings)
 
 
+def mesh_of(tree: Any) -> Mesh:
+    """The mesh that the arrays of `tree` are laid out over; one of their device where they lie on one."""
+    sharding = jax.tree.leaves(tree)[0].sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) else mesh_lib.make_mesh({}, list(sharding.device_set))
+
+
 def check_replicas(batch: Mapping[str, jax.Array]) -> None:
     """Raises a RuntimeError, in every process, where devices that should hold the same rows of a batch do not.
 

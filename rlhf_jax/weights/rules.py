@@ -20,11 +20,12 @@ read is then unknown to the model, hence an error.
 Large models do not fit into memory twice. `state_dict` may be any mapping, one that reads a tensor from disk when it
 is asked for included (`files.load_state_dict`); each tensor is cast and dropped before the next is read, and with
 `shardings` each parameter goes into the shards of its devices before the next is begun, so that the host holds one
-parameter and one tensor at most. `Tensors` is the way back, as lazy.
+parameter's shards and one tensor at most, and of a tensor that is mapped from disk reads no more than lies in them.
+`Tensors` is the way back, as lazy.
 """
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -162,7 +163,8 @@ def to_flax(state_dict: Mapping[str, Any], rules: Rules, expected: Mapping[str, 
     Args:
         state_dict: {name: numpy array or PyTorch tensor}, or a mapping that reads them when asked.
         shardings: `expected` -> nested dict like it of `jax.sharding.Sharding`: the parameters are jax arrays, laid
-            out so one by one. None: numpy arrays.
+            out so one by one, and of each this process reads the parts that its devices hold. A `ShapeDtypeStruct`
+            with a sharding, in place of one, gives the dtype too. None, or a function that returns None: numpy arrays.
 
     Raises:
         ValueError: a missing, unknown, wrongly shaped or non-finite tensor, or a parameter without a rule.
@@ -199,7 +201,7 @@ def to_flax(state_dict: Mapping[str, Any], rules: Rules, expected: Mapping[str, 
     for rule in rules:
         if isinstance(rule, (Fixed, Tied)) and rule.torch in state_dict:
             _check(state_dict, rule)
-    layout = flatten(shardings(expected)) if shardings is not None else {}
+    layout = flatten((shardings(expected) if shardings is not None else None) or {})
     return unflatten({path: _read(state_dict, rule, wanted[path], layout.get(path)) for path, rule in makers.items()})
 
 
@@ -241,30 +243,62 @@ def _check(state_dict: Mapping[str, Any], rule: Fixed | Tied) -> None:
                              f'for it{where(state_dict, name)}')
 
 
-def _read(state_dict: Mapping[str, Any], rule: Rule, leaf: Any, sharding: Any) -> Any:
-    """The parameter of `rule`."""
+def _read(state_dict: Mapping[str, Any], rule: Rule, leaf: Any, placed: Any) -> Any:
+    """The parameter of `rule`, like `leaf`: a numpy array, or laid out as `placed` says."""
+    whole = tuple((0, size) for size in leaf.shape)
+    if placed is None:
+        return _read_parts(state_dict, rule, leaf, leaf.dtype, {whole})[whole]
+    sharding, dtype = placed, leaf.dtype
+    if isinstance(placed, jax.ShapeDtypeStruct):
+        sharding, dtype = placed.sharding, placed.dtype
+    bounds = lambda index: tuple(axis.indices(size)[:2] for axis, size in zip(index, leaf.shape))
+    places = sharding.addressable_devices_indices_map(leaf.shape)
+    parts = _read_parts(state_dict, rule, leaf, dtype, set(map(bounds, places.values())))
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[bounds(index)])
+
+
+Bounds = tuple[tuple[int, int], ...]  # (begin, end) on each axis
+
+
+def _read_parts(state_dict: Mapping[str, Any], rule: Rule, leaf: Any, dtype: Any,
+                wanted: Iterable[Bounds]) -> dict[Bounds, np.ndarray]:
+    """Parts of the parameter of `rule`. Each tensor is asked for once, if it has a share in one of them; of one that is
+    mapped no more is read than that."""
     one = tuple(leaf.shape[1:] if rule.stacked else leaf.shape)
-    wanted = _tensor_shape(rule, leaf.shape)
-
-    def block(i):
-        parts = [_read_tensor(state_dict, name.format(i=i), wanted, leaf.dtype) for name in rule.names]
-        return rule.codec.to_flax(parts[0] if len(parts) == 1 else np.concatenate(parts), one)
-
-    out = np.empty(leaf.shape, leaf.dtype)
+    shape = _tensor_shape(rule, leaf.shape)
+    parts = {bounds: np.empty([end - begin for begin, end in bounds], dtype) for bounds in wanted}
     for i in range(leaf.shape[0] if rule.stacked else 1):
-        out[i if rule.stacked else ...] = block(i)
-    return out if sharding is None else jax.make_array_from_callback(leaf.shape, sharding, lambda index: out[index])
+        targets = []  # what block i fills, and with which of its values
+        for bounds, part in parts.items():
+            if not rule.stacked:
+                targets.append((part, bounds))
+            elif bounds[0][0] <= i < bounds[0][1]:
+                targets.append((part[i - bounds[0][0], ...], bounds[1:]))
+        if not targets:
+            continue
+        names = [name.format(i=i) for name in rule.names]
+        tensors = [_tensor(state_dict, name, shape) for name in names]
+        block = rule.codec.to_flax(tensors[0] if len(tensors) == 1 else np.concatenate(tensors), one)
+        for target, inside in targets:
+            with np.errstate(over='ignore'):  # what `dtype` cannot hold is found below
+                target[...] = block[tuple(slice(*bounds) for bounds in inside)]
+            if not np.isfinite(target).all():
+                raise ValueError(_not_finite(state_dict, dict(zip(names, tensors)), dtype))
+        del tensors, block
+    return parts
 
 
-def _read_tensor(state_dict: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _tensor(state_dict: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
     tensor = to_numpy(state_dict[name])
     _check_shape(state_dict, name, tensor.shape, shape)
-    with np.errstate(over='ignore'):  # what `dtype` cannot hold is found below
-        tensor = tensor.astype(dtype, copy=False)
-    if not np.isfinite(tensor).all():
-        raise ValueError(f'convert: {original(state_dict, name)} holds values that are not finite'
-                         f'{where(state_dict, name)}')
     return tensor
+
+
+def _not_finite(state_dict: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any) -> str:
+    """The error that names the first of `tensors` that is not finite in `dtype`."""
+    with np.errstate(over='ignore'):
+        name = next(name for name, x in tensors.items() if not np.isfinite(x.astype(dtype)).all())
+    return f'convert: {original(state_dict, name)} holds values that are not finite{where(state_dict, name)}'
 
 
 # ---- To a state dict -------------------------------------------------------------------------------------------------

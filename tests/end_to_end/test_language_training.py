@@ -15,7 +15,7 @@ from experiments.rlhf.data import texts
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.supervised import experiment as supervised
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import partition
+from experiments.runtime import partition, runs
 from experiments.runtime.metrics import read_metrics
 from rlhf_jax import convert
 from rlhf_jax.models import lora
@@ -243,6 +243,26 @@ def test_warm_start(which, fine_tuned):
     headless = {k: v for k, v in params.items() if k != 'lm_head'}
     chex.assert_trees_all_equal(lora.without(state.params)['backbone'], headless)
     assert state.params['score_head']['kernel'].std() > 0
+
+
+def test_weights_are_read_into_the_shards_of_a_mesh(fine_tuned, trained, monkeypatch):
+    """From a run, a folder, and a run with an adapter, none of which the host has whole; a reward model may come in the
+    dtype that it computes in."""
+    expected = loading.load_reward_model(trained('reward_model')[0], dict(dtype='bfloat16'), compact=True)
+    monkeypatch.setattr(runs, 'on_host', None)
+    mesh = mesh_lib.make_mesh({'fsdp': 4}, jax.devices()[:4])
+    for path in fine_tuned[:2]:
+        params = loading.load_decoder(path, config_of('sft'), mesh)
+        wanted = loading.layout('gpt_neox', mesh)(params)
+        assert jax.tree.map(lambda x: x.sharding, params) == wanted
+        chex.assert_trees_all_equal(jax.device_get(params), jax.device_get(fine_tuned[2]))
+    assert params['blocks']['mlp']['up']['kernel'].addressable_shards[0].data.shape == (2, 8, 128)
+    module, params = loading.load_reward_model(trained('reward_model')[0], dict(dtype='bfloat16'), mesh=mesh,
+                                               compact=True)
+    assert jax.tree.map(lambda x: x.sharding, params) == loading.layout('gpt_neox', mesh, 'backbone')(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, expected[1])
+    chex.assert_trees_all_close(jax.device_get(params), jax.device_get(expected[1]), rtol=1e-2)
+    assert params['backbone']['blocks']['mlp']['up']['kernel'].dtype == module.backbone.dtype
 
 
 def test_a_reward_model_run_is_read_back_with_its_adapter_merged(fine_tuned, trained):

@@ -1,5 +1,6 @@
 """Models larger than memory: one tensor at a time on the way in and out, whatever the mesh."""
 import json
+import tracemalloc
 import weakref
 from collections.abc import Mapping
 
@@ -87,6 +88,29 @@ def test_a_stack_split_between_devices(tiny):
     got = rules.to_flax(part, table, expected, shardings=lambda shapes: {'up': NamedSharding(mesh, P('data'))})['up']
     assert [shard.data.shape for shard in got.addressable_shards] == [(1, 32, 48)] * 3 and part.most == 1
     np.testing.assert_array_equal(got, params['blocks']['mlp']['up']['kernel'])
+
+
+def test_a_process_reads_its_own_part(tmp_path, monkeypatch):
+    """Of eight with a device each, from a file: at no time is more in memory than its part and the check of a block."""
+    rng = np.random.default_rng(0)
+    tensors = {f'layers.{i}.weight': rng.normal(size=(256, 256)).astype(np.float32) for i in range(8)}
+    files.save_state_dict(tmp_path / 'x.safetensors', tensors)
+    sharding, device = NamedSharding(mesh_lib.make_mesh({'data': 8}), P(None, 'data')), jax.devices()[3]
+    monkeypatch.setattr(NamedSharding, 'addressable_devices_indices_map',
+                        lambda self, shape: {device: self.devices_indices_map(shape)[device]})
+    monkeypatch.setattr(jax, 'make_array_from_callback', lambda shape, sharding, part: part(
+        sharding.devices_indices_map(shape)[device]))
+    state_dict = files.load_state_dict(tmp_path / 'x.safetensors')
+    placed = jax.ShapeDtypeStruct((8, 256, 256), jnp.bfloat16, sharding=sharding)
+    tracemalloc.start()
+    table = [rules.Rule('layers.{i}.weight', 'up', rules.linear())]
+    shapes = {'up': jax.ShapeDtypeStruct(placed.shape, jnp.float32)}
+    part = rules.to_flax(state_dict, table, shapes, shardings=lambda _: {'up': placed})['up']
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    whole = np.stack(list(tensors.values())).transpose(0, 2, 1).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(part, whole[:, 96:128])
+    assert part.nbytes < most < 2 * part.nbytes < whole.nbytes / 2
 
 
 def test_tensors_are_made_when_they_are_asked_for(tiny):

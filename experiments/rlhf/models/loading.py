@@ -1,18 +1,21 @@
 """Weights of language models: from a work directory, or from a Hugging Face folder."""
+import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 
 from experiments.rlhf.models import adapters, architecture
-from experiments.runtime import folders, launch, modules, placement, runs, storage
+from experiments.runtime import folders, launch, modules, partition, placement, programs, runs, storage
+from experiments.runtime import mesh as mesh_lib
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
-from rlhf_jax.models import heads
+from rlhf_jax.models import decoder, heads
 from rlhf_jax.weights import files
 from rlhf_jax.weights.json_file import read_json
 
@@ -31,22 +34,38 @@ def is_run(path: str | os.PathLike) -> bool:
     return folders.names_experiment(folders.read_settings(path))
 
 
-def load_decoder(path: str | os.PathLike, config: Config, shardings: Any = None) -> Params:
+def load_decoder(path: str | os.PathLike, config: Config, mesh: Mesh | None = None) -> Params:
     """Parameters of `architecture.decoder(config.model)`, float32, from a Hugging Face folder or a work directory of
     sft, dpo or policy; its adapter and `config.adapter`, one of PEFT, are merged.
 
     Args:
-        shardings: a tree of them; None: on the host.
+        mesh: they are laid out over it (`layout`), and each of its processes reads its own parts; None: on the host.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or weights of another model, with the field that differs.
     """
     module = architecture.decoder(config.model)
-    params = _load(path, config, module, POLICIES, shardings)
+    params = _load(path, config, module, POLICIES, mesh)
     if not config.get('adapter'):
         return params
     params = with_peft(config.adapter, config.model.kind, module, params)
-    return params if shardings is None else placement.place_tree(params, shardings)
+    return params if mesh is None else placement.place_tree(params, layout(config.model.kind, mesh)(params))
+
+
+def layout(kind: str, mesh: Mesh, prefix: str = '') -> Callable[[Any], Any]:
+    """Arrays or shapes of a decoder's parameters -> shardings over `mesh`: by the rules of `kind`, or, where these
+    cannot divide the parameters, whole on every device.
+
+    Args:
+        prefix: where the decoder's parameters sit, as of `architecture.rules`.
+    """
+    rules = architecture.rules(dict(kind=kind), prefix)
+
+    def shardings(params: Any) -> Any:
+        if modules.divisible(params, rules, mesh):
+            return partition.param_shardings(params, rules, mesh)
+        return jax.tree.map(lambda _: mesh_lib.replicated(mesh), params)
+    return shardings
 
 
 def with_peft(path: str | os.PathLike, kind: str, module: Any, params: Params) -> Params:
@@ -134,37 +153,68 @@ def load_policy(path: str | os.PathLike, dtype: str = '', adapter: str = '',
     return module, with_peft(adapter, saved['model_type'], module, params) if adapter else params, None
 
 
-def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None = None,
-                      step: int | None = None) -> tuple[Any, Params]:
-    """Module and float32 parameters on the host of a reward model: a Hugging Face folder of a sequence classifier with
-    one label, or a work directory of a reward_model run.
+def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None = None, step: int | None = None, *,
+                      mesh: Mesh | None = None, compact: bool = False) -> tuple[Any, Params]:
+    """Module and float32 parameters of a reward model: a Hugging Face folder of a sequence classifier with one label,
+    or a work directory of a reward_model run.
 
     Args:
         model: how it is to compute (`dtype`, ...); None: as the config of the run says, float32 for a folder.
         step: which checkpoint of a work directory; None: the newest.
+        mesh: the parameters are laid out over it (`layout`), and each of its processes reads its own parts; None: on
+            the host.
+        compact: see `compacted`.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, or no reward model.
     """
     folder, saved = storage.resolve(path), folders.read_settings(path)
     if folders.names_experiment(saved):
-        trained = runs.read_config(path, 'reward_model')
+        trained = _reward_config(path, model)
         module = architecture.reward_model(trained.model)
-        return module, adapters.merged(_restore(path, trained, module, step))
+        params = adapters.merged(_restore(path, trained, module, step, mesh))
+        if not compact:
+            return module, params
+        return module, compacted(module, params) if mesh is None else jax.jit(
+            functools.partial(compacted, module), donate_argnums=0,
+            out_shardings=layout(trained.model.kind, mesh, 'backbone')(params))(params)
     if step is not None:
         raise ValueError(f'--step={step}: {path} is no work directory and has no checkpoints; leave the flag out')
     fields = {'dtype': modules.dtype(model)} if model else {}
-    module, params = _open_folder(folder, saved, **fields)
-    if not isinstance(module, heads.RewardModel):
-        raise ValueError(f'{path}: holds a language model without a score head, not a reward model')
-    return module, params
+    backbone = _module_of(folder, saved, **fields)
+
+    def placed(shapes: Any) -> Any:
+        if 'score_head' not in shapes:
+            raise ValueError(f'{path}: holds a language model without a score head, not a reward model')
+        if mesh is None:
+            return None
+        if compact:
+            shapes = jax.eval_shape(functools.partial(compacted, heads.RewardModel(backbone)), shapes)
+        return programs.placed(shapes, layout(saved['model_type'], mesh, 'backbone')(shapes))
+    module, params = _open_folder(folder, saved, shardings=placed, **fields)
+    return module, compacted(module, params) if compact and mesh is None else params
+
+
+def _reward_config(path: str | os.PathLike, model: Mapping[str, Any] | None) -> Config:
+    """The config of a reward_model run, which is to compute in the dtype of `model`, if given."""
+    config = runs.read_config(path, 'reward_model')
+    if model:
+        config.model.dtype = model['dtype']
+    return config
+
+
+def compacted(module: heads.RewardModel, params: Params) -> Params:
+    """A reward model's parameters with the backbone's matrices in the dtype that it computes in; scores do not
+    change."""
+    backbone = decoder.in_compute_dtype(params['backbone'], module.backbone.dtype)
+    return dict(params) | {'backbone': backbone}
 
 
 def reward_module(path: str | os.PathLike, model: Mapping[str, Any]) -> heads.RewardModel:
     """Module of the reward model that `load_reward_model` loads, without its tensors."""
     folder, saved = storage.resolve(path), folders.read_settings(path)
     if folders.names_experiment(saved):
-        return architecture.reward_model(runs.read_config(path, 'reward_model').model)
+        return architecture.reward_model(_reward_config(path, model).model)
     module = _module_of(folder, saved, dtype=modules.dtype(model))
     return module if isinstance(module, heads.RewardModel) else heads.RewardModel(module)
 
@@ -197,7 +247,7 @@ def check_decoder(path: str | os.PathLike, config: Config) -> None:
     _load(path, config, architecture.decoder(config.model), POLICIES, None, read=False)
 
 
-def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str, ...], shardings: Any,
+def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str, ...], mesh: Mesh | None,
           read: bool = True) -> Params | None:
     folder, saved = storage.resolve(path), folders.read_settings(path, field='weights=')
     if folders.names_experiment(saved):
@@ -206,23 +256,26 @@ def _load(path: str | os.PathLike, config: Config, module: Any, kinds: tuple[str
         architecture.check_same(path, theirs, module)
         if not read:
             return None
-        params = adapters.merged(_restore(path, trained, theirs))
-        return params if shardings is None else placement.place_tree(params, shardings)
+        return adapters.merged(_restore(path, trained, theirs, mesh=mesh))
     kind = saved.get('model_type')
     if kind != config.model.kind:
         raise ValueError(f'model.kind={config.model.kind!r}, but weights={path} are of a {kind!r}')
     architecture.check_same(path, _module_of(folder, saved), module)
     if not read:
         return modules.check_released(lambda stop: _open_folder(folder, saved, shardings=stop))
-    placed = None if shardings is None else lambda shapes: shardings
+    placed = None if mesh is None else lambda shapes: layout(kind, mesh, 'backbone' if 'backbone' in shapes else '')(
+        shapes)
     opened, params = _open_folder(folder, saved, shardings=placed)
     return params['backbone'] if hasattr(opened, 'backbone') else params
 
 
-def _restore(path: Any, config: Config, module: Any, step: int | None = None) -> Params:
-    """The stage's parameters on the host, with its adapter; of a policy run, the policy's."""
+def _restore(path: Any, config: Config, module: Any, step: int | None = None, mesh: Mesh | None = None) -> Params:
+    """The stage's parameters with its adapter, on the host or laid out over `mesh`; of a policy run, the policy's."""
     def init(key):
         params = module.init(key, jnp.zeros((1, 2), jnp.int32))['params']
         return architecture.with_adapter(config, params, key)
     part = 'params/policy' if config.experiment == 'policy' else 'params'
-    return runs.restore_part(path, part, jax.eval_shape(init, jax.random.key(0)), step)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    prefix = 'backbone' if isinstance(module, heads.RewardModel) else ''
+    shardings = None if mesh is None else layout(config.model.kind, mesh, prefix)(shapes)
+    return runs.restore_part(path, part, shapes, step, shardings)

@@ -10,7 +10,7 @@ from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.policy.kind import Networks
 from experiments.runtime import partition, placement
 from rlhf_jax import generate
-from rlhf_jax.models import heads, lora
+from rlhf_jax.models import heads
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -62,16 +62,15 @@ class PolicyModels(Networks):
             FileNotFoundError, ValueError: no such weights, or weights of another model.
         """
         config, params = self._config, dict(params)
-        shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+        mesh = placement.mesh_of(params)
         if config.weights:
-            loaded = loading.load_decoder(config.weights, config, shardings(lora.without(params['policy'])))
+            loaded = loading.load_decoder(config.weights, config, mesh)
             params['policy'] = loading.filled(params['policy'], loaded)
         if self._critic is not None and not self._shared:
             critic_weights = config.algorithm.critic_weights
             if critic_weights:
-                module, critic = loading.load_reward_model(critic_weights, config.model)
+                module, params['value'] = loading.load_reward_model(critic_weights, config.model, mesh=mesh)
                 architecture.check_same(critic_weights, module.backbone, self._policy, 'algorithm.critic_weights')
-                params['value'] = placement.place_tree(critic, shardings(params['value']))
             elif config.weights:
                 params['value'] = loading.filled(params['value'], {'backbone': loaded})
         return params

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models.classifier import is_classifier
 from experiments.rlhf.policy.completions import Completions, TooLong
-from experiments.runtime import exchange, modules, partition, placement, storage
+from experiments.runtime import exchange, placement, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.programs import placed
-from rlhf_jax.models import decoder, heads
+from rlhf_jax.models import heads
 
 
 def shared(path: str, mesh: Mesh, make: Callable[..., Any] | None = None, **settings: Any) -> Any:
@@ -51,7 +51,8 @@ class RewardModel:
 
     def __init__(self, path: str, mesh: Mesh, *, dtype: str = '', num_ids: int = 0, batch_size: int = 64,
                  before_eos: bool = False, step: int | None = None):
-        module, params = loading.load_reward_model(path, dict(dtype=dtype) if dtype else None, step)
+        module, self._params = loading.load_reward_model(path, dict(dtype=dtype) if dtype else None, step, mesh=mesh,
+                                                         compact=True)
         size = module.backbone.vocab_size
         if num_ids > size:
             raise ValueError(f'{path}: the reward model has {size} tokens, the tokenizer {num_ids}; they do not belong '
@@ -61,8 +62,6 @@ class RewardModel:
         self.max_length, self._path, self._before_eos = module.backbone.max_length, path, before_eos
         shards = mesh_lib.batch_shards(mesh)
         self._rows = -(-batch_size // shards) * shards
-        params = compact(module, params)
-        self._params = placement.place_tree(params, layout(module, params, mesh))
         self._mesh, self._sharding = mesh, mesh_lib.batch_sharding(mesh)
         self._run = jax.jit(functools.partial(last_scores, module))
 
@@ -81,22 +80,6 @@ class RewardModel:
                 out.append(self._run(self._params, *placement.place_tree(padded, self._sharding)))
         scores = np.concatenate(exchange.fetch(out))[:len(tokens)]
         return scores[owners == jax.process_index()]
-
-
-def compact(module: heads.RewardModel, params: Any) -> Any:
-    """Parameters with the backbone's matrices in the dtype that it computes in; scores do not change."""
-    backbone = decoder.in_compute_dtype(params['backbone'], module.backbone.dtype)
-    return dict(params) | {'backbone': backbone}
-
-
-def layout(module: heads.RewardModel, params: Any, mesh: Mesh) -> Any:
-    """Shardings of a reward model's parameters: by the backbone's rules, or, where these cannot divide it over `mesh`,
-    whole on every device."""
-    family = ml_collections.ConfigDict(dict(kind=architecture.family_name(module.backbone)))
-    rules = architecture.rules(family, 'backbone')
-    if modules.divisible(params, rules, mesh):
-        return partition.param_shardings(params, rules, mesh)
-    return jax.tree.map(lambda _: mesh_lib.replicated(mesh), params)
 
 
 def last_scores(module: heads.RewardModel, params: Any, tokens: jax.Array, mask: jax.Array,
@@ -119,7 +102,9 @@ def abstract(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, tuple[h
         if (storage.resolve(path) / 'config.json').exists():
             module = loading.reward_module(path, dict(dtype=config.model.dtype))
         shapes = jax.eval_shape(
-            lambda key, module=module: compact(module, module.init(key, jnp.zeros((1, 2), jnp.int32))['params']),
+            lambda key, module=module: loading.compacted(
+                module, module.init(key, jnp.zeros((1, 2), jnp.int32))['params']),
             jax.random.key(0))
-        out[path] = module, placed(shapes, layout(module, shapes, over))
+        family = architecture.family_name(module.backbone)
+        out[path] = module, placed(shapes, loading.layout(family, over, 'backbone')(shapes))
     return out

@@ -121,11 +121,7 @@ def build(config: Config, mesh: Mesh, objective: Objective) -> Experiment:
             loading.check_decoder(config.weights, config)
 
     def warm_start(state):
-        plain = lora.without(state.params)
-        inner = plain[objective.prefix] if objective.prefix else plain
-        # A reward model has no output head: its backbone cannot say where that one would lie.
-        shardings = None if objective.prefix else jax.tree.map(lambda x: x.sharding, inner)
-        loaded = loading.load_decoder(config.weights, config, shardings)
+        loaded = loading.load_decoder(config.weights, config, mesh)
         params = loading.filled(state.params, {objective.prefix: loaded} if objective.prefix else loaded)
         extra = state.extra
         if extra is not None:  # a copy: both are donated to the step
