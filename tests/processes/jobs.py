@@ -24,8 +24,9 @@ def start(module: str, *args: str, processes: int, devices: int, own: dict[int, 
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
+    paths = (ROOT, ROOT / 'tests' / 'end_to_end', ROOT / 'tests' / 'align')
     env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PJRT_NPROC': str(4 * devices),
-                        'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests' / 'end_to_end')])}
+                        'PYTHONPATH': os.pathsep.join(map(str, paths))}
     job = []
     for i in sorted(set(range(processes)) - set(absent)):
         joined = ('--distributed', f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}',

@@ -21,7 +21,9 @@ from experiments.runtime.metrics import read_metrics
 from rlhf_jax import convert
 from rlhf_jax.weights import files
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / 'end_to_end'))
+for folder in ('end_to_end', 'align'):
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / folder))
+import align_runs  # noqa: E402
 from policy_runs import config_of as policy  # noqa: E402
 
 STEPS = 5
@@ -58,6 +60,8 @@ def config_of(name, store):
         config.eval_every, config.batch_size = 3, 8
         if name.endswith('lora'):
             config.lora.update(dict(rank=2, alpha=4.0))
+    elif name == 'align':
+        config = align_runs.config_of(store, batch_size=8, eval_every=3, eval_prompts=6)
     elif name in GAMES:
         config = translation.get_config('tiny_speaker' if name == 'translation_agent' else 'tiny_game').unlock()
         config.update_from_flattened_dict({
@@ -89,7 +93,8 @@ def config_of(name, store):
 
 
 def make_store(folder):
-    """Held-out digits with codes, embeddings and captions drawn at random; a language model and a reward model."""
+    """Held-out digits with codes, embeddings and captions drawn at random; a language model and a reward model; a
+    generator and captions for what writes codes."""
     rng = np.random.default_rng(0)
     source = sources.image_source(quickstart.get_config('tiny').encoder.data, 'heldout')
     meta = dict(num_codes=16, vocab_size=16, captions=True)
@@ -103,6 +108,7 @@ def make_store(folder):
         params = jax.jit(module.init)(jax.random.key(5), np.zeros((1, 2), np.int32))['params']
         params = jax.tree.map(lambda x: np.asarray(x + 0.05 * rng.normal(size=x.shape), x.dtype), params)
         files.save(folder / name, convert.to_torch(model.kind, module, params), convert.config_of(model.kind, module))
+    align_runs.write_inputs(folder)
     return folder
 
 

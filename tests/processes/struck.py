@@ -30,17 +30,14 @@ from experiments.runtime import launch
 from experiments.runtime.metrics import read_metrics
 
 # Imported once, by the server: the commands, and what they import late (tensorboardX takes PyTorch along).
-PRELOADED = ('tensorboardX', 'runs', 'tests.processes.several', 'experiments.generate', 'experiments.lewis',
+PRELOADED = ('tensorboardX', 'runs', 'struck', 'tests.processes.several', 'experiments.generate', 'experiments.lewis',
              *train.EXPERIMENTS.values())
-for name in PRELOADED:
-    importlib.import_module(name)
-
 TIMES = ('seconds', 'seconds_per_step', 'seconds_waiting_for_batch')
 END_SECONDS = 120  # in which the others end after one has been lost
 JOIN_SECONDS = 30  # for all processes to come
-SETTLE_SECONDS = 6  # in which the others usually end; most of the time they are ended then, as a launcher would
+SETTLE_SECONDS = 3  # in which the others usually end; most of the time they are ended then, as a launcher would
 Outcome = tuple[dict[str, np.ndarray], list[dict[str, Any]], list[tuple[int, str, float]]]
-CULPRIT = r'(?:process |task:)(\d+)'
+CULPRIT = r'(?:process |task:|stopped sending heartbeats\):\s+)(\d+)'
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
@@ -48,7 +45,7 @@ CULPRIT = r'(?:process |task:)(\d+)'
 def server() -> Any:
     """A context whose processes start with everything imported and no device touched."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['struck'])
+    context.set_forkserver_preload(list(PRELOADED))
     return context
 
 
@@ -84,8 +81,6 @@ class Job:
         started = time.monotonic_ns()
         self.logs = [folder / f'{started}-{i}.txt' for i in range(processes)]
         environment = {'DLC_ASYNCHRONOUS_CHECKPOINTS': '1', 'PJRT_NPROC': str(4 * devices)}
-        if processes == devices == 1:
-            args += (f'--compilation_cache={folder / "compiled"}',)
         self.processes = []
         for i, log in enumerate(self.logs):
             joined = ('--distributed', f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}',
@@ -124,6 +119,14 @@ class Job:
     def report(self) -> str:
         return '\n'.join(f'--- process {i}: status {status}\n{self.text(i)[-3000:]}'
                          for i, status in enumerate(self.statuses()))
+
+
+def learner(context: Any, workdir: pathlib.Path, processes: int, devices: int, *args: str, **how: Any) -> Job:
+    """A job that trains the run in `workdir`."""
+    if devices == 1:  # compiled once for all starts, which more devices do not allow (`runtime/launch.py`)
+        args = (*args, f'--programs={workdir.parent.parent / f"programs-{processes}"}')
+    return Job(context, workdir.parent / 'logs', 'tests.processes.several', f'--workdirs={workdir}', *args,
+               processes=processes, devices=devices, **how)
 
 
 # ---- What befalls them -----------------------------------------------------------------------------------------------
@@ -174,8 +177,7 @@ def strike_once(context: Any, workdir: pathlib.Path, processes: int, devices: in
     marks = workdir.parent / f'{workdir.name}-marks-{time.monotonic_ns()}'
     own = {strike.victim: (f'--raise_after={rng.randint(1, 2)}',)} if strike.kind == 'exception' else {}
     before = saves(workdir)
-    job = Job(context, workdir.parent / 'logs', 'tests.processes.several', f'--workdirs={workdir}', '--slow=0.1',
-              f'--marks={marks}', processes=processes, devices=devices, own=own)
+    job = learner(context, workdir, processes, devices, '--slow=0.1', f'--marks={marks}', own=own)
     try:
         return _befall(job, lambda: saves(workdir) - before, marks.exists, strike, rng)
     finally:
@@ -259,9 +261,7 @@ def run_through(context: Any, workdir: pathlib.Path, processes: int, devices: in
         if not happened:
             break
         count(happened)
-    job = Job(context, workdir.parent / 'logs', 'tests.processes.several', f'--workdirs={workdir}',
-              processes=processes, devices=devices)
-    succeed(job)
+    succeed(learner(context, workdir, processes, devices))
     return outcome(workdir)
 
 
@@ -270,8 +270,7 @@ def run_through_files(context: Any, workdir: pathlib.Path, processes: int, devic
     """`run_through` of a learner and a generator in jobs of their own, of which either loses a process; the other
     waits for it to be started anew."""
     logs = workdir.parent / 'logs'
-    learn = lambda: Job(context, logs, 'tests.processes.several', f'--workdirs={workdir}', '--slow=0.1',
-                        processes=processes, devices=devices)
+    learn = lambda: learner(context, workdir, processes, devices, '--slow=0.1')
     generate = lambda: Job(context, logs, 'experiments.generate', f'--workdir={workdir}', '--trust',
                            processes=min(processes, 2), devices=1)
     jobs = {'learner': learn(), 'generator': generate()}

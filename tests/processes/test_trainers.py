@@ -27,7 +27,7 @@ SHARED = ('online_dpo stale', 'ppo')  # policies whose processes share the devic
 APART = ('apart',)
 OTHERS = ('sft', 'generator')
 REST = ('online_dpo', 'online_dpo lora', 'rloo', 'best_of_n', 'ppo stale', 'sft lora', 'reward_model', 'dpo', 'encoder',
-        'code_model', 'text_to_code', 'translation_agent', 'translation_game', 'sft, tensor within hosts')
+        'code_model', 'text_to_code', 'translation_agent', 'translation_game', 'align', 'sft, tensor within hosts')
 REST_APART = ('apart in turn', 'apart, two behind')
 KILLED, STOPPED = ('online_dpo stale',), ('apart',)
 ON_FOUR = ('sft', 'apart')  # of the last two hosts train and two generate
