@@ -41,3 +41,12 @@ def test_the_layout_does_not_count():
 def test_json_digest():
     assert json_digest({'a': 1, 'b': [0.1, None]}) == json_digest({'b': [0.1, None], 'a': 1})
     assert json_digest({'position': 8}) != json_digest({'position': 9})
+
+
+def test_arrays_of_other_devices_than_those_of_the_mesh_that_is_set():
+    """A run is read on one device, or on some, by a program that works over others."""
+    x = np.arange(8, dtype=np.float32)
+    mesh = mesh_lib.make_mesh({'fsdp': 4}, jax.devices()[4:])
+    on_one, on_four = jax.device_put(x, jax.devices()[0]), jax.device_put(x, NamedSharding(mesh, P('fsdp')))
+    with jax.set_mesh(mesh_lib.make_mesh({'data': 2}, jax.devices()[:2])):
+        assert digests({'x': on_one}) == digests({'x': on_four}) == digests({'x': x})
