@@ -9,7 +9,6 @@ The rows of samples.jsonl keep the problems' own fields. Programs have no networ
 """
 import collections
 import concurrent.futures
-import io
 import json
 import os
 
@@ -35,7 +34,8 @@ def main() -> None:
     for name in ('json', 'out'):
         if getattr(args, name):
             storage.check_writable(storage.resolve(getattr(args, name)).parent, f'--{name}')
-    rows = read_samples(args.samples)
+    rows = storage.read_json_lines('--samples', args.samples, (*humaneval.FIELDS, 'completion'),
+                                   'experiments.sample --prompts=HumanEval.jsonl --out')
     sandbox.run_python('pass')  # says so before any program is run, where it cannot be confined
     progress, outcomes = bar('programs', len(rows)), []
     with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
@@ -57,31 +57,6 @@ def main() -> None:
     if args.out:
         storage.write_json_lines(args.out, ({'task_id': row['task_id'], 'completion': row['completion'],
                                              **outcome._asdict()} for row, outcome in zip(rows, outcomes)))
-
-
-def read_samples(path: str) -> list[dict[str, str]]:
-    """Rows with the problem's fields and a completion.
-
-    Raises:
-        ValueError, OSError: nothing there, or a line without one of the fields.
-    """
-    rows = []
-    # Lines end at \n alone: a text may hold other separators, which JSON leaves as they are.
-    for number, line in enumerate(io.StringIO(storage.resolve(path).read_text()), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f'--samples={path}: line {number} is no JSON object')
-        missing = [field for field in (*humaneval.FIELDS, 'completion') if not isinstance(row.get(field), str)]
-        if missing:
-            raise ValueError(f'--samples={path}: line {number} has no {missing[0]}; write them with experiments.sample '
-                             '--prompts=HumanEval.jsonl --out')
-        rows.append(row)
-    if not rows:
-        raise ValueError(f'--samples={path}: holds no sample')
-    return rows
 
 
 if __name__ == '__main__':

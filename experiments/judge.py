@@ -13,7 +13,6 @@
 Every pair is judged in both orders at temperature 0. Answers are recorded as they come: interrupt it anywhere and run
 it again. A tie, and an answer that is neither, count half; how many there were is reported.
 """
-import io
 import json
 import os
 import pathlib
@@ -86,24 +85,8 @@ def pairs_of(responses: str, against: str | None) -> list[judge.Pair]:
 
 
 def read_rows(flag: str, path: str) -> list[dict[str, Any]]:
-    """Rows of a file of responses.
-
-    Raises:
-        ValueError, OSError: nothing there, or a line that is none of them.
-    """
-    rows = []
-    # Lines end at \n alone: a text may hold other separators, which JSON leaves as they are.
-    for number, line in enumerate(io.StringIO(storage.resolve(path).read_text()), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ('prompt', 'completion')):
-            raise ValueError(f'{flag}={path}: line {number} is no response; write them with experiments.evaluate --out')
-        rows.append(row)
-    if not rows:
-        raise ValueError(f'{flag}={path}: holds no response')
-    return rows
+    """Rows of a file of responses; errors as of `storage.read_json_lines`."""
+    return storage.read_json_lines(flag, path, ('prompt', 'completion'), 'experiments.evaluate --out')
 
 
 if __name__ == '__main__':

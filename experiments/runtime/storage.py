@@ -5,6 +5,7 @@ library that knows local files only, comes through `local_copy`.
 """
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from etils import epath
@@ -81,6 +82,34 @@ def write_json_lines(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]])
     """Writes one JSON object a line to `path`, whole or not at all; text beyond ASCII as it is."""
     with write_whole(path) as file:
         file.write(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode())
+
+
+def read_json_lines(flag: str, path: str, fields: Sequence[str], written_by: str) -> list[dict[str, Any]]:
+    """Objects of a file with one a line, which ends at a newline alone: texts may hold other separators.
+
+    Args:
+        flag: what named the file, for messages.
+        fields: texts that every row must have.
+        written_by: the command that writes such files, for messages.
+
+    Raises:
+        ValueError, OSError: nothing there, or a line that is no such row.
+    """
+    rows = []
+    for number, line in enumerate(io.BytesIO(resolve(path).read_bytes()), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f'{flag}={path}: line {number} is no JSON object; write the file with {written_by}')
+        missing = [field for field in fields if not isinstance(row.get(field), str)]
+        if missing:
+            raise ValueError(f'{flag}={path}: line {number} has no {missing[0]}; write the file with {written_by}')
+        rows.append(row)
+    if not rows:
+        raise ValueError(f'{flag}={path}: holds no row')
+    return rows
 
 
 def check_writable(directory: str | os.PathLike, what: str) -> None:

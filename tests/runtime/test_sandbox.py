@@ -136,7 +136,7 @@ def test_programs_of_a_policy(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('content, argument, message', [
-    ('', '', 'holds no sample'), ('x', '', 'line 1 is no JSON object'),
+    ('', '', 'holds no row'), ('x', '', 'line 1 is no JSON object'),
     (json.dumps(PROBLEM), '', 'line 1 has no completion'), ('{}', '', 'line 1 has no task_id'),
     ('', '--seconds=0', '--seconds=0.0 must be at least 0.1'), ('', '--parallel=0', '--parallel=0 must be at least 1'),
     ('', '--json=samples.jsonl/x', '--json')])
