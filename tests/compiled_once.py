@@ -3,6 +3,7 @@
 A run that is killed and resumed, or the same model in two tests, is compiled anew by JAX, whose own cache for such
 cases lies on disk and is left off for several CPU devices (`runtime/launch.py`). This one keeps the programs in memory.
 """
+import gc
 import time
 
 from jax._src import cache_key, compiler
@@ -13,7 +14,8 @@ _programs, _quick = {}, {}
 
 
 def install() -> None:
-    """From now on, in this process, for programs on the CPU."""
+    """From now on, in this process, for programs on the CPU; garbage, of which tracing makes little, is sought less."""
+    gc.set_threshold(50_000, 50, 100)
     compile_anew = compiler.compile_or_get_cached
 
     def compile_once(backend, computation, devices, options, host_callbacks, *args, **kwargs):
