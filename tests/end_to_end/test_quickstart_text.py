@@ -1,13 +1,19 @@
-"""The text-to-image quickstart's tiny config: everything it promises is written, and interruptions change no number."""
+"""The quickstarts of text to image and, on its stages, of learning from pictures, at their tiny configs.
+
+Everything they promise is written, and interruptions change no number.
+"""
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+from configs.dlc import quickstart_align
 from configs.dlc import quickstart_text as config_lib
+from experiments.quickstarts import align
 from experiments.quickstarts import text_to_image as quickstart
 from experiments.runtime import signals
+from experiments.runtime.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
 
@@ -56,3 +62,72 @@ def test_what_is_said_is_compared_with_what_is_seen():
     assert quickstart.shares(upper, lower, labels) == {'both': 0.5, 'upper': 0.75, 'lower': 0.75}
     assert [label for label, _ in quickstart.PROMPTS][::4] == list(range(100))
     assert quickstart.PROMPTS[4 * 72 + 2][1] == 'a two below a seven' and quickstart.UNSEEN.sum() == 20
+
+
+# ---- Learning from pictures ------------------------------------------------------------------------------------------
+
+def align_config(text):
+    config = quickstart_align.get_config('tiny').copy_and_resolve_references()
+    config.text = str(text)
+    return config
+
+
+@pytest.fixture(scope='module')
+def aligned(uninterrupted, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('aligned')
+    return workdir, align.run(align_config(uninterrupted[0]), workdir)
+
+
+def test_report_and_metrics_of_learning_from_pictures(aligned):
+    workdir, metrics = aligned
+    assert metrics == json.loads((workdir / 'metrics.json').read_text())
+    assert list(metrics['methods']) == ['fine-tuned', *quickstart_align.METHODS]
+    for name, row in metrics['methods'].items():
+        assert set(row) == set(align.HEADINGS) and all(map(np.isfinite, row.values()))
+        assert (row['kl'] == 0) == (name == 'fine-tuned')
+    for judge in ('proxy', 'gold'):  # of real pictures, whatever was trained
+        assert min(metrics['judges'][judge].values()) > 0.6
+    staleness = lambda name: read_metrics(workdir / f'{name}_1' / 'metrics.jsonl')[-1]['token_staleness']
+    assert staleness('online_dpo') == 0 and staleness('online_dpo_async') == 1
+    assert any(row['reset'] for row in read_metrics(workdir / 'elastic_reset_1' / 'metrics.jsonl'))
+    page = (workdir / 'report.html').read_text()
+    for part in ('Methods', 'Training', 'Before and after, from the same noise', 'both right, unseen pairs',
+                 'proxy reward'):
+        assert f'>{part}<' in page
+
+
+def test_judges_and_captions_keep_to_their_digits(aligned):
+    workdir, _ = aligned
+    rows = {name: [json.loads(line) for line in (workdir / 'captions' / f'{name}.jsonl').read_text().splitlines()]
+            for name in ('seen', 'unseen')}
+    labels = {name: {row['label'] for row in of_split} for name, of_split in rows.items()}
+    assert len(rows['seen']) == 320 and len(rows['unseen']) == 80
+    assert not labels['seen'] & labels['unseen'] and len(labels['seen'] | labels['unseen']) == 100
+    proxy, gold = (np.load(workdir / 'judges' / name / 'judge.npz')['weight_0'] for name in ('proxy', 'gold'))
+    assert (proxy != gold).any()
+
+
+def test_interrupted_while_a_policy_learns_from_pictures_the_numbers_are_the_same(
+        uninterrupted, aligned, tmp_path, monkeypatch):
+    whole, metrics = aligned
+    again = tmp_path / 'again'
+    shutil.copytree(whole, again, ignore=shutil.ignore_patterns('best_of_n_1*', 'metrics.json'))
+    config, taken = align_config(uninterrupted[0]), iter(range(1, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(signals.Signals, 'agreed', lambda self: next(taken) == 3)
+        with pytest.raises(signals.Stopped):
+            align.run(config, again)
+    assert not (again / 'metrics.json').exists()
+    assert align.run(config, again) == metrics
+
+
+def test_stages_that_are_not_given_are_trained(tmp_path, monkeypatch):
+    config, asked = quickstart_align.get_config('tiny'), []
+
+    def train(config, workdir, clock):
+        asked.append((config, workdir))
+        raise InterruptedError
+    monkeypatch.setattr(quickstart, 'train_models', train)
+    with pytest.raises(InterruptedError):
+        align.run(config, tmp_path)
+    assert asked == [(config.text_to_image, tmp_path / 'text')]
