@@ -115,7 +115,7 @@ def _computations(text: str) -> tuple[_Computations, str | None]:
         if header:
             instructions = out[header[2]] = []
             entry = header[2] if header[1] else entry
-        elif line.startswith('}'):
+        elif line.startswith('}') and not line.startswith('}}'):  # that ends the attributes of a Pallas kernel
             instructions = None
         elif instructions is not None and (match := _INSTRUCTION.match(line)):
             root, name, shape, op, rest = match.groups()

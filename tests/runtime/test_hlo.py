@@ -24,6 +24,9 @@ HloModule jit_step
 }
 
 %body (p3: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %k = f32[16]{0} custom-call(%p3), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="pallas_call"}
   %x = f32[99] fusion(%p3), kind=kLoop, calls=%stage, backend_config={"window_config":{"estimated_cycles":"100"}}
   %c = (f32[16]{0}, f32[16]{0}, u32[]) collective-permute-start(%x), channel_id=9, source_target_pairs={{0,1}}
 }
