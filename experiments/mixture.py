@@ -1,6 +1,6 @@
 """Diffusion on more and more modes, without a condition and on the index of the mode (arXiv 2507.12318 figure 2):
 
-    python -m experiments.mixture                     # minutes on one core; runs/mixture/report.html, metrics.json
+    python -m experiments.mixture                     # on a CPU; runs/mixture/report.html, metrics.json
 
 Interrupt it anywhere and run it again: it continues and ends with the same numbers.
 """

@@ -1,6 +1,6 @@
 """The toy mixture of arXiv 2507.12318 figure 2: `python -m experiments.mixture --config=configs/dlc/mixture.py:SIZE`.
 
-small  minutes on one CPU core: 1.5 million draws a run. --config.variance=0.01 takes modes that do not overlap.
+small  for a CPU, not timed: 1.5 million draws a run. --config.variance=0.01 takes modes that do not overlap.
 paper  batch 2048, 300 million draws, as the paper says; on one GPU, time unknown.
 tiny   to see that everything runs; its numbers mean nothing.
 
