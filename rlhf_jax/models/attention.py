@@ -45,7 +45,7 @@ def choose(impl: str, q: Array) -> str:
 
     Args:
         impl: 'auto' takes the fused kernel where the target has one for this call: in half precision cuDNN on NVIDIA
-            GPUs, and on TPUs splash attention for rows of at least one of its blocks. The others take what they name.
+            GPUs, and on TPUs splash attention for rows of `LEAST` tokens or more. The others take what they name.
 
     Raises:
         ValueError: `impl` is not one of `IMPLEMENTATIONS`, 'cudnn' for what cuDNN does not compute, or 'splash' where
@@ -62,7 +62,7 @@ def choose(impl: str, q: Array) -> str:
                          f"{platform!r}; 'auto' takes what they have")
     if impl != 'auto':
         return impl
-    if platform == 'tpu' and q.dtype == jnp.bfloat16 and q.shape[1] >= splash.LANES:
+    if platform == 'tpu' and q.dtype == jnp.bfloat16 and q.shape[1] >= splash.LEAST:
         return 'splash'
     return 'cudnn' if platform == 'gpu' and 'NVIDIA' in kind and cudnn_takes(q) else 'xla'
 

@@ -14,6 +14,9 @@ from rlhf_jax.models import layers
 Array = jax.Array
 
 LANES = 128  # a block's length is a multiple of it
+# Tokens of a row from which on 'auto' takes the kernel. For 16 rows of 16 heads on v5e, forward and backward, the
+# compiler expects 3.7 ms instead of 6.1 at 562 tokens (causal, packed), but 0.7 instead of 0.5 at 256.
+LEAST = 512
 BLOCK = 640  # queries, and keys, of a block at the most
 PADDING = -1  # segment of what is added behind a row; no sequence has it
 

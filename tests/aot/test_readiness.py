@@ -9,7 +9,8 @@ from experiments import compile as aot
 from experiments import readiness
 from experiments.runtime import slices
 
-CHEAP = ('configs/rlhf/sft_imdb.py h100-8', 'configs/rlhf/reward_tldr.py:410m h100-8')
+CHEAP = ('configs/rlhf/sft_imdb.py v5e-16', 'configs/rlhf/sft_imdb.py h100-8',
+         'configs/rlhf/reward_tldr.py:410m h100-8')
 
 
 def row(**changes):

@@ -70,8 +70,8 @@ def test_the_platform_decides(monkeypatch):
     monkeypatch.setattr(attention, 'target', lambda: ('gpu', 'NVIDIA H100 80GB HBM3'))
     assert choices() == ['cudnn', 'xla', 'xla'] and attention.choose('xla', half) == 'xla'
     monkeypatch.setattr(attention, 'target', lambda: ('tpu', 'TPU v5e'))
-    assert choices() == ['xla'] * 3  # shorter than a block
-    long = qkv(splash_attention.LANES, dtype=jnp.bfloat16)[0]
+    assert choices() == ['xla'] * 3  # too short
+    long = qkv(splash_attention.LEAST, dtype=jnp.bfloat16)[0]
     assert attention.choose('auto', long) == 'splash' and attention.choose('auto', long.astype(jnp.float32)) == 'xla'
 
 
@@ -91,6 +91,7 @@ def tpu(monkeypatch):
     """Calls are made as for a TPU, with the kernel interpreted; in blocks of 128, so that there are several."""
     monkeypatch.setattr(attention, 'target', lambda: ('tpu', 'TPU v5e'))
     monkeypatch.setattr(splash_attention, 'BLOCK', 128)
+    monkeypatch.setattr(splash_attention, 'LEAST', 128)
     kernel, calls = splash_attention.splash_attention, []
 
     def interpreted(*args, **how):
