@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import train
-from experiments.rlhf.models import architecture
+from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.policy import generator as generator_lib
 from experiments.rlhf.policy import reward_model as reward_model_lib
 from experiments.runtime import partition
@@ -87,7 +87,7 @@ def test_a_reward_model_in_the_dtype_that_it_computes_in_scores_the_same():
     tokens = jax.random.randint(jax.random.key(1), (4, 9), 0, 259)
     params = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(2), x.shape),
                           module.init(jax.random.key(0), tokens)['params'])
-    small = reward_model_lib.compact(module, params)
+    small = loading.compacted(module, params)
     back = jnp.zeros(4, jnp.int32)
     scores = [reward_model_lib.last_scores(module, p, tokens, jnp.ones((4, 9), bool), back) for p in (params, small)]
     assert (scores[0] == scores[1]).all() and len(set(scores[0].tolist())) == 4

@@ -47,14 +47,21 @@ def interrupted(workdir: pathlib.Path, config) -> None:
 
 def see_late(workdirs: list[str], seconds: float) -> None:
     """From now on Python sees the config.json of the first of `workdirs`, and finished checkpoints in all, so long
-    after it first looked for them, as a shared disk may show them to a machine that has not written them."""
+    after it first looked for them when they were there, as a shared disk may show them to another machine."""
     late = re.compile('|'.join([re.escape(workdirs[0]) + '/config.json', *(
         re.escape(workdir) + r'/checkpoints/\d+' for workdir in workdirs)]))
     looked: dict[str, float] = {}
 
     def hidden(path) -> bool:
         match = late.match(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else None
-        return match is not None and time.monotonic() < looked.setdefault(match[0], time.monotonic()) + seconds
+        if match is None or match[0] not in looked and not exists(match[0]):
+            return False
+        return time.monotonic() < looked.setdefault(match[0], time.monotonic()) + seconds
+
+    def exists(path: str, stat=os.stat) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return bool(stat(path))
+        return False
 
     def stat(path, *args, stat=os.stat, **kwargs):
         if hidden(path):
