@@ -26,8 +26,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PATH = [str(ROOT), *(str(ROOT / 'tests' / folder) for folder in ('processes', 'end_to_end', 'align'))]
 # tensorboardX, which the runner imports late, takes PyTorch along.
 PRELOADED = ('tensorboardX', 'jobs', 'tests.processes.several', 'tests.processes.commands', 'experiments.encode',
-             'experiments.evaluate', 'experiments.generate', 'experiments.relabel', 'experiments.sample',
-             *train.EXPERIMENTS.values())
+             'experiments.evaluate', 'experiments.generate', 'experiments.lewis', 'experiments.relabel',
+             'experiments.sample', *train.EXPERIMENTS.values())
 
 
 @functools.cache
@@ -59,15 +59,31 @@ def main(module: str, argv: list[str], devices: int, environment: dict[str, str]
         atexit._run_exitfuncs()
 
 
+def fork(module: str, argv: list[str], devices: int, environment: dict[str, str], files: tuple[str, str]) -> Any:
+    """Starts a `multiprocessing.Process` that does what `main` says, with some more variables in its environment."""
+    environment = dict(os.environ) | {'PJRT_NPROC': str(4 * devices), 'PYTHONPATH': os.pathsep.join(PATH)} | environment
+    process = server().Process(target=main, args=(module, argv, devices, environment, files))
+    process.start()
+    return process
+
+
+def joining(processes: int, **flags: Any) -> Callable[[int], tuple[str, ...]]:
+    """Number of a process -> the flags by which it joins the job; none where it is the only one."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    more = tuple(f'--{name}={value}' for name, value in flags.items())
+    return lambda i: ('--distributed', f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}',
+                      f'--process_id={i}', *more) if processes > 1 else ()
+
+
 class Process:
     """One of a job, with the part of `subprocess.Popen` that tests use."""
 
     def __init__(self, module: str, argv: list[str], devices: int):
         folder = tempfile.mkdtemp(prefix='job-')
         self._files = f'{folder}/stdout', f'{folder}/stderr'
-        environment = dict(os.environ) | {'PJRT_NPROC': str(4 * devices), 'PYTHONPATH': os.pathsep.join(PATH)}
-        self._process = server().Process(target=main, args=(module, argv, devices, environment, self._files))
-        self._process.start()
+        self._process = fork(module, argv, devices, {}, self._files)
 
     def poll(self) -> int | None:
         """Its exit status; minus the number of the signal that killed it; None while it runs."""
@@ -97,11 +113,7 @@ def start(module: str, *args: str, processes: int, devices: int, own: dict[int, 
         own: arguments that only some of the processes get.
         absent: processes that are never started.
     """
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    joined = lambda i: ('--distributed', f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}',
-                        f'--process_id={i}') if processes > 1 else ()
+    joined = joining(processes)
     return [Process(module, [*args, *joined(i), *(own or {}).get(i, ())], devices)
             for i in sorted(set(range(processes)) - set(absent))]
 

@@ -4,34 +4,24 @@ A strike hits one process of a job at a moment that is drawn at random: between 
 steps, or inside a save. `run_through` strikes the same run again and again, starts it anew each time, and gives what
 has come of it, to be compared with a run that nobody disturbed.
 """
-import atexit
 import collections
 import contextlib
 import dataclasses
-import importlib
-import multiprocessing
 import os
 import pathlib
 import random
 import re
 import signal
-import socket
 import struct
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
-from experiments import train
-from experiments.runtime import launch
+import jobs
 from experiments.runtime.metrics import read_metrics
 
-# Imported once, by the server: the commands, and what they import late (tensorboardX takes PyTorch along).
-PRELOADED = ('tensorboardX', 'runs', 'struck', 'tests.processes.several', 'experiments.generate', 'experiments.lewis',
-             *train.EXPERIMENTS.values())
 TIMES = ('seconds', 'seconds_per_step', 'seconds_waiting_for_batch')
 END_SECONDS = 120  # in which the others end after one has been lost
 JOIN_SECONDS = 30  # for all processes to come
@@ -42,52 +32,23 @@ CULPRIT = r'(?:process |task:|stopped sending heartbeats\):\s+)(\d+)'
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
 
-def server() -> Any:
-    """A context whose processes start with everything imported and no device touched."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(list(PRELOADED))
-    return context
-
-
-def _main(module: str, argv: list[str], devices: int, environment: dict[str, str], log: str) -> None:
-    os.environ.update(environment)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    jax.config.update('jax_num_cpu_devices', devices)
-    sys.argv = [module, *argv]
-    try:
-        launch.main(importlib.import_module(module).main)
-    finally:  # which multiprocessing leaves out, and where JAX's processes wait for each other
-        sys.stdout.flush()
-        atexit._run_exitfuncs()
-
-
 class Job:
-    """`python -m module ARGS` in several processes of `devices` CPU devices each.
+    """`python -m module ARGS` in several processes of `devices` CPU devices each, see `jobs`.
 
     Args:
-        context: from `server`.
         folder: for what they print.
         own: arguments that only some of the processes get.
     """
 
-    def __init__(self, context: Any, folder: pathlib.Path, module: str, *args: str, processes: int, devices: int,
+    def __init__(self, folder: pathlib.Path, module: str, *args: str, processes: int, devices: int,
                  own: dict[int, tuple[str, ...]] | None = None):
-        with socket.socket() as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = probe.getsockname()[1]
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic_ns()
         self.logs = [folder / f'{started}-{i}.txt' for i in range(processes)]
-        environment = {'DLC_ASYNCHRONOUS_CHECKPOINTS': '1', 'PJRT_NPROC': str(4 * devices)}
-        self.processes = []
-        for i, log in enumerate(self.logs):
-            joined = ('--distributed', f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}',
-                      f'--process_id={i}', f'--join_timeout={JOIN_SECONDS}') if processes > 1 else ()
-            self.processes.append(context.Process(target=_main, args=(
-                module, [*args, *joined, *(own or {}).get(i, ())], devices, environment, str(log))))
-            self.processes[-1].start()
+        environment = {'DLC_ASYNCHRONOUS_CHECKPOINTS': '1'}
+        joined = jobs.joining(processes, join_timeout=JOIN_SECONDS)
+        self.processes = [jobs.fork(module, [*args, *joined(i), *(own or {}).get(i, ())], devices, environment,
+                                    (str(log), str(log))) for i, log in enumerate(self.logs)]
 
     def alive(self) -> list[int]:
         return [i for i, process in enumerate(self.processes) if process.is_alive()]
@@ -121,11 +82,11 @@ class Job:
                          for i, status in enumerate(self.statuses()))
 
 
-def learner(context: Any, workdir: pathlib.Path, processes: int, devices: int, *args: str, **how: Any) -> Job:
+def learner(workdir: pathlib.Path, processes: int, devices: int, *args: str, **how: Any) -> Job:
     """A job that trains the run in `workdir`."""
     if devices == 1:  # compiled once for all starts, which more devices do not allow (`runtime/launch.py`)
         args = (*args, f'--programs={workdir.parent.parent / f"programs-{processes}"}')
-    return Job(context, workdir.parent / 'logs', 'tests.processes.several', f'--workdirs={workdir}', *args,
+    return Job(workdir.parent / 'logs', 'tests.processes.several', f'--workdirs={workdir}', *args,
                processes=processes, devices=devices, **how)
 
 
@@ -163,7 +124,7 @@ class Strike:
         return f'{self.kind} in a {self.moment}' if self.kind == 'SIGKILL' else self.kind
 
 
-def strike_once(context: Any, workdir: pathlib.Path, processes: int, devices: int, strike: Strike,
+def strike_once(workdir: pathlib.Path, processes: int, devices: int, strike: Strike,
                 rng: random.Random) -> str:
     """Starts the job of the run in `workdir` and lets `strike` befall it.
 
@@ -177,7 +138,7 @@ def strike_once(context: Any, workdir: pathlib.Path, processes: int, devices: in
     marks = workdir.parent / f'{workdir.name}-marks-{time.monotonic_ns()}'
     own = {strike.victim: (f'--raise_after={rng.randint(1, 2)}',)} if strike.kind == 'exception' else {}
     before = saves(workdir)
-    job = learner(context, workdir, processes, devices, '--slow=0.1', f'--marks={marks}', own=own)
+    job = learner(workdir, processes, devices, '--slow=0.1', f'--marks={marks}', own=own)
     try:
         return _befall(job, lambda: saves(workdir) - before, marks.exists, strike, rng)
     finally:
@@ -246,7 +207,7 @@ def _over(job: Job) -> str:
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
-def run_through(context: Any, workdir: pathlib.Path, processes: int, devices: int, rng: random.Random, *,
+def run_through(workdir: pathlib.Path, processes: int, devices: int, rng: random.Random, *,
                 strikes: int, count: Callable[[str], None]) -> Outcome:
     """Strikes the run in `workdir`, which has its config.json, so often, unless it ends before, and lets it end.
 
@@ -257,21 +218,21 @@ def run_through(context: Any, workdir: pathlib.Path, processes: int, devices: in
         `outcome` of the run.
     """
     for _ in range(strikes):
-        happened = strike_once(context, workdir, processes, devices, Strike.drawn(rng, processes), rng)
+        happened = strike_once(workdir, processes, devices, Strike.drawn(rng, processes), rng)
         if not happened:
             break
         count(happened)
-    succeed(learner(context, workdir, processes, devices))
+    succeed(learner(workdir, processes, devices))
     return outcome(workdir)
 
 
-def run_through_files(context: Any, workdir: pathlib.Path, processes: int, devices: int, rng: random.Random, *,
+def run_through_files(workdir: pathlib.Path, processes: int, devices: int, rng: random.Random, *,
                       strikes: int, count: Callable[[str], None]) -> Outcome:
     """`run_through` of a learner and a generator in jobs of their own, of which either loses a process; the other
     waits for it to be started anew."""
     logs = workdir.parent / 'logs'
-    learn = lambda: learner(context, workdir, processes, devices, '--slow=0.1')
-    generate = lambda: Job(context, logs, 'experiments.generate', f'--workdir={workdir}', '--trust',
+    learn = lambda: learner(workdir, processes, devices, '--slow=0.1')
+    generate = lambda: Job(logs, 'experiments.generate', f'--workdir={workdir}', '--trust',
                            processes=min(processes, 2), devices=1)
     jobs = {'learner': learn(), 'generator': generate()}
     try:

@@ -40,18 +40,18 @@ def config_of(name, processes, store):
     return config
 
 
-def run(context, name, processes, store, workdir, rng, strikes, count):
+def run(name, processes, store, workdir, rng, strikes, count):
     launch.save_config(config_of(name, processes, store), workdir)
     run_through = struck.run_through_files if name == 'files' else struck.run_through
     devices = 2 if name == 'apart' and processes == 1 else 1
-    return run_through(context, workdir, processes, devices, rng, strikes=strikes, count=count)
+    return run_through(workdir, processes, devices, rng, strikes=strikes, count=count)
 
 
-def run_lewis(context, workdir, rng, strikes, count):
+def run_lewis(workdir, rng, strikes, count):
     """The Lewis game, whose command keeps each of its runs as arrays; these and its metrics, as of `run`."""
     arguments = ('--config=configs/rlhf/lewis.py:tiny', f'--workdir={workdir}')
     for _ in range(strikes):
-        job = struck.Job(context, workdir.parent / 'logs', 'experiments.lewis', *arguments, processes=1, devices=1)
+        job = struck.Job(workdir.parent / 'logs', 'experiments.lewis', *arguments, processes=1, devices=1)
         over = job.wait(rng.uniform(0.5, 6))
         if not over:
             job.send(0, signal.SIGKILL)
@@ -59,7 +59,7 @@ def run_lewis(context, workdir, rng, strikes, count):
         job.end()
         if over:
             break
-    struck.succeed(struck.Job(context, workdir.parent / 'logs', 'experiments.lewis', *arguments, processes=1,
+    struck.succeed(struck.Job(workdir.parent / 'logs', 'experiments.lewis', *arguments, processes=1,
                               devices=1))
     arrays = {f'{path.relative_to(workdir)}|{name}': x for path in sorted(workdir.rglob('*.npz'))
               for name, x in np.load(path).items()}
@@ -70,7 +70,7 @@ def run_lewis(context, workdir, rng, strikes, count):
 @pytest.mark.timeout(0)
 def test_at_random_moments(tmp_path):
     seed = time.time_ns()
-    rng, context, store = random.Random(seed), struck.server(), runs.make_store(tmp_path)
+    rng, store = random.Random(seed), runs.make_store(tmp_path)
     counts, compared, failures = collections.defaultdict(collections.Counter), collections.Counter(), []
     file = pathlib.Path(os.environ.get('RUNS_COUNTS', tmp_path / 'counts.json'))
     turns = [*((name, processes) for name in NAMES for processes in STRIKES), LEWIS]
@@ -83,9 +83,9 @@ def test_at_random_moments(tmp_path):
     def through(turn, what, strikes, count):
         workdir = tmp_path / f'{what}-{number}' / 'run'
         if turn == LEWIS:
-            result = run_lewis(context, workdir, rng, strikes, count)
+            result = run_lewis(workdir, rng, strikes, count)
         else:
-            result = run(context, *turn, store, workdir, rng, strikes, count)
+            result = run(*turn, store, workdir, rng, strikes, count)
         left = struck.left_behind(workdir)
         assert not left, left
         return result
