@@ -1,4 +1,5 @@
 """Weights of language models: from a work directory, or from a Hugging Face folder."""
+import contextlib
 import functools
 import os
 import pathlib
@@ -172,12 +173,14 @@ def load_reward_model(path: str | os.PathLike, model: Mapping[str, Any] | None =
     if folders.names_experiment(saved):
         trained = _reward_config(path, model)
         module = architecture.reward_model(trained.model)
-        params = adapters.merged(_restore(path, trained, module, step, mesh))
-        if not compact:
-            return module, params
-        return module, compacted(module, params) if mesh is None else jax.jit(
-            functools.partial(compacted, module), donate_argnums=0,
-            out_shardings=layout(trained.model.kind, mesh, 'backbone')(params))(params)
+        # The devices of a reward model need not be those of the step that is being built meanwhile.
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            params = adapters.merged(_restore(path, trained, module, step, mesh))
+            if not compact:
+                return module, params
+            return module, compacted(module, params) if mesh is None else jax.jit(
+                functools.partial(compacted, module), donate_argnums=0,
+                out_shardings=layout(trained.model.kind, mesh, 'backbone')(params))(params)
     if step is not None:
         raise ValueError(f'--step={step}: {path} is no work directory and has no checkpoints; leave the flag out')
     fields = {'dtype': modules.dtype(model)} if model else {}
