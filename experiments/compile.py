@@ -227,7 +227,7 @@ def main() -> None:
     target = slices.named(args.topology or 'v5e-16')
     if args.mesh == 'sweep':
         return compile_meshes(args.config, config, target, fast=args.fast)
-    if not config.accumulate or config.model.get('remat') == fitting.AUTO:
+    if not config.accumulate or fitting.remat_is_open(config):
         config = fitting.fitted(config, mesh_of(config, target.devices), build,
                                 lambda program: compile_program(program, target), present=False, fast=args.fast)
         print(f'{args.config} on {target.name}: accumulate={config.accumulate}, remat={config.model.get("remat")} is '

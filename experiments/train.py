@@ -189,7 +189,7 @@ def as_started(config: ml_collections.ConfigDict, workdir: str | os.PathLike) ->
     """`config` with what it leaves open (None, `accumulate=0`, `model.remat='auto'`) as the run in `workdir` was
     started with."""
     left_open = [name for name, value in config.items() if value is None or name == 'accumulate' and value == 0]
-    remat_open = config.model.get('remat') == fitting.AUTO
+    remat_open = fitting.remat_is_open(config)
     if not (left_open or remat_open):
         return config
 

@@ -26,5 +26,6 @@ def get_config(size: str = 'full'):
         methods=tuple(METHODS),
         seeds=(1,),  # each method is trained once a seed; its settings were chosen on seed 0
         sample_seeds=(0, 1),  # every sample set is drawn once a seed, of all methods from the same noise
+        drift_masks=2 if size == 'tiny' else 32,  # sets of masked positions a code, by which KL is estimated
         judge_seed=0,
     )).lock()

@@ -122,7 +122,8 @@ def measure_model(config: ml_collections.ConfigDict, judges: Mapping[str, Pictur
     proxy = np.mean([judges['proxy'].agreement(one['images'] / 255.0, LABELS) for one in draws], 0)
     kl = 0.0
     if model != start:
-        kl = float(evaluation.drift(TextToCode.load(model), TextToCode.load(start), TEXTS, draws[0]['codes']).mean())
+        kl = float(evaluation.drift(TextToCode.load(model), TextToCode.load(start), TEXTS, draws[0]['codes'],
+                                    num_masks=config.drift_masks).mean())
     stacked = {name: np.stack([one[name] for one in draws], 1)[SEEN] for name in ('codes', 'images')}
     seen_images = np.concatenate([one['images'][SEEN] for one in draws])
     return {'seen': float(both[SEEN].mean()), 'unseen': float(both[~SEEN].mean()),

@@ -23,6 +23,11 @@ AUTO = 'auto'  # a `model.remat`: the first of these whose step fits, else 'full
 REMATS = ('none', 'dots_no_batch')
 
 
+def remat_is_open(config: Config) -> bool:
+    """Whether `model.remat` is left to the memory there is."""
+    return 'model' in config and config.model.get('remat') == AUTO
+
+
 def usable_bytes(mesh: Mesh) -> float:
     """Memory of the device of `mesh` on this process that has the least, in bytes; infinite where they have no limit of
     their own, or none is here."""
@@ -103,7 +108,7 @@ def fitted(config: Config, mesh: Mesh, build: Build, compiled: Callable[[Program
 
     Args and errors: those of `accumulated`.
     """
-    if config.model.get('remat') != AUTO:
+    if not remat_is_open(config):
         return accumulated(config, mesh, build, compiled, present=present, fast=fast)
     config = config.copy_and_resolve_references()
     config.model.remat = 'full'

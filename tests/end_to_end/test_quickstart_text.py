@@ -69,6 +69,7 @@ def test_what_is_said_is_compared_with_what_is_seen():
 def align_config(text):
     config = quickstart_align.get_config('tiny').copy_and_resolve_references()
     config.text = str(text)
+    config.methods = 'Online DPO, asynchronous', 'Online DPO, Elastic Reset'
     return config
 
 
@@ -81,14 +82,14 @@ def aligned(uninterrupted, tmp_path_factory):
 def test_report_and_metrics_of_learning_from_pictures(aligned):
     workdir, metrics = aligned
     assert metrics == json.loads((workdir / 'metrics.json').read_text())
-    assert list(metrics['methods']) == ['fine-tuned', *quickstart_align.METHODS]
+    assert list(metrics['methods']) == ['fine-tuned', 'Online DPO, asynchronous', 'Online DPO, Elastic Reset']
     for name, row in metrics['methods'].items():
         assert set(row) == set(align.HEADINGS) and all(map(np.isfinite, row.values()))
         assert (row['kl'] == 0) == (name == 'fine-tuned')
     for judge in ('proxy', 'gold'):  # of real pictures, whatever was trained
         assert min(metrics['judges'][judge].values()) > 0.6
     staleness = lambda name: read_metrics(workdir / f'{name}_1' / 'metrics.jsonl')[-1]['token_staleness']
-    assert staleness('online_dpo') == 0 and staleness('online_dpo_async') == 1
+    assert staleness('elastic_reset') == 0 and staleness('online_dpo_async') == 1
     assert any(row['reset'] for row in read_metrics(workdir / 'elastic_reset_1' / 'metrics.jsonl'))
     page = (workdir / 'report.html').read_text()
     for part in ('Methods', 'Training', 'Before and after, from the same noise', 'both right, unseen pairs',
@@ -111,7 +112,7 @@ def test_interrupted_while_a_policy_learns_from_pictures_the_numbers_are_the_sam
         uninterrupted, aligned, tmp_path, monkeypatch):
     whole, metrics = aligned
     again = tmp_path / 'again'
-    shutil.copytree(whole, again, ignore=shutil.ignore_patterns('best_of_n_1*', 'metrics.json'))
+    shutil.copytree(whole, again, ignore=shutil.ignore_patterns('elastic_reset_1*', 'metrics.json'))
     config, taken = align_config(uninterrupted[0]), iter(range(1, 100))
     with monkeypatch.context() as patch:
         patch.setattr(signals.Signals, 'agreed', lambda self: next(taken) == 3)
