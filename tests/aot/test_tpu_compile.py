@@ -68,11 +68,11 @@ def test_step_and_sampler_fit_and_the_state_is_split():
     assert max(entry['largest_bytes'] for entry in step['collectives'].values()) < scores / 4
     assert size(state.params) <= sampler['arguments'] < 1.02 * size(state.params)
     # 424 M parameters in the blocks, 2 FLOPs each and token, forward, recomputed and backward; attention on top, whose
-    # backward kernels compute three of the 512 x 512 products (width 1024, 24 blocks) anew.
+    # kernels count one product of 512 x 512 (width 1024, 24 blocks) more than XLA's own.
     tokens = config.batch_size * 512 / chips
     blocks = sum(x.size for x in jax.tree.leaves(state.params['blocks']) if x.ndim > 3 or x.shape[-1] == 4096)
-    anew = 3 * 2 * 512 * 1024 * 24 * tokens
-    assert 4 * 2 * blocks * tokens < step['flops'] < 1.5 * 4 * 2 * blocks * tokens + anew
+    more = 2 * 512 * 1024 * 24 * tokens
+    assert 4 * 2 * blocks * tokens < step['flops'] < 1.5 * 4 * 2 * blocks * tokens + more
     assert sampler['flops'] > 4096 * 2 * 0.9 * blocks * tokens  # every step of the loop counts
 
 
