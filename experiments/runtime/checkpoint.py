@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -39,6 +40,11 @@ def _shapes(state: Any) -> dict[str, list]:
 
 class Damaged(Exception):
     """A checkpoint is not what was saved."""
+
+
+class Unsaved(OSError):
+    """One of several processes could not write its part of a checkpoint. The others wait for it, inside of Orbax, and
+    only the end of the job frees them."""
 
 
 class Checkpointer:
@@ -75,6 +81,9 @@ class Checkpointer:
         self._trainers = None if alone else exchange.mesh_of(
             range(jax.process_count()) if processes is None else processes)
         self._is_first = self._trainers is None or exchange.processes_of(self._trainers)[0] == jax.process_index()
+        self._several = self._trainers is not None and len(exchange.processes_of(self._trainers)) > 1
+        self._failed = threading.Event()  # in this process a save of several, in the background, has failed
+        self._unsaved = False  # whether `Unsaved` was raised
         together = ocp.options.MultiprocessingOptions()
         if processes is not None and not read_only:  # Orbax then leaves the folder to us
             if len(processes) == 1:
@@ -82,11 +91,15 @@ class Checkpointer:
             together = ocp.options.MultiprocessingOptions(active_processes=set(processes),
                                                           barrier_sync_key_prefix='learners')
             self.directory.mkdir(parents=True, exist_ok=True)
+        beside = None
+        if self._several and self._asynchronous:
+            beside = ocp.AsyncOptions(barrier_sync_fn=orbax_quirks.barrier(
+                together.active_processes, lambda failure: self._failed.set()))
         options = ocp.CheckpointManagerOptions(
             **({} if read_only else self._retention.options()), create=not read_only and processes is None,
             read_only=read_only, cleanup_tmp_directories=clean, enable_async_checkpointing=self._asynchronous,
             save_root_metadata=not read_only,  # for which a reader too would wait for all processes of the job
-            multiprocessing_options=together)
+            multiprocessing_options=together, async_options=beside)
         self._open = lambda: ocp.CheckpointManager(self.directory, options=options,
                                                    item_names=('state', 'data', 'meta'))
         self._manager = self._open() if not read_only or self.directory.is_dir() else None
@@ -109,11 +122,14 @@ class Checkpointer:
 
         Raises:
             OSError: nothing was kept of this step; earlier steps are untouched.
+            Unsaved: the same, and the job has to end.
         """
         if step == self._writing or self._agreed(self._holds(step)):
             return
         try:
             self.wait()
+        except Unsaved:
+            raise
         except OSError as error:
             log.warning('%s (training goes on)', error)
         data = json.loads(json.dumps(dict(data or {})))
@@ -145,29 +161,28 @@ class Checkpointer:
         return None
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk.
+        """Blocks until the last save is on disk, in all processes that write it.
 
         Raises:
             OSError: it did not get there.
+            Unsaved: the same, and the job has to end.
         """
         if self._writing is None:
             return
-        step, failure = self._writing, None
-        try:
-            with self._as_os_error(step):
-                self._manager.wait_until_finished()
-                self._manager.check_for_errors()
-                if self._is_first and not self._holds(step):
-                    raise Damaged('it is not there after it was written')
-        except OSError as error:
-            failure = error
-        # All must know, for a save that is tried again needs all of them.
-        if self._trainers is not None and not exchange.everywhere(self._trainers, failure is None) and not failure:
-            with self._as_os_error(step):
-                raise Damaged('another process could not write its part')
-        if failure:
-            raise failure
+        with self._as_os_error(self._writing):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            if self._is_first and not self._holds(self._writing):
+                raise Damaged('it is not there after it was written')
+        if self._several:  # one that failed does not come; the others end by its line (`runtime/processes.py`)
+            exchange.everywhere(self._trainers, True)
         self._writing = None
+
+    def check(self) -> None:
+        """Raises `Unsaved` if this process, one of several, has failed to write its part of the save under way; it
+        waits for nothing."""
+        if self._failed.is_set():
+            self.wait()
 
     @contextlib.contextmanager
     def _as_os_error(self, step: int) -> Iterator[None]:
@@ -175,12 +190,13 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            self._writing = None
+            self._writing, self._unsaved = None, self._several
             self._manager.reload()
             kept = max((s for s in self.steps() if s != step), default=None)
-            raise OSError(f'could not write checkpoint {step} to {self.directory} ({_first_line(error)}); '
-                          + (f'checkpoint {kept} is intact' if kept is not None else 'no earlier checkpoint exists')
-                          + '. Free space or fix permissions and run the same command again') from error
+            kind = Unsaved if self._several else OSError
+            raise kind(f'could not write checkpoint {step} to {self.directory} ({_first_line(error)}); '
+                       + (f'checkpoint {kept} is intact' if kept is not None else 'no earlier checkpoint exists')
+                       + '. Free space or fix permissions and run the same command again') from error
 
     def _holds(self, step: int) -> bool:
         return (self.directory / str(step)).is_dir()
@@ -358,7 +374,8 @@ class Checkpointer:
                                   'use the config it was trained with, or another --workdir')
 
     def close(self) -> None:
-        if self._manager:
+        """Waits for what is being written, unless that cannot be finished."""
+        if self._manager and not self._unsaved:
             self._manager.close()
 
 

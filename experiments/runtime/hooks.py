@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.runtime.checkpoint import Checkpointer
+from experiments.runtime.checkpoint import Checkpointer, Unsaved
 from experiments.runtime.lease import Taken
 from experiments.runtime.metrics import MetricsWriter
 from experiments.runtime.state import TrainState
@@ -126,7 +126,7 @@ class Save:
     """Every `every` steps: a checkpoint, after making sure that what is saved is finite.
 
     A save that fails (a full disk) is reported and tried again at the next turn; training goes on, for what has been
-    computed is still in memory.
+    computed is still in memory. Of several processes all end then: the others wait for the one that failed.
 
     Args:
         batches: the stream, whose position is saved.
@@ -139,11 +139,12 @@ class Save:
         self.checkpointer, self.batches, self.every, self._before = checkpointer, batches, every, before
 
     def __call__(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        self.checkpointer.check()
         if self.every and step % self.every == 0:
             metrics.check()
             try:
                 self.save(step, state, metrics)
-            except Taken:
+            except (Taken, Unsaved):
                 raise
             except OSError as error:
                 log.warning('%s (training goes on; next try in %d steps)', error, self.every)
@@ -164,6 +165,8 @@ class Save:
         self.save(step, state, metrics)
         try:
             self.checkpointer.wait()
+        except Unsaved:
+            raise
         except OSError as error:  # of a save that was begun earlier; there may be room now
             log.warning('%s; trying once more', error)
             self.save(step, state, metrics)

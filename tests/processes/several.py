@@ -1,7 +1,7 @@
 """Trains several runs one after another in one job, whose start is then paid for once:
 
     python -m tests.processes.several --workdirs=DIR,DIR,... [--slow=SECONDS] [--marks=FILE] [--raise_after=STEPS]
-        [--late=SECONDS] [--programs=DIR]
+        [--full_after=STEPS] [--late=SECONDS] [--programs=DIR]
 
 Each folder holds a config.json, and perhaps kill.json or stop.json: a step after which the run is given up, or stopped
 by a signal to process 0, and resumed. Process 0 leaves the arrays of the final state in `state.npz`.
@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import time
 
@@ -23,6 +24,8 @@ from experiments.runtime import exchange, launch, partition
 from experiments.runtime.signals import Stopped, signals
 from policy_runs import shared_steps
 from tests import compiled_once
+
+FULL_BYTES = 8192  # of a file on a disk that is full: room for messages, not for a part of a checkpoint
 
 
 class Kill(Exception):
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument('--slow', type=float, default=0.0, help='seconds that every step takes longer')
     parser.add_argument('--marks', type=pathlib.Path, help='a file that grows by a byte with every step')
     parser.add_argument('--raise_after', type=int, default=0, help='steps after which this process fails')
+    parser.add_argument('--full_after', type=int, default=0, help='steps after which the disk of this process is full')
     parser.add_argument('--late', type=float, default=0.0, help='seconds after which this process sees new files')
     parser.add_argument('--programs', help='a folder that keeps compiled programs, for processes of one device')
     args, _ = launch.parse(parser)
@@ -97,8 +101,14 @@ def main() -> None:
         if args.marks and jax.process_index() == 0:
             with open(args.marks, 'ab') as file:
                 file.write(b'.')
-        if next(taken) == args.raise_after:
+        steps = next(taken)
+        if steps == args.raise_after:
             raise RuntimeError('an exception in one process')
+        if steps == args.full_after:
+            before = (step - 1) // config.checkpoint_every * config.checkpoint_every
+            while not (workdir / 'checkpoints' / str(before)).is_dir():  # it may still be on its way to the disk
+                time.sleep(0.05)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, resource.RLIM_INFINITY))
         time.sleep(args.slow)
     compiled_once.install()
     with shared_steps():
