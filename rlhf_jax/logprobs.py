@@ -1,4 +1,6 @@
 """Log-probabilities of tokens from logits, in float32 whatever the dtype of the model."""
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -19,9 +21,30 @@ def token_logprobs(logits: Array, tokens: Array, temperature: float | Array = 1.
     Returns:
         [...] float32. The log-softmax of the whole vocabulary is never stored.
     """
-    logits = _scaled(logits, temperature)
-    chosen = jnp.take_along_axis(logits, tokens[..., None].astype(jnp.int32), -1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, -1)
+    return _token_logprobs(_scaled(logits, temperature), tokens.astype(jnp.int32))
+
+
+@jax.custom_jvp
+def _token_logprobs(logits: Array, tokens: Array) -> Array:
+    return _chosen(logits, tokens) - jax.nn.logsumexp(logits, -1)
+
+
+def _chosen(logits: Array, tokens: Array) -> Array:
+    return jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+
+
+@_token_logprobs.defjvp
+def _token_logprobs_jvp(primals, tangents):
+    """The gradient in one pass over the logits; that of `_chosen` is scattered into an array of their size first."""
+    logits, tokens = primals
+    total = jax.nn.logsumexp(logits, -1)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # from the logits, not from a second array of their size
+    def tangent(logits, tokens, total, dlogits):
+        is_chosen = jnp.arange(logits.shape[-1]) == tokens[..., None]
+        return jnp.sum((is_chosen - jnp.exp(logits - total[..., None])) * dlogits, -1)
+
+    return _chosen(logits, tokens) - total, tangent(logits, tokens, total, tangents[0])
 
 
 def response_logprobs(logits: Array, tokens: Array, length: int, temperature: float | Array = 1.0) -> Array:

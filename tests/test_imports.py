@@ -18,8 +18,10 @@ EXTRA = {'dlc_jax/preprocess.py': {'PIL'}, 'dlc_jax/ssl/augment.py': {'PIL'},
 BETWEEN_LIBRARIES = {'dlc_jax/__init__.py': ('rlhf_jax.__version__',),
                      'dlc_jax/text_to_code.py': ('rlhf_jax.models.llama',),
                      'dlc_jax/diffusion/discrete.py': ('rlhf_jax.inversion',),
-                     **{f'dlc_jax/models/{name}.py': ('rlhf_jax.models.layers', 'rlhf_jax.models.attention')
+                     **{f'dlc_jax/models/{name}.py': ('rlhf_jax.models.layers', 'rlhf_jax.models.attention',
+                                                   'rlhf_jax.models.functions')
                         for name in ('layers', 'dit', 'rdm', 'sedd', 'vit')},
+                     'dlc_jax/ssl/dino.py': ('rlhf_jax.models.functions',),
                      'dlc_jax/convert/llada.py': ('rlhf_jax.models.llama', 'rlhf_jax.weights')}
 
 

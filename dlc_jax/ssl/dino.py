@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from dlc_jax.models.layers import gelu
+from rlhf_jax.models.functions import gelu
 from dlc_jax.models.vit import torch_default_init
 
 Array = jax.Array

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.models import functions
+
 Array = jax.Array
 
 REMAT_POLICIES = {
@@ -23,10 +25,10 @@ REMAT_POLICIES = {
 }
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    'gelu': functools.partial(nn.gelu, approximate=False),
-    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+    'gelu': functools.partial(functions.gelu, approximate=False),
+    'gelu_tanh': functools.partial(functions.gelu, approximate=True),
     'relu': nn.relu,
-    'silu': nn.silu,
+    'silu': functions.silu,
 }
 
 
@@ -134,10 +136,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = self.param('scale', nn.initializers.ones, x.shape[-1:], self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, x.shape[-1:], self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
-        return (x * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+        return functions.layer_norm(x, scale, bias, eps=self.eps).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -149,9 +148,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param('scale', nn.initializers.ones, x.shape[-1:], self.param_dtype)
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
-        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+        return functions.rms_norm(x, scale, eps=self.eps).astype(self.dtype)
 
 
 class Mlp(nn.Module):
