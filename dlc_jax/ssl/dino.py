@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.models.functions import gelu
 from dlc_jax.models.vit import torch_default_init
+from rlhf_jax.models.functions import gelu
 
 Array = jax.Array
 

@@ -1,7 +1,4 @@
 """The code model: SEDD, a discrete diffusion over codes (arXiv 2507.12318 §4, arXiv 2310.16834)."""
-import dataclasses
-import functools
-import os
 from typing import Any
 
 import jax
@@ -12,8 +9,9 @@ from jax.sharding import Mesh
 
 from dlc_jax.diffusion import discrete
 from dlc_jax.models import sedd
+from experiments.dlc import trained
 from experiments.dlc.data.codestore import open_code_store
-from experiments.runtime import modules, placement, runs
+from experiments.runtime import modules, placement
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.stream import ArrayBatches
 from experiments.runtime.training import training
@@ -73,31 +71,6 @@ def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: 
                                          num_steps=sampler.num_steps, eta=sampler.eta, window=tuple(sampler.window))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CodeModel:
-    """A trained code model on its EMA weights."""
-    config: ml_collections.ConfigDict
-    params: Any
-
-    @classmethod
-    def load(cls, workdir: str | os.PathLike, step: int | None = None) -> 'CodeModel':
-        """The run in `workdir`, as its newest checkpoint has it, or that of `step`."""
-        return cls(*runs.load(workdir, 'code_model', build, step=step))
-
-    def sample(self, key: jax.Array, num: int, *, part: range | None = None, batch_size: int = 256,
-               progress: Any = None, **sampler: Any) -> np.ndarray:
-        """int32 [num, L], or those rows that `part` says. `sampler` overrides fields of `config.sampler`.
-
-        Code i is a function of `fold_in(key, i)`, whatever the batches; `batch_size` of them at once on a device.
-        """
-        part = range(num) if part is None else part
-        run = self._compiled(modules.Unit.of(batch_size, num), tuple(sorted(sampler.items())))
-        return run(modules.row_keys(key, part), len(part), progress)
-
-    @functools.lru_cache(maxsize=4)
-    def _compiled(self, unit: modules.Unit, sampler: tuple) -> modules.Batched:
-        config = modules.with_sampler(self.config, dict(sampler))
-
-        def one(params, keys):
-            return sample(config, params, jax.random.wrap_key_data(keys), len(keys))
-        return modules.Batched(one, self.params, unit)
+class CodeModel(trained.Sampler):
+    """A trained code model; `sample` draws codes, int32 [num, L]."""
+    experiment, build, draw = 'code_model', staticmethod(build), staticmethod(sample)

@@ -4,9 +4,6 @@ is conditioned on them (RCG, arXiv 2312.03701; the row "DINOv2" of arXiv 2507.12
 Every coordinate is standardized by the mean and deviation that the code store's embeddings have; the two travel with
 the weights. (RCG normalizes each embedding by itself, which forgets its length.)
 """
-import dataclasses
-import functools
-import os
 from typing import Any
 
 import jax
@@ -18,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from dlc_jax.diffusion import gaussian
 from dlc_jax.models import rdm
+from experiments.dlc import trained
 from experiments.dlc.data.codestore import open_code_store
-from experiments.runtime import modules, partition, placement, runs
+from experiments.runtime import modules, partition, placement
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
 from experiments.runtime.stream import ArrayBatches
@@ -105,31 +103,6 @@ def sample(config: ml_collections.ConfigDict, params: Any, key: jax.Array, num: 
     return x * params['embeddings']['std'] + params['embeddings']['mean']
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EmbeddingModel:
-    """A trained embedding model on its EMA weights."""
-    config: ml_collections.ConfigDict
-    params: Any
-
-    @classmethod
-    def load(cls, workdir: str | os.PathLike, step: int | None = None) -> 'EmbeddingModel':
-        """The run in `workdir`, as its newest checkpoint has it, or that of `step`."""
-        return cls(*runs.load(workdir, 'embedding_model', build, step=step))
-
-    def sample(self, key: jax.Array, num: int, *, part: range | None = None, batch_size: int = 256,
-               progress: Any = None, **sampler: Any) -> np.ndarray:
-        """float32 [num, D], or those rows that `part` says. `sampler` overrides fields of `config.sampler`.
-
-        Embedding i is a function of `fold_in(key, i)`, whatever the batches; `batch_size` of them at once on a device.
-        """
-        part = range(num) if part is None else part
-        run = self._compiled(modules.Unit.of(batch_size, num), tuple(sorted(sampler.items())))
-        return run(modules.row_keys(key, part), len(part), progress)
-
-    @functools.lru_cache(maxsize=4)
-    def _compiled(self, unit: modules.Unit, sampler: tuple) -> modules.Batched:
-        config = modules.with_sampler(self.config, dict(sampler))
-
-        def one(params, keys):
-            return sample(config, params, jax.random.wrap_key_data(keys), len(keys))
-        return modules.Batched(one, self.params, unit)
+class EmbeddingModel(trained.Sampler):
+    """A trained embedding model; `sample` draws embeddings, float32 [num, D]."""
+    experiment, build, draw = 'embedding_model', staticmethod(build), staticmethod(sample)
