@@ -94,6 +94,22 @@ def test_token_logprobs_are_those_of_the_tempered_distribution():
     np.testing.assert_allclose(logprobs.entropy(logits), entropy, atol=1e-6)
 
 
+def test_derivatives_of_token_logprobs_are_those_of_the_plain_formula():
+    logits = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    logits[0, 0, 1] = -np.inf  # a token that sampling has cut away
+    tokens, direction = np.array([[0, 4, 2], [1, 1, 3]]), np.cos(np.arange(30, dtype=np.float32)).reshape(2, 3, 5)
+    weights = np.array([[1, -2, 0.5], [0, 3, 1]], np.float32)
+    plain = lambda x: jnp.take_along_axis(jax.nn.log_softmax(x / 0.7), tokens[..., None], -1)[..., 0]
+    ours = lambda x: logprobs.token_logprobs(x, tokens, 0.7)
+    kinds = {'gradient': lambda f: jax.grad(lambda x: jnp.sum(weights * f(x)))(logits),
+             'forward mode': lambda f: jax.jvp(f, (logits,), (direction,))[1],
+             'second derivative': lambda f: jax.jvp(jax.grad(lambda x: jnp.sum(weights * f(x))), (logits,),
+                                                    (direction,))[1]}
+    for kind, derivative in kinds.items():
+        np.testing.assert_allclose(derivative(ours), derivative(plain), rtol=1e-5, atol=1e-6, err_msg=kind)
+    assert kinds['gradient'](ours)[0, 0, 1] == 0
+
+
 def test_half_precision_logits_are_summed_in_float32():
     logits = np.random.default_rng(1).normal(size=(1, 40, 64)).astype(jnp.bfloat16)
     tokens = np.random.default_rng(2).integers(0, 64, (1, 40))
