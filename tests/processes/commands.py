@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from experiments.runtime import cores, launch, processes
+from tests import compiled_once
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     p.add_argument('--killed_at', type=int, default=0)
     args, _ = launch.parse(p)
     launch.initialize(args)
+    compiled_once.install()
     print(f'{cores.usable()} cores')
     made = processes.once_a_host(lambda: {'by': np.full(3, jax.process_index())})
     print(f'made by {set(made["by"].tolist())}')

@@ -24,10 +24,10 @@ from experiments import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PATH = [str(ROOT), *(str(ROOT / 'tests' / folder) for folder in ('processes', 'end_to_end', 'align'))]
-# tensorboardX, which the runner imports late, takes PyTorch along.
-PRELOADED = ('tensorboardX', 'jobs', 'tests.processes.several', 'tests.processes.commands', 'experiments.encode',
-             'experiments.evaluate', 'experiments.generate', 'experiments.lewis', 'experiments.relabel',
-             'experiments.sample', *train.EXPERIMENTS.values())
+# The runner imports tensorboardX, which takes PyTorch along, and scikit-learn late.
+PRELOADED = ('tensorboardX', 'sklearn.datasets', 'scipy.stats', 'jobs', 'tests.processes.several',
+             'tests.processes.commands', 'experiments.encode', 'experiments.evaluate', 'experiments.generate',
+             'experiments.lewis', 'experiments.relabel', 'experiments.sample', *train.EXPERIMENTS.values())
 
 
 @functools.cache

@@ -1,12 +1,8 @@
 """Every trainer in a tiny run, and jobs that train several of them one after another."""
-import contextlib
 import json
 import pathlib
 import re
-import signal
-import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -112,50 +108,24 @@ def make_store(folder):
     return folder
 
 
-def kill_once(workdir, processes, devices, rng, seconds=6.0):
-    """Starts the job of the run in `workdir`, which has its config.json, and kills one of its processes between the
-    first save and `seconds` later. The others end by themselves, or are killed as well after a while.
-
-    Returns:
-        Whether there was anything left to kill.
-    """
-    job = jobs.start('tests.processes.several', f'--workdirs={workdir}', '--slow=0.5', processes=processes,
-                     devices=devices)
-    checkpoints = workdir / 'checkpoints'
-    saved = set(checkpoints.glob('*')) if checkpoints.exists() else set()
-    jobs.wait_for(lambda: (checkpoints.exists() and set(checkpoints.glob('*')) - saved) or
-                  any(process.poll() is not None for process in job), seconds=600)
-    time.sleep(rng.uniform(0, seconds))
-    alive = [process for process in job if process.poll() is None]
-    if alive:
-        rng.choice(alive).send_signal(signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            jobs.finish(job, timeout=20)
-    else:
-        jobs.finish(job)
-    return bool(alive)
-
-
 def finish(workdir, processes, devices):
     """Lets the job of the run in `workdir` come to its end; (arrays of its final state, rows of metrics)."""
     jobs.succeed('tests.processes.several', f'--workdirs={workdir}', processes=processes, devices=devices)
     return dict(np.load(workdir / 'state.npz')), read_metrics(workdir / 'metrics.jsonl')
 
 
-def train_all(folder, configs, processes, devices, killed=(), stopped=()):
-    """Trains `configs`, {name: config}, in one job, and those named in `killed` and `stopped` once more, by way of a
-    death or a signal.
+def train_all(folder, configs, processes, devices, stopped=()):
+    """Trains `configs`, {name: config}, in one job, and those named in `stopped` once more, by way of a signal.
 
     Returns:
-        {name: (arrays of the final state, rows of metrics)}; 'NAME killed' and 'NAME stopped' of the latter.
+        {name: (arrays of the final state, rows of metrics)}; 'NAME stopped' of the latter.
     """
-    again = {f'{name} killed': 'kill.json' for name in killed} | {f'{name} stopped': 'stop.json' for name in stopped}
-    configs = configs | {name: configs[name.rsplit(' ', 1)[0]] for name in again}
+    configs = configs | {f'{name} stopped': configs[name] for name in stopped}
     workdirs = {name: folder / re.sub(r'\W+', '_', name) for name in configs}
     for name, workdir in workdirs.items():
         launch.save_config(configs[name], workdir)
-        if name in again:
-            (workdir / again[name]).write_text(json.dumps(STEPS - 1))
+        if name.endswith(' stopped'):
+            (workdir / 'stop.json').write_text(json.dumps(STEPS - 1))
     jobs.succeed('tests.processes.several', f'--workdirs={",".join(map(str, workdirs.values()))}',
                  processes=processes, devices=devices)
     return {name: (dict(np.load(workdir / 'state.npz')), read_metrics(workdir / 'metrics.jsonl'))

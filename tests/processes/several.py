@@ -3,8 +3,8 @@
     python -m tests.processes.several --workdirs=DIR,DIR,... [--slow=SECONDS] [--marks=FILE] [--raise_after=STEPS]
         [--full_after=STEPS] [--late=SECONDS] [--programs=DIR]
 
-Each folder holds a config.json, and perhaps kill.json or stop.json: a step after which the run is given up, or stopped
-by a signal to process 0, and resumed. Process 0 leaves the arrays of the final state in `state.npz`.
+Each folder holds a config.json, and perhaps stop.json: a step after which the run is stopped by a signal to process 0,
+and resumed. Process 0 leaves the arrays of the final state in `state.npz`.
 """
 import contextlib
 import itertools
@@ -28,23 +28,17 @@ from tests import compiled_once
 FULL_BYTES = 8192  # of a file on a disk that is full: room for messages, not for a part of a checkpoint
 
 
-class Kill(Exception):
-    pass
-
-
-def interrupted(workdir: pathlib.Path, config) -> None:
-    """The run up to what kill.json or stop.json says."""
-    kill, stop = workdir / 'kill.json', workdir / 'stop.json'
+def stopped(workdir: pathlib.Path, config) -> None:
+    """The run up to what stop.json says."""
+    stop = workdir / 'stop.json'
 
     def hook(step, state, metrics):
-        if kill.exists() and step == json.loads(kill.read_text()):
-            raise Kill
-        if stop.exists() and step == json.loads(stop.read_text()) and jax.process_index() == 0:
+        if step == json.loads(stop.read_text()) and jax.process_index() == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-    if kill.exists() or stop.exists():
+    if stop.exists():
         try:
             train.train(config, workdir, hooks=[hook])
-        except (Kill, Stopped):
+        except Stopped:
             signals.received = None
 
 
@@ -116,7 +110,7 @@ def main() -> None:
             config = launch.read_config(workdir)
             if args.late:
                 see_late([str(workdir)] + [config.weights] * bool(config.get('weights')), args.late)
-            interrupted(workdir, config)
+            stopped(workdir, config)
             state = train.train(config, workdir, hooks=[hook])
             if state is not None:
                 arrays = partition.flatten(exchange.fetch(state))

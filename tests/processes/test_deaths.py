@@ -1,5 +1,4 @@
-"""What becomes of a job when one of its processes fails, is killed, or never comes."""
-import re
+"""What becomes of a job when one of its processes fails, is stopped, or never comes; test_trainers.py kills one."""
 import signal
 import time
 
@@ -25,29 +24,13 @@ def test_an_error_in_one_process_ends_the_others_with_its_line(tmp_path, failing
     assert other_status == 1 and f'error: process {failing} of 2 failed: batch_size=7 is not divisible' in other
 
 
-def test_a_killed_process_is_missed_and_the_job_continues_to_the_same_end(tmp_path):
-    workdir = tmp_path / 'run'
-    command = (*SFT, '--config.checkpoint_every=2', f'--workdir={workdir}')
-    job = jobs.start('experiments.train', *command, '--config.num_steps=100000', processes=2, devices=1)
-    jobs.wait_for(lambda: (workdir / 'checkpoints' / '4').is_dir())
-    job[1].send_signal(signal.SIGKILL)
-    started = time.monotonic()
-    (status, _, stderr), _ = jobs.finish(job)
-    assert status != 0 and time.monotonic() - started < 120
-    # Where the connection was lost the roll is called; else heartbeats are missing.
-    assert re.search('error: process 1 of 2 was lost: no answer|task:1', stderr), stderr[-2000:]
-    last = max(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
-    jobs.succeed('experiments.train', *command, f'--config.num_steps={last + 2}', processes=2, devices=1)
-    assert (workdir / 'checkpoints' / str(last + 2)).is_dir()
-
-
 def test_a_process_that_never_comes_is_not_awaited_for_ever(tmp_path):
     started = time.monotonic()
     (status, _, stderr), = jobs.finish(jobs.start(
-        'experiments.train', *LONG, f'--workdir={tmp_path / "run"}', '--join_timeout=8', processes=2, devices=1,
+        'experiments.train', *LONG, f'--workdir={tmp_path / "run"}', '--join_timeout=4', processes=2, devices=1,
         absent=(1,)))
     assert status not in (0, None) and time.monotonic() - started < 90
-    assert 'joining the job as process 0 of 2' in stderr and 'waiting up to 8 s for all of its processes' in stderr
+    assert 'joining the job as process 0 of 2' in stderr and 'waiting up to 4 s for all of its processes' in stderr
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):

@@ -6,7 +6,10 @@ differ from another only in what they compute, and not in where batches and weig
     python -m pytest -m slow_harness tests/processes/test_trainers.py
 """
 import random
+import re
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -29,7 +32,7 @@ OTHERS = ('sft', 'generator')
 REST = ('online_dpo', 'online_dpo lora', 'rloo', 'best_of_n', 'ppo stale', 'sft lora', 'reward_model', 'dpo', 'encoder',
         'code_model', 'text_to_code', 'translation_agent', 'translation_game', 'align', 'sft, tensor within hosts')
 REST_APART = ('apart in turn', 'apart, two behind')
-KILLED, STOPPED = ('online_dpo stale',), ('apart',)
+STOPPED = ('apart',)
 ON_FOUR = ('sft', 'apart')  # of the last two hosts train and two generate
 MESHES = {'sft, tensor over hosts': (1, 1, 4), 'sft, tensor within hosts': (1, 2, 2)}
 LAG = {'apart': 1, 'apart in turn': 0, 'apart, two behind': 2}
@@ -57,7 +60,7 @@ def alone(config_of, tmp_path_factory):
 def two(config_of, tmp_path_factory):
     names = (*SHARED, *APART, *OTHERS, 'sft, tensor over hosts')
     return runs.train_all(tmp_path_factory.mktemp('two'), {name: config_of(name) for name in names}, 2, 2,
-                          killed=KILLED, stopped=STOPPED)
+                          stopped=STOPPED)
 
 
 @pytest.fixture(scope='module')
@@ -126,8 +129,8 @@ def test_hosts_apart_at_any_staleness(name, rest):
     assert_apart(name, rest[0][name], rest[1][name])
 
 
-@pytest.mark.parametrize('name', [f'{name} killed' for name in KILLED] + [f'{name} stopped' for name in STOPPED])
-def test_interrupted_and_resumed_is_bit_identical(name, two):
+@pytest.mark.parametrize('name', [f'{name} stopped' for name in STOPPED])
+def test_stopped_and_resumed_is_bit_identical(name, two):
     assert_identical(two[name][0], two[name.rsplit(' ', 1)[0]][0])
 
 
@@ -146,11 +149,20 @@ def test_learner_and_generator_jobs_of_two_processes_each(config_of, alone, tmp_
     assert_same_run((dict(np.load(workdir / 'state.npz')), read_metrics(workdir / 'metrics.jsonl')), alone['apart'])
 
 
-def test_a_job_of_which_one_is_killed_goes_on_to_the_same_end(config_of, two, tmp_path):
+def test_a_killed_process_is_missed_and_the_job_goes_on_to_the_same_end(config_of, two, tmp_path):
     """With a batch in flight; by SIGKILL in the middle of training or of a save."""
     workdir = tmp_path / 'run'
     launch.save_config(config_of('online_dpo stale'), workdir)
-    assert runs.kill_once(workdir, 2, 2, random.Random(0), seconds=0.5)
+    job = jobs.start('tests.processes.several', f'--workdirs={workdir}', '--slow=0.5', processes=2, devices=2)
+    jobs.wait_for(lambda: any((workdir / 'checkpoints').glob('*')), seconds=600)
+    time.sleep(random.Random(0).uniform(0, 0.5))
+    assert job[1].poll() is None
+    job[1].send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    (status, _, stderr), _ = jobs.finish(job)
+    assert status != 0 and time.monotonic() - started < 120
+    # Where the connection was lost the roll is called; else heartbeats are missing.
+    assert re.search('error: process 1 of 2 was lost: no answer|task:1', stderr), stderr[-2000:]
     assert_identical(runs.finish(workdir, 2, 2)[0], two['online_dpo stale'][0])
 
 
