@@ -25,10 +25,13 @@ def tldr_minibatches(algorithm: str, prompts: int = 512) -> tuple[str, ...]:
             f'--zip.eval_every={_list(max(1, 64 // n) for n in MINIBATCHES)}', '--config.checkpoint_every=0')
 
 
-def arithmetic_minibatches(algorithm: str) -> tuple[str, ...]:
-    """The same on sums: minibatches of 64 prompts, 96 updates; the learning rate moves with each update."""
-    return (ARITHMETIC, f'--variants={algorithm}', '--zip.algorithm.num_minibatches=1,4,16',
-            '--zip.batch_size=64,256,1024', '--zip.num_steps=96,24,6', '--config.log_every=1', '--config.eval_every=0',
+def arithmetic_minibatches(algorithm: str, samples: int = 4) -> tuple[str, ...]:
+    """The same on sums: minibatches of 256 completions for every algorithm, `samples` a prompt, and 96 updates; the
+    learning rate moves with each update."""
+    prompts = 256 // samples
+    return (ARITHMETIC, f'--variants={algorithm}', f'--config.algorithm.num_samples={samples}',
+            '--zip.algorithm.num_minibatches=1,4,16', f'--zip.batch_size={_list(prompts * n for n in (1, 4, 16))}',
+            '--zip.num_steps=96,24,6', '--config.log_every=1', '--config.eval_every=0',
             '--evaluate=--num_samples=8 --temperature=1 --batch_size=100', '--seeds=3')
 
 
@@ -66,5 +69,8 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     'arithmetic_staleness': (f'{ARITHMETIC}:online_dpo', '--sweep.rollout.max_staleness=0,1,2,4', '--seeds=3',
                              '--config.num_steps=96', '--config.log_every=4', '--config.eval_every=0',
                              '--evaluate=--num_samples=8 --temperature=1 --batch_size=100'),
-    **{f'arithmetic_minibatches_{name}': arithmetic_minibatches(name) for name in ('online_dpo', 'ppo', 'rloo')},
+    **{f'arithmetic_minibatches_{name}': arithmetic_minibatches(name)
+       for name in ('online_dpo', 'rloo', 'proximal_rloo', 'grpo')},
+    'arithmetic_minibatches_ppo': arithmetic_minibatches('ppo', samples=1),
+    'arithmetic_minibatches_best_of_2': arithmetic_minibatches('best_of_n', samples=2),
 }
