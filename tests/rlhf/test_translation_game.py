@@ -337,18 +337,29 @@ def test_a_frozen_speaker_stays_and_the_listener_learns(pretrained):
 
 # ---- Through the runner --------------------------------------------------------------------------------------------
 
+def played_config(pretrained):
+    """With a reset between the checkpoint that a killed run resumes from and its end, after which it is trained on."""
+    return game_config(pretrained, elastic__period=7, evaluation__every=4)
+
+
+@pytest.fixture(scope='module')
+def game(pretrained, tmp_path_factory):
+    """(work directory, final state) of a game that was played to its end."""
+    workdir = tmp_path_factory.mktemp('game') / 'run'
+    return workdir, train.train(played_config(pretrained), workdir, mesh=one_device())
+
+
 class Kill(Exception):
     pass
 
 
 @pytest.mark.parametrize('kind, at', [('listener', 47), ('game', 7)])
-def test_killed_and_resumed_is_bit_identical(kind, at, pretrained, tmp_path):
+def test_killed_and_resumed_is_bit_identical(kind, at, pretrained, game, tmp_path):
     def kill(step, state, metrics):
         if step == at:
             raise Kill
     if kind == 'game':
-        config = game_config(pretrained)
-        whole = train.train(config, tmp_path / 'whole', mesh=one_device())
+        config, (_, whole) = played_config(pretrained), game
     else:
         config = agent_config(kind)
         whole = translation_agent.load_state(pretrained[kind], config, train.build)
@@ -380,15 +391,6 @@ def test_sharded_equals_unsharded(pretrained):
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope='module')
-def game(pretrained, tmp_path_factory):
-    """Work directory of a game that was played without resets."""
-    workdir = tmp_path_factory.mktemp('game') / 'run'
-    config = game_config(pretrained, elastic__method='', kl__coefficient=0.0, evaluation__every=4)
-    train.train(config, workdir, mesh=one_device())
-    return workdir
-
-
 def evaluate(monkeypatch, tmp_path, *flags):
     file = tmp_path / 'scores.json'
     monkeypatch.setattr(sys, 'argv', ['evaluate_translation', *map(str, flags), f'--json={file}'])
@@ -397,6 +399,7 @@ def evaluate(monkeypatch, tmp_path, *flags):
 
 
 def test_scores_of_a_game_and_of_its_start(pretrained, game, monkeypatch, tmp_path):
+    game, _ = game
     rows = [row for row in read_metrics(game / 'metrics.jsonl') if 'bleu_en' in row]
     assert [row['step'] for row in rows] == [4, 8] and set(rows[0]) == {'step', 'bleu_en', 'bleu_de', 'nll_en'}
     whole = evaluate(monkeypatch, tmp_path, f'--game={game}')
