@@ -18,11 +18,18 @@ from experiments.dlc.weights import llada
 from experiments.runtime import launch, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import read_metrics
+from tests.end_to_end.policy_runs import shared_steps
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp('align'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_step_for_each_config():
+    with shared_steps():
+        yield
 
 
 def assert_equal(tree, other):
@@ -41,26 +48,32 @@ def assert_equal(tree, other):
 def sampled(root):
     """(config, the policy's parameters, batch 2 under version 1)."""
     config, mesh = config_of(root, likelihood__kind='exact', likelihood__num=0, algorithm__name='rloo'), devices(1)
-    params = CodeWriter(config).init(jax.random.key(0))
+    params = jax.jit(CodeWriter(config).init)(jax.random.key(0))
     decoding = rollouts.Decoding(config, mesh)
     return config, params, rollouts.CodeGenerator(config, mesh)(decoding.convert(params['policy']), index=2, version=1)
 
 
+def network_of(config):
+    """(policy's parameters, captions, their mask, codes [1, L]) -> logits [1, L, V]."""
+    words, model = make_words(config), make_model(config)
+    return jax.jit(lambda policy, captions, mask, codes: text_to_code.network(
+        model, policy, captions, mask, words, L)(codes))
+
+
 def test_a_batch_holds_captions_codes_and_what_they_were_drawn_with(sampled):
     config, params, batch = sampled
-    words, model = make_words(config), make_model(config)
+    words = make_words(config)
     codes = batch['tokens'][..., -L:] - words.separator - 1
     assert codes.shape == (B, K, L) and codes.min() >= 0 and codes.max() < V and batch['mask'].all()
     writer = CodeWriter(config)
     marked = writer.annotated({name: jnp.asarray(x) for name, x in batch.items()}, jax.random.key(5))
-    again, _ = writer.forward(params, marked)
+    again, _ = jax.jit(writer.forward)(params, marked)
     np.testing.assert_allclose(again, batch['logprobs'], atol=1e-5)  # all steps: exactly what was drawn
     # One token by hand: the first that was filled in a code saw nothing but masks and the caption.
     b, k = 1, 2
     first = int(np.argmin(batch['filled_at'][b, k]))
-    run = text_to_code.network(model, params['policy'], batch['tokens'][b, k:k + 1, :-L],
-                               batch['prompt_mask'][b, k:k + 1], words, L)
-    logits = run(jnp.full((1, L), V))[0, first]
+    logits = network_of(config)(params['policy'], batch['tokens'][b, k:k + 1, :-L], batch['prompt_mask'][b, k:k + 1],
+                                jnp.full((1, L), V))[0, first]
     assert batch['logprobs'][b, k, first] == pytest.approx(
         float(jax.nn.log_softmax(logits)[codes[b, k, first]]), abs=1e-5)
 
@@ -126,15 +139,14 @@ def made_up(config, seed=0):
             'replaced': np.zeros((B, K), bool)}
 
 
-def bounds(config, policy, batch, b, k, masks):
-    """The bound of one code, written out."""
-    words, model = make_words(config), make_model(config)
-    codes = jnp.asarray(batch['tokens'][b, k, -L:] - words.separator - 1)
+def bounds(config, network, policy, batch, b, k, masks):
+    """The bound of one code, written out; `network`: what `network_of` makes."""
+    codes = jnp.asarray(batch['tokens'][b, k, -L:] - make_words(config).separator - 1)
     total = 0.0
     for mask in masks:
-        run = text_to_code.network(model, policy, batch['tokens'][b, k:k + 1, :-L], batch['prompt_mask'][b, k:k + 1],
-                                   words, L)
-        logprobs = jax.nn.log_softmax(run(jnp.where(mask, V, codes)[None])[0])
+        logits = network(policy, batch['tokens'][b, k:k + 1, :-L], batch['prompt_mask'][b, k:k + 1],
+                         jnp.where(mask, V, codes)[None])
+        logprobs = jax.nn.log_softmax(logits[0])
         total += L / mask.sum() * (logprobs[jnp.arange(L), codes] * mask).sum()
     return total / len(masks)
 
@@ -145,12 +157,12 @@ def test_online_dpo_compares_bounds_at_the_same_masks(root):
     batch = made_up(config)
     batch['rewards'][2] = 1.0  # a tie does not count
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.rng, 0), jnp.arange(B))
-    reference, hs = state.extra['reference']['policy'], []
+    reference, network, hs = state.extra['reference']['policy'], network_of(config), []
     for b in (0, 1, 3):
         masks = likelihood.draw_masks(keys[b], 4, L)
         pair = batch['rewards'][b].argmax(), batch['rewards'][b].argmin()
-        s = [bounds(config, state.params['policy'], batch, b, k, masks) - bounds(config, reference, batch, b, k, masks)
-             for k in pair]
+        s = [bounds(config, network, state.params['policy'], batch, b, k, masks)
+             - bounds(config, network, reference, batch, b, k, masks) for k in pair]
         hs.append(float(s[0] - s[1]))
     _, metrics = step(state, batch)
     assert metrics['loss'] == pytest.approx(np.log1p(np.exp(-0.05 * np.array(hs))).mean(), rel=1e-4)
@@ -163,7 +175,8 @@ def test_best_of_n_trains_on_the_bound_of_the_best(root):
     experiment, state, step = started(config)
     batch = made_up(config)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.rng, 0), jnp.arange(B))
-    want = [bounds(config, state.params['policy'], batch, b, batch['rewards'][b].argmax(),
+    network = network_of(config)
+    want = [bounds(config, network, state.params['policy'], batch, b, batch['rewards'][b].argmax(),
                    likelihood.draw_masks(keys[b], 4, L)) for b in range(B)]
     assert step(state, batch)[1]['loss'] == pytest.approx(-np.mean(want), rel=1e-4)
 
@@ -173,7 +186,7 @@ def exact(config, policy, batch):
     writer = CodeWriter(config_of_all(config))
     rows = {name: jnp.asarray(x) for name, x in batch.items()}
     rows['steps'] = jnp.broadcast_to(jnp.arange(4), (B, K, 4))
-    return np.asarray(writer.forward({'policy': policy}, rows)[0])
+    return np.asarray(jax.jit(writer.forward)({'policy': policy}, rows)[0])
 
 
 def config_of_all(config):
@@ -321,7 +334,7 @@ def test_labels_reach_the_reward_and_missing_ones_are_left_out(root):
     mesh = devices(1)
     batch_of = lambda **fields: rollouts.CodeGenerator(config_of(root, **fields), mesh)
     config = config_of(root)
-    params = rollouts.Decoding(config, mesh).convert(CodeWriter(config).init(jax.random.key(0))['policy'])
+    params = rollouts.Decoding(config, mesh).convert(jax.jit(CodeWriter(config).init)(jax.random.key(0))['policy'])
     generate = batch_of(reward__function='align_rewards:with_row', reward__gold='align_rewards:brightness')
     batch = generate(params, index=0, version=0)
     labels = [row['label'] for row in generate.rows(0)]

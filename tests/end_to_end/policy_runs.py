@@ -43,11 +43,12 @@ def shared_steps():
     steps, decoders, build, decoding = {}, {}, train.build, generator_lib.Decoding
 
     def build_once(config, mesh):
-        if config.experiment != 'policy':
+        if config.experiment not in ('policy', 'align'):
             return build(config, mesh)
         same = config.copy_and_resolve_references()
         same.rollout, same.reward, same.data, same.checkpoint_every, same.weights = {}, {}, {}, 0, ''
-        same.algorithm.critic_weights = ''
+        if 'critic_weights' in same.algorithm:
+            same.algorithm.critic_weights = ''
         key, built = (same.to_json(), mesh), build(config.copy_and_resolve_references(), mesh)
         first = steps.setdefault(key, built)
         return dataclasses.replace(built, init=first.init, step=first.step, loss=first.loss)
