@@ -11,10 +11,18 @@ from experiments.runtime import signals
 pytestmark = pytest.mark.slow
 
 
+def get_config():
+    """Two methods of the Lewis game; rlhf/test_lewis_comparison.py has all."""
+    config = config_lib.get_config('tiny').copy_and_resolve_references().unlock()
+    config.lewis.methods = dict(fixed_reference=dict(kl_coefficients=(0.0,), decays=()),
+                                elastic_reset=dict(kl_coefficients=(0.0,), decays=(0.95,)))
+    return config.lock()
+
+
 @pytest.fixture(scope='module')
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('whole')
-    return workdir, quickstart.run(config_lib.get_config('tiny'), workdir)
+    return workdir, quickstart.run(get_config(), workdir)
 
 
 def test_report_and_metrics_hold_what_is_promised(uninterrupted):
@@ -42,7 +50,7 @@ def test_interrupted_in_an_asynchronous_run_the_numbers_are_the_same(uninterrupt
     whole, metrics = uninterrupted
     again = tmp_path / 'again'
     shutil.copytree(whole, again, ignore=shutil.ignore_patterns('asynchronous_1', 'metrics.json', 'report.html'))
-    config, taken = config_lib.get_config('tiny'), iter(range(1, 100))
+    config, taken = get_config(), iter(range(1, 100))
     with monkeypatch.context() as patch:
         patch.setattr(signals.Signals, 'agreed', lambda self: next(taken) == 4)
         with pytest.raises(signals.Stopped) as stop:
@@ -53,7 +61,7 @@ def test_interrupted_in_an_asynchronous_run_the_numbers_are_the_same(uninterrupt
 
 
 def test_another_config_in_the_same_workdir_is_refused(uninterrupted):
-    other = config_lib.get_config('tiny')
+    other = get_config().unlock()
     other.sft.seed = 1
     with pytest.raises(ValueError, match='another config; choose another --workdir or delete it'):
         quickstart.run(other, uninterrupted[0])
