@@ -4,7 +4,7 @@
 
 `config['model_type']` is 'bert' or 'distilbert'. As for the language models, the mapping is total.
 """
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -69,11 +69,14 @@ _FIXED: dict[str, dict[str, Any]] = {'bert': {'num_segments': 2, 'pooled': 'tanh
 
 
 def from_torch(state_dict: Mapping[str, Any], *, config: Mapping[str, Any],
+               shardings: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
                **fields: Any) -> tuple[Classifier, dict[str, Any]]:
-    """The classifier that `state_dict` belongs to and its parameters, as numpy arrays.
+    """The classifier that `state_dict` belongs to and its parameters, float32.
 
     Args:
         config: the model's `config.json`.
+        shardings: the parameters' shapes -> their shardings, as of `convert.from_torch`: each process reads the parts
+            of its own devices. None: numpy arrays.
         **fields: fields of the module beside those that `config` gives.
 
     Raises:
@@ -93,7 +96,7 @@ def from_torch(state_dict: Mapping[str, Any], *, config: Mapping[str, Any],
         raise ValueError(f'convert: config has a width of {found["width"]}, which {found["num_heads"]} heads do not '
                          'divide')
     module = Classifier(num_labels=num_labels, **found | fields)
-    return module, rules.to_flax(state_dict, _RULES[kind], _shapes_of(module))
+    return module, rules.to_flax(state_dict, _RULES[kind], _shapes_of(module), shardings=shardings)
 
 
 def to_torch(kind: str, module: Classifier, params: Mapping[str, Any]) -> dict[str, np.ndarray]:

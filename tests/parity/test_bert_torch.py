@@ -1,9 +1,11 @@
 """BERT and DistilBERT classifiers against `transformers`, tiny with random weights and by name at full size."""
 import json
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models import classifier
@@ -129,6 +131,30 @@ def test_reward_is_the_probability_of_the_label(kind, tmp_path):
     for row, prompt in zip(rows.rows, prompts):
         row['whole_prompt'] = prompt
     np.testing.assert_allclose(reward(rows), expected.softmax(-1)[:, 1], atol=1e-5)
+
+
+def test_a_process_reads_its_own_part(tmp_path, monkeypatch):
+    """Of eight with a device each: at no time is more in memory than its part of the weights and a few tensors."""
+    saved(tmp_path, 'bert')
+    module = bert.Classifier(vocab_size=len(WORDS), width=256, depth=8, num_heads=4, hidden=1024, max_length=12,
+                             num_labels=2)
+    shapes, rng = rules.param_shapes(module, np.zeros((1, 1), np.int32)), np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    tensors = convert.to_torch('bert', module, params)
+    files.save(tmp_path, tensors, convert.config_of('bert', module))
+    device, mesh = jax.devices()[3], mesh_lib.make_mesh({'fsdp': 8})
+    monkeypatch.setattr(NamedSharding, 'addressable_devices_indices_map',
+                        lambda self, shape: {device: self.devices_indices_map(shape)[device]})
+    monkeypatch.setattr(jax, 'make_array_from_callback', lambda shape, sharding, part: part(
+        sharding.devices_indices_map(shape)[device]))
+    tracemalloc.start()
+    reward = classifier.TextClassifier(str(tmp_path), mesh, label='LABEL_1')
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    part = reward._params['blocks']['q']['kernel']
+    np.testing.assert_array_equal(part, params['blocks']['q']['kernel'][:, 96:128])
+    nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    assert nbytes(reward._params) < most < nbytes(params) / 4
 
 
 def test_one_output_is_the_reward_itself(tmp_path):

@@ -66,7 +66,7 @@ class TextClassifier:
 
     Args:
         path: folder of `BertForSequenceClassification` or `DistilBertForSequenceClassification`, with tokenizer.json.
-        mesh: of the devices it runs on.
+        mesh: of the devices it runs on; each of its processes reads the parts of the weights that its devices hold.
         label: of `config.json`.
         batch_size: texts it reads at once.
         dtype: to compute in; '': float32.
@@ -83,8 +83,9 @@ class TextClassifier:
         if batch_size < 1:
             raise ValueError(f'reward.batch_size={batch_size} must be at least 1')
         config = files.read_config(folder)
-        module, params = convert.from_torch(files.load_state_dict(folder), config=config,
-                                            dtype=modules.dtype(dict(dtype=dtype or 'float32')))
+        module, self._params = convert.from_torch(
+            files.load_state_dict(folder), config=config, dtype=modules.dtype(dict(dtype=dtype or 'float32')),
+            shardings=lambda shapes: partition.param_shardings(shapes, bert.PARTITION_RULES, mesh))
         self.labels = labels_of(path, config, module.num_labels, label)
         self._tokenizer = tokenizers.open_file(folder / 'tokenizer.json')
         size = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -95,7 +96,6 @@ class TextClassifier:
         self._longest = module.max_length
         shards = mesh_lib.batch_shards(mesh)
         self._rows = -(-batch_size // shards) * shards
-        self._params = placement.place_tree(params, partition.param_shardings(params, bert.PARTITION_RULES, mesh))
         self._mesh, self._sharding = mesh, mesh_lib.batch_sharding(mesh)
         self._run = jax.jit(lambda params, tokens, mask: module.apply({'params': params}, tokens, mask))
 
