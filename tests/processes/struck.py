@@ -102,7 +102,7 @@ class Strike:
 
     Attributes:
         kind: 'SIGKILL', 'SIGSTOP', 'SIGTERM' or 'exception'.
-        moment: 'start' (before the first step), 'step' or 'save'.
+        moment: 'start' (before the first step), 'step', 'save' or 'saved' (after a save).
         victim: the process that it hits.
         patient: wait for the others to end by themselves, however long that takes.
     """
@@ -124,9 +124,12 @@ class Strike:
         return f'{self.kind} in a {self.moment}' if self.kind == 'SIGKILL' else self.kind
 
 
-def strike_once(workdir: pathlib.Path, processes: int, devices: int, strike: Strike,
-                rng: random.Random) -> str:
+def strike_once(workdir: pathlib.Path, processes: int, devices: int, strike: Strike, rng: random.Random,
+                slow: float = 0.1) -> str:
     """Starts the job of the run in `workdir` and lets `strike` befall it.
+
+    Args:
+        slow: seconds that every step takes longer.
 
     Returns:
         What happened: '' where the run was over before.
@@ -137,10 +140,11 @@ def strike_once(workdir: pathlib.Path, processes: int, devices: int, strike: Str
     """
     marks = workdir.parent / f'{workdir.name}-marks-{time.monotonic_ns()}'
     own = {strike.victim: (f'--raise_after={rng.randint(1, 2)}',)} if strike.kind == 'exception' else {}
-    before = saves(workdir)
-    job = learner(workdir, processes, devices, '--slow=0.1', f'--marks={marks}', own=own)
+    begun, whole = saves(workdir), saved(workdir)
+    moments = {'step': marks.exists, 'save': lambda: saves(workdir) - begun, 'saved': lambda: saved(workdir) - whole}
+    job = learner(workdir, processes, devices, f'--slow={slow}', f'--marks={marks}', own=own)
     try:
-        return _befall(job, lambda: saves(workdir) - before, marks.exists, strike, rng)
+        return _befall(job, moments, strike, rng)
     finally:
         job.end()
 
@@ -154,18 +158,19 @@ def saves(workdir: pathlib.Path) -> set[tuple[str, int]]:
     return out
 
 
-def _befall(job: Job, saving: Callable[[], Any], stepping: Callable[[], Any], strike: Strike,
-            rng: random.Random) -> str:
+def saved(workdir: pathlib.Path) -> set[str]:
+    """Names of the checkpoints that are whole."""
+    return {path.name for path in (workdir / 'checkpoints').glob('*') if path.name.isdigit()}
+
+
+def _befall(job: Job, moments: dict[str, Callable[[], Any]], strike: Strike, rng: random.Random) -> str:
     processes = len(job.processes)
     if strike.kind != 'exception':
         if strike.moment == 'start':
             job.wait(rng.uniform(0, 3 + 2 * processes))
-        elif strike.moment == 'save':
-            job.wait(300, until=saving)
-            job.wait(rng.choice((0, rng.uniform(0, 0.1))))
         else:
-            job.wait(300, until=stepping)
-            job.wait(rng.uniform(0, 0.5))
+            job.wait(300, until=moments[strike.moment])
+            job.wait(rng.choice((0, rng.uniform(0, 0.1))) if strike.moment == 'save' else rng.uniform(0, 0.5))
         if strike.victim not in job.alive():
             return _over(job)
         job.send(strike.victim, getattr(signal, strike.kind))

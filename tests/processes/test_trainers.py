@@ -6,10 +6,7 @@ differ from another only in what they compute, and not in where batches and weig
     python -m pytest -m slow_harness tests/processes/test_trainers.py
 """
 import random
-import re
 import shutil
-import signal
-import time
 
 import jax
 import numpy as np
@@ -17,6 +14,7 @@ import pytest
 
 import jobs
 import runs
+import struck
 from experiments import train
 from experiments.runtime import launch
 from experiments.runtime import mesh as mesh_lib
@@ -150,19 +148,10 @@ def test_learner_and_generator_jobs_of_two_processes_each(config_of, alone, tmp_
 
 
 def test_a_killed_process_is_missed_and_the_job_goes_on_to_the_same_end(config_of, two, tmp_path):
-    """With a batch in flight; by SIGKILL in the middle of training or of a save."""
-    workdir = tmp_path / 'run'
+    """With a batch in flight; by SIGKILL in the steps after a save."""
+    workdir, strike = tmp_path / 'run', struck.Strike('SIGKILL', 'saved', victim=1, patient=True)
     launch.save_config(config_of('online_dpo stale'), workdir)
-    job = jobs.start('tests.processes.several', f'--workdirs={workdir}', '--slow=0.5', processes=2, devices=2)
-    jobs.wait_for(lambda: any((workdir / 'checkpoints').glob('*')), seconds=600)
-    time.sleep(random.Random(0).uniform(0, 0.5))
-    assert job[1].poll() is None
-    job[1].send_signal(signal.SIGKILL)
-    started = time.monotonic()
-    (status, _, stderr), _ = jobs.finish(job)
-    assert status != 0 and time.monotonic() - started < 120
-    # Where the connection was lost the roll is called; else heartbeats are missing.
-    assert re.search('error: process 1 of 2 was lost: no answer|task:1', stderr), stderr[-2000:]
+    assert struck.strike_once(workdir, 2, 2, strike, random.Random(0), slow=1.0)
     assert_identical(runs.finish(workdir, 2, 2)[0], two['online_dpo stale'][0])
 
 
