@@ -75,14 +75,13 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
         digest = hashlib.sha256('\n'.join(source.captions[source.name(i)] for i in range(len(source))).encode())
         meta['captions'] = digest.hexdigest()[:16]
     unit = modules.Unit.of(batch_size, len(source))
-    if codestore_shards.is_finished(out):
+    if codestore_shards.is_finished_for_all(out):
         codestore_writer.writer(out, num=len(source), meta=meta).check_finished()
         return True
     mine = shards.of_this_process(shard, out, len(source), unit.rows)
     for part in mine:
         rows = part.rows(len(source), unit.rows)
-        with codestore_writer.writer(shards.place(out, part), num=len(rows),
-                                     meta=codestore_shards.part_meta(meta, part, rows)) as store:
+        with codestore_shards.part_writer(out, meta, part, rows) as store:
             encode_rows(encoder, source, store, rows, unit, image_size=image_size, vae=vae, flip=flip,
                         store_sem=store_sem, seed=seed, num_workers=num_workers)
     if source.skipped:
@@ -91,7 +90,7 @@ def encode(encoder: Encoder, source: sources.ImageSource, out: str | os.PathLike
         print(f'{len(source.skipped)} unreadable image(s) have no row in the store: {first}{more}')
     for kind, count in source.notes.items():
         print(f'{count} image(s) {NOTES[kind]}')
-    return shards.finish(lambda: codestore_shards.merge(out))
+    return codestore_shards.merge_for_all(out)
 
 
 def encode_rows(encoder: Encoder, source: sources.ImageSource, store: codestore_writer.writer, part: range,

@@ -13,13 +13,15 @@ Stores come from experiments.encode, samples.npz from experiments.sample. With -
 and the ADM suite's reference file this gives FID, sFID, Inception score, precision and recall as they are published;
 --dinov2 gives distances in the features of DINOv2 or of an encoder (FD-DINOv2); without either, in those of a small
 classifier fitted to the --train images, comparable only among themselves. Inception and Vendi scores need no
---reference.
+--reference. With --json=FILE what networks have seen is kept in FILE.partial until FILE is written: interrupted, the
+same command goes on from there.
 
 Language models are measured by the same command with --policy: python -m experiments.evaluate --policy=RUN --help.
 """
 import argparse
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -204,6 +206,7 @@ def main() -> None:
             print(json.dumps(out, indent=1))
             if args.json:
                 storage.write_json(args.json, out)
+                shards.partial(args.json).rmtree(missing_ok=True)
         shards.wait_for_all()
         return
     curve, once = Curve(args.json, settings_of(args), run=args.run), {}
@@ -212,9 +215,16 @@ def main() -> None:
         if jax.process_index() == 0:
             print(json.dumps({'step': step} | out), flush=True)
             curve.add(step, out)
+            (shards.partial(args.json) / of_step(step)).rmtree(missing_ok=True)
         shards.wait_for_all()
     if jax.process_index() == 0:
+        shards.partial(args.json).rmtree(missing_ok=True)
         print(f'{len(steps)} checkpoints -> {args.json}')
+
+
+def of_step(step: int | None) -> str:
+    """The name of what networks see in the samples of `step`, where features are kept."""
+    return 'samples' if step is None else f'samples-{step}'
 
 
 def evaluate(args: argparse.Namespace, step: int | None, once: dict[str, Any]) -> dict[str, Any]:
@@ -252,10 +262,11 @@ def evaluate(args: argparse.Namespace, step: int | None, once: dict[str, Any]) -
     for name, opened in (('inception', features.inception), ('dinov2', features.encoder)):
         if args.samples and getattr(args, name):
             network = kept(once, name, lambda opened=opened, name=name: opened(getattr(args, name), args.batch_size))
-            seen[name] = {'samples': network(images['samples'])}
+            place = lambda of, name=name: os.fspath(shards.partial(args.json) / of / name) if args.json else ''
+            seen[name] = {'samples': network(images['samples'], place(of_step(step)))}
             if args.reference:
-                seen[name]['reference'] = kept(once, f'{name} of the reference', lambda network=network: network(
-                    images['reference']))
+                seen[name]['reference'] = kept(once, f'{name} of the reference', lambda network=network, place=place:
+                                               network(images['reference'], place('reference')))
     if jax.process_index() != 0:
         return out
     if 'inception' in seen:

@@ -98,8 +98,9 @@ def evaluate(args: argparse.Namespace, given: ml_collections.ConfigDict | None, 
         given: the config of --config, which stands in place of the run's own.
     """
     policy = flags.load(args.policy, args, given, step)
-    reference = flags.load(args.reference, args) if args.reference else None
-    if reference is not None:
+    reference = None
+    if args.reference:
+        reference = flags.load(args.reference, args, step=steps_lib.agreed_newest(args.reference))
         tokenizer_lib.check_same_tokenizer(f'--reference={args.reference}', reference.tokenizer, reference.encode.name,
                                            policy.encode)
     config = given or policy.config
@@ -205,8 +206,8 @@ def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | Non
                 return TextClassifier(path, policy.mesh, label=label, batch_size=args.batch_size)
             tokenizer_lib.check_stage(f'--{name}', path, policy.encode)
             return RewardModel(path, policy.mesh, num_ids=policy.tokenizer.vocab_size,
-                                       batch_size=args.batch_size, dtype=args.dtype or '',
-                                       before_eos=args.gold_before_eos and name == 'gold')
+                               batch_size=args.batch_size, dtype=args.dtype or '', step=steps_lib.agreed_newest(path),
+                               before_eos=args.gold_before_eos and name == 'gold')
         return rewards.find(f'--{name}', names[name], task, data['task'], model, gold=name == 'gold')
 
     found = {name: find(name) for name in names if names[name]}

@@ -101,7 +101,7 @@ def sample(args: argparse.Namespace, texts: Sequence[str], shard: shards.Shard |
             of_some = None if cond is None else typed(cond[some.start - first:some.stop - first])
             x = generator.sample(image_key, of_some, conditions.num, part=some, batch_size=args.batch_size, **sampler)
             return vae.decode(x, unit.rows) if vae else to_bytes(x)
-        with open_part(place, part, rows, meta) as store:
+        with codestore_shards.part_writer(place, meta, part, rows) as store:
             append(store, rows, unit, conditions.texts, 'images', draw)
     whole = shards.finish(lambda: samples.finish(out))
     report(conditions.num, 'samples', out, args.shard, '' if whole else samples.describe_missing(out))
@@ -140,20 +140,14 @@ def save(conditions: Conditions, place: str, shard: shards.Shard | None, unit: m
         lambda part: np.asarray(conditions.rows[part.start:part.stop]))
     meta = with_captions(dict(num_codes=length, vocab_size=vocab_size, num_samples=conditions.num, seed=seed,
                               **conditions.made), conditions.texts)
-    if codestore_shards.is_finished(place):
+    if codestore_shards.is_finished_for_all(place):
         codestore_writer.writer(place, num=conditions.num, meta=meta).check_finished()
         return True
     for part in shards.of_this_process(shard, place, conditions.num, unit.rows):
         rows = part.rows(conditions.num, unit.rows)
-        with open_part(place, part, rows, meta) as store:
+        with codestore_shards.part_writer(place, meta, part, rows) as store:
             append(store, rows, unit, conditions.texts, 'codes', draw)
-    return shards.finish(lambda: codestore_shards.merge(place))
-
-
-def open_part(place: str, part: shards.Shard, rows: range, meta: Mapping[str, Any]) -> codestore_writer.writer:
-    """The writer of the `part` of the store `place` that holds `rows`."""
-    return codestore_writer.writer(shards.place(place, part), num=len(rows),
-                                   meta=codestore_shards.part_meta(dict(meta), part, rows))
+    return codestore_shards.merge_for_all(place)
 
 
 def with_captions(meta: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from experiments.runtime.processes import agreed, wait_for_all
 
 VISIBLE_SECONDS = 60.0  # that a shared file system may take to show what another machine has written
 
+LOOK_SECONDS = 0.5
+
 T = TypeVar('T')
 
 _NAME = re.compile(r'(\d{5})-of-(\d{5})')
@@ -132,20 +134,27 @@ def of_this_process(wanted: Shard | None, out: str | os.PathLike, num: int, unit
     return [Shard(i, count) for i in range(jax.process_index(), count, jax.process_count())]
 
 
-def finish(make: Callable[[], bool]) -> bool:
+def finish(make: Callable[[], bool], seen: Callable[[], bool] = lambda: True) -> bool:
     """Makes the output where all shards are there: in process 0 of a job, when all its processes are done; in any task
     of an array. Returns whether it is there, in every process.
 
     Args:
         make: makes the output and says so, or says that shards are missing.
+        seen: whether this process sees the output, which it waits for.
     """
     wait_for_all()
-    made = jax.process_index() == 0 and make()
+    if jax.process_count() == 1:
+        return make()
+    made = agreed(jax.process_index() == 0 and in_time(make))
+    return made and in_time(seen)
+
+
+def in_time(seen: Callable[[], bool]) -> bool:
+    """Whether `seen()` holds before a shared file system must have shown what another machine has written."""
     deadline = time.monotonic() + VISIBLE_SECONDS
-    while jax.process_count() > 1 and jax.process_index() == 0 and not made and time.monotonic() < deadline:
-        time.sleep(0.5)
-        made = make()
-    return bool(agreed(made))
+    while not (there := seen()) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    return there
 
 
 def gathered(compute: Callable[[range], T], num: int, unit: int) -> T:

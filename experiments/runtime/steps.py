@@ -99,6 +99,15 @@ def newest(path: str | os.PathLike) -> int | None:
         return None
 
 
+def agreed_newest(path: str | os.PathLike) -> int | None:
+    """The `newest` step that process 0 of a job finds, for all of its processes, which call it together: the run may
+    still be training, and a shared disk may show its last step to some of them alone. None in a job of one process,
+    which reads the newest that is readable."""
+    if processes.alone():
+        return None
+    return processes.agreed(newest(path) if jax.process_index() == 0 else None)
+
+
 def placed(output: str, step: int | None) -> str:
     """Where the output of a checkpoint goes."""
     return output if step is None else output.replace(PLACE, str(step))

@@ -15,12 +15,15 @@ from dlc_jax.models.vae import SCALING_FACTOR, AutoencoderKL
 from experiments import encode, evaluate, neighbours, sample
 from experiments.dlc import code_model, embedding_model, generator
 from experiments.dlc.code_model import CodeModel
+from experiments.dlc.commands import conditions, sample_flags
+from experiments.dlc.commands import features as features_lib
 from experiments.dlc.data import codestore, codestore_writer, sources
 from experiments.dlc.embedding_model import EmbeddingModel
 from experiments.dlc.encoder import Encoder, make_model
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
-from experiments.runtime import modules, png
+from experiments.dlc.text_to_code import TextToCode
+from experiments.runtime import launch, modules, png, steps
 
 NUM = 7
 
@@ -223,7 +226,7 @@ def test_embedding_generator_samples_from_drawn_embeddings(monkeypatch, tmp_path
     known = {'mean': jnp.arange(32.0), 'std': jnp.full(32, 0.5)}
     network = random_params(embedding_model.make_model(config), jnp.zeros((1, 32)), jnp.zeros(1, jnp.int32))
     drawn = EmbeddingModel(config, {'network': network, 'embeddings': known})
-    monkeypatch.setattr(EmbeddingModel, 'load', lambda path: drawn)
+    monkeypatch.setattr(EmbeddingModel, 'load', lambda path, step: drawn)
     seen = []
     monkeypatch.setattr(Generator, 'sample', lambda self, key, cond, num, **kw: seen.append(cond) or np.zeros(
         (num, 16, 16, 1), np.float32))
@@ -252,6 +255,25 @@ def test_composed_codes_come_from_their_sources(monkeypatch, tmp_path, encoder, 
         match = composed[:, None] == codes[None]
         assert match.any(1).all()
         assert 0.3 < match[:, 0, differ].mean() < 0.7
+
+
+@pytest.mark.parametrize('condition, arguments, cls', [
+    ('code', ['--unconditional', '--code_model=x'], CodeModel),
+    ('code', ['--from_images', 'a.png', '--encoder=x'], Encoder),
+    ('code', ['--text=a', '--text_model=x'], TextToCode),
+    ('embedding', ['--unconditional', '--embedding_model=x'], EmbeddingModel)])
+def test_processes_of_a_job_take_the_step_that_the_first_finds(monkeypatch, condition, arguments, cls):
+    """Of a model beside the generator too, whose run may still be training."""
+    def load(path, step=None, **settings):
+        raise InterruptedError(f'step {step}')
+    monkeypatch.setattr(cls, 'load', load)
+    monkeypatch.setattr(steps.processes, 'agreed', lambda value: 7)
+    monkeypatch.setattr('sys.argv', ['sample', *arguments, '--generator=x', '--out=x.png'])
+    args, _ = launch.parse(sample_flags.parser(''))
+    for alone, step in ((True, None), (False, 7)):
+        monkeypatch.setattr(steps.processes, 'alone', lambda alone=alone: alone)
+        with pytest.raises(InterruptedError, match=f'step {step}'):
+            conditions.conditions_of(args, make_generator(condition), args.text or (), jax.random.key(0), None)
 
 
 @pytest.mark.parametrize('condition, arguments, match', [
@@ -309,6 +331,55 @@ def test_an_encoder_may_be_the_feature_space(monkeypatch, tmp_path, encoder, pic
     scores = measure(f'--reference={tmp_path}/y.npz')
     assert scores['frechet'] == pytest.approx(want, rel=1e-4) and want > 0
     assert measure() == {'vendi': scores['vendi']} and 1 < scores['vendi'] < 5  # which needs no reference
+
+
+def test_an_interrupted_measurement_goes_on(monkeypatch, tmp_path, encoder, capsys):
+    """It repeats no block that was finished, and ends as one that nobody disturbed; what was seen of other images is
+    not taken for these."""
+    rng = np.random.default_rng(0)
+    for name, num in (('x', 80), ('y', 40), ('others', 80)):
+        np.savez(tmp_path / f'{name}.npz', arr_0=rng.integers(0, 256, (num, 16, 16, 1), np.uint8))
+    monkeypatch.setattr(Encoder, 'load', lambda path: encoder)
+    monkeypatch.setattr(features_lib, 'BLOCK', 1)
+    prepared, looked_at, scores = features_lib._prepared, [], tmp_path / 'scores.json'
+
+    def measure(samples='x', *, json_file=scores, dies_at=None):
+        def prepare(transform, images, channels):
+            looked_at.append(len(images))
+            if len(looked_at) == dies_at:
+                raise RuntimeError('killed')
+            return prepared(transform, images, channels)
+        looked_at.clear()
+        monkeypatch.setattr(features_lib, '_prepared', prepare)
+        arguments = [f'--json={json_file}'] if json_file else []
+        monkeypatch.setattr('sys.argv', ['evaluate', f'--samples={tmp_path}/{samples}.npz', '--dinov2=x',
+                                         f'--reference={tmp_path}/y.npz', '--batch_size=4', *arguments])
+        evaluate.main()
+        return json.loads(capsys.readouterr().out)
+
+    size, kept = 4 * len(jax.local_devices()), tmp_path / 'scores.json.partial'
+    whole = measure(json_file=None)
+    blocks = [*looked_at]
+    assert blocks[0] == size and sum(blocks) == 120
+    with pytest.raises(RuntimeError, match='killed'):
+        measure(dies_at=2)
+    progress, = kept.rglob('progress.json')
+    assert json.loads(progress.read_text())['done'] == size and not scores.exists()
+    with pytest.raises(RuntimeError, match='killed'):
+        measure('others', dies_at=2)
+    assert len(list(kept.rglob('progress.json'))) == 2
+    assert measure() == whole == json.loads(scores.read_text()) and looked_at == blocks[1:]
+    assert not kept.exists()
+
+    with pytest.raises(RuntimeError, match='killed'):
+        measure(dies_at=len(blocks))  # in the reference
+    assert measure('others') != whole
+    assert len(looked_at) < len(blocks)  # the reference is the same
+    with pytest.raises(RuntimeError, match='killed'):
+        measure(dies_at=2)
+    next(kept.rglob('progress.json')).write_text('{')
+    with pytest.raises(OSError, match='progress.json: damaged .*; delete .*scores.json.partial/samples/dinov2-'):
+        measure()
 
 
 def test_samples_and_what_they_are_nearest_to(monkeypatch, tmp_path, encoder, pictures, capsys):

@@ -1,7 +1,8 @@
 """Several commands in one job, so that its processes are started once: `python -m tests.processes.commands FILE`.
 
 FILE holds a JSON list of command lines, each `[module, argument, ...]`. With `--killed_at=N` the process kills itself
-in the N-th row store's append, and every row that is written is noted at once.
+in the N-th row store's append, and every row that is written is noted at once. With `--late=SECONDS` it
+sees what one of the patterns `--late_files` matches so much later than it was there.
 """
 import importlib
 import json
@@ -15,15 +16,20 @@ import numpy as np
 
 from experiments.runtime import cores, launch, processes
 from tests import compiled_once
+from tests.processes.several import see_late
 
 
 def main() -> None:
     p = launch.parser(__doc__)
     p.add_argument('file')
     p.add_argument('--killed_at', type=int, default=0)
+    p.add_argument('--late', type=float, default=0.0)
+    p.add_argument('--late_files', nargs='+', default=[])
     args, _ = launch.parse(p)
     launch.initialize(args)
     compiled_once.install()
+    if args.late:
+        see_late(args.late_files, args.late)
     print(f'{cores.usable()} cores')
     made = processes.once_a_host(lambda: {'by': np.full(3, jax.process_index())})
     print(f'made by {set(made["by"].tolist())}')

@@ -42,11 +42,10 @@ def stopped(workdir: pathlib.Path, config) -> None:
             signals.received = None
 
 
-def see_late(workdirs: list[str], seconds: float) -> None:
-    """From now on Python sees the config.json of the first of `workdirs`, and finished checkpoints in all, so long
-    after it first looked for them when they were there, as a shared disk may show them to another machine."""
-    late = re.compile('|'.join([re.escape(workdirs[0]) + '/config.json', *(
-        re.escape(workdir) + r'/checkpoints/\d+' for workdir in workdirs)]))
+def see_late(files: list[str], seconds: float) -> None:
+    """From now on Python sees the files and folders that one of the patterns `files` matches so long after it first
+    looked for them when they were there, as a shared disk may show them to another machine."""
+    late = re.compile('|'.join(files))
     looked: dict[str, float] = {}
 
     def hidden(path) -> bool:
@@ -109,7 +108,9 @@ def main() -> None:
         for workdir in map(pathlib.Path, args.workdirs.split(',')):
             config = launch.read_config(workdir)
             if args.late:
-                see_late([str(workdir)] + [config.weights] * bool(config.get('weights')), args.late)
+                workdirs = [str(workdir)] + [config.weights] * bool(config.get('weights'))
+                see_late([f'{re.escape(str(workdir))}/config.json', *(
+                    re.escape(path) + r'/checkpoints/\d+' for path in workdirs)], args.late)
             stopped(workdir, config)
             state = train.train(config, workdir, hooks=[hook])
             if state is not None:

@@ -2,8 +2,10 @@
 same bytes in every file."""
 import json
 import os
+import shutil
 import signal
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -13,6 +15,8 @@ from experiments.dlc import code_model, encoder, generator
 from experiments.dlc.data import codestore
 from experiments.dlc.weights import writing
 from experiments.evaluate import load_images
+from experiments.runtime import launch
+from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax import convert
 from rlhf_jax.models import gpt2, heads
 from rlhf_jax.weights import files
@@ -133,3 +137,26 @@ def test_tasks_make_the_same_bytes_and_one_that_was_killed_goes_on(alone, runs, 
     jobs.succeed('tests.processes.commands', rest, processes=1, devices=1)
     expected = contents(alone)
     assert_same_files(at, {name: expected[name] for name in expected if name.startswith(('codes/', 'samples'))})
+
+
+@pytest.mark.slow_harness
+def test_a_process_that_sees_the_newest_step_and_the_codes_late(runs, tmp_path):
+    """It draws codes by the step that the first process finds, and waits for the codes of all."""
+    both = tmp_path / 'runs'
+    shutil.copytree(runs, both)
+    config = launch.read_config(both / 'code_model')
+    m = config.model
+    newer = random_params(code_model.make_model(config), jnp.zeros((1, m.num_codes), jnp.int32), jnp.ones(1))
+    checkpointer = Checkpointer(both / 'code_model' / 'checkpoints', keep=3)
+    checkpointer.save(1, {'ema': jax.tree.map(lambda x: 2 * x, newer)})
+    checkpointer.close()
+    at = {name: tmp_path / name / 'out' for name in ('older', 'newer', 'late')}
+    for name, place in at.items():
+        place.parent.mkdir()
+        args = (command_file(runs if name == 'older' else both, place, (SAMPLE,)),)
+        late = ('--late=3', '--late_files', f'{both}/code_model/checkpoints/1', r'.*/codes/meta\.json')
+        ends = jobs.run('tests.processes.commands', *args, processes=2 if name == 'late' else 1, devices=1,
+                        own={1: late})
+        assert {status for status, _, _ in ends} == {0}, ends
+    images = {name: (place / 'samples.npz').read_bytes() for name, place in at.items()}
+    assert images['late'] == images['newer'] != images['older']

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,8 +19,10 @@ from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import CONDITION_ARRAY, Generator
 from experiments.dlc.text_to_code import TextToCode
 from experiments.dlc.weights import reading
-from experiments.runtime import modules
+from experiments.runtime import modules, steps
 from experiments.runtime.digest import fingerprint
+
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ def conditions_of(args: argparse.Namespace, generator: Generator | None, texts: 
         generator: that takes them; None: codes alone are wanted.
         texts: of --text or --text_file.
         key: of what is drawn.
-        step: of the code or text model, where codes alone are wanted.
+        step: of the code or text model, where codes alone are wanted; else its newest one is taken.
 
     Raises:
         FileNotFoundError, ValueError: conditions that the generator does not take, or models that are not there.
@@ -79,7 +81,7 @@ def conditions_of(args: argparse.Namespace, generator: Generator | None, texts: 
     if not args.code_model:
         raise ValueError('--unconditional needs --code_model=RUN: ' + (
             'this generator is conditioned on codes' if generator else 'it is what draws the codes'))
-    model = reading.load(CodeModel, args.code_model, step=step)
+    model = open_model(CodeModel, args.code_model, step)
     m = model.config.model
     check_codes(generator, m.num_codes, m.vocab_size, args.code_model)
     num, sampler = args.num or 16, dict(name=args.code_sampler, num_steps=args.code_steps, eta=args.eta,
@@ -89,12 +91,18 @@ def conditions_of(args: argparse.Namespace, generator: Generator | None, texts: 
         key, num, part=part, batch_size=args.batch_size, **sampler))
 
 
+def open_model(cls: type[T], path: str, step: int | None = None, **settings: Any) -> T:
+    """See `reading.load`; where `step` is None all processes of a job take the newest that the first of them finds."""
+    return reading.load(cls, path, step=steps.agreed_newest(path) if step is None else step, **settings)
+
+
 def _drawn_embeddings(args: argparse.Namespace, generator: Generator, key: jax.Array) -> Conditions:
     """Embeddings that --embedding_model draws, all of them in every process: they take little beside the images."""
     if not args.embedding_model:
         raise ValueError('--unconditional needs --embedding_model=RUN: this generator is conditioned on embeddings; or '
                          'use --from_images')
-    model, num = EmbeddingModel.load(args.embedding_model), args.num or 16
+    model = EmbeddingModel.load(args.embedding_model, step=steps.agreed_newest(args.embedding_model))
+    num = args.num or 16
     check_embeddings(generator, model.config.model.embedding_dim, f'--embedding_model={args.embedding_model}')
     most = model.config.diffusion.num_timesteps
     if args.embedding_steps is not None and not 2 <= args.embedding_steps <= most:
@@ -144,7 +152,7 @@ def _texts(args: argparse.Namespace, generator: Generator | None, texts: Sequenc
         raise ValueError(f'--text_model={args.text_model}: released weights do not say how long their codes are; give '
                          'the --generator that takes them, and --out')
     settings = dict(num_codes=generator.config.model.num_codes) if generator else {}
-    model = reading.load(TextToCode, args.text_model, step=step, **settings)
+    model = open_model(TextToCode, args.text_model, step, **settings)
     m = model.config.model
     check_codes(generator, m.num_codes, m.vocab_size, args.text_model)
     count, sampler = args.per_text or 1, {field: getattr(args, flag) for flag, field in TEXT_SAMPLER.items()}
@@ -178,7 +186,8 @@ def _stored(args: argparse.Namespace, generator: Generator | None, condition: st
 
 def _images(args: argparse.Namespace, generator: Generator | None, condition: str, key: jax.Array) -> Conditions:
     """Codes (or embeddings) of --from_images in turn, or composed of all images of --compose."""
-    paths, encoder = args.from_images or args.compose, reading.load(Encoder, args.encoder)
+    paths = args.from_images or args.compose
+    encoder = open_model(Encoder, args.encoder)
     num = args.num or (len(paths) if args.from_images else 16)
     images = [read_image(path, Decoding.of(encoder.config.data)) for path in paths]
     m, codes = encoder.config.model, None

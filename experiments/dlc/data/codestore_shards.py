@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.dlc.data import codestore
-from experiments.dlc.data.codestore_writer import write_header, write_json
+from experiments.dlc.data.codestore_writer import write_header, write_json, writer
 from experiments.dlc.data.printable import printable
 from experiments.runtime import shards, storage
 from experiments.runtime.shards import Shard
@@ -27,9 +27,25 @@ def part_meta(meta: dict[str, Any], shard: Shard, rows: range) -> dict[str, Any]
     return meta if shard.count == 1 else meta | {'shard': [shard.index, shard.count], 'first': rows.start}
 
 
+def part_writer(path: str | os.PathLike, meta: dict[str, Any], shard: Shard, rows: range) -> writer:
+    """The writer of the part of the store `path` that holds `rows`: the store itself, where `shard` is the whole."""
+    return writer(shards.place(path, shard), num=len(rows), meta=part_meta(meta, shard, rows))
+
+
 def is_finished(path: str | os.PathLike) -> bool:
     """Whether a whole store is there."""
     return (storage.resolve(path) / 'meta.json').exists()
+
+
+def is_finished_for_all(path: str | os.PathLike) -> bool:
+    """Whether process 0 of a job finds a whole store, which the others then wait to see too; all call it together."""
+    return shards.agreed(is_finished(path)) and shards.in_time(lambda: is_finished(path))
+
+
+def merge_for_all(path: str | os.PathLike) -> bool:
+    """`merge` in process 0 of a job, when all are done with their parts. Returns, in every process, whether the whole
+    store is there; all call it together."""
+    return shards.finish(lambda: merge(path), seen=lambda: is_finished(path))
 
 
 def merge(path: str | os.PathLike) -> bool:

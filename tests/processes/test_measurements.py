@@ -1,0 +1,45 @@
+"""A measurement on two processes that were killed goes on where it was, and gives what one process measures."""
+import json
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jobs
+from configs.dlc import quickstart
+from experiments import evaluate
+from experiments.dlc import encoder
+from experiments.dlc.weights import writing
+from tests.dlc.random_params import random_params
+
+pytestmark = pytest.mark.slow
+
+BLOCKS_OF_SAMPLES, BLOCKS = 5, 7  # that each of two processes looks at; the rest is of the reference
+
+
+def test_killed_in_a_measurement(tmp_path, monkeypatch):
+    config = quickstart.get_config('tiny').encoder.copy_and_resolve_references().unlock()
+    config.weights_only = True
+    params = random_params(encoder.make_model(config), jnp.zeros((1, 8, 8, 1)), jnp.zeros((1, 16), bool))
+    writing.write_run('sem', config, params, tmp_path / 'encoder')
+    rng = np.random.default_rng(0)
+    for name, num in (('samples', 80), ('reference', 32)):
+        np.savez(tmp_path / f'{name}.npz', arr_0=rng.integers(0, 256, (num, 8, 8, 1), np.uint8))
+    command = ('experiments.evaluate', f'--samples={tmp_path}/samples.npz', f'--reference={tmp_path}/reference.npz',
+               f'--dinov2={tmp_path}/encoder', '--batch_size=1')
+    monkeypatch.setattr('sys.argv', [*command, f'--json={tmp_path}/alone.json'])
+    evaluate.main()
+
+    scores, kept = tmp_path / 'scores.json', tmp_path / 'scores.json.partial'
+    (tmp_path / 'commands.json').write_text(json.dumps([[*command, f'--json={scores}']]))
+    job = lambda killed_at: jobs.run('tests.processes.commands', str(tmp_path / 'commands.json'),
+                                     f'--killed_at={killed_at}', processes=2, devices=1)
+    ends = job(BLOCKS_OF_SAMPLES)
+    assert -signal.SIGKILL in [status for status, _, _ in ends], ends
+    done = sorted(json.loads(path.read_text())['done'] for path in kept.rglob('progress.json'))
+    assert done[-1] == 32 and not scores.exists()  # of 40; the last block was about to be written
+    ends = job(BLOCKS - (BLOCKS_OF_SAMPLES - 2))  # one that began anew would not live to see its last block
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert scores.read_bytes() == (tmp_path / 'alone.json').read_bytes() and not kept.exists()
+    assert json.loads(scores.read_text())['dinov2']['frechet'] > 0
