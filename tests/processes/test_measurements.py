@@ -1,4 +1,4 @@
-"""A measurement on two processes that were killed goes on where it was, and gives what one process measures."""
+"""A measurement on two processes of which one was killed goes on where it was, and gives what one process measures."""
 import json
 import signal
 
@@ -33,13 +33,13 @@ def test_killed_in_a_measurement(tmp_path, monkeypatch):
 
     scores, kept = tmp_path / 'scores.json', tmp_path / 'scores.json.partial'
     (tmp_path / 'commands.json').write_text(json.dumps([[*command, f'--json={scores}']]))
-    job = lambda killed_at: jobs.run('tests.processes.commands', str(tmp_path / 'commands.json'),
-                                     f'--killed_at={killed_at}', processes=2, devices=1)
+    job = lambda killed_at: jobs.run('tests.processes.commands', str(tmp_path / 'commands.json'), processes=2,
+                                     devices=1, own={0: (f'--killed_at={killed_at}',)})
     ends = job(BLOCKS_OF_SAMPLES)
-    assert -signal.SIGKILL in [status for status, _, _ in ends], ends
-    done = sorted(json.loads(path.read_text())['done'] for path in kept.rglob('progress.json'))
-    assert done[-1] == 32 and not scores.exists()  # of 40; the last block was about to be written
-    ends = job(BLOCKS - (BLOCKS_OF_SAMPLES - 2))  # one that began anew would not live to see its last block
+    assert ends[0][0] == -signal.SIGKILL and ends[1][0] != 0, ends
+    progress, = kept.rglob('00000-of-00002.partial/progress.json')
+    assert json.loads(progress.read_text())['done'] == 32 and not scores.exists()  # of 40
+    ends = job(BLOCKS - BLOCKS_OF_SAMPLES + 2)  # one that began anew would not live to see its last block
     assert [status for status, _, _ in ends] == [0, 0], ends
     assert scores.read_bytes() == (tmp_path / 'alone.json').read_bytes() and not kept.exists()
     assert json.loads(scores.read_text())['dinov2']['frechet'] > 0
