@@ -57,14 +57,14 @@ def sizes(name: str, memory: int) -> dict[str, Any]:
     """
     if name == 'tiny':
         codes = dict(num_codes=4, vocab_size=8)
-        pair = dict(model=_TINY, batch=4, prompt=8, new=4, iterations=1)
+        pair = dict(model=_TINY | dict(depth=1), batch=4, prompt=8, new=4, iterations=1)
         return {
-            'dit': Train(4, 2, dict(size='S', width=32, depth=2, num_heads=2, input_size=8, **codes), UNROLLED),
+            'dit': Train(4, 2, dict(size='S', width=32, depth=1, num_heads=2, input_size=8, **codes), UNROLLED),
             'decode_410m_x64': Language(_TINY, 2, 8, 4),
-            'sedd': Train(4, 1, dict(size='small', width=32, depth=2, num_heads=2, num_codes=8, vocab_size=16,
+            'sedd': Train(4, 1, dict(size='small', width=32, depth=1, num_heads=2, num_codes=8, vocab_size=16,
                                      cond_dim=16), UNROLLED),
             'learner_410m': Language(**pair, ours=UNROLLED, parts=2),
-            'vit': Train(4, 1, dict(size='S', width=32, depth=2, num_heads=2, patch_size=4, pos_grid=4, **codes),
+            'vit': Train(4, 1, dict(size='S', width=32, depth=1, num_heads=2, patch_size=4, pos_grid=4, **codes),
                          UNROLLED, dict(global_size=16, local_size=8, num_local=2),
                          dict(hidden=32, bottleneck=16, prototypes=32)),
             'iteration_410m': Language(**pair, ours=UNROLLED),
