@@ -18,10 +18,33 @@ from experiments.runtime.metrics import read_metrics
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
 
 
+PROMPTS = quickstart.PROMPTS
+
+
 @pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory):
+def few_prompts():
+    """One way of putting each pair of digits, not four: all are drawn, again and again."""
+    few = PROMPTS[::4]
+    labels = np.array([label for label, _ in few])
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (quickstart, align):
+            patch.setattr(module, 'PROMPTS', few)
+        for name, value in (('TEXTS', tuple(text for _, text in few)), ('LABELS', labels),
+                            ('SEEN', ~quickstart.UNSEEN[labels])):
+            patch.setattr(align, name, value)
+        yield
+
+
+def get_config():
+    config = config_lib.get_config('tiny').copy_and_resolve_references().unlock()
+    config.sample_batch = 20  # divides the numbers of prompts and of held-out images
+    return config.lock()
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(few_prompts, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('whole')
-    return workdir, quickstart.run(config_lib.get_config('tiny'), workdir)
+    return workdir, quickstart.run(get_config(), workdir)
 
 
 def test_report_and_metrics_hold_what_is_promised(uninterrupted):
@@ -35,7 +58,7 @@ def test_report_and_metrics_hold_what_is_promised(uninterrupted):
         assert {f'{what}, {kind} pairs' for what in ('text to code', 'codes of held-out images',
                                                      'images from codes of held-out images')} <= set(metrics['methods'])
     draws = np.load(workdir / 'samples' / 'text_1.npz')
-    assert draws['images'].shape == (400, 16, 16, 1) and draws['codes'].shape == (400, 32)
+    assert draws['images'].shape == (100, 16, 16, 1) and draws['codes'].shape == (100, 32)
     page = (workdir / 'report.html').read_text()
     for part in ('Does the image show what the text says?', 'Samples', 'Training', 'a zero above a zero (seen pair)',
                  'a zero above a three (unseen pair)', 'both digits right'):
@@ -48,7 +71,7 @@ def test_interrupted_while_the_text_model_trains_the_numbers_are_the_same(uninte
     again = tmp_path / 'again'
     shutil.copytree(whole, again, ignore=shutil.ignore_patterns('text_to_code', 'text_1.npz', 'metrics.json'))
     (again / 'samples' / 'text_0.npz').unlink()
-    config, taken = config_lib.get_config('tiny'), iter(range(1, 100))
+    config, taken = get_config(), iter(range(1, 100))
     with monkeypatch.context() as patch:
         patch.setattr(signals.Signals, 'agreed', lambda self: next(taken) == 3)
         with pytest.raises(signals.Stopped):
@@ -60,8 +83,8 @@ def test_interrupted_while_the_text_model_trains_the_numbers_are_the_same(uninte
 def test_what_is_said_is_compared_with_what_is_seen():
     upper, lower, labels = np.array([7, 7, 1, 0]), np.array([2, 3, 2, 0]), np.array([72, 72, 72, 0])
     assert quickstart.shares(upper, lower, labels) == {'both': 0.5, 'upper': 0.75, 'lower': 0.75}
-    assert [label for label, _ in quickstart.PROMPTS][::4] == list(range(100))
-    assert quickstart.PROMPTS[4 * 72 + 2][1] == 'a two below a seven' and quickstart.UNSEEN.sum() == 20
+    assert [label for label, _ in PROMPTS][::4] == list(range(100))
+    assert PROMPTS[4 * 72 + 2][1] == 'a two below a seven' and quickstart.UNSEEN.sum() == 20
 
 
 # ---- Learning from pictures ------------------------------------------------------------------------------------------
@@ -69,6 +92,7 @@ def test_what_is_said_is_compared_with_what_is_seen():
 def align_config(text):
     config = quickstart_align.get_config('tiny').copy_and_resolve_references()
     config.text = str(text)
+    config.text_to_image.sample_batch = 20
     config.methods = 'Online DPO, asynchronous', 'Online DPO, Elastic Reset'
     return config
 
@@ -102,7 +126,7 @@ def test_judges_and_captions_keep_to_their_digits(aligned):
     rows = {name: [json.loads(line) for line in (workdir / 'captions' / f'{name}.jsonl').read_text().splitlines()]
             for name in ('seen', 'unseen')}
     labels = {name: {row['label'] for row in of_split} for name, of_split in rows.items()}
-    assert len(rows['seen']) == 320 and len(rows['unseen']) == 80
+    assert len(rows['seen']) == 80 and len(rows['unseen']) == 20
     assert not labels['seen'] & labels['unseen'] and len(labels['seen'] | labels['unseen']) == 100
     proxy, gold = (np.load(workdir / 'judges' / name / 'judge.npz')['weight_0'] for name in ('proxy', 'gold'))
     assert (proxy != gold).any()
