@@ -30,6 +30,7 @@ from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import report, stages, storage
 from experiments.runtime.metrics import curve
 from experiments.runtime.progress import bar
+from experiments.runtime.statistics import mean_and_spread
 from experiments.train import train
 
 START = 'fine-tuned'
@@ -141,7 +142,7 @@ def measure(config: ml_collections.ConfigDict, judges: Mapping[str, PictureJudge
     methods = {START: row(START)}
     for method, of_method in runs.items():
         rows = [row(name) for name in of_method]
-        methods[method] = report.mean_and_spread(rows) if len(rows) > 1 else rows[0]
+        methods[method] = mean_and_spread(rows)
     judge = lambda name, split: float(evaluation.right(
         judges[name], real[split], np.asarray(stores[split].array('labels'))).mean())
     return {'methods': methods, 'judges': {name: {split: judge(name, split) for split in real} for name in judges}}

@@ -29,10 +29,15 @@ class Difference(NamedTuple):
 
 
 def spread(measurements: Mapping[str, Any]) -> dict[str, float]:
-    """{name: mean, name_std: standard deviation} of measurements [N] by name; of one there is no deviation."""
+    """{name: mean, name_std: standard deviation} of measurements [N] by name; of one there is no deviation.
+
+    What was measured as `x_std` beside `x`, a deviation within each measurement, is called `x_deviation` here.
+    """
     out = {}
     for name, values in measurements.items():
         values = np.asarray(values, np.float64)
+        if name.endswith('_std') and name.removesuffix('_std') in measurements:
+            name = f'{name.removesuffix("_std")}_deviation'
         out[name] = float(values.mean())
         if values.size > 1:
             out[f'{name}_std'] = float(values.std(ddof=1))

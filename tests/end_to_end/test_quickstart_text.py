@@ -132,6 +132,17 @@ def test_judges_and_captions_keep_to_their_digits(aligned):
     assert (proxy != gold).any()
 
 
+def test_a_method_of_several_seeds_has_their_mean_and_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(align, 'measure_model', lambda config, judges, real, draws, *_: {'seen': draws})
+    runs = {'Online DPO': {'online_dpo_1': None, 'online_dpo_2': None}, 'Best-of-N': {'best_of_n_1': None}}
+    sets = {'fine-tuned': 0.5, 'online_dpo_1': 0.6, 'online_dpo_2': 0.8, 'best_of_n_1': 0.7}
+    pictures = type('Store', (), {'array': lambda self, name: np.zeros((1, 2, 2, 1))})()
+    stores = {'heldout': pictures, 'unseen': pictures}
+    assert align.measure(None, {}, stores, sets, dict.fromkeys(sets), runs)['methods'] == {
+        'fine-tuned': {'seen': 0.5}, 'Best-of-N': {'seen': 0.7},
+        'Online DPO': {'seen': pytest.approx(0.7), 'seen_std': pytest.approx(0.02 ** 0.5)}}
+
+
 def test_interrupted_while_a_policy_learns_from_pictures_the_numbers_are_the_same(
         uninterrupted, aligned, tmp_path, monkeypatch):
     whole, metrics = aligned

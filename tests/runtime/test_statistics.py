@@ -11,6 +11,13 @@ def test_spread_is_the_deviation_of_a_sample():
     assert statistics.mean_and_spread(rows[:1]) == {'a': 1.0, 'b': 5.0}
 
 
+def test_a_deviation_within_measurements_is_not_taken_for_that_between_them():
+    rows = [{'gold': 1.0, 'gold_std': 7.0}, {'gold': 3.0, 'gold_std': 9.0}]
+    root = pytest.approx(2 ** 0.5)
+    assert statistics.mean_and_spread(rows) == {
+        'gold': 2.0, 'gold_std': root, 'gold_deviation': 8.0, 'gold_deviation_std': root}
+
+
 def test_differences_are_paired():
     """What varies between seeds, and not between methods, drops out."""
     ours, theirs = [10.2, 20.1, 30.3], [10.0, 20.0, 30.0]
