@@ -5,7 +5,7 @@ likes:
 
 Every trainer, over and over, with checkpoints that are written beside the training steps. What was found is in
 docs/reliability.md; RUNS_COUNTS names a file that has the counts after each run, also of a test that is cut off.
-RUNS_PROCESSES=2,4 leaves out jobs of other numbers of processes.
+RUNS_PROCESSES=2,4 leaves out jobs of other numbers of processes, and RUNS_TRAINERS=dpo,lewis other trainers.
 """
 import collections
 import json
@@ -75,7 +75,8 @@ def test_at_random_moments(tmp_path):
     file = pathlib.Path(os.environ.get('RUNS_COUNTS', tmp_path / 'counts.json'))
     turns = [*((name, processes) for name in NAMES for processes in STRIKES), LEWIS]
     chosen = os.environ.get('RUNS_PROCESSES', '1,2,4').split(',')
-    turns = [turn for turn in turns if str(turn[1]) in chosen]
+    trainers = os.environ.get('RUNS_TRAINERS', '').split(',')
+    turns = [turn for turn in turns if str(turn[1]) in chosen and (trainers == [''] or turn[0] in trainers)]
     rng.shuffle(turns)
     turns.sort(key=lambda turn: turn[1])  # those of one process take the least time
     whole, number, end = {}, 0, time.monotonic() + 60 * float(os.environ.get('RUNS_MINUTES', '5'))
