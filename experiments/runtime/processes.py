@@ -36,7 +36,7 @@ SHUTDOWN_SECONDS = 60    # between the first and the last process that ends
 LOOK_SECONDS = 1.0       # between two looks for a failed process
 AWAIT_SECONDS = 0.1      # between two looks for an announcement
 WAIT_SECONDS = 14 * 86400  # for the slowest process, at places where all must have come; a dead one is missed before
-FAREWELL_SECONDS = 3.0   # that process 0, which keeps the store, stays after it failed
+FAREWELL_SECONDS = 3.0   # that process 0, which keeps the store, stays where it would end for a failure
 ANSWER_SECONDS = 5.0     # for every process of the job to say that it is there
 
 # What a collective raises, by gloo or NCCL, where the connection to another process is gone.
@@ -257,8 +257,6 @@ def fail(line: str, status: int) -> NoReturn:
     except jax.errors.JaxRuntimeError:
         if number:
             print(f'error: process 0 of {count}, which keeps the store of the job, does not answer', file=sys.stderr)
-    if number == 0:
-        time.sleep(FAREWELL_SECONDS)
     _end('', status)
 
 
@@ -287,4 +285,12 @@ def _end(line: str, status: int) -> NoReturn:
         print(line, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    if _number() == 0:
+        time.sleep(FAREWELL_SECONDS)  # the others look for a line in the store, which goes with this process
     os._exit(status)
+
+
+def _number() -> int:
+    """This process's, asked without touching a device."""
+    from jax._src import distributed
+    return distributed.global_state.process_id
