@@ -15,7 +15,7 @@ paper's table says 128, which is the evaluation's length: `experiments.evaluate 
 
 Hardware: four GPUs of 80 GB, or a TPU slice (`experiments.compile`). Asynchronous: three train on 504 episodes while
 one generates, 129,024 in all; three devices split no width of these models, so each trainer holds all weights (on other
-machines set rollout.devices and mesh), at 2.8b 62.9 GiB of them: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, since JAX takes
+machines set rollout.devices and mesh), at 2.8b 64 GiB of them: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, since JAX takes
 three quarters of a GPU by itself. The published scripts have ppo and rloo at 410m and online_dpo at every size; at
 other sizes ppo, rloo and best_of_n take the microbatches of online_dpo. They compute in float16 or bfloat16; here it is
 bfloat16 over float32 weights.
