@@ -20,7 +20,7 @@ import ml_collections
 from experiments.rlhf.translation import agent as translation_agent
 from experiments.rlhf.translation import evaluation as translation_evaluation
 from experiments.rlhf.translation import game as translation_game
-from experiments.runtime import launch, storage
+from experiments.runtime import config_files, launch, storage
 from experiments.runtime import steps as steps_lib
 from experiments.runtime.curve import Curve, settings_of
 from rlhf_jax import elastic_reset
@@ -33,7 +33,7 @@ def load_game(workdir: str | os.PathLike, step: int | None = None) -> tuple[ml_c
     Raises:
         ValueError: no game there, not that step, or its text has changed since.
     """
-    config = launch.read_config(workdir)
+    config = config_files.read(workdir)
     if config.get('experiment') != 'translation_game':
         raise ValueError(f'--game={workdir}: holds a run of experiment={config.get("experiment")!r}')
     state = translation_agent.load_state(workdir, config, translation_game.build, step)
@@ -43,7 +43,7 @@ def load_game(workdir: str | os.PathLike, step: int | None = None) -> tuple[ml_c
 
 def load_agents(speaker: str, listener: str) -> tuple[ml_collections.ConfigDict, Any]:
     """The speaker's config and {'speaker': ..., 'listener': ...} of two pretrained agents."""
-    config = launch.read_config(speaker)
+    config = config_files.read(speaker)
     return config, {'speaker': translation_agent.load(speaker, 'speaker', config),
                     'listener': translation_agent.load(listener, 'listener', config)}
 

@@ -14,7 +14,7 @@ import logging
 import time
 
 from experiments.rlhf.policy import rewards, roles, rollouts, waves
-from experiments.runtime import fitting, launch, storage
+from experiments.runtime import config_files, fitting, launch, storage
 from experiments.runtime.programs import placed
 from experiments.train import EXPERIMENTS
 from rlhf_jax.rollout import processes
@@ -48,7 +48,7 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
     Raises:
         ValueError: the run has no generator processes, data that does not fit, or a reward function without `trust`.
     """
-    config = launch.read_config(workdir)
+    config = config_files.read(workdir)
     if config.get('experiment') not in POLICIES or config.rollout.transport == 'devices':
         raise ValueError(f"--workdir={workdir}: its run does not ask for generator processes; train it with "
                          '--config.rollout.transport=files')

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from experiments.runtime.programs import Program, Report, bytes_on_device, compile_program
 from experiments.runtime.slices import GIB, Slice
 
@@ -142,7 +142,7 @@ def sweep(targets: Mapping[str, Slice], file: os.PathLike,
             continue
         started = time.monotonic()
         try:
-            reports = compile_row(path, launch.load_config(path, overrides), targets[name])
+            reports = compile_row(path, config_files.load(path, overrides), targets[name])
             row = {'programs': {program: compacted(report) for program, report in reports.items()}}
         except ValueError as error:
             row = {'refused': str(error)}
@@ -208,7 +208,7 @@ def table(rows: Mapping[str, Any]) -> str:
     """`docs/readiness.md`: of each configuration and slice, memory at the worst moment and the expected time."""
     lines = ['| configuration | ' + ' | '.join(SLICES) + ' |', '|---' * (len(SLICES) + 1) + '|']
     for path in sorted({key.rpartition(' ')[0] for key in rows}, key=paths().index):
-        config = launch.load_config(path)
+        config = config_files.load(path)
         cells = [cell(rows.get(f'{path} {name}'), config) for name in SLICES]
         lines.append(f'| `{path.removeprefix("configs/")}` | ' + ' | '.join(cells) + ' |')
     done = sum(len([key for key in rows if key.rpartition(' ')[0] == path]) for path in paths())

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from configs import sweeps as named
-from experiments.runtime import launch, storage
+from experiments.runtime import checks, launch, storage
 from experiments.runtime.metrics import check_wandb
 from experiments.sweeps import here, plan, results, scripts
 from experiments.sweeps import report as reports
@@ -66,7 +66,7 @@ def expand_name(arguments: Sequence[str]) -> list[str]:
     names = p.parse_known_args(list(arguments))[0].name
     if not names:
         return list(arguments)
-    launch.check_choice('--name', names[-1], named.SWEEPS)
+    checks.choice('--name', names[-1], named.SWEEPS)
     return [*named.SWEEPS[names[-1]], *arguments]
 
 

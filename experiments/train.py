@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from experiments.runtime import (
     compiler,
+    config_files,
     exchange,
     fitting,
     launch,
@@ -110,7 +111,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
     config = fitting.fitted(config, mesh, build, fitting.here(mesh))
     experiment = build(config, mesh)
     config = experiment.config or config
-    launch.check_workdir(config, workdir)
+    config_files.check_workdir(config, workdir)
     storage.check_writable(workdir, '--workdir')
     learners = exchange.processes_of(mesh)
     if jax.process_index() not in learners:
@@ -119,7 +120,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
         return None
     abstract = jax.eval_shape(experiment.init, jax.random.key(config.seed))
     shardings = partition.state_shardings(abstract, experiment.rules, mesh)
-    with (lease.owned(workdir, restore=lambda: launch.save_config(config, workdir)) as still_owned,
+    with (lease.owned(workdir, restore=lambda: config_files.save(config, workdir)) as still_owned,
           processes.announcing_end(), jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES)):
         # ---- Resume, or start ----------------------------------------------------------------------------------------
         with signals.leaving(f'stopped by signal before the first step; {loop.GO_ON}'):
@@ -136,7 +137,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
             batches = (experiment.open_rollouts(workdir) if online else
                        Prefetch(experiment.open_batches(), mesh_lib.batch_sharding(mesh)))
             if jax.process_index() == 0:
-                launch.save_config(config, workdir)
+                config_files.save(config, workdir)
             metrics = Metrics()
             if restored:
                 start, state, position = restored
@@ -197,8 +198,8 @@ def as_started(config: ml_collections.ConfigDict, workdir: str | os.PathLike) ->
         if not (storage.resolve(workdir) / 'config.json').exists():
             return {}
         try:
-            before = launch.read_config(workdir)
-        except launch.DamagedConfig:  # `check_workdir` says so
+            before = config_files.read(workdir)
+        except config_files.DamagedConfig:  # `check_workdir` says so
             return {}
         remat = {'remat': before.model.get('remat', fitting.AUTO)} if remat_open else {}
         return {'fields': {name: before[name] for name in left_open if name in before}, 'model': remat}

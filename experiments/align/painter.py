@@ -13,7 +13,7 @@ from experiments.dlc import generator as generator_lib
 from experiments.dlc.generator import Generator
 from experiments.dlc.latents import LatentDecoder
 from experiments.dlc.weights import reading
-from experiments.runtime import exchange, launch, modules, placement
+from experiments.runtime import config_files, exchange, modules, placement
 from experiments.runtime import mesh as mesh_lib
 
 Config = ml_collections.ConfigDict
@@ -91,7 +91,7 @@ class Painter:
             return cls.load(config)
         if not section.config:
             raise ValueError('generator.path is empty, and so is generator.config, which would say how large it is')
-        of_file = with_sampler(launch.load_config(section.config), section)
+        of_file = with_sampler(config_files.load(section.config), section)
         needs_vae = of_file.model.channels not in (1, 3)
         check(of_file, config if not needs_vae else _with_vae(config), f'generator.config={section.config}')
         shape = generator_lib.sample_shape(of_file)

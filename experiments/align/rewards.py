@@ -20,7 +20,7 @@ from experiments.dlc import encoder as encoder_lib
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.judge import PictureJudge
 from experiments.rlhf.policy import rewards
-from experiments.runtime import launch, storage
+from experiments.runtime import config_files, storage
 from experiments.runtime import mesh as mesh_lib
 
 
@@ -66,7 +66,7 @@ def find(field: str, name: str, rows: Any, shape: tuple[int, int, int], mesh: Me
     if not (storage.resolve(name) / 'config.json').exists():
         function = rewards.function_of(field, name)
         return lambda pictures: function(pictures.images, pictures.rows)
-    kind = launch.read_config(name).get('experiment')
+    kind = config_files.read(name).get('experiment')
     if kind == 'judge':
         return judge_reward(field, name, rows, shape)
     if kind == 'encoder':

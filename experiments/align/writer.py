@@ -17,7 +17,7 @@ from dlc_jax import likelihood, text_to_code
 from experiments.dlc import text_to_code as text_to_code_lib
 from experiments.dlc.text_to_code import make_model, make_sampling, make_words
 from experiments.rlhf.policy.kind import RATIOS, SEQUENCE_RATIOS, VALUES, Networks, Params, Rows
-from experiments.runtime import launch, partition
+from experiments.runtime import checks, partition
 from rlhf_jax.models import llama, lora
 
 Array = jax.Array
@@ -36,7 +36,7 @@ def check(config: Config) -> None:
     if sampling.temperature <= 0:
         raise ValueError(f'sampler.temperature={sampling.temperature} must be positive: without chance the codes of a '
                          'caption would be alike')
-    launch.check_choice('likelihood.kind', section.kind, LIKELIHOODS)
+    checks.choice('likelihood.kind', section.kind, LIKELIHOODS)
     most = sampling.num_steps if section.kind == 'exact' else config.model.num_codes
     if not int(section.kind == 'bound') <= section.num <= most:
         raise ValueError(f'likelihood.num={section.num} must be in {int(section.kind == "bound")}..{most}: ' + (

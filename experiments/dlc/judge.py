@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runtime import launch, storage
+from experiments.runtime import config_files, storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class PictureJudge:
         Raises:
             ValueError: no judge there, or a damaged one.
         """
-        config = launch.read_config(folder)
+        config = config_files.read(folder)
         if config.get('experiment') != 'judge':
             raise ValueError(f'{folder}: holds a run of experiment={config.get("experiment")!r}, not a judge')
         try:

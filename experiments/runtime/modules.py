@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments.runtime import evaluation, launch, partition
+from experiments.runtime import checks, evaluation, partition
 from experiments.runtime import mesh as mesh_lib
 
 T = TypeVar('T')
@@ -45,7 +45,7 @@ def dtype(config: Mapping[str, Any], name: str = 'model') -> Any:
 def build_dataclass(cls: type[T], name: str, fields: Mapping[str, Any]) -> T:
     """`cls(**fields)`, where a field that `cls` does not have is an error that names the nearest."""
     allowed = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in ('parent', 'name')]
-    launch.check_fields(name, fields, allowed)
+    checks.fields(name, fields, allowed)
     return cls(**fields)
 
 
@@ -60,7 +60,7 @@ def host() -> jax.Device:
 def with_sampler(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """`config` with fields of `config.sampler` replaced; None keeps what the config says."""
     given = {k: v for k, v in overrides.items() if v is not None}
-    launch.check_fields('sampler', given, tuple(config.sampler))
+    checks.fields('sampler', given, tuple(config.sampler))
     config = config.copy_and_resolve_references()
     config.sampler.update(given)
     return config

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 from jax.sharding import SingleDeviceSharding
 
-from experiments.runtime import exchange, launch, modules, storage
+from experiments.runtime import config_files, exchange, modules, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.experiment import Experiment
@@ -27,7 +27,7 @@ def read_config(workdir: str | os.PathLike, *experiments: str, field: str = '') 
     Raises:
         ValueError: no run there, or one of another experiment.
     """
-    config = launch.read_config(workdir)
+    config = config_files.read(workdir)
     if config.get('experiment') not in experiments:
         raise ValueError(f'{field}{workdir}: holds a run of experiment={config.get("experiment")!r}; give the '
                          f'--workdir of one of {", ".join(map(repr, experiments))}')

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from experiments.runtime import launch, storage
+from experiments.runtime import config_files, storage
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +51,9 @@ def claim(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> pat
         raise ValueError(f'--workdir={workdir}: needs a local folder; copy it afterwards')
     workdir = pathlib.Path(workdir)
     try:
-        if (workdir / 'config.json').exists() and launch.read_config(workdir).to_dict() != config.to_dict():
+        if (workdir / 'config.json').exists() and config_files.read(workdir).to_dict() != config.to_dict():
             raise ValueError(f'{workdir} holds a run with another config; choose another --workdir or delete it')
-    except launch.DamagedConfig as error:
+    except config_files.DamagedConfig as error:
         log.warning('%s (this command does)', error)
-    launch.save_config(config, workdir)
+    config_files.save(config, workdir)
     return workdir

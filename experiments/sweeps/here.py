@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from experiments.runtime.metrics import read_metrics
 from experiments.sweeps.plan import Run, is_finished
 
@@ -161,7 +161,7 @@ class Process:
 
 def python_path() -> str:
     """Where the processes find this checkout, whatever folder the sweep is started from."""
-    return os.pathsep.join(filter(None, (str(launch.CHECKOUT), os.environ.get('PYTHONPATH', ''))))
+    return os.pathsep.join(filter(None, (str(config_files.CHECKOUT), os.environ.get('PYTHONPATH', ''))))
 
 
 def last_error(path: pathlib.Path) -> str:

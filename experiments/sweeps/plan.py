@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from experiments.runtime import launch, storage
+from experiments.runtime import config_files, storage
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def runs_of(config: str, fixed: Sequence[str], axes: Sequence[Axis], seeds: Sequ
         parts = [f'{name}={values[0]}' for name, values in zip(names, points)]
         folder = ','.join(re.sub(r'[^\w.+=-]+', '_', part) for part in parts) or 'all'
         settings.append((', '.join(parts) or 'all', folder, (f'--config={file}', *flags),
-                         launch.load_config(file, flags)))
+                         config_files.load(file, flags)))
     folders = [folder for _, folder, _, _ in settings]
     for folder in folders:
         if folders.count(folder) > 1:
@@ -178,7 +178,7 @@ def record(runs: Sequence[Run], workdir: str | os.PathLike, evaluation: Sequence
         changed = differing_fields([then['config'], now['config']])
         if changed:
             field = changed[0]
-            values = [launch.flat_fields(part['config']).get(field) for part in (then, now)]
+            values = [config_files.flat_fields(part['config']).get(field) for part in (then, now)]
             raise ValueError(f'{workdir}: {run.name} was run with {field}={values[0]!r}, not {values[1]!r}; choose '
                              'another --workdir')
     storage.check_writable(workdir, '--workdir')
@@ -210,7 +210,7 @@ def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def differing_fields(configs: Sequence[Mapping[str, Any]], *, ignore: Sequence[str] = ()) -> list[str]:
     """Dotted names of the fields in which `configs` are not all equal, in their order, but for those in `ignore`."""
-    flat = [launch.flat_fields(config) for config in configs]
+    flat = [config_files.flat_fields(config) for config in configs]
     names = dict.fromkeys(name for config in flat for name in config)
     return [name for name in names if name not in ignore
             and any(config.get(name) != flat[0].get(name) for config in flat)]

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from experiments.runtime.metrics import read_metrics
 from experiments.sweeps.here import EVALUATION, INTERPOLATION, LOG, last_error
 from experiments.sweeps.plan import RECORD, differing_fields, is_finished, read_record, short_names
@@ -88,12 +88,12 @@ def find_runs(root: pathlib.Path, depth: int = DEPTH) -> list[pathlib.Path]:
 
 def read_loose(folders: Sequence[pathlib.Path]) -> list[Result]:
     """Runs that no sweep recorded, labelled by the fields in which they differ."""
-    configs = [launch.read_config(folder).to_dict() for folder in folders]
+    configs = [config_files.read(folder).to_dict() for folder in folders]
     fields = differing_fields(configs, ignore=('seed', *PLACES))
     labels = dict(zip(fields, short_names(fields)))
     results = []
     for folder, config in zip(folders, configs):
-        flat = launch.flat_fields(config)
+        flat = config_files.flat_fields(config)
         setting = ', '.join(f'{labels[field]}={flat.get(field)}' for field in fields) or 'all'
         results.append(read(folder, setting, config.get('seed', 0), config))
     return results

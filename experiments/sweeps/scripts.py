@@ -5,10 +5,10 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from experiments.sweeps.plan import Run
 
-LAUNCH = launch.CHECKOUT / 'experiments' / 'launch'
+LAUNCH = config_files.CHECKOUT / 'experiments' / 'launch'
 
 
 def slurm(runs: Sequence[Run], workdir: str) -> str:

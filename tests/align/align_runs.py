@@ -8,7 +8,7 @@ import numpy as np
 from configs.dlc import base
 from dlc_jax.models import dit
 from experiments.dlc.weights import kinds, writing
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 
@@ -28,7 +28,7 @@ def write_generator(folder, num_codes=L):
     spread = lambda name: 0.05 if name.startswith('final/linear') else 0.3  # so that pixels are neither black nor white
     params = unflatten({name: rng.normal(0, spread(name), x.shape).astype(np.float32)
                         for name, x in flatten(shapes).items()})
-    config = launch.load_config(kinds.published_config('dit')).unlock()
+    config = config_files.load(kinds.published_config('dit')).unlock()
     config.model.update({name: getattr(module, name) for name in (
         'input_size', 'channels', 'patch_size', 'width', 'depth', 'num_heads', 'num_codes', 'vocab_size')})
     config.data.target, config.weights_only = 'images', True

@@ -15,7 +15,7 @@ from experiments.align.painter import Painter, noise_keys
 from experiments.align.writer import CodeWriter, make_model, make_words
 from experiments.dlc.text_to_code import TextToCode
 from experiments.dlc.weights import llada
-from experiments.runtime import launch, partition
+from experiments.runtime import config_files, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import read_metrics
 from tests.end_to_end.policy_runs import shared_steps
@@ -105,7 +105,7 @@ def test_what_is_drawn_at_once_changes_no_image(root, sampled):
 
 def test_the_real_configuration_writes_and_draws_by_shape():
     """LLaDA-8B, DiT-XL/2 and the autoencoder in one program, from config files alone."""
-    config = launch.load_config('configs/dlc/align_llada.py:lora')
+    config = config_files.load('configs/dlc/align_llada.py:lora')
     program, args, mesh = rollouts.sampler_program(config, jax.devices())
     with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
         drawn, images = jax.eval_shape(program, *args)

@@ -8,7 +8,7 @@ from experiments.align import rewards
 from experiments.dlc import encoder as encoder_lib
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.weights import kinds, writing
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
 
 SIDE = 4
@@ -22,7 +22,7 @@ class Rows(list):
 @pytest.fixture(scope='module')
 def encoder(tmp_path_factory):
     """Work directory of an encoder of random weights."""
-    config = launch.load_config(kinds.published_config('sem')).unlock()
+    config = config_files.load(kinds.published_config('sem')).unlock()
     config.model.update(dict(width=16, depth=1, num_heads=2, patch_size=2, pos_grid=2, num_codes=4, vocab_size=8))
     config.data.update(dict(global_size=SIDE, local_size=2, channels=1, mean=(0.5,), std=(0.5,)))
     config.weights_only = True

@@ -38,7 +38,7 @@ def test_what_moved_is_named():
 
 
 def test_cells():
-    config = readiness.launch.load_config('configs/rlhf/sft_imdb.py')
+    config = readiness.config_files.load('configs/rlhf/sft_imdb.py')
     gib = lambda n: int(n * slices.GIB)
     found = readiness.cell(row(total=gib(3), usable_bytes=gib(16)), config)
     assert found == '3.0 of 16.0 (step); 5 s'  # twice the slowest of products, memory and network
@@ -72,6 +72,6 @@ def test_a_row_compiled_again_is_the_same(key):
         target = slices.named(name)
     except ValueError as error:
         pytest.skip(str(error))
-    reports = aot.compile_row(path, readiness.launch.load_config(path), target)
+    reports = aot.compile_row(path, readiness.config_files.load(path), target)
     again = {'programs': {program: readiness.compacted(report) for program, report in reports.items()}}
     assert readiness.moved(before, again) == []

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from experiments import train
-from experiments.runtime import launch, partition
+from experiments.runtime import config_files, partition
 from experiments.runtime import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize('name, argument', [(f, a) for f in FILES for a in ARGUMENTS.get(f, ('',))])
 def test_config_builds_and_shards(name, argument):
-    config = launch.load_config(f'configs/dlc/{name}.py' + (f':{argument}' if argument else ''))
+    config = config_files.load(f'configs/dlc/{name}.py' + (f':{argument}' if argument else ''))
     mesh = mesh_lib.make_mesh(dict(data=2, fsdp=4) if 'imagenet' in name or 'llada' in name else dict(data=-1))
     experiment = train.build(config, mesh)
     state = jax.eval_shape(experiment.init, jax.random.key(0))
@@ -60,4 +60,4 @@ def test_docstring_commands_name_real_files(name):
 
 def test_unknown_argument_is_named():
     with pytest.raises(ValueError, match="'L64' is not one of"):
-        launch.load_config('configs/dlc/encoder_imagenet.py:L64')
+        config_files.load('configs/dlc/encoder_imagenet.py:L64')

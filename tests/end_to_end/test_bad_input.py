@@ -24,7 +24,7 @@ from experiments import encode, evaluate, quickstart, sample, train
 from experiments.dlc.commands import sample_flags
 from experiments.dlc.data import codestore, codestore_writer, samples
 from experiments.quickstarts import dlc as dlc_quickstart
-from experiments.runtime import hooks, launch, loop, modules
+from experiments.runtime import config_files, hooks, launch, loop, modules
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.experiment import Experiment
@@ -59,7 +59,7 @@ def write_store(path, num=64, num_codes=L, meta=None, **arrays):
 
 def write_run(config, workdir, checkpoint=True):
     """A work directory as training leaves it, with weights of 0: enough for whatever only looks at it."""
-    launch.save_config(config, workdir)
+    config_files.save(config, workdir)
     if checkpoint:
         experiment = train.build(config, mesh_lib.make_mesh(config.mesh))
         key = jax.random.key(0)
@@ -82,11 +82,11 @@ def places(tmp_path_factory):
     write_store(root / 'large_images', images=np.zeros((64, 16, 16, 1), np.uint8))
     (root / 'tiny.py').write_text(CONFIG.format(store=str(root / 'store')))
     for kind in ('encoder', 'code', 'none', 'code_model'):
-        write_run(launch.load_config(f'{root}/tiny.py:{kind}'), root / kind)
-    write_run(launch.load_config(f'{root}/tiny.py:code'), root / 'no_checkpoint', checkpoint=False)
-    short = launch.load_config(f'{root}/tiny.py:code_model', ['--config.model.num_codes=8'])
+        write_run(config_files.load(f'{root}/tiny.py:{kind}'), root / kind)
+    write_run(config_files.load(f'{root}/tiny.py:code'), root / 'no_checkpoint', checkpoint=False)
+    short = config_files.load(f'{root}/tiny.py:code_model', ['--config.model.num_codes=8'])
     write_run(short, root / 'short_code_model')
-    launch.save_config(launch.load_config('configs/dlc/quickstart.py'), root / 'quickstart')
+    config_files.save(config_files.load('configs/dlc/quickstart.py'), root / 'quickstart')
     (root / 'damaged').mkdir()
     (root / 'damaged' / 'config.json').write_text('{"experiment": ')
     (root / 'empty').mkdir()
@@ -473,7 +473,7 @@ def test_encode_stopped_by_a_signal_continues(call, encoder, tmp_path, monkeypat
 @pytest.fixture
 def generator(monkeypatch, places):
     """Takes the place of trained generators; `generator.while_sampling` is called by `sample`."""
-    stub = types.SimpleNamespace(config=launch.read_config(places / 'none'), params={'w': np.ones(3)},
+    stub = types.SimpleNamespace(config=config_files.read(places / 'none'), params={'w': np.ones(3)},
                                  while_sampling=lambda: None)
 
     def draw(key, cond, num, part, **unused):

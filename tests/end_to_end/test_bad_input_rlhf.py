@@ -14,7 +14,7 @@ from experiments.rlhf.models import architecture
 from experiments.rlhf.policy import experiment as policy
 from experiments.rlhf.policy import generator as generator_lib
 from experiments.rlhf.policy import rollouts
-from experiments.runtime import launch, loop
+from experiments.runtime import config_files, launch, loop
 from experiments.runtime.metrics import read_metrics
 from policy_runs import config_of, devices, shared_steps
 from rlhf_jax import convert
@@ -45,8 +45,8 @@ def places(tmp_path_factory):
     (root / 'sums.jsonl').write_text('\n'.join(json.dumps(row) for row in rows))
     (root / 'texts.jsonl').write_text('\n'.join(json.dumps({'text': f'Film {i}.', 'label': 1}) for i in range(20)))
     config = config_of()
-    launch.save_config(config, root / 'in_one_process')
-    launch.save_config(config_of(rollout__transport='files'), root / 'in_processes')
+    config_files.save(config, root / 'in_one_process')
+    config_files.save(config_of(rollout__transport='files'), root / 'in_processes')
     module = architecture.decoder(config.model)
     zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape), jax.eval_shape(
         architecture.init_decoder(config), jax.random.key(0)))

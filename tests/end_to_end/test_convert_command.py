@@ -27,7 +27,7 @@ from experiments.dlc.latents import LatentDecoder
 from experiments.dlc.text_to_code import TextToCode
 from experiments.dlc.weights import kinds, reading
 from experiments.dlc.weights import llada as llada_weights
-from experiments.runtime import launch
+from experiments.runtime import config_files, launch
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.weights import files
@@ -232,7 +232,7 @@ def test_a_run_of_text_to_code_becomes_llada(run, llada_folder, tmp_path):
     sizes = ('width', 'depth', 'num_heads', 'hidden', 'max_length', 'rope_base')
     model = dict(size='LLaDA-8B', dtype='float32', num_codes=L, vocab_size=V,  # of the codes
                  **{name: getattr(LLADA, name) for name in sizes})
-    launch.save_config(ml_collections.ConfigDict(dict(
+    config_files.save(ml_collections.ConfigDict(dict(
         experiment='text_to_code', tokenizer=str(folder), model=model,
         words=dict(separator=SEPARATOR, mask_token=50, pad_token=3))),
         tmp_path / 'run')
@@ -299,7 +299,7 @@ def test_released_folders_are_sampled_as_the_modules_in_memory(run, weights, tmp
     assert images.shape == (2, 16, 16, 3) and images.std() > 0
     # The same by hand, from modules and parameters that no file has seen.
     code_key, image_key = jax.random.split(jax.random.key(0))
-    config = lambda kind: reading.as_run(kind, MODULES[kind], params[kind], launch.load_config(
+    config = lambda kind: reading.as_run(kind, MODULES[kind], params[kind], config_files.load(
         kinds.published_config(kind)))[0]
     codes = CodeModel(config('sedd'), params['sedd']).sample(code_key, 2, name='analytic', num_steps=4)
     x = Generator(config('dit'), params['dit']).sample(image_key, codes, 2, num_steps=3, guidance=1.7)
@@ -318,7 +318,7 @@ def test_released_encoders_read_images(run, weights, pictures, tmp_path, monkeyp
     status, _, error = run(sample, f'--from_images {pictures}/0.png {pictures}/1.png --sem={root}/sem --dit={root}/dit '
                            f'--vae={root}/sd_vae --out={tmp_path}/x.npz')
     assert status == 0, error
-    encoder = Encoder(reading.as_run('sem', MODULES['sem'], params['sem'], launch.load_config(
+    encoder = Encoder(reading.as_run('sem', MODULES['sem'], params['sem'], config_files.load(
         kinds.published_config('sem')))[0], params['sem'])
     images = [np.asarray(Image.open(pictures / f'{i}.png')) for i in range(2)]
     assert encoder.transform(images[0]).shape == (224, 224, 3)

@@ -23,7 +23,7 @@ from experiments.dlc.data import codestore_writer
 from experiments.dlc.generator import Generator
 from experiments.dlc.text_to_code import TextToCode, make_model
 from experiments.dlc.weights import kinds, reading, writing
-from experiments.runtime import launch, loop, modules, partition
+from experiments.runtime import config_files, launch, loop, modules, partition
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.weights.files import save_state_dict
@@ -88,7 +88,7 @@ def at(tmp_path_factory):
     (root / 'no_tokenizer' / 'tokenizer.json').unlink()
     (root / 'dit').mkdir()
     params = random_params(DIT, jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, jnp.int32), jnp.zeros((1, L), jnp.int32))
-    config = launch.load_config(kinds.published_config('dit'))
+    config = config_files.load(kinds.published_config('dit'))
     config.unlock().model.update({name: getattr(DIT, name) for name in (
         'input_size', 'channels', 'patch_size', 'width', 'depth', 'num_heads', 'num_codes', 'vocab_size')})
     config.data.target, config.weights_only, config.sampler.num_steps = 'images', True, 2
@@ -218,7 +218,7 @@ def test_codes_do_not_depend_on_the_layout(at):
 
 
 def test_published_settings():
-    config = launch.load_config(kinds.published_config('llada'))
+    config = config_files.load(kinds.published_config('llada'))
     assert dict(config.sampler) == dict(steps=0, block_length=0, remasking='random', temperature=0.2, guidance=0.0)
     for codes, shape, objective in (('L512', (512, 256), text_to_code.AUTHORS),
                                     ('L128', (128, 1024), text_to_code.AUTHORS_BEFORE_WEIGHTING)):

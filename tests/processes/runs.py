@@ -12,7 +12,7 @@ from configs.dlc import quickstart, quickstart_text
 from configs.rlhf import base, translation
 from experiments.dlc.data import codestore_writer, digit_pairs, sources
 from experiments.rlhf.models import architecture
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from experiments.runtime.metrics import read_metrics
 from rlhf_jax import convert
 from rlhf_jax.weights import files
@@ -123,7 +123,7 @@ def train_all(folder, configs, processes, devices, stopped=()):
     configs = configs | {f'{name} stopped': configs[name] for name in stopped}
     workdirs = {name: folder / re.sub(r'\W+', '_', name) for name in configs}
     for name, workdir in workdirs.items():
-        launch.save_config(configs[name], workdir)
+        config_files.save(configs[name], workdir)
         if name.endswith(' stopped'):
             (workdir / 'stop.json').write_text(json.dumps(STEPS - 1))
     jobs.succeed('tests.processes.several', f'--workdirs={",".join(map(str, workdirs.values()))}',

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from experiments import train
-from experiments.runtime import exchange, launch, partition
+from experiments.runtime import config_files, exchange, launch, partition
 from experiments.runtime.signals import Stopped, signals
 from policy_runs import shared_steps
 from tests import compiled_once
@@ -106,7 +106,7 @@ def main() -> None:
     compiled_once.install()
     with shared_steps():
         for workdir in map(pathlib.Path, args.workdirs.split(',')):
-            config = launch.read_config(workdir)
+            config = config_files.read(workdir)
             if args.late:
                 workdirs = [str(workdir)] + [config.weights] * bool(config.get('weights'))
                 see_late([f'{re.escape(str(workdir))}/config.json', *(

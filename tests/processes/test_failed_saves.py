@@ -3,7 +3,7 @@ import pytest
 
 import runs
 import struck
-from experiments.runtime import launch
+from experiments.runtime import config_files
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +15,7 @@ def test_a_save_beside_the_steps_that_one_cannot_write_ends_all_and_they_go_on(v
     config.model.width, config.eval_every, config.num_steps, config.checkpoint_every = 64, 0, 3, 1
     whole, full = tmp_path / 'whole' / 'run', tmp_path / 'full' / 'run'
     for workdir in (whole, full):
-        launch.save_config(config, workdir)
+        config_files.save(config, workdir)
     programs = f'--programs={tmp_path / "programs"}'
     job = struck.Job(tmp_path / 'logs', 'tests.processes.several', f'--workdirs={whole},{full}', programs,
                      processes=2, devices=1, own={victim: ('--full_after=5',)})

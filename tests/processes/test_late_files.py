@@ -9,7 +9,7 @@ import pytest
 
 import jobs
 import runs
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from experiments.runtime.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow_harness, pytest.mark.slow]
@@ -28,7 +28,7 @@ def config(tmp_path_factory):
 def whole(config, tmp_path_factory):
     """A run on two processes, its work directory and its final state."""
     workdir = tmp_path_factory.mktemp('whole') / 'run'
-    launch.save_config(config, workdir)
+    config_files.save(config, workdir)
     return workdir, runs.finish(workdir, 2, 2)
 
 
@@ -51,7 +51,7 @@ def assert_ends_alike(workdir, whole, **tolerance):
 def test_checkpoints_that_a_process_sees_late(config, whole, tmp_path):
     """While it saves, and at a start, where the newest one stays the newest; what the run left open is settled by the
     process that sees its config."""
-    launch.save_config(config, tmp_path / 'run')
+    config_files.save(config, tmp_path / 'run')
     ends = jobs.run(RUN, f'--workdirs={tmp_path / "run"}', processes=2, devices=2, own={1: ('--late=4',)})
     assert [status for status, _, _ in ends] == [0, 0], ends[0][2][-2000:] + ends[1][2][-2000:]
     assert_ends_alike(tmp_path / 'run', whole, rtol=0)
@@ -70,7 +70,7 @@ def test_a_run_to_start_from_of_which_a_process_sees_the_end_late(config, whole,
     config = config.copy_and_resolve_references()
     config.weights, config.num_steps = str(whole[0]), 1
     for name, own in (('plain', {}), ('late', {1: ('--late=4',)})):
-        launch.save_config(config, tmp_path / name)
+        config_files.save(config, tmp_path / name)
         ends = jobs.run(RUN, f'--workdirs={tmp_path / name}', processes=2, devices=2, own=own)
         assert [status for status, _, _ in ends] == [0, 0], ends[0][2][-2000:] + ends[1][2][-2000:]
     plain, late = (dict(np.load(tmp_path / name / 'state.npz')) for name in ('plain', 'late'))
@@ -84,7 +84,7 @@ def test_hosts_apart_start_from_a_run(config, whole, tmp_path):
     policy.model, policy.weights, policy.num_steps = config.model, str(whole[0]), 2
     states = []
     for processes, devices in ((1, 4), (2, 2)):
-        launch.save_config(policy, tmp_path / str(processes))
+        config_files.save(policy, tmp_path / str(processes))
         states.append(runs.finish(tmp_path / str(processes), processes, devices)[0])
     for path, x in states[0].items():
         np.testing.assert_array_equal(states[1][path], x, err_msg=path)

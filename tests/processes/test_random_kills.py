@@ -21,7 +21,7 @@ import pytest
 
 import runs
 import struck
-from experiments.runtime import launch
+from experiments.runtime import config_files
 
 NAMES = ('encoder', 'generator', 'code_model', 'text_to_code', 'sft', 'sft lora', 'reward_model', 'dpo', 'online_dpo',
          'online_dpo stale', 'apart', 'files', 'ppo stale', 'translation_agent', 'translation_game')
@@ -41,7 +41,7 @@ def config_of(name, processes, store):
 
 
 def run(name, processes, store, workdir, rng, strikes, count):
-    launch.save_config(config_of(name, processes, store), workdir)
+    config_files.save(config_of(name, processes, store), workdir)
     run_through = struck.run_through_files if name == 'files' else struck.run_through
     devices = 2 if name == 'apart' and processes == 1 else 1
     return run_through(workdir, processes, devices, rng, strikes=strikes, count=count)

@@ -15,7 +15,7 @@ from experiments.dlc import code_model, encoder, generator
 from experiments.dlc.data import codestore
 from experiments.dlc.weights import writing
 from experiments.evaluate import load_images
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax import convert
 from rlhf_jax.models import gpt2, heads
@@ -144,7 +144,7 @@ def test_a_process_that_sees_the_newest_step_and_the_codes_late(runs, tmp_path):
     """It draws codes by the step that the first process finds, and waits for the codes of all."""
     both = tmp_path / 'runs'
     shutil.copytree(runs, both)
-    config = launch.read_config(both / 'code_model')
+    config = config_files.read(both / 'code_model')
     m = config.model
     newer = random_params(code_model.make_model(config), jnp.zeros((1, m.num_codes), jnp.int32), jnp.ones(1))
     checkpointer = Checkpointer(both / 'code_model' / 'checkpoints', keep=3)

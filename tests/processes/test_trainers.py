@@ -16,7 +16,7 @@ import jobs
 import runs
 import struck
 from experiments import train
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.metrics import read_metrics
@@ -136,7 +136,7 @@ def test_learner_and_generator_jobs_of_two_processes_each(config_of, alone, tmp_
     """Weights and batches through a folder."""
     workdir, config = tmp_path / 'run', config_of('apart')
     config.rollout.update(dict(devices=0, transport='files'))
-    launch.save_config(config, workdir)
+    config_files.save(config, workdir)
     learner = jobs.start('tests.processes.several', f'--workdirs={workdir}', processes=2, devices=1)
     generator = jobs.start('experiments.generate', f'--workdir={workdir}', '--trust', processes=2, devices=1)
     for status, _, stderr in (*jobs.finish(learner), *jobs.finish(generator)):
@@ -150,7 +150,7 @@ def test_learner_and_generator_jobs_of_two_processes_each(config_of, alone, tmp_
 def test_a_killed_process_is_missed_and_the_job_goes_on_to_the_same_end(config_of, two, tmp_path):
     """With a batch in flight; by SIGKILL in the steps after a save."""
     workdir, strike = tmp_path / 'run', struck.Strike('SIGKILL', 'saved', victim=1, patient=True)
-    launch.save_config(config_of('online_dpo stale'), workdir)
+    config_files.save(config_of('online_dpo stale'), workdir)
     assert struck.strike_once(workdir, 2, 2, strike, random.Random(0), slow=1.0)
     assert_identical(runs.finish(workdir, 2, 2)[0], two['online_dpo stale'][0])
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(two, tm
 
 def test_one_process_reads_the_checkpoint_of_two(config_of, two, tmp_path_factory):
     workdir = next(tmp_path_factory.getbasetemp().glob('two*/sft'))
-    config = launch.read_config(workdir)
+    config = config_files.read(workdir)
     config.mesh.update(dict(data=1, fsdp=1, tensor=1))
     experiment = train.build(config, mesh_lib.make_mesh({}, jax.devices()[:1]))
     checkpointer = Checkpointer(workdir / 'checkpoints', read_only=True)

@@ -8,7 +8,7 @@ import pytest
 from configs.rlhf import base
 from experiments import train
 from experiments.rlhf.models import architecture, loading
-from experiments.runtime import launch
+from experiments.runtime import config_files
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
@@ -62,8 +62,8 @@ def test_fields_of_a_folder(tmp_path, kind):
     got = loading.load_decoder(weights, config)
     jax.tree.map(np.testing.assert_array_equal, got, params)
     # The config of the run says it without the folder.
-    launch.save_config(config, tmp_path / 'run')
-    saved = launch.read_config(tmp_path / 'run')
+    config_files.save(config, tmp_path / 'run')
+    saved = config_files.read(tmp_path / 'run')
     assert architecture.decoder(saved.model) == architecture.decoder(config.model)
     # A later stage reads it from the run.
     later = config_of(kind, tmp_path / 'run')
@@ -76,11 +76,11 @@ def test_fields_from_the_command_line(tmp_path):
     file.write_text('from configs.rlhf import base\nget_config = base.sft\n')
     given = ['kind=llama', 'size=7B', 'rope_base=500', 'tied=yes', 'eps=1e-3', 'head_dim=6', 'qkv_bias=yes',
              'window=4', 'rope_scaling.kind=linear', 'rope_scaling.factor=2']
-    config = launch.load_config(str(file), [f'--config.model.{x}' for x in given])
+    config = config_files.load(str(file), [f'--config.model.{x}' for x in given])
     module = architecture.decoder(config.model)
     assert (module.rope_base, module.tied, module.eps, module.head_dim, module.window) == (500.0, True, 1e-3, 6, 4)
     assert module.qkv_bias and module.rope_scaling == RopeScaling('linear', 2.0)
-    config = launch.load_config(str(file), ['--config.model.kind=mistral', '--config.model.size=7B-v0.1'])
+    config = config_files.load(str(file), ['--config.model.kind=mistral', '--config.model.size=7B-v0.1'])
     assert architecture.decoder(config.model).window == 4096
     config.model.window = -1
     assert architecture.decoder(config.model).window == 0

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from experiments import train
 from experiments.rlhf.data import tasks
-from experiments.runtime import fitting, launch, partition
+from experiments.runtime import config_files, fitting, partition
 from experiments.runtime import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ PUBLISHED = {
 
 def load(name, argument):
     overrides = ['--config.num_steps=10'] if name == 'reward_no_robots' else []
-    return launch.load_config(f'configs/rlhf/{name}.py' + (f':{argument}' if argument else ''), overrides)
+    return config_files.load(f'configs/rlhf/{name}.py' + (f':{argument}' if argument else ''), overrides)
 
 
 @pytest.mark.parametrize('name, argument', [(f, a) for f in FILES for a in ARGUMENTS.get(f, ('',))])
@@ -63,6 +63,6 @@ def test_a_batch_of_pairs_divides_any_slice_up_to_its_size(size, devices):
 
 def test_what_is_not_published_has_to_be_given():
     with pytest.raises(ValueError, match='num_steps=0 must be at least 1'):
-        train.build(launch.load_config('configs/rlhf/reward_no_robots.py'), mesh_lib.make_mesh({}, jax.devices()[:1]))
+        train.build(config_files.load('configs/rlhf/reward_no_robots.py'), mesh_lib.make_mesh({}, jax.devices()[:1]))
     with pytest.raises(ValueError, match="sft_tldr: '7b' is not one of"):
-        launch.load_config('configs/rlhf/sft_tldr.py:7b')
+        config_files.load('configs/rlhf/sft_tldr.py:7b')

@@ -17,7 +17,7 @@ from experiments.rlhf.translation import agent as translation_agent
 from experiments.rlhf.translation import data
 from experiments.rlhf.translation import evaluation as translation_evaluation
 from experiments.rlhf.translation.synthetic import rows as synthetic
-from experiments.runtime import launch, partition
+from experiments.runtime import config_files, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import read_metrics
 from experiments.runtime.stream import Share
@@ -435,7 +435,7 @@ def test_every_sentence_is_translated_by_both_agents_in_turn(pretrained):
 
 @pytest.mark.parametrize('name', [prefix + name for prefix in ('', 'small_', 'tiny_') for name in configs.CONFIGS])
 def test_config_builds_and_shards(name):
-    config = launch.load_config(f'configs/rlhf/translation.py:{name}')
+    config = config_files.load(f'configs/rlhf/translation.py:{name}')
     mesh = mesh_lib.make_mesh(dict(data=2), jax.devices()[:2])
     experiment = train.build(config, mesh)
     state = jax.eval_shape(experiment.init, jax.random.key(0))

@@ -94,6 +94,6 @@ def test_what_does_not_fit_is_named(trained, tmp_path):
         check('game', tmp_path)
     other = config_of('speaker')
     other.evaluation.language_model = str(tmp_path / 'speaker')
-    train.launch.save_config(config_of('speaker'), tmp_path / 'speaker')
+    train.config_files.save(config_of('speaker'), tmp_path / 'speaker')
     with pytest.raises(ValueError, match="one of 'translation_language_model'"):
         train.build(other, one_device()).check()

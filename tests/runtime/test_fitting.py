@@ -4,7 +4,7 @@ import pytest
 
 from configs.rlhf import sft_arithmetic
 from experiments import train
-from experiments.runtime import fitting, launch
+from experiments.runtime import config_files, fitting
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import divisible_advice
 from experiments.runtime.programs import bytes_on_device
@@ -71,7 +71,7 @@ def test_as_little_is_recomputed_as_fits_with_the_fewest_microbatches(usable, ex
 def test_a_resumed_run_recomputes_what_it_did(tmp_path):
     config = config_of(4)
     config.model.remat = 'full'
-    launch.save_config(config, tmp_path)
+    config_files.save(config, tmp_path)
     config.model.remat = 'auto'
     assert train.as_started(config, tmp_path).model.remat == 'full'
     assert train.as_started(config, tmp_path / 'new').model.remat == 'auto'

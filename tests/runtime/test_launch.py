@@ -8,7 +8,7 @@ import jax
 import ml_collections
 import pytest
 
-from experiments.runtime import launch, signals
+from experiments.runtime import checks, config_files, launch, signals
 
 DIGITS = 'configs/dlc/generator_digits.py'
 
@@ -26,44 +26,44 @@ DIGITS = 'configs/dlc/generator_digits.py'
 ])
 def test_config_errors_name_the_field_and_the_fix(path, overrides, message):
     with pytest.raises(ValueError, match=message) as error:
-        launch.load_config(path, overrides)
+        config_files.load(path, overrides)
     assert '\n' not in str(error.value)
 
 
 def test_configs_are_found_beside_the_runner_from_any_folder(tmp_path, monkeypatch):
     """Also where the current folder has a package `configs` of its own, and from another process."""
-    expected = launch.load_config(DIGITS).to_dict()
+    expected = config_files.load(DIGITS).to_dict()
     (tmp_path / 'configs').mkdir()
     (tmp_path / 'configs' / '__init__.py').write_text('')
     (tmp_path / 'configs' / 'mine.py').write_text(
         'import ml_collections\nfrom configs.dlc import base\n'
         'def get_config(): return ml_collections.ConfigDict({"base": base.__file__})')
-    code = ('import sys; from experiments.runtime import launch; '
-            f'config = launch.load_config("{DIGITS}"); mine = launch.load_config("configs/mine.py"); '
+    code = ('from experiments.runtime import config_files; '
+            f'config = config_files.load("{DIGITS}"); mine = config_files.load("configs/mine.py"); '
             'print(config.num_steps, mine.base)')
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {'PYTHONPATH': str(launch.CHECKOUT)})
-    base = launch.CHECKOUT / 'configs' / 'dlc' / 'base.py'
+                          env=os.environ | {'PYTHONPATH': str(config_files.CHECKOUT)})
+    base = config_files.CHECKOUT / 'configs' / 'dlc' / 'base.py'
     assert done.stdout.split() == [str(expected['num_steps']), str(base)], done.stderr
     monkeypatch.chdir(tmp_path)
-    assert launch.load_config(DIGITS).to_dict() == expected
+    assert config_files.load(DIGITS).to_dict() == expected
     with pytest.raises(ValueError, match='did you mean configs/dlc/generator_digits.py'):
-        launch.load_config('configs/dlc/generator_digit.py')
+        config_files.load('configs/dlc/generator_digit.py')
 
 
 def test_overrides_and_arguments():
-    config = launch.load_config(
+    config = config_files.load(
         DIGITS + ':class', ['--config.batch_size=32', '--config.sampler.guidance_interval=(0.1, 0.9)'])
     assert config.model.condition == 'class' and config.batch_size == 32
     assert config.sampler.guidance_interval == (0.1, 0.9)
 
 
 def test_config_survives_its_json(tmp_path):
-    config = launch.load_config(DIGITS)
-    launch.save_config(config, tmp_path)
-    assert launch.read_config(tmp_path).to_dict() == config.to_dict()
+    config = config_files.load(DIGITS)
+    config_files.save(config, tmp_path)
+    assert config_files.read(tmp_path).to_dict() == config.to_dict()
     with pytest.raises(ValueError, match='no config.json'):
-        launch.read_config(tmp_path / 'elsewhere')
+        config_files.read(tmp_path / 'elsewhere')
 
 
 def test_user_errors_are_one_line_and_defects_keep_their_traceback(capsys):
@@ -104,16 +104,16 @@ def test_missing_config_is_an_error():
 
 
 def test_check_fields_lists_what_exists():
-    launch.check_fields('data', {'path': 1}, ('path',))
+    checks.fields('data', {'path': 1}, ('path',))
     with pytest.raises(ValueError, match=r"data.zzz is not a field; the fields are \['path'\]"):
-        launch.check_fields('data', ml_collections.ConfigDict({'zzz': 1}), ('path',))
+        checks.fields('data', ml_collections.ConfigDict({'zzz': 1}), ('path',))
 
 
 def test_a_config_is_read_afresh_whatever_was_read_before():
     """`configs/dlc/base.py` has no `get_config`, and must not borrow that of another file."""
-    launch.load_config(DIGITS)
+    config_files.load(DIGITS)
     with pytest.raises(ValueError, match='no get_config'):
-        launch.load_config('configs/dlc/base.py')
+        config_files.load('configs/dlc/base.py')
 
 
 def test_overrides_may_stand_apart_from_their_values():
@@ -123,11 +123,12 @@ def test_overrides_may_stand_apart_from_their_values():
 
 
 def test_a_workdir_tells_what_has_changed(tmp_path, caplog):
-    config = launch.load_config(DIGITS)
-    launch.save_config(config, tmp_path)
-    launch.check_workdir(config, tmp_path)
+    config = config_files.load(DIGITS)
+    config_files.save(config, tmp_path)
+    config_files.check_workdir(config, tmp_path)
     assert not caplog.records
-    launch.check_workdir(launch.load_config(DIGITS, ['--config.num_steps=7', '--config.optimizer.b1=0.5']), tmp_path)
+    changed = config_files.load(DIGITS, ['--config.num_steps=7', '--config.optimizer.b1=0.5'])
+    config_files.check_workdir(changed, tmp_path)
     assert 'num_steps (2000 -> 7), optimizer.b1 (0.9 -> 0.5)' in caplog.text
 
 
@@ -167,13 +168,13 @@ def test_our_messages_are_shown_although_orbax_has_set_up_logging():
 @pytest.mark.parametrize('text', ['', '{', 'null', '[1]', '\x00\x00', '[' * 100_000])
 def test_a_damaged_config_is_written_anew_by_the_command_of_the_run(tmp_path, text, caplog):
     (tmp_path / 'config.json').write_text(text)
-    with pytest.raises(launch.DamagedConfig, match='damaged .*; the command that the run was started with'):
-        launch.read_config(tmp_path)
-    config = launch.load_config(DIGITS)
-    launch.check_workdir(config, tmp_path)
+    with pytest.raises(config_files.DamagedConfig, match='damaged .*; the command that the run was started with'):
+        config_files.read(tmp_path)
+    config = config_files.load(DIGITS)
+    config_files.check_workdir(config, tmp_path)
     assert 'damaged' in caplog.text
-    launch.save_config(config, tmp_path)
-    assert launch.read_config(tmp_path).to_dict() == config.to_dict()
+    config_files.save(config, tmp_path)
+    assert config_files.read(tmp_path).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize('mode, warns', [(0o700, False), (0o755, False), (0o775, True), (0o777, True)])

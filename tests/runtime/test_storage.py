@@ -8,7 +8,7 @@ import pytest
 
 from experiments.dlc.data import codestore, codestore_shards, codestore_writer
 from experiments.dlc.data.samples import check_out, write
-from experiments.runtime import launch, metrics, png, shards, storage
+from experiments.runtime import config_files, metrics, png, shards, storage
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.report import Report
 
@@ -74,10 +74,10 @@ def test_written_whole_or_not_at_all(bucket, tmp_path, remote):
 
 def test_config_and_metrics(bucket, monkeypatch):
     config = ml_collections.ConfigDict({'experiment': 'x', 'pair': (1, 2)})
-    launch.save_config(config, bucket)
-    assert launch.read_config(bucket).to_dict() == config.to_dict()
+    config_files.save(config, bucket)
+    assert config_files.read(bucket).to_dict() == config.to_dict()
     with pytest.raises(ValueError, match="gs://bucket/runs: holds a run of experiment='x', not 'y'"):
-        launch.check_workdir(ml_collections.ConfigDict({'experiment': 'y'}), bucket)
+        config_files.check_workdir(ml_collections.ConfigDict({'experiment': 'y'}), bucket)
 
     monkeypatch.setattr(metrics, 'REMOTE_SECONDS', 0.0)
     writer = metrics.MetricsWriter(bucket, tensorboard=False)

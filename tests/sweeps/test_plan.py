@@ -7,7 +7,7 @@ import yaml
 
 from configs import sweeps as named
 from experiments import sweep as command
-from experiments.runtime import launch
+from experiments.runtime import config_files, launch
 from experiments.sweeps import here, plan, scripts
 
 SFT = 'configs/rlhf/sft_arithmetic.py'
@@ -35,7 +35,7 @@ def test_axes_multiply_zipped_fields_move_together_and_seeds_are_outermost():
     assert (config.accumulate, config.batch_size, config.num_steps, config.seed) == (2, 32, 200, 1)
     assert config.optimizer.learning_rate.peak == 2e-3
     # The flags alone make that config: the run is an ordinary command.
-    assert launch.load_config(SFT, last.flags[1:]).to_dict() == config.to_dict()
+    assert config_files.load(SFT, last.flags[1:]).to_dict() == config.to_dict()
 
 
 def test_variants_of_a_config_file_and_values_with_commas_and_slashes():

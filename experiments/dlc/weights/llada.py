@@ -16,7 +16,7 @@ from dlc_jax import convert
 from dlc_jax.convert import llada
 from experiments.dlc import text_to_code
 from experiments.dlc.weights.kinds import published_config
-from experiments.runtime import folders, launch, modules, runs, storage
+from experiments.runtime import config_files, folders, modules, runs, storage
 from rlhf_jax.models.llama import SIZES, Llama
 from rlhf_jax.tokenizers import JsonTokenizer
 from rlhf_jax.weights import files
@@ -97,7 +97,7 @@ def load(cls: type[T], path: str | os.PathLike, *, num_codes: int) -> T:
     if vocab_size < 1 or module.vocab_size < separator + 1 + vocab_size:
         raise ValueError(f'{path}: {vocab_size} code tokens after {SEPARATOR} = {separator}, and {module.vocab_size} '
                          'rows of words; tokenizer and weights do not belong together')
-    config = launch.load_config(published_config('llada'))
+    config = config_files.load(published_config('llada'))
     with config.unlocked():
         config.model.update(dict(num_codes=num_codes, vocab_size=vocab_size, text_vocab_size=module.vocab_size))
         for name in ('width', 'depth', 'num_heads', 'num_kv_heads', 'hidden', 'max_length', 'rope_base', 'eps', 'tied'):

@@ -14,7 +14,7 @@ from dlc_jax import convert
 from dlc_jax.models import dit
 from experiments.dlc.weights import llada
 from experiments.dlc.weights.kinds import KINDS, published_config
-from experiments.runtime import folders, launch, storage
+from experiments.runtime import config_files, folders, storage
 from rlhf_jax.weights.files import load_state_dict
 
 T = TypeVar('T')
@@ -66,7 +66,7 @@ def load(cls: type[T], path: str | os.PathLike, *, step: int | None = None, **se
     if cls.__name__ == 'TextToCode':
         return llada.load(cls, path, **settings)
     kind = next(name for name, kind in KINDS.items() if kind.loader == cls.__name__)
-    config = launch.load_config(published_config(kind), noted_settings(kind, path))
+    config = config_files.load(published_config(kind), noted_settings(kind, path))
     return cls(*as_run(kind, *read(kind, path, **fields_of(kind, config)), config))
 
 

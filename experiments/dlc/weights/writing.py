@@ -12,7 +12,7 @@ from dlc_jax import convert
 from dlc_jax.models import vit
 from dlc_jax.models.vae import SCALING_FACTOR
 from experiments.dlc.weights.kinds import KINDS
-from experiments.runtime import launch, runs, storage
+from experiments.runtime import config_files, runs, storage
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax.weights.files import save_state_dict
 
@@ -34,7 +34,7 @@ def write_run(kind: str, config: ml_collections.ConfigDict, params: Mapping[str,
     checkpointer.save(0, {'ema': params})
     checkpointer.wait()
     checkpointer.close()
-    launch.save_config(config, workdir)
+    config_files.save(config, workdir)
 
 
 def read_run(kind: str, workdir: str | os.PathLike,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from experiments.runtime import launch
+from experiments.runtime import checks
 from rlhf_jax import elastic_reset as er
 from rlhf_jax.tasks import lewis
 
@@ -78,8 +78,8 @@ def imitation(config: ml_collections.ConfigDict, method: str) -> lewis.Imitation
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises a ValueError for what would fail, or mean nothing, once the runs have begun."""
-    launch.check_fields('config.methods', config.methods, METHODS)
-    launch.check_choice('config.elastic.agents', config.elastic.agents, AGENTS)
+    checks.fields('config.methods', config.methods, METHODS)
+    checks.choice('config.elastic.agents', config.elastic.agents, AGENTS)
     training = lewis.Training(**config.training)
     split_objects(config, config.seeds[0] if config.seeds else 0)
     for name, method in config.methods.items():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments.runtime import launch, modules, partition
+from experiments.runtime import checks, modules, partition
 from rlhf_jax.models import gpt2, gpt_neox, heads, layers, llama, lora, mistral, qwen2, qwen3
 
 Params = dict[str, Any]
@@ -36,7 +36,7 @@ def family(model: Mapping[str, Any]) -> tuple[Any, Any]:
     Raises:
         ValueError: another kind.
     """
-    launch.check_choice('model.kind', model['kind'], KINDS)
+    checks.choice('model.kind', model['kind'], KINDS)
     return KINDS[model['kind']]
 
 
@@ -57,7 +57,7 @@ def decoder(model: Mapping[str, Any]) -> Any:
         raise ValueError("model.size='weights': weights is empty; name the folder that says what the model is")
     for name, value in fields.items():
         if name in cls.__dataclass_fields__ and cls.__dataclass_fields__[name].type is bool and isinstance(value, str):
-            launch.check_choice(f'model.{name}', value, _SWITCHES)
+            checks.choice(f'model.{name}', value, _SWITCHES)
             fields[name] = _SWITCHES[value]
     if fields.get('window') == _ALL_TOKENS:
         fields['window'] = 0

@@ -12,7 +12,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from experiments.rlhf.models import adapters, architecture
-from experiments.runtime import folders, launch, modules, partition, placement, programs, runs, storage
+from experiments.runtime import config_files, folders, modules, partition, placement, programs, runs, storage
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax import convert
 from rlhf_jax.convert import peft
@@ -99,7 +99,7 @@ def complete(config: Config) -> None:
         return
     settings = folders.read_settings(config.weights, field='weights=')
     if folders.names_experiment(settings):
-        trained = launch.read_config(config.weights)
+        trained = config_files.read(config.weights)
         kind, module = trained.model.kind, architecture.decoder(trained.model)
     else:
         kind, module = settings.get('model_type'), _module_of(storage.resolve(config.weights), settings)

@@ -14,7 +14,7 @@ import ml_collections
 from experiments.rlhf.data import texts
 from experiments.rlhf.models import architecture
 from experiments.rlhf.models.classifier import is_classifier
-from experiments.runtime import launch, storage
+from experiments.runtime import config_files, storage
 from rlhf_jax import tokenizers
 from rlhf_jax.weights.json_file import read_json
 
@@ -111,7 +111,7 @@ def stage_of(path: str | os.PathLike) -> Stage | None:
     if not (folder / 'config.json').exists():
         return None
     is_run = 'experiment' in read_json(folder / 'config.json')
-    config = launch.read_config(path) if is_run else Config()
+    config = config_files.read(path) if is_run else Config()
     name = config.get('tokenizer', '') if is_run else os.fspath(path)
     if not isinstance(name, str) or not isinstance(config.get('bos'), bool | None):
         raise ValueError(f'{path}/config.json: tokenizer must be a name and bos true or false; they are {name!r} and '

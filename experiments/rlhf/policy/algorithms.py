@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from experiments.rlhf.policy.kind import RATIOS, SEQUENCE_RATIOS, SUMS, VALUES
 from experiments.rlhf.policy.models import TEXT
-from experiments.runtime import launch
+from experiments.runtime import checks
 from rlhf_jax import advantages as advantages_lib
 from rlhf_jax import kl as kl_lib
 from rlhf_jax import losses, masked
@@ -255,7 +255,7 @@ def get(settings: Any) -> Algorithm:
     Raises:
         ValueError: an unknown one, or settings that mean nothing to it.
     """
-    launch.check_choice('algorithm.name', settings.name, ALGORITHMS)
+    checks.choice('algorithm.name', settings.name, ALGORITHMS)
     algorithm = ALGORITHMS[settings.name]
     if settings.num_samples < algorithm.least_samples:
         raise ValueError(f'algorithm.num_samples={settings.num_samples}: {settings.name} needs at least '
@@ -266,7 +266,7 @@ def get(settings: Any) -> Algorithm:
     for name, choices in (('ties', ('drop', 'order', 'same')), ('loss_type', ('sigmoid', 'ipo')),
                           ('kl_estimator', kl_lib.ESTIMATORS), ('kl_unit', ('token', 'sequence')),
                           ('critic', ('separate', 'shared')), ('mean_over', ('sequence', 'token'))):
-        launch.check_choice(f'algorithm.{name}', settings[name], choices)
+        checks.choice(f'algorithm.{name}', settings[name], choices)
     for name, least in (('num_minibatches', 1), ('num_epochs', 1), ('kl_coefficient', 0), ('kl_target', 0),
                         ('stop_kl', 0), ('value_coefficient', 0), ('value_clip', 0), ('clip_high', 0),
                         ('correction_cap', 1e-9)):

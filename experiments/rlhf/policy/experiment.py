@@ -17,7 +17,7 @@ from experiments.rlhf.policy import algorithms, autoregressive, evaluation, host
 from experiments.rlhf.policy.footprint import Footprint
 from experiments.rlhf.policy.kind import Kind, Networks
 from experiments.rlhf.policy.step import PolicyStep
-from experiments.runtime import fitting, launch, modules, optim, partition
+from experiments.runtime import checks, fitting, modules, optim, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment, divisible_advice
 from experiments.runtime.state import TrainState
@@ -104,7 +104,7 @@ def check(kind: Kind, config: ml_collections.ConfigDict, algorithm: algorithms.A
     for use in algorithms.uses(algorithm, config.algorithm):
         if use in refusals:
             raise ValueError(f'algorithm.name={config.algorithm.name!r}: {refusals[use]}')
-    launch.check_choice('lr_per', config.lr_per, ('step', 'batch'))
+    checks.choice('lr_per', config.lr_per, ('step', 'batch'))
     modules.dtype(config.reference, 'reference')
     roles.check(config)
     evaluation.check(config)
@@ -120,7 +120,7 @@ def elastic_config(config: ml_collections.ConfigDict) -> er.ElasticReset | None:
     elastic, algorithm = config.elastic, config.algorithm
     if not elastic.method:
         return None
-    launch.check_choice('elastic.method', elastic.method, er.METHODS)
+    checks.choice('elastic.method', elastic.method, er.METHODS)
     fields = {name: value for name, value in elastic.items() if name not in ('method', 'period', 'ema_period')}
     if elastic.ema_period:
         fields['ema_period'] = elastic.ema_period

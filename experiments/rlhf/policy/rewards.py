@@ -15,7 +15,7 @@ from experiments.rlhf.models.classifier import TextClassifier, is_classifier
 from experiments.rlhf.models.tokenizer import tokenizer_of
 from experiments.rlhf.policy.completions import Reward
 from experiments.rlhf.policy.reward_model import RewardModel, shared
-from experiments.runtime import launch, storage
+from experiments.runtime import checks, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.signals import signals
 from rlhf_jax.rollout.rewards import score
@@ -149,7 +149,7 @@ def reward_name(section: Mapping[str, Any]) -> str:
     kind = section['kind']
     if kind == 'task':
         return 'task'
-    launch.check_choice('reward.kind', kind, ('task', 'model', 'function'))
+    checks.choice('reward.kind', kind, ('task', 'model', 'function'))
     if not section[kind]:
         raise ValueError(f'reward.{kind} is empty, but reward.kind={kind!r} needs it')
     return section[kind]

@@ -5,7 +5,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from experiments.runtime import launch
+from experiments.runtime import checks
 from experiments.runtime import mesh as mesh_lib
 
 TRANSPORTS = ('devices', 'files', 'transfer')
@@ -16,7 +16,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     rollout = config.rollout
     if rollout.max_staleness < 0:
         raise ValueError(f'rollout.max_staleness={rollout.max_staleness} must be at least 0')
-    launch.check_choice('rollout.transport', rollout.transport, TRANSPORTS)
+    checks.choice('rollout.transport', rollout.transport, TRANSPORTS)
     if rollout.devices and rollout.transport != 'devices':
         raise ValueError(f'rollout.devices={rollout.devices}: with rollout.transport={rollout.transport!r} generators '
                          'have devices of their own process; set it to 0')

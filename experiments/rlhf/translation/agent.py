@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from experiments.rlhf.translation import data as data_lib
 from experiments.rlhf.translation import evaluation
-from experiments.runtime import launch, modules, placement, runs
+from experiments.runtime import config_files, modules, placement, runs
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
@@ -118,7 +118,7 @@ def load(workdir: str | os.PathLike, name: str, config: ml_collections.ConfigDic
     Raises:
         ValueError: `workdir` holds no such agent, one of other languages, size or vocabulary, or no checkpoint yet.
     """
-    ran = launch.read_config(workdir)
+    ran = config_files.read(workdir)
     if ran.get('experiment') != 'translation_agent' or tuple(ran.languages) != PAIRS[name]:
         what = f'{ran.get("experiment")} {" to ".join(ran.get("languages", ()))}'.strip()
         raise ValueError(f'{name}={workdir}: holds a run of {what}; give one of translation_agent '

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from experiments.rlhf.translation import agent as agents
 from experiments.rlhf.translation import data as data_lib
 from experiments.rlhf.translation import evaluation, imitation
-from experiments.runtime import launch, optim, partition, placement
+from experiments.runtime import checks, optim, partition, placement
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.state import TrainState
@@ -88,7 +88,7 @@ def make_method(config: ml_collections.ConfigDict) -> elastic_reset.ElasticReset
         if not coefficient:
             raise ValueError(f'elastic.method={name!r} acts through the KL penalty alone, but kl.coefficient is 0')
         fields |= dict(reset_optimizer=False, reset_critic=False)
-    launch.check_choice('elastic.agents', agents_reset, AGENTS)
+    checks.choice('elastic.agents', agents_reset, AGENTS)
     method = elastic_reset.method(name, policy=AGENTS[agents_reset], critic='speaker/value_.*', **fields)
     method.resets(config.num_steps)
     return method

@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.rlhf.data.tasks import arithmetic, chat, gsm8k, imdb, no_robots, pairs, stackexchange, tldr
 from experiments.rlhf.data.tasks.task import Data, Prompt, Task, Tokenize
-from experiments.runtime import launch
+from experiments.runtime import checks
 
 __all__ = ['TASKS', 'Prompt', 'Task', 'get', 'require']
 
@@ -35,9 +35,9 @@ def get(data: Data, tokenize: Tokenize | None = None) -> Task:
     Raises:
         ValueError: an unknown task or option, with the nearest right name, or a path that is missing.
     """
-    launch.check_choice('data.task', data['task'], TASKS)
+    checks.choice('data.task', data['task'], TASKS)
     task = TASKS[data['task']]
-    launch.check_fields('data.options', data['options'], tuple(task.OPTIONS))
+    checks.fields('data.options', data['options'], tuple(task.OPTIONS))
     if not data['path'] and data['task'] != 'arithmetic':
         raise ValueError(f'data.path is empty: data.task={data["task"]!r} needs a file or folder, or tfds:NAME')
     return task.make(task.OPTIONS | dict(data['options']), tokenize)

@@ -6,7 +6,7 @@ from typing import Any
 from experiments.rlhf.data.tasks import rows as rows_lib
 from experiments.rlhf.data.tasks.rows import read, word_counts
 from experiments.rlhf.data.tasks.task import Prompt, Task, Tokenize
-from experiments.runtime import launch
+from experiments.runtime import checks
 from rlhf_jax.tasks import conversations, no_robots
 
 OPTIONS: dict[str, Any] = dict(
@@ -28,7 +28,7 @@ def template_of(options: Mapping[str, Any], encode: Tokenize | None) -> conversa
 
 
 def make(options: dict[str, Any], encode: Tokenize | None) -> Task:
-    launch.check_choice('data.options.answers', options['answers'], ('last', 'every'))
+    checks.choice('data.options.answers', options['answers'], ('last', 'every'))
     template = template_of(options, encode)
     if template.tokenizer is None:  # to look at: plain texts
         text = lambda messages: str(template(messages, generate=True))
