@@ -67,6 +67,12 @@ def learning() -> dict:
             scale_rewards=True,  # GRPO: by the group's standard deviation
             mean_over='sequence',  # GRPO: sequence | token
             after_eos=False,  # PPO: the score one position past EOS, as published runs had it
+            # NLPO (arXiv 2210.01241): PPO that draws only among the likeliest tokens of an earlier policy, the mask.
+            mask=dict(
+                top_p=0.0,  # their probability together; 0: all tokens may be drawn
+                min_tokens=100,  # and the so many likeliest in any case
+                every=50,  # rollout batches after which the policy becomes the mask
+            ),
         ),
         reference=dict(dtype='float32'),  # in which frozen weights are kept: float32 | bfloat16
         rollout=dict(

@@ -59,8 +59,8 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     'no_robots_asynchronous': ('--config=configs/rlhf/no_robots.py', '--variants=online_dpo,online_dpo_async'),
     'gsm8k': ('--config=configs/rlhf/gsm8k.py', '--variants=online_dpo,online_dpo_async,rloo,rloo_async,ppo'),
     # ---- Elastic Reset -----------------------------------------------------------------------------------------------
-    'imdb': ('--config=configs/rlhf/imdb.py', '--variants=ppo,ppo_matched,reset_to_init,reset_to_ema,elastic_reset',
-             '--seeds=5', '--baseline=variant=ppo_matched'),
+    'imdb': ('--config=configs/rlhf/imdb.py', '--seeds=5', '--baseline=variant=ppo_matched',
+             '--variants=ppo,ppo_matched,nlpo,reset_to_init,reset_to_ema,elastic_reset'),
     'imdb_kl': ('--config=configs/rlhf/imdb.py:ppo_matched', '--sweep.algorithm.kl_coefficient=0.001,0.01,0.1,0.3,1',
                 '--config.algorithm.kl_target=0', '--seeds=5'),
     'stackexchange': ('--config=configs/rlhf/stackexchange.py',

@@ -1,5 +1,5 @@
-"""GPT-2 that continues film reviews so that they sound positive (arXiv 2312.07551): ppo, ppo_matched, reset_to_init,
-reset_to_ema, elastic_reset.
+"""GPT-2 that continues film reviews so that they sound positive (arXiv 2312.07551): ppo, ppo_matched, nlpo,
+reset_to_init, reset_to_ema, elastic_reset.
 
     python -m experiments.train --config=configs/rlhf/imdb.py:elastic_reset --workdir=runs/imdb/elastic_reset \\
         --config.data.path=imdb --config.weights=gpt2-imdb --config.tokenizer=gpt2-imdb \\
@@ -7,10 +7,18 @@ reset_to_ema, elastic_reset.
 
 50 iterations of PPO in the released settings: five epochs, AdamW at 1e-6 with weight decay 1e-6 on all but biases, norm
 clipped at 0.5, gamma 0.99, lambda 0.95, no clipping of values; 48 new tokens exactly after up to 64 of the review. The
-KL controller aims at a KL a token: ppo 0.5 from a coefficient of 0.1, all others 1.0 from 0.001 (ppo_matched is ppo
-with theirs, the arm to compare resets with). Resets follow iterations 1, 18 and 35; the average (decay 0.995) ticks
-once an iteration, and where there is one KL is measured against it, as in the released code
+KL controller aims at a KL a token: ppo 0.5 from a coefficient of 0.1, nlpo 1.0 from 1.0, all others 1.0 from 0.001
+(ppo_matched is ppo with theirs, the arm to compare resets with). Resets follow iterations 1, 18 and 35; the average
+(decay 0.995) ticks once an iteration, and where there is one KL is measured against it, as in the released code
 (--config.elastic.kl_reference=init: against the initial policy, as in the text).
+
+nlpo (arXiv 2210.01241) draws among the likeliest tokens of a mask policy, which has 0.9 of its probability on them, and
+at least 100, and takes its ratios in that distribution. KL, as in the released code, is the mean log-ratio of the
+policies without the mask on what was drawn under it: no divergence, and at times below 0. The mask policy is the
+initial one throughout: it is renewed every 50 iterations, the whole run, and the released sampler keeps the first copy
+in any case. That sampler draws among the 50 likeliest of what the mask leaves, and its ratios are of these too
+(--config.sampling.top_k=50, which cuts the KL here as well). In training, held-out prompts are answered under the mask;
+`experiments.evaluate` samples the policy without it.
 
 What differs: a minibatch holds two whole responses (96 tokens, theirs 64), so that an iteration of 30 has 75 updates
 and not 100; advantages are whitened over the iteration; tokens are drawn from the whole distribution but for EOS, and
@@ -27,8 +35,9 @@ Hardware: one GPU. Drift, the policy's perplexity on human reviews: `experiments
 from configs.rlhf import base
 
 ARMS = {  # method of resets, coefficient and target of the KL
-    'ppo': ('', 0.1, 0.5), 'ppo_matched': ('', 0.001, 1.0), 'reset_to_init': ('reset_to_init', 0.001, 1.0),
-    'reset_to_ema': ('reset_to_ema', 0.001, 1.0), 'elastic_reset': ('elastic_reset', 0.001, 1.0)}
+    'ppo': ('', 0.1, 0.5), 'ppo_matched': ('', 0.001, 1.0), 'nlpo': ('', 1.0, 1.0),
+    'reset_to_init': ('reset_to_init', 0.001, 1.0), 'reset_to_ema': ('reset_to_ema', 0.001, 1.0),
+    'elastic_reset': ('elastic_reset', 0.001, 1.0)}
 
 
 def get_config(name: str = 'elastic_reset'):
@@ -50,6 +59,8 @@ def get_config(name: str = 'elastic_reset'):
     config.sampling.update(dict(max_new_tokens=48, min_new_tokens=48, temperature=1.0, top_k=0, scored='drawn',
                                 max_prompt=64))
     config.reward.update(dict(kind='model', model='models/distilbert-imdb', label='POSITIVE'))
+    if name == 'nlpo':
+        config.algorithm.mask.update(dict(top_p=0.9, min_tokens=100, every=50))
     if method:
         config.elastic.update(dict(
             method=method, period=17, decay=0.995, tick_on='iteration', reset_on='iteration', reset_offset=0,

@@ -54,7 +54,7 @@ def shared_steps():
         return dataclasses.replace(built, init=first.init, step=first.step, loss=first.loss)
 
     def convert_once(config, mesh):
-        key = config.model.to_json(), config.lora.to_json(), mesh
+        key = config.model.to_json(), config.lora.to_json(), config.algorithm.mask.to_json(), mesh
         if key not in decoders:
             decoders[key] = decoding(config, mesh)
         return decoders[key]

@@ -278,6 +278,7 @@ def get(settings: Any) -> Algorithm:
     for name in ('clip', 'gamma', 'lam'):
         if not 0 <= settings[name] <= 1:
             raise ValueError(f'algorithm.{name}={settings[name]} must be at most 1 and not negative')
+    _check_mask(settings)
     if settings.name == 'grpo' and settings.kl_estimator == 'k2':
         raise ValueError("algorithm.kl_estimator='k2': grpo prices KL in its loss, estimated by k3, and not in the "
                          'reward; leave it at its default')
@@ -286,3 +287,20 @@ def get(settings: Any) -> Algorithm:
             f"algorithm.critic={settings.critic!r} has no network of its own" if algorithm.critic else
             f'{settings.name} has no critic') + '; leave it empty')
     return algorithm
+
+
+def _check_mask(settings: Any) -> None:
+    """Raises a ValueError for a mask of NLPO that means nothing."""
+    mask = settings.mask
+    if not 0 <= mask.top_p < 1:
+        raise ValueError(f'algorithm.mask.top_p={mask.top_p} must be at least 0 and below 1; 0: no mask')
+    for name in ('min_tokens', 'every'):
+        if mask[name] < 1:
+            raise ValueError(f'algorithm.mask.{name}={mask[name]} must be at least 1')
+    if not mask.top_p:
+        return
+    if settings.name != 'ppo':
+        raise ValueError(f'algorithm.mask.top_p={mask.top_p}: {settings.name} has no mask, only ppo; set it to 0')
+    if settings.correction != 'none':
+        raise ValueError(f"algorithm.correction={settings.correction!r}: under algorithm.mask no sample is stale; set "
+                         "it to 'none'")

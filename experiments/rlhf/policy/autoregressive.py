@@ -49,7 +49,7 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = {'tokens': shape(jnp.int32, prompt + length), 'prompt_mask': shape(bool, prompt),
               'mask': shape(bool, length), 'logprobs': shape(jnp.float32, length),
               'policy_version': shape(jnp.int32, length)}
-    if carries_stop_tokens(sampling_of(config)):
+    if carries_stop_tokens(config):
         shapes['stop_tokens'] = shape(jnp.int32, 1)
     return shapes
 

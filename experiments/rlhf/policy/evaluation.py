@@ -210,7 +210,7 @@ class HeldOutPrompts(Evaluation):
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
             weights = self._published(int(state.step))
             if weights is None:
-                weights = self._convert(state.params['policy'])
+                weights = self._convert(rollouts.sampler_params(state))
             for index in range(-(-self._num // size)):
                 keep = min(size, self._num - index * size)  # prompts of the next epoch fill the last batch up
                 batch = self._generate(weights, index=index, version=0)

@@ -107,8 +107,26 @@ def check(kind: Kind, config: ml_collections.ConfigDict, algorithm: algorithms.A
     checks.choice('lr_per', config.lr_per, ('step', 'batch'))
     modules.dtype(config.reference, 'reference')
     roles.check(config)
+    check_mask(config)
     evaluation.check(config)
     elastic_config(config)
+
+
+def check_mask(config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError for settings under which the mask of sampler and learner (`algorithm.mask`) would differ."""
+    if not config.algorithm.mask.top_p:
+        return
+    reasons = (
+        (config.lora.rank, 'lora.rank', 0, 'the mask is a copy of all weights'),
+        (config.rollout.max_staleness, 'rollout.max_staleness', 0, 'a stale batch may have an earlier mask'),
+        (config.rollout.devices, 'rollout.devices', 0, 'the mask is sampled with on the devices of the learner'),
+        (config.rollout.slots, 'rollout.slots', 0, 'refilled rows have one cache, not that of a mask policy too'),
+        (config.rollout.transport != 'devices', 'rollout.transport', 'devices', 'generators elsewhere have no mask'),
+        (config.sampling.scored != 'drawn', 'sampling.scored', 'drawn', 'ratios are of the masked policy'))
+    for is_set, field, fix, reason in reasons:
+        if is_set:
+            node, name = field.split('.')
+            raise ValueError(f'{field}={config[node][name]!r} under algorithm.mask: {reason}; set it to {fix!r}')
 
 
 def elastic_config(config: ml_collections.ConfigDict) -> er.ElasticReset | None:

@@ -93,11 +93,11 @@ class Footprint:
         return [*self._kind.programs(self.budgeted(usable), self), self._publish()]
 
     def _publish(self) -> Program:
-        policy = self.state.params['policy']
         others = {name: tree for name, tree in self.state.params.items() if name != 'policy'}
-        beside = dict(self.beside_step()) | {'learner': [others, self.state.opt_state, self.state.extra]}
+        extra = {name: tree for name, tree in self.state.extra.items() if name != 'mask'}
+        beside = dict(self.beside_step()) | {'learner': [others, self.state.opt_state, extra]}
         convert = rollouts.snapshots(self.decoding, self.generating, self.learner)
-        return Program('publish', convert, (policy,), self.learner, beside, knobs=PUBLISH)
+        return Program('publish', convert, (rollouts.sampler_params(self.state),), self.learner, beside, knobs=PUBLISH)
 
 
 # ---- Programs of a decoder -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from experiments.rlhf.models import architecture
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.rlhf.policy import completions as completions_lib
 from experiments.rlhf.policy import rewards, waves
-from experiments.rlhf.policy.models import carries_stop_tokens, sampling_of
+from experiments.rlhf.policy.models import carries_stop_tokens, sampler_module, sampling_of
 from experiments.runtime import exchange, partition, placement
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.stream import EpochOrder
@@ -59,11 +59,16 @@ class SamplerWeights:
 
 
 class Decoding(SamplerWeights):
-    """The weights of a policy that is a decoder."""
+    """The weights of a policy that is a decoder; with `algorithm.mask`, those of `{'policy': ..., 'mask': ...}`."""
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         super().__init__(architecture.decoder(config.model), architecture.init_decoder(config),
                          architecture.rules(config.model), bool(config.lora.rank), mesh)
+        if config.algorithm.mask.top_p:
+            both = lambda x: {'policy': x, 'mask': x}
+            self.module, convert = sampler_module(config), self.convert
+            self.convert = jax.jit(lambda weights: {name: convert(weights[name]) for name in ('policy', 'mask')})
+            self.shapes, self.shardings = both(self.shapes), both(self.shardings)
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
@@ -143,7 +148,7 @@ class Generator(Batches):
         tokenizer_lib.check_stages(config, encode)
         self._weights = weights
         self.tokenizer = encode.tokenizer
-        self._module = architecture.decoder(config.model).clone(stacked=False)
+        self._module = sampler_module(config, tuple(self.tokenizer.stops))
         self.task = tasks.get(config.data, encode)
         self._prompts, rows = prompts_of(config, self.task, encode, config.data.split)
         if jax.process_count() > 1:
@@ -162,7 +167,7 @@ class Generator(Batches):
         drawn, versions = self._draw(params, version, tokens, mask, keys)
         batch = finish(self.tokenizer, self._scorer, tokens, mask, drawn, [self._rows[i] for i in prompts],
                        self._mesh)
-        if carries_stop_tokens(self._sampling):
+        if carries_stop_tokens(self._config):
             stops = np.array(self._sampling.stop_tokens, np.int32)
             batch['stop_tokens'] = np.broadcast_to(stops, (*drawn.mask.shape[:2], len(stops))).copy()
         return batch | versions

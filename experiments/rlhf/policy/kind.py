@@ -74,6 +74,12 @@ class Networks:
         """
         raise NotImplementedError
 
+    def allowed(self, mask_policy: Params, rows: Rows) -> Array:
+        """The tokens that could be drawn at each place of b prompts' completions under the parameters of a mask policy
+        (`algorithm.mask`): uint8 [b, C, L, ceil(V / 8)], a bit a token. `forward` of rows that have it as `allowed`
+        scores among these tokens alone."""
+        raise NotImplementedError
+
     def divide(self, params: Params) -> tuple[Params, Params]:
         """`(frozen, trained)`: with an adapter, the policy's own weights are frozen; else all are trained."""
         if not self._config.lora.rank:

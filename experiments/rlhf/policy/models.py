@@ -9,7 +9,7 @@ import ml_collections
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.policy.kind import Networks
 from experiments.runtime import partition, placement
-from rlhf_jax import generate
+from rlhf_jax import generate, token_mask
 from rlhf_jax.models import heads
 
 Array = jax.Array
@@ -79,27 +79,75 @@ class PolicyModels(Networks):
         """Log-probabilities of responses in the distribution that the sampler scores, and values if there is a critic.
 
         Args:
-            rows: `TEXT` of b prompts with C completions each, [b, C, ...].
+            rows: `TEXT` of b prompts with C completions each, [b, C, ...]; with `allowed`, see there, the distribution
+                is that of these tokens alone.
 
         Returns:
             float32 [b, C, L], and the same or None.
         """
         shape = rows['mask'].shape
-        flat = lambda x: x.reshape(-1, x.shape[-1])  # a model reads completions one a row
-        tokens, mask = flat(rows['tokens']), flat(jnp.concatenate([rows['prompt_mask'], rows['mask']], -1))
-        span = slice(-shape[-1] - 1, -1)  # each token is predicted one position before it
-        out = self._policy.apply({'params': params['policy']}, tokens, mask=mask, at=span,
+        text = _Text(rows)
+        out = self._policy.apply({'params': params['policy']}, text.tokens, mask=text.mask, at=text.span,
                                  output='both' if self._shared else 'logits')
         logits, hidden = out if self._shared else (out, None)
-        stops = flat(rows['stop_tokens'])[:, None] if 'stop_tokens' in rows else None
-        logprobs = generate.rescore(logits, tokens[:, -shape[-1]:], self.sampling, stop_tokens=stops)
+        if 'allowed' in rows:
+            logits = token_mask.masked(logits, rows['allowed'].reshape(*logits.shape[:2], -1), text.response)
+        logprobs = generate.rescore(logits, text.response, self.sampling, stop_tokens=text.stop_tokens)
         if self._shared:
             values = self._head.apply({'params': params['value']['value_head']}, hidden)
         elif self._critic is not None:
-            values = self._critic.apply({'params': params['value']}, tokens, mask=mask)[:, span]
+            values = self._critic.apply({'params': params['value']}, text.tokens, mask=text.mask)[:, text.span]
         else:
             return logprobs.reshape(shape), None
         return logprobs.reshape(shape), values.reshape(shape)
+
+    def allowed(self, mask_policy: Params, rows: Rows) -> Array:
+        """The tokens that could be drawn at each place of the responses, under the mask policy's parameters.
+
+        Args:
+            rows: `TEXT`, [b, C, ...].
+
+        Returns:
+            uint8 [b, C, L, ceil(V / 8)], a bit a token (`token_mask.pack`).
+        """
+        text, mask = _Text(rows), self._config.algorithm.mask
+        logits = self._policy.apply({'params': mask_policy}, text.tokens, mask=text.mask, at=text.span)
+        packed = token_mask.pack(token_mask.allowed_tokens(logits, text.stop_tokens, top_p=mask.top_p,
+                                                           min_tokens=mask.min_tokens))
+        return packed.reshape(*rows['mask'].shape, -1)
+
+
+class _Text:
+    """Completions [b, C, ...] as a model reads them, one a row.
+
+    Attributes:
+        tokens, mask: int32 and bool [b C, P + L], prompt and response.
+        response: int32 [b C, L].
+        stop_tokens: int32 [b C, 1, S], or None where the batch carries none.
+        span: of the positions that predict the response, each token one position before it.
+    """
+
+    def __init__(self, rows: Rows):
+        flat = lambda x: x.reshape(-1, x.shape[-1])
+        length = rows['mask'].shape[-1]
+        self.tokens = flat(rows['tokens'])
+        self.mask = flat(jnp.concatenate([rows['prompt_mask'], rows['mask']], -1))
+        self.response, self.span = self.tokens[:, -length:], slice(-length - 1, -1)
+        self.stop_tokens = flat(rows['stop_tokens'])[:, None] if 'stop_tokens' in rows else None
+
+
+def sampler_module(config: ml_collections.ConfigDict, stop_tokens: tuple[int, ...] = ()) -> Any:
+    """The decoder that a policy is sampled with, its blocks split, under the mask of `algorithm.mask` if it has one.
+
+    Raises:
+        ValueError: the mask may allow stop tokens alone where `sampling.min_new_tokens` forbids them.
+    """
+    module, mask = architecture.decoder(config.model).clone(stacked=False), config.algorithm.mask
+    if mask.top_p and config.sampling.min_new_tokens and mask.min_tokens <= len(stop_tokens):
+        raise ValueError(f'algorithm.mask.min_tokens={mask.min_tokens} with sampling.min_new_tokens='
+                         f'{config.sampling.min_new_tokens}: all of them may be stop tokens, of which there are '
+                         f'{len(stop_tokens)}; set it to {len(stop_tokens) + 1} or more')
+    return token_mask.MaskedDecoder(module, mask.top_p, mask.min_tokens, stop_tokens) if mask.top_p else module
 
 
 def sampling_of(config: ml_collections.ConfigDict, stop_tokens: tuple[int, ...] = (),
@@ -112,6 +160,8 @@ def sampling_of(config: ml_collections.ConfigDict, stop_tokens: tuple[int, ...] 
         pad_token=pad_token)
 
 
-def carries_stop_tokens(sampling: generate.Sampling) -> bool:
-    """Whether a batch must say which tokens could not be drawn early: the learner scores what the sampler drew from."""
-    return sampling.min_new_tokens > 0 and sampling.scored == 'drawn'
+def carries_stop_tokens(config: ml_collections.ConfigDict) -> bool:
+    """Whether a batch must name its stop tokens, which could not be drawn early, or could always be drawn under a mask:
+    the learner scores what the sampler drew from."""
+    sampling = config.sampling
+    return sampling.scored == 'drawn' and (sampling.min_new_tokens > 0 or config.algorithm.mask.top_p > 0)

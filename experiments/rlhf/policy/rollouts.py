@@ -41,6 +41,13 @@ def snapshots(decoding: Any, generating: Mesh, learner: Mesh) -> Callable[[Any],
                    out_shardings=decoding.shardings if together else None)
 
 
+def sampler_params(state: Any) -> Any:
+    """Parameters in a learner's state that its sampler needs: the policy's, or with a mask `{'policy': ..., 'mask':
+    ...}`."""
+    policy, extra = state.params['policy'], state.extra or {}
+    return {'policy': policy, 'mask': extra['mask']['policy']} if 'mask' in extra else policy
+
+
 def share_of(mesh: Mesh) -> processes.Share:
     """What the first process of `mesh` gives, in all of its processes."""
     return lambda payload: exchange.broadcast(mesh, payload, exchange.processes_of(mesh)[0])
@@ -70,7 +77,7 @@ class Rollouts:
     """A `RolloutStream` as the runner's loop knows streams; `publish` hands it the weights of every new state.
 
     Args:
-        convert: the policy's parameters -> weights for decoding.
+        convert: `sampler_params` of a state -> weights for decoding.
         mesh: of the learner; batches are laid out over it.
         num_steps: of the run; nothing is published after the last.
         vocab_size: ids of the policy; a batch with others (a generator of another model, a damaged file) is refused.
@@ -88,7 +95,7 @@ class Rollouts:
     def publish(self, version: int, state: Any) -> None:
         """Before the first batch, and after every step but the last."""
         if version < self._num_steps:
-            self._stream.publish(version, self._convert(state.params['policy']))
+            self._stream.publish(version, self._convert(sampler_params(state)))
 
     def published(self, version: int) -> Any:
         """Weights for decoding of that version where they were the last to be published, and are here; else None."""

@@ -83,8 +83,9 @@ class PolicyStep:
         if self._elastic:
             extra['elastic'] = er.init(self._elastic, trained)
         elif not self._config.lora.rank:
-            dtype = modules.dtype(self._config.reference)
-            extra['reference'] = {'policy': jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params['policy'])}
+            extra['reference'] = {'policy': self._frozen(params['policy'])}
+        if self._masks:
+            extra['mask'] = {'policy': self._frozen(params['policy'])}
         return TrainState(jnp.int32(0), params, self._optimizer.init(trained), None, key, extra)
 
     def reference(self, state: TrainState) -> Params:
@@ -97,6 +98,16 @@ class PolicyStep:
             return lora.without(state.params['policy'])
         return state.extra['reference']['policy']
 
+    @property
+    def _masks(self) -> bool:
+        """Whether tokens are drawn among those that an earlier policy finds likely."""
+        return self._settings.mask.top_p > 0
+
+    def _frozen(self, policy: Params) -> Params:
+        """A copy of the policy's parameters to keep."""
+        dtype = modules.dtype(self._config.reference)
+        return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), policy)
+
     # ---- Measures of rows --------------------------------------------------------------------------------------------
 
     def scorers(self, state: TrainState) -> algorithms.Scorers:
@@ -104,16 +115,18 @@ class PolicyStep:
         reference = jax.lax.stop_gradient({'policy': self.reference(state), 'value': state.params.get('value')})
         policy = jax.lax.stop_gradient(state.params)
         networks = self._networks
+        # NLPO's KL is of the two whole policies, though tokens are drawn under the mask; its ratios are of the masked.
+        as_drawn = networks.as_drawn and not self._masks
         return algorithms.Scorers(self._scorer(reference, 0), self._scorer(policy, 0), self._scorer(policy, 1),
-                                  networks.columns, networks.as_drawn, networks.scale)
+                                  networks.columns, as_drawn, networks.scale)
 
     def _scorer(self, params: Params, output: int) -> Callable[[Rows], Array]:
-        parts = self._config.accumulate * self._settings.num_minibatches
+        return lambda rows: self._read(lambda part: self._networks.forward(params, part)[output], rows)
 
-        def score(rows: Rows) -> Array:
-            read = {name: rows[name] for name in self._networks.columns if name in rows}
-            return in_parts(lambda part: self._networks.forward(params, part)[output], read, parts, self._shards)
-        return score
+    def _read(self, fn: Callable[[Rows], Array], rows: Rows) -> Array:
+        """`fn` of the columns that the networks read, without gradient and as many rows at a time as in training."""
+        columns = {name: rows[name] for name in self._networks.columns if name in rows}
+        return in_parts(fn, columns, self._config.accumulate * self._settings.num_minibatches, self._shards)
 
     def divergence(self, state: TrainState, batch: Rows) -> Metrics:
         """KL of each prompt's completions from the reference, in nats a response: {'kl': float32 [B]}."""
@@ -126,7 +139,14 @@ class PolicyStep:
     def prepare(self, state: TrainState, batch: Rows) -> tuple[Rows, Metrics]:
         """Rows to train on, made of a batch before its first update, and their metrics."""
         batch = self._networks.annotated(algorithms.with_rewards(batch), jax.random.fold_in(state.rng, state.step))
-        return self._algorithm.prepare(self._settings, batch, self.scorers(state), state.extra['kl_coefficient'])
+        rows, metrics = self._algorithm.prepare(self._settings, batch, self.scorers(state),
+                                                state.extra['kl_coefficient'])
+        if self._masks:
+            mask_policy = jax.lax.stop_gradient(state.extra['mask']['policy'])
+            rows['allowed'] = self._read(lambda part: self._networks.allowed(mask_policy, part), rows)
+            count = jax.lax.population_count(rows['allowed']).sum(-1, dtype=jnp.float32)
+            metrics['allowed_tokens'] = masked.mean(count, rows['mask'])
+        return rows, metrics
 
     def loss_of_rows(self, params: Params, rows: Rows) -> tuple[Array, Metrics]:
         """The algorithm's loss of (a part of) the rows, and how far learner and sampler are apart on their tokens."""
@@ -180,6 +200,10 @@ class PolicyStep:
         if self._elastic:
             extra['elastic'] = updated.elastic
         params = self._networks.join(frozen, updated.trained)
+        if self._masks:
+            is_due = (state.step + 1) % self._settings.mask.every == 0
+            extra['mask'] = {'policy': jax.tree.map(lambda mask, x: jnp.where(is_due, x.astype(mask.dtype), mask),
+                                                    state.extra['mask']['policy'], params['policy'])}
         return state.replace(step=state.step + 1, params=params, opt_state=updated.opt_state, extra=extra), metrics
 
     def _update(self, frozen: Params, updated: _Updated, rows: Rows, k: Array) -> tuple[_Updated, Metrics]:

@@ -74,4 +74,6 @@ def wave_bytes(config: ml_collections.ConfigDict, prompts: int, mesh: Mesh) -> f
     hidden = sampling.max_prompt * (getattr(module, 'hidden', 0) or 4 * module.width) / tensor * width * 2
     num_samples = config.algorithm.num_samples
     logits = 3 * 4 * math.ceil(module.vocab_size / 128) * 128
+    if config.algorithm.mask.top_p:  # the mask policy reads the same
+        cache, logits = 2 * cache, 2 * logits
     return prompts * max(2 * cache + scores + hidden, (1 + num_samples) * cache + num_samples * logits)
