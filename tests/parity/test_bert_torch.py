@@ -108,8 +108,10 @@ def test_published_sizes(name, kind, num_parameters):
 
 
 @pytest.mark.parametrize('kind', CONFIGS)
-def test_reward_is_the_probability_of_the_label(kind, tmp_path):
-    """As transformers' pipeline computes it: special tokens around, the beginning cut off, softmax."""
+def test_reward_is_the_probability_of_the_label(kind, tmp_path, monkeypatch):
+    """As transformers' pipeline computes it: special tokens around, the beginning cut off, softmax. A batch is as long
+    as its longest text needs."""
+    monkeypatch.setattr(classifier, 'BUCKET', 4)
     model = saved(tmp_path, kind)
     prompts = ['the film was', 'the film was very very very very very very very', '']
     texts = [' good, badly made.', ' good', ' the [SEP] bad']
@@ -121,8 +123,11 @@ def test_reward_is_the_probability_of_the_label(kind, tmp_path):
         with torch.no_grad():
             expected.append(model(input_ids=ids['input_ids'], attention_mask=ids['attention_mask']).logits)
     expected = torch.cat(expected)
-    reward = classifier.TextClassifier(str(tmp_path), one_device(), label='POSITIVE', batch_size=2)
+    reward = classifier.TextClassifier(str(tmp_path), one_device(), label='POSITIVE', batch_size=1)
+    run, shapes = reward._run, []
+    reward._run = lambda params, tokens, mask: shapes.append(tokens.shape) or run(params, tokens, mask)
     np.testing.assert_allclose(reward(completions(prompts, texts)), expected.softmax(-1)[:, 1], atol=1e-5)
+    assert shapes == [(1, 8), (1, 12), (1, 12)]
     spread = classifier.TextClassifier(str(tmp_path), mesh_lib.make_mesh({'data': 2}, jax.devices()[:2]),
                                        label='NEGATIVE', batch_size=2)
     np.testing.assert_allclose(spread(completions(prompts, texts)), expected.softmax(-1)[:, 0], atol=1e-5)
@@ -176,6 +181,17 @@ def test_a_config_names_it_and_one_copy_is_used(tmp_path):
     assert scored['rewards'].shape == (2,) and 0 < scored['rewards'].min() < scored['rewards'].max() < 1
     held = reward_model.shared(str(tmp_path), one_device(), classifier.TextClassifier, label='POSITIVE', batch_size=64)
     assert rewards.Scorer.of(config, tasks.Task(), one_device())._reward is held
+
+
+def test_a_process_without_completions_runs_the_program_of_all(tmp_path, monkeypatch):
+    from configs.rlhf import base
+    saved(tmp_path, 'distilbert')
+    reward = classifier.TextClassifier(str(tmp_path), one_device(), label='POSITIVE')
+    called = []
+    monkeypatch.setattr(reward, 'logits', lambda texts: called.append(len(texts)) or np.zeros((0, 2), np.float32))
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    scored = rewards.Scorer(base.policy().reward, reward)(completions([], []))
+    assert called == [0] and scored['rewards'].shape == (0,)
 
 
 def test_what_does_not_fit_is_named(tmp_path):

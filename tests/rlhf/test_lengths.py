@@ -8,10 +8,16 @@ import pytest
 from configs.rlhf import base
 from experiments.rlhf.data import lengths, texts
 from experiments.rlhf.policy import algorithms, autoregressive
+from experiments.rlhf.policy.completions import Completions
+from experiments.rlhf.policy.reward_model import RewardModel as RewardScorer
 from experiments.rlhf.supervised import sft as sft_stage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.stream import Share
+from rlhf_jax import convert
 from rlhf_jax.losses.supervised import sft
+from rlhf_jax.models.gpt2 import GPT2
+from rlhf_jax.models.heads import RewardModel
+from rlhf_jax.weights import files
 from tests.rlhf.test_texts import BYTES
 from tiny_models import MODELS, random_params
 
@@ -111,6 +117,26 @@ def test_losses_and_gradients_of_a_cut_rollout_are_those_of_the_whole(name):
     assert whole.keys() == short.keys()
     for key, value in whole.items():
         np.testing.assert_allclose(short[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
+
+
+def test_reward_models_read_rows_cut_to_the_longest_of_their_batch(tmp_path):
+    module = RewardModel(GPT2(vocab_size=259, width=16, depth=1, num_heads=2, max_length=32))
+    params, rng = random_params(module), np.random.default_rng(0)
+    files.save(tmp_path, convert.to_torch('gpt2', module, params), convert.config_of('gpt2', module))
+    prompts, responses = np.array([9, 2, 3, 11, 1]), np.array([4, 3, 2, 13, 2])  # 13, 5, 5, 24 and 3 tokens
+    mask = np.concatenate([np.arange(11) >= 11 - prompts[:, None], np.arange(13) < responses[:, None]], 1)
+    tokens = rng.integers(0, 259, mask.shape).astype(np.int32)
+    batch = Completions([''] * 5, [{}] * 5, tokens, mask, np.array([True, False, True, True, True]))
+    values = np.asarray(module.apply({'params': params}, jnp.asarray(tokens), mask=jnp.asarray(mask)))
+    one = mesh_lib.make_mesh({}, jax.devices()[:1])
+    for buckets, shapes in ((3, [(2, 8), (2, 16), (2, 24)]), (1, [(2, 24)] * 3)):
+        model, seen = RewardScorer(str(tmp_path), one, batch_size=2, length_buckets=buckets, before_eos=True), []
+        run = model._run
+        model._run = lambda params, tokens, *more, run=run, seen=seen: seen.append(tokens.shape) or run(
+            params, tokens, *more)
+        last = 10 + responses - batch.ended  # the last token, or the one before an EOS
+        np.testing.assert_allclose(model(batch), values[np.arange(5), last], atol=1e-6)
+        assert seen == shapes
 
 
 # ---- Texts -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ row of the batch. Which one depends on the batch alone and on all of its rows, s
 a resumed run the same as one that was never stopped; the loss is the same up to rounding.
 """
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -47,6 +47,29 @@ def row_lengths(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     masks = [x for name, x in arrays.items()
              if name == 'mask' or name.endswith('_mask') and name != 'prompt_mask']
     return np.max([np.count_nonzero(mask, axis=1) for mask in masks], axis=0)
+
+
+def left_aligned(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows `tokens` and `mask` [N, T] with all their padding on the right, wherever it was."""
+    order = np.argsort(~mask, axis=1, kind='stable')
+    return np.take_along_axis(tokens, order, 1), np.take_along_axis(mask, order, 1)
+
+
+def batches_by_length(counts: np.ndarray, size: int, choices: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows in batches of `size`, the shortest first, so that few of them are padded to the length of a long one.
+
+    Args:
+        counts: int [N], tokens of each row.
+        choices: lengths, ascending.
+
+    Returns:
+        (numbers of rows int [size], the least length that holds them all) of each batch; the last is filled up with the
+        longest row.
+    """
+    order = np.argsort(counts, kind='stable')
+    for start in range(0, len(order), size):
+        rows = order[np.minimum(np.arange(start, start + size), len(order) - 1)]
+        yield rows, least(choices, int(counts[rows[-1]]))
 
 
 def cut_rollouts(batch: Mapping[str, Any], prompts: Sequence[int], responses: Sequence[int]) -> dict[str, Any]:

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from experiments.rlhf.data import lengths
 from experiments.runtime import exchange, folders, modules, partition, placement, storage
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.digest import digests
 from rlhf_jax import tokenizers
 from rlhf_jax.convert import bert as convert
 from rlhf_jax.models import bert
@@ -24,6 +26,12 @@ class Scored(Protocol):
     """What is read of completions: their `texts` and, in `rows`, the prompt of each."""
     texts: Any
     rows: Any
+
+
+def texts_of(completions: Scored) -> list[str]:
+    """Each completion after its prompt, which is whole even where it was cut for the policy."""
+    prompts = [row.get('whole_prompt', row.get('prompt', '')) for row in completions.rows]
+    return [f'{prompt}{text}' for prompt, text in zip(prompts, completions.texts)]
 
 
 class Labels(NamedTuple):
@@ -93,37 +101,39 @@ class TextClassifier:
             raise ValueError(f'{path}: its tokenizer has {size} ids, its model {module.vocab_size}; they do not belong '
                              'together')
         self._tokenizer.enable_truncation(module.max_length, direction='left')
-        self._longest = module.max_length
+        self._longest, self._module = module.max_length, module
+        self._lengths = tuple(min(n, self._longest) for n in range(BUCKET, self._longest + BUCKET, BUCKET))
         shards = mesh_lib.batch_shards(mesh)
         self._rows = -(-batch_size // shards) * shards
         self._mesh, self._sharding = mesh, mesh_lib.batch_sharding(mesh)
         self._run = jax.jit(lambda params, tokens, mask: module.apply({'params': params}, tokens, mask))
 
+    def identity(self) -> str:
+        """What decides the score of a text: weights, architecture, tokenizer and label."""
+        return repr((digests(self._params), self._module, self.labels, self._tokenizer.to_str()))
+
     def __call__(self, completions: Scored) -> np.ndarray:
         """float32 [N] of this process's completions; all processes of the mesh call it, each with its own."""
-        prompts = [row.get('whole_prompt', row.get('prompt', '')) for row in completions.rows]
-        logits = self.logits([f'{prompt}{text}' for prompt, text in zip(prompts, completions.texts)])
+        logits = self.logits(texts_of(completions))
         if self.labels.rewarded is None:
             return logits[:, 0]
         shifted = np.exp(logits - logits.max(1, keepdims=True))
         return shifted[:, self.labels.rewarded] / shifted.sum(1)
 
     def logits(self, texts: list[str]) -> np.ndarray:
-        """float32 [N, labels] of this process's texts, in batches of equal shape."""
+        """float32 [N, labels] of this process's texts, in batches that are as long as their longest text needs."""
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
-        length = min(-(-max(map(len, ids), default=1) // BUCKET) * BUCKET, self._longest)
-        if jax.process_count() > 1:
-            length = self._longest  # the same in all processes
-        tokens = np.zeros((len(ids), length), np.int32)
-        mask = np.zeros((len(ids), length), bool)
+        tokens = np.zeros((len(ids), self._longest), np.int32)  # the same shape in all processes
+        mask = np.zeros(tokens.shape, bool)
         for i, row in enumerate(ids):
             tokens[i, :len(row)], mask[i, :len(row)] = row, True
         process = np.full(len(ids), jax.process_index(), np.int32)
         tokens, mask, owners = exchange.gather_rows(self._mesh, (tokens, mask, process))
-        out = []
-        for start in range(0, len(tokens), self._rows):
-            part = [x[start:start + self._rows] for x in (tokens, mask)]
-            filled = [np.concatenate([x, np.repeat(x[-1:], self._rows - len(x), 0)]) for x in part]
-            out.append(self._run(self._params, *placement.place_tree(filled, self._sharding)))
-        logits = np.concatenate(exchange.fetch(out))[:len(tokens)]
+        order, out = [], []
+        for rows, length in lengths.batches_by_length(mask.sum(1), self._rows, self._lengths):
+            part = tokens[rows, :length], mask[rows, :length]
+            out.append(self._run(self._params, *placement.place_tree(part, self._sharding)))
+            order.append(rows)
+        logits = np.zeros((len(tokens), len(self.labels.names)), np.float32)
+        logits[np.concatenate(order)] = np.concatenate(exchange.fetch(out))
         return logits[owners == jax.process_index()]

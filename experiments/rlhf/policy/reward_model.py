@@ -10,11 +10,13 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from experiments.rlhf.data import lengths
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models.classifier import is_classifier
 from experiments.rlhf.policy.completions import Completions, TooLong
 from experiments.runtime import exchange, placement, storage
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.digest import digests
 from experiments.runtime.programs import placed
 from rlhf_jax.models import heads
 
@@ -42,6 +44,7 @@ class RewardModel:
         dtype: to compute in; '': as its own config says.
         num_ids: of the tokenizer that makes the rows.
         batch_size: rows it reads at once.
+        length_buckets: lengths that a batch may be cut to, the least that holds its longest row; 1: none is cut.
         before_eos: of a row that ends, read at the token before EOS, as the published gold scores were.
         step: which checkpoint of a work directory; None: the newest.
 
@@ -50,7 +53,7 @@ class RewardModel:
     """
 
     def __init__(self, path: str, mesh: Mesh, *, dtype: str = '', num_ids: int = 0, batch_size: int = 64,
-                 before_eos: bool = False, step: int | None = None):
+                 length_buckets: int = 4, before_eos: bool = False, step: int | None = None):
         module, self._params = loading.load_reward_model(path, dict(dtype=dtype) if dtype else None, step, mesh=mesh,
                                                          compact=True)
         size = module.backbone.vocab_size
@@ -60,25 +63,37 @@ class RewardModel:
         if batch_size < 1:
             raise ValueError(f'reward.batch_size={batch_size} must be at least 1')
         self.max_length, self._path, self._before_eos = module.backbone.max_length, path, before_eos
+        self._module, self._length_buckets = module, length_buckets
         shards = mesh_lib.batch_shards(mesh)
         self._rows = -(-batch_size // shards) * shards
         self._mesh, self._sharding = mesh, mesh_lib.batch_sharding(mesh)
         self._run = jax.jit(functools.partial(last_scores, module))
 
+    def identity(self) -> str:
+        """What decides the score of a row: weights, architecture, and where it is read."""
+        return repr((digests(self._params), self._module, self._before_eos))
+
     def __call__(self, completions: Completions) -> np.ndarray:
-        """Scores float32 [N] of this process's completions; all processes of the mesh call it, each with its own."""
+        """Scores float32 [N] of this process's completions; all processes of the mesh call it, each with its own.
+
+        Every process has the rows of all before they are put into batches and these are cut, so that all take the same
+        lengths.
+        """
         process = np.full(len(completions.tokens), jax.process_index(), np.int32)
         tokens, mask, ended, owners = exchange.gather_rows(
             self._mesh, (completions.tokens, completions.mask, completions.ended, process))
         if tokens.shape[1] > self.max_length:
             raise TooLong(f'{self._path}: reads at most {self.max_length} tokens, rows have {tokens.shape[1]}')
-        out, back = [], ended.astype(np.int32) * self._before_eos
+        tokens, mask = lengths.left_aligned(tokens, mask)
+        choices = lengths.lengths(tokens.shape[1], self._length_buckets)
+        back, order, out = ended.astype(np.int32) * self._before_eos, [], []
         with jax.set_mesh(self._mesh):
-            for start in range(0, len(tokens), self._rows):
-                part = [x[start:start + self._rows] for x in (tokens, mask, back)]
-                padded = [np.concatenate([x, np.repeat(x[-1:], self._rows - len(x), 0)]) for x in part]
-                out.append(self._run(self._params, *placement.place_tree(padded, self._sharding)))
-        scores = np.concatenate(exchange.fetch(out))[:len(tokens)]
+            for rows, length in lengths.batches_by_length(mask.sum(1), self._rows, choices):
+                part = tokens[rows, :length], mask[rows, :length], back[rows]
+                out.append(self._run(self._params, *placement.place_tree(part, self._sharding)))
+                order.append(rows)
+        scores = np.zeros(len(tokens), np.float32)
+        scores[np.concatenate(order)] = np.concatenate(exchange.fetch(out))
         return scores[owners == jax.process_index()]
 
 

@@ -84,7 +84,8 @@ class Scorer:
             over = mesh_lib.reshaped(mesh, section.mesh)
             if is_classifier(path):
                 return shared(path, over, TextClassifier, label=section.get('label', ''), batch_size=section.batch_size)
-            return shared(path, over, dtype=config.model.dtype, num_ids=num_ids, batch_size=section.batch_size)
+            return shared(path, over, dtype=config.model.dtype, num_ids=num_ids, batch_size=section.batch_size,
+                          length_buckets=config.length_buckets)
 
         check_label(section)
         reward = find('reward.kind', reward_name(section), task, task_name, model)
@@ -119,7 +120,8 @@ class Scorer:
     def _score(self, reward: Reward, completions: Any, **how: Any) -> tuple[np.ndarray, int]:
         """As `rlhf_jax.rollout.rewards.score`, of the part of a batch that this process rewards."""
         num, alone = len(completions.rows), jax.process_count() == 1
-        if isinstance(reward, RewardModel) and not alone:  # one program of all processes, which none may give up alone
+        if isinstance(reward, RewardModel | TextClassifier) and not alone:
+            # One program of all processes, which none may give up alone, nor leave out where it has no completions.
             return score(reward, completions, num=num, may_miss=True, may_miss_all=True, **how)
         if not num:
             return np.zeros(0, np.float32), 0
