@@ -4,7 +4,7 @@
     python -m experiments.evaluate --policy=HF_FOLDER --task=gsm8k --path=gsm8k/ --split=test --max_new_tokens=512
     # 100 samples a problem: pass@k;  drift on 4000 human texts beside it
     python -m experiments.evaluate --policy=RUN --num_samples=100 --temperature=0.8 --drift=4000 --json=metrics.json
-    # every checkpoint that was kept, a line each with its step and hours; continues where it was interrupted
+    # every checkpoint that was kept, a line each with its step and hours
     python -m experiments.evaluate --policy=RUN --step=all --gold=RM_RUN --json=curve.jsonl
 
 RUN is the --workdir of an sft, dpo or policy run, HF_FOLDER weights with config.json and tokenizer.json. A policy run
@@ -13,9 +13,13 @@ says its own data, lengths and rewards; flags (or a --config) say them for other
 Of responses: reward, gold reward and its win rate against the data's own responses, metrics of the task, length, share
 ended, diversity. With --reference: KL in nats a response and a token, the perplexity of the responses under it, and
 legacy_kl_perplexity, which published TL;DR tables call "KL" and which depends on the length of the prompts.
+
+With --json=FILE or --out=FILE, what has been sampled and what models have scored is in FILE.partial until FILE is
+written: interrupted, the same command goes on from there. Reward functions are called anew.
 """
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +34,7 @@ from experiments.rlhf.models.inference import Policy, Prompt, Responses
 from experiments.rlhf.policy import evaluation, rewards
 from experiments.rlhf.policy.completions import Reward
 from experiments.rlhf.policy.reward_model import RewardModel
-from experiments.runtime import launch, storage
+from experiments.runtime import blocks, launch, shards, storage
 from experiments.runtime import steps as steps_lib
 from experiments.runtime.curve import Curve, settings_of
 from experiments.runtime.progress import bar
@@ -79,6 +83,7 @@ def main() -> None:
             if jax.process_index() == 0:
                 print(json.dumps({'step': step} | out), flush=True)
                 curve.add(step, out)
+            blocks.remove(partial_of(args, step))
         if jax.process_index() == 0:
             print(f'{len(wanted)} checkpoints -> {args.json}')
         return
@@ -87,6 +92,13 @@ def main() -> None:
         print(json.dumps(out, indent=1))
         if args.json:
             storage.write_json(args.json, out)
+    blocks.remove(partial_of(args, wanted[0]))
+
+
+def partial_of(args: argparse.Namespace, step: int | None) -> str:
+    """Where what has been measured so far of the policy at `step` is kept; '' where nothing is written."""
+    output = args.json or steps_lib.placed(args.out or '', step)
+    return os.fspath(shards.partial(output)) if output else ''
 
 
 def evaluate(args: argparse.Namespace, given: ml_collections.ConfigDict | None, alphas: Sequence[float],
@@ -106,18 +118,20 @@ def evaluate(args: argparse.Namespace, given: ml_collections.ConfigDict | None, 
     config = given or policy.config
     data = data_of(args, config)
     task = tasks.get(data, policy.encode)
-    found = tasks.require(task, 'prompts', data)(data, args.split or data['heldout'])
+    candidates = tasks.require(task, 'prompts', data)(data, args.split or data['heldout'])
     how = flags.sampling(policy, args, config)
-    prompts, rows = fitting(policy, found, task, how.max_new_tokens, args.max_prompt or (
+    prompts, rows = fitting(policy, candidates, task, how.max_new_tokens, args.max_prompt or (
         (config or {}).get('sampling') or {}).get('max_prompt', 0))
     prompts, rows = prompts[:args.num], rows[:args.num]
-    scorers = rewards_of(args, config, task, data, policy, read=config is policy.config)
+    place = partial_of(args, step)
+    scorers = rewards_of(args, config, task, data, policy, read=config is policy.config, place=place)
     human_text = evaluation.human_text(task, data, args.split or data['heldout'], args.drift) if args.drift else ''
 
     def measure(policy: Policy) -> tuple[dict[str, Any], Responses]:
         out, responses = evaluation.evaluate_policy(
             policy, prompts, rows, how, key=jax.random.key(args.seed), num_samples=args.num_samples,
-            batch_size=args.batch_size, task=task, **scorers, reference=reference, human_text=human_text, progress=bar)
+            batch_size=args.batch_size, task=task, **scorers, reference=reference, human_text=human_text, progress=bar,
+            place=place)
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in out.items()}, responses
 
     if alphas:
@@ -178,13 +192,14 @@ def fitting(policy: Policy, candidates: Sequence[tasks.Prompt], task: tasks.Task
 
 
 def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | None, task: tasks.Task,
-               data: Mapping[str, Any], policy: Policy, *, read: bool) -> dict[str, Reward]:
+               data: Mapping[str, Any], policy: Policy, *, read: bool, place: str = '') -> dict[str, Reward]:
     """Reward functions to report: from the flags, else from the run's config, else the task's own rule.
 
     As in training, `reward.missing_eos` of the config stands in place of the reward of a response that does not end.
 
     Args:
         read: `config` comes from the policy's folder, not from the user.
+        place: folder where the scores of models are written (`evaluation.written`); '': nowhere.
 
     Raises:
         ValueError: a reward that cannot be had, or code that only such a folder names, without --trust.
@@ -199,22 +214,25 @@ def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | Non
         rewards.check_code({f'reward.{name}': names[name] for name in names if not getattr(args, name)},
                            f'--policy={args.policy}', args.trust)
 
-    def find(name):
-        def model(path):
+    def scorer(name: str) -> Reward:
+        def model(path: str) -> Reward:
             if is_classifier(path):
                 label = args.label or (config.reward.get('label', '') if uses_config else '')
-                return TextClassifier(path, policy.mesh, label=label, batch_size=args.batch_size)
+                classifier = TextClassifier(path, policy.mesh, label=label, batch_size=args.batch_size)
+                return evaluation.written(classifier, place)
             tokenizer_lib.check_stage(f'--{name}', path, policy.encode)
-            return RewardModel(path, policy.mesh, num_ids=policy.tokenizer.vocab_size,
-                               batch_size=args.batch_size, dtype=args.dtype or '', step=steps_lib.agreed_newest(path),
-                               before_eos=args.gold_before_eos and name == 'gold')
+            reward_model = RewardModel(
+                path, policy.mesh, num_ids=policy.tokenizer.vocab_size, batch_size=args.batch_size,
+                dtype=args.dtype or '', step=steps_lib.agreed_newest(path),
+                before_eos=args.gold_before_eos and name == 'gold')
+            return evaluation.written(reward_model, place)
         return rewards.find(f'--{name}', names[name], task, data['task'], model, gold=name == 'gold')
 
-    found = {name: find(name) for name in names if names[name]}
+    scorers = {name: scorer(name) for name in names if names[name]}
     missing_eos = rewards.number('reward.missing_eos', config.reward.missing_eos) if uses_config else None
-    if 'reward' in found and missing_eos is not None:
-        found['reward'] = rewards.with_missing_eos(found['reward'], missing_eos)
-    return found
+    if 'reward' in scorers and missing_eos is not None:
+        scorers['reward'] = rewards.with_missing_eos(scorers['reward'], missing_eos)
+    return scorers
 
 
 if __name__ == '__main__':

@@ -14,8 +14,9 @@ from experiments import convert as convert_command
 from experiments import evaluate as evaluate_command
 from experiments import evaluate_policy, relabel
 from experiments import sample as sample_command
-from experiments.rlhf.models import adapters, loading
+from experiments.rlhf.models import adapters, inference, loading
 from experiments.rlhf.models.inference import Policy
+from experiments.rlhf.policy import evaluation, reward_model
 from experiments.rlhf.policy.evaluation import HeldOutPrompts
 from experiments.runtime import launch, lines
 from experiments.runtime import mesh as mesh_lib
@@ -65,6 +66,10 @@ def command(main, monkeypatch, *args):
     launch.main(main)
 
 
+def interrupt(*args, **settings):
+    raise KeyboardInterrupt
+
+
 def test_training_reports_held_out_prompts_and_changes_nothing(runs):
     rows = [row for row in read_metrics(runs / 'policy' / 'metrics.jsonl') if 'eval_reward' in row]
     assert [row['step'] for row in rows] == [1]
@@ -107,10 +112,26 @@ def test_a_run_of_a_stranger_names_no_code_to_run(runs, tmp_path, monkeypatch, c
 
 def test_evaluate_and_sample(runs, monkeypatch, capsys):
     out, texts = runs / 'metrics.json', runs / 'responses.jsonl'
-    command(evaluate_command.main, monkeypatch, f'--policy={runs / "policy"}', f'--reference={runs / "sft"}', '--num=5',
-            '--num_samples=2', '--temperature=1', '--batch_size=8', '--drift=4', f'--json={out}', f'--out={texts}')
+    measured = (evaluate_command.main, monkeypatch, f'--policy={runs / "policy"}', f'--reference={runs / "sft"}',
+                f'--gold={runs / "reward"}', '--num=5', '--num_samples=2', '--temperature=1', '--batch_size=8',
+                '--drift=4')
+    command(*measured, f'--json={out}', f'--out={texts}')
     found = json.loads(out.read_text())
     assert found == json.loads(capsys.readouterr().out)
+    again, of_again = runs / 'again.json', (f'--json={runs}/again.json', f'--out={runs}/again.jsonl')
+    computing = (inference.generate_lib, 'generate'), (reward_model, 'last_scores'), (inference, '_score')
+    for interrupted in (*computing, (evaluation, 'of_variety')):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*interrupted, interrupt)
+            command(*measured, *of_again)
+        assert not again.exists() and (runs / 'again.json.partial').is_dir() is (interrupted is not computing[0])
+    with monkeypatch.context() as patch:  # all is there by now
+        for place in computing:
+            patch.setattr(*place, interrupt)
+        command(*measured, *of_again)
+    assert again.read_bytes() == out.read_bytes() and not (runs / 'again.json.partial').exists()
+    assert (runs / 'again.jsonl').read_bytes() == texts.read_bytes()
+    capsys.readouterr()
     assert (found['num_prompts'], found['num_samples'], found['temperature']) == (5, 2, 1)
     assert {'reward', 'gold', 'accuracy', 'pass_at_1', 'pass_at_2', 'kl', 'kl_per_token', 'perplexity',
             'legacy_kl_perplexity', 'drift_perplexity', 'distinct_samples', 'length', 'ended'} <= set(found)

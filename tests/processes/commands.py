@@ -1,8 +1,9 @@
 """Several commands in one job, so that its processes are started once: `python -m tests.processes.commands FILE`.
 
 FILE holds a JSON list of command lines, each `[module, argument, ...]`. With `--killed_at=N` the process kills itself
-in the N-th row store's append, and every row that is written is noted at once. With `--late=SECONDS` it
-sees what one of the patterns `--late_files` matches so much later than it was there.
+in the N-th append to a row store, where every row that is written is noted at once, or before it writes the N-th block
+of a computation. With `--late=SECONDS` it sees what one of the patterns `--late_files` matches so much later than it
+was there.
 """
 import importlib
 import json
@@ -43,14 +44,19 @@ def main() -> None:
 
 def kill_at(number: int) -> None:
     from experiments.dlc.data import codestore_writer
-    append, calls = codestore_writer.writer.append, []
+    from experiments.runtime import blocks
+    calls = []
 
-    def append_and_count(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        append(self, *args, **kwargs)
-    codestore_writer.SYNC_SECONDS, codestore_writer.writer.append = 0, append_and_count
+    def counted(write):
+        def write_and_count(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(*args, **kwargs)
+        return write_and_count
+    codestore_writer.SYNC_SECONDS = 0
+    codestore_writer.writer.append = counted(codestore_writer.writer.append)
+    blocks._write = counted(blocks._write)
 
 
 if __name__ == '__main__':

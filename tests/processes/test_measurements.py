@@ -11,6 +11,9 @@ from configs.dlc import quickstart
 from experiments import evaluate
 from experiments.dlc import encoder
 from experiments.dlc.weights import writing
+from rlhf_jax import convert
+from rlhf_jax.models import gpt2, heads
+from rlhf_jax.weights import files
 from tests.dlc.random_params import random_params
 
 pytestmark = pytest.mark.slow
@@ -43,3 +46,31 @@ def test_killed_in_a_measurement(tmp_path, monkeypatch):
     assert [status for status, _, _ in ends] == [0, 0], ends
     assert scores.read_bytes() == (tmp_path / 'alone.json').read_bytes() and not kept.exists()
     assert json.loads(scores.read_text())['dinov2']['frechet'] > 0
+
+
+def test_killed_in_a_measurement_of_a_policy(tmp_path):
+    """Each of two processes samples from four prompts and scores the responses, 8 blocks. The first dies in its third,
+    and on the next start reads those before: else it would not live to write its last."""
+    policy = gpt2.GPT2(width=16, depth=1, num_heads=2, vocab_size=259, max_length=128)
+    for name, module in (('policy', policy), ('reward', heads.RewardModel(policy))):
+        params = random_params(module, jnp.zeros((1, 2), jnp.int32))
+        files.save(tmp_path / name, convert.to_torch('gpt2', module, params), convert.config_of('gpt2', module))
+    measure = ('experiments.evaluate', f'--policy={tmp_path}/policy', '--tokenizer=bytes', '--task=arithmetic',
+               f'--gold={tmp_path}/reward', '--num=8', '--batch_size=1', '--temperature=1', '--max_new_tokens=4')
+    commands = {name: (*measure, f'--json={tmp_path}/{name}.json', f'--out={tmp_path}/{name}.jsonl')
+                for name in ('whole', 'struck')}
+
+    def job(killed_at, *names):
+        (tmp_path / 'commands.json').write_text(json.dumps([commands[name] for name in names]))
+        return jobs.run('tests.processes.commands', str(tmp_path / 'commands.json'), processes=2, devices=1,
+                        own={0: (f'--killed_at={killed_at}',)})
+    ends = job(8 + 3, 'whole', 'struck')
+    assert ends[0][0] == -signal.SIGKILL and ends[1][0] != 0, ends
+    written = {path.name for path in (tmp_path / 'struck.json.partial').glob('responses-*/*.npz')}
+    assert {'0.npz', '1.npz'} <= written <= {f'{i}.npz' for i in (0, 1, 4, 5, 6, 7)}
+    ends = job(8 - 2 + 1, 'struck')
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert sorted(path.name for path in tmp_path.glob('struck*')) == ['struck.json', 'struck.jsonl']
+    for end in ('json', 'jsonl'):
+        assert (tmp_path / f'struck.{end}').read_bytes() == (tmp_path / f'whole.{end}').read_bytes()
+    assert {'gold', 'length'} <= json.loads((tmp_path / 'struck.json').read_text()).keys()

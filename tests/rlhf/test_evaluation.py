@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.rlhf.data import tasks
-from experiments.rlhf.models import loading
+from experiments.rlhf.models import inference, loading
 from experiments.rlhf.models.inference import Policy
 from experiments.rlhf.policy import completions, evaluation, reward_model
 from experiments.runtime import mesh as mesh_lib
@@ -121,6 +121,92 @@ def test_wins_are_strict_and_over_every_sample(policy):
                                                   for name in ('tokens', 'mask', 'ended')}), rows)
     assert completions.texts == ['1', '2', '3', '4'] and completions.rows == [rows[0], rows[0], rows[1], rows[1]]
     assert completions.tokens[3].tolist() == [*given.prompt_tokens[1], *given.tokens[1, 0]]
+
+
+def test_an_interrupted_evaluation_goes_on(policy, tmp_path, monkeypatch):
+    prompts, how = ['one', 'two and more', 'three', 'one', 'five'], policy.sampling(max_new_tokens=6, temperature=1.0)
+    computed, stop = [], []
+
+    def counted(name, real):
+        def once(*args, **settings):
+            if len(computed) in stop:
+                raise KeyboardInterrupt
+            computed.append(name)
+            return real(*args, **settings)
+        return once
+    monkeypatch.setattr(inference.generate_lib, 'generate', counted('responses', inference.generate_lib.generate))
+    monkeypatch.setattr(inference, '_score', counted('logprobs', inference._score))
+
+    def measure(place=str(tmp_path)):
+        computed.clear()
+        return evaluation.evaluate_policy(
+            policy, prompts, [{}] * 5, how, key=jax.random.key(3), num_samples=2, batch_size=2,
+            reward=lambda c: np.array([len(text) for text in c.texts], np.float32), reference=constant(1.0),
+            human_text='x' + 'a' * 7, place=place)
+    whole, responses = measure(place='')
+    everything = ['responses'] * 3 + ['logprobs'] * 11  # of ten rows by two models, and a window
+    assert computed == everything and not list(tmp_path.iterdir())
+    for done in (2, 5):
+        stop[:] = [done]
+        with pytest.raises(KeyboardInterrupt):
+            measure()
+    stop.clear()
+    out, again = measure()
+    assert computed == everything[7:] and out == whole and again.texts == responses.texts
+    for name in ('tokens', 'mask', 'logprobs', 'ended'):
+        np.testing.assert_array_equal(getattr(again, name), getattr(responses, name))
+    assert measure()[0] == whole and not computed
+
+    def sample(measured=policy, how=how, seed=3, num=5, **size):
+        return measured.sample(prompts[:num], how, jax.random.key(seed),
+                               **dict(num_samples=2, batch_size=2, place=str(tmp_path)) | size)
+    stop[:] = [0]
+    assert sample().texts == responses.texts
+    for changed in (dict(seed=4), dict(how=dataclasses.replace(how, temperature=0.9)), dict(num=4), dict(num_samples=3),
+                    dict(measured=policy.interpolated(constant(2.0), 0.5)), dict(batch_size=3)):
+        with pytest.raises(KeyboardInterrupt):  # it begins to draw
+            sample(**changed)
+
+
+def test_scores_of_models_are_read_again(tmp_path):
+    module = RewardModel(GPT2(vocab_size=259, width=16, depth=1, num_heads=2, max_length=16))
+    for name, scale in (('a', 1), ('b', 2)):
+        params = jax.tree.map(lambda x, scale=scale: scale * x, random_params(module))
+        files.save(tmp_path / name, convert.to_torch('gpt2', module, params), convert.config_of('gpt2', module))
+    tokens = np.arange(20).reshape(5, 4).astype(np.int32)
+    batch = completions.Completions(['x'] * 5, [{}] * 5, tokens, np.ones((5, 4), bool), np.ones(5, bool))
+    called = []
+
+    def scorer(name, **how):
+        model = reward_model.RewardModel(str(tmp_path / name), ONE, batch_size=2, **how)
+        run = model._run
+        model._run = lambda *args: called.append(name) or run(*args)
+        return evaluation.written(model, str(tmp_path / 'kept'))
+
+    def scores(reward, batch=batch):
+        called.clear()
+        return evaluation.scores_of(reward, batch, 2)
+    first = scores(scorer('a'))
+    assert called == ['a'] * 3 and (scores(scorer('a')) == first).all() and not called
+    others = [scores(scorer('b')), scores(scorer('a', before_eos=True)),
+              scores(scorer('a'), dataclasses.replace(batch, tokens=tokens + 1))]
+    assert all((other != first).all() for other in others) and len(called) == 3
+    assert (scores(scorer('a'), batch.part(slice(0, 2))) == first[:2]).all() and not called
+
+
+def test_rewards_see_some_prompts_at_a_time(policy):
+    seen = []
+    batch = completions.Completions([str(i) for i in range(5)], [{'i': i} for i in range(5)], *np.zeros((2, 5, 3), int),
+                                    np.ones(5, bool))
+
+    def reward(c):
+        seen.append(len(c.texts))
+        return [row['i'] + int(text) for text, row in zip(c.texts, c.rows)]
+    done = []
+    assert evaluation.scores_of(reward, batch, 2, done.append).tolist() == [0, 2, 4, 6, 8]
+    assert seen == [2, 2, 1] and done == [2, 4, 5]
+    with pytest.raises(ValueError, match='rewards: 1 of 2 are not finite'):
+        evaluation.scores_of(lambda c: [math.nan if row['i'] == 3 else 0.0 for row in c.rows], batch, 2)
 
 
 def test_pass_rates_and_variety():

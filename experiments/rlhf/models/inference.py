@@ -23,6 +23,8 @@ from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models import tokenizer as tokenizer_lib
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import modules, partition, shards
+from experiments.runtime.blocks import Arrays, Blocks
+from experiments.runtime.digest import digests
 from experiments.runtime.evaluation import full_batches
 from rlhf_jax import chat, elastic_reset, responses
 from rlhf_jax import generate as generate_lib
@@ -156,7 +158,7 @@ class Policy:
 
     def sample(self, prompts: Sequence[Prompt], sampling: generate_lib.Sampling, key: jax.Array, *,
                batch_size: int = 64, num_samples: int = 1, progress: Progress | None = None,
-               part: Part | None = None) -> Responses:
+               part: Part | None = None, place: str = '') -> Responses:
         """`num_samples` responses to each prompt. A response depends on `key`, its prompt's number and its own, not on
         `batch_size` or the devices.
 
@@ -165,26 +167,32 @@ class Policy:
             batch_size: prompts at once, rounded up to the devices; the last batch is filled up.
             progress: callback that takes how many prompts are done.
             part: which part of a longer list the prompts are; None: all of it, which the processes of a job share out.
+            place: folder where batches are written as they are drawn, until somebody removes it (`runtime.blocks`):
+                interrupted, a call for the same responses draws only the missing ones. '': they are not written.
 
         Raises:
             ValueError: no prompt, an empty one, or one that leaves no room for `max_new_tokens`.
+            OSError: a batch cannot be written.
         """
         tokens, mask = self.pad([self.ids_of(p) for p in prompts], sampling.max_new_tokens,
                                 part.longest if part else 0)
 
         def run(index, tokens, mask):
             keys = responses.sample_keys(key, index, num_samples)
-            return generate_lib.generate(self.module, self.params, tokens, mask, keys, sampling,
-                                         num_samples=num_samples)
+            return vars(generate_lib.generate(self.module, self.params, tokens, mask, keys, sampling,
+                                              num_samples=num_samples))
 
         numbers = np.arange(len(tokens)) + (part.first if part else 0)
-        drawn = self._in_batches(run, (numbers, tokens, mask), batch_size, progress, alone=part is not None)
-        shape = drawn.mask.shape[:2]
-        flat = [x.reshape(-1, x.shape[-1]) for x in (drawn.tokens, drawn.mask)]
+        drawn = self._in_batches('responses', run, (numbers, tokens, mask), batch_size, progress,
+                                 alone=part is not None, place=place,
+                                 settings=(sampling, num_samples, np.asarray(jax.random.key_data(key))))
+        shape = drawn['mask'].shape[:2]
+        flat = [x.reshape(-1, x.shape[-1]) for x in (drawn['tokens'], drawn['mask'])]
         of_each = [np.repeat(x, num_samples, 0) for x in (tokens, mask)]
         completions, ended = texts.decoded(self.tokenizer, *flat, *of_each)
         decoded = [completions[i:i + num_samples] for i in range(0, len(completions), num_samples)]
-        return Responses(decoded, tokens, mask, drawn.tokens, drawn.mask, ended.reshape(shape), drawn.logprobs)
+        return Responses(decoded, tokens, mask, drawn['tokens'], drawn['mask'], ended.reshape(shape),
+                         drawn['logprobs'])
 
     def ids_of(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt, a BOS in front where texts begin with one; those of one that is given as ids."""
@@ -228,13 +236,14 @@ class Policy:
     # ---- Log-probabilities -------------------------------------------------------------------------------------------
 
     def logprobs(self, responses: Responses, *, temperature: float = 1.0, batch_size: int = 64,
-                 progress: Progress | None = None) -> np.ndarray:
+                 progress: Progress | None = None, place: str = '') -> np.ndarray:
         """float32 [N, K, L] of the tokens of `responses`, which another policy with the same tokenizer may have drawn.
 
         0 past their end.
 
         Args:
             batch_size: rows at once.
+            place: folder where batches are written as they are computed, as of `sample`.
 
         Raises:
             ValueError: token ids or lengths that this model does not have.
@@ -242,33 +251,55 @@ class Policy:
         tokens, mask = responses.rows()
         length = responses.tokens.shape[-1]
         out = self.token_logprobs(tokens, mask, length, temperature=temperature, batch_size=batch_size,
-                                  progress=progress).reshape(responses.mask.shape)
+                                  progress=progress, place=place).reshape(responses.mask.shape)
         return np.where(responses.mask, out, 0)
 
     def token_logprobs(self, tokens: np.ndarray, mask: np.ndarray, length: int, *, temperature: float = 1.0,
-                       batch_size: int = 64, progress: Progress | None = None) -> np.ndarray:
-        """float32 [N, length] of the last `length` tokens of rows [N, T], whatever is padding among them."""
+                       batch_size: int = 64, progress: Progress | None = None, place: str = '') -> np.ndarray:
+        """float32 [N, length] of the last `length` tokens of rows [N, T], whatever is padding among them; arguments as
+        of `logprobs`."""
         if tokens.max() >= self.module.vocab_size or tokens.shape[1] > self.module.max_length:
             raise ValueError(f'rows of {tokens.shape[1]} tokens with ids up to {tokens.max()} do not fit this model: '
                              f'it has {self.module.max_length} positions and {self.module.vocab_size} ids')
-        return self._in_batches(lambda t, m: _score(self.module, self.params, t, m, length, temperature),
-                                (tokens, mask), batch_size, progress)
 
-    def _in_batches(self, fn: Callable[..., Any], arrays: Sequence[np.ndarray], batch_size: int,
-                    progress: Progress | None, alone: bool = False) -> Any:
+        def run(tokens, mask):
+            return {'logprobs': _score(self.module, self.params, tokens, mask, length, temperature)}
+        return self._in_batches('logprobs', run, (tokens, mask), batch_size, progress, place=place,
+                                settings=(length, temperature))['logprobs']
+
+    # ---- Batches -----------------------------------------------------------------------------------------------------
+
+    def rows_at_once(self, batch_size: int, num: int) -> int:
+        """Rows of a batch of `num` rows in all: `batch_size`, or so many as there are, rounded up to the devices."""
+        return -(-min(batch_size, num) // self._shards) * self._shards
+
+    def _in_batches(self, what: str, fn: Callable[..., Any], arrays: Sequence[np.ndarray], batch_size: int,
+                    progress: Progress | None, *, alone: bool = False, place: str = '',
+                    settings: Sequence[Any] = ()) -> Arrays:
         """`fn` of rows, a batch of them at a time, the last one filled up with its last row; on the host. Unless this
-        process is `alone` with them, those of the job share them out."""
+        process is `alone` with them, those of the job share them out.
+
+        Args:
+            what: names the batches that are written to the folder `place`; '': none is.
+            fn: arrays of a batch -> arrays by name, by these weights.
+            settings: what decides the outcome beside weights and rows.
+        """
         if batch_size < 1:
             raise ValueError(f'batch_size={batch_size} must be at least 1')
         num = len(arrays[0])
-        size = -(-(batch_size if alone else min(batch_size, num)) // self._shards) * self._shards
-        sharding = mesh_lib.batch_sharding(self.mesh)
+        size = self.rows_at_once(batch_size, batch_size if alone else num)
+        sharding, blocks = mesh_lib.batch_sharding(self.mesh), Blocks()
+        if place:
+            blocks = Blocks.of(place, what, digests(self.params), self.module, size, *settings, *arrays)
 
         def run(part: range) -> Any:
             out, done = [], 0
             for rows, count in full_batches(len(part), size):
-                batch = (jax.device_put(x[part.start + rows], sharding) for x in arrays)
-                out.append(jax.device_get(fn(*batch)))
+                rows = part.start + rows
+
+                def batch(rows: np.ndarray = rows) -> Any:
+                    return jax.device_get(fn(*(jax.device_put(x[rows], sharding) for x in arrays)))
+                out.append(blocks.get(str(rows[0]), batch))
                 done += count
                 if progress:
                     progress(min(done * jax.process_count(), num))

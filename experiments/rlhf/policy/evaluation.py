@@ -13,12 +13,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks
+from experiments.rlhf.models.classifier import TextClassifier, texts_of
 from experiments.rlhf.models.inference import Policy, Progress, Prompt, Responses
 from experiments.rlhf.policy import roles, rollouts
 from experiments.rlhf.policy.completions import Completions, Reward
 from experiments.rlhf.policy.kind import Kind
+from experiments.rlhf.policy.reward_model import RewardModel
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import placement
+from experiments.runtime import placement, shards
+from experiments.runtime.blocks import Blocks, digest_of
 from experiments.runtime.evaluation import Evaluation
 from rlhf_jax.generate import Sampling
 from rlhf_jax.rollout.rewards import score
@@ -32,7 +35,7 @@ def evaluate_policy(policy: Policy, prompts: Sequence[Prompt], rows: Rows, sampl
                     num_samples: int = 1, batch_size: int = 64, task: tasks.Task | None = None,
                     reward: Reward | None = None, gold: Reward | None = None, reference: Policy | None = None,
                     human_text: str = '', progress: Callable[[str, int], Progress] | None = None,
-                    ) -> tuple[Metrics, Responses]:
+                    place: str = '') -> tuple[Metrics, Responses]:
     """Samples `num_samples` responses to each prompt and measures them.
 
     Args:
@@ -43,6 +46,8 @@ def evaluate_policy(policy: Policy, prompts: Sequence[Prompt], rows: Rows, sampl
         reference: what the policy started from, of the same tokenizer: KL, and perplexity of the responses.
         human_text: on which the policy's own perplexity is its drift.
         progress: (what, how many) -> callback that takes how many are done.
+        place: folder where responses and log-probabilities are written batch by batch, until somebody removes it
+            (`runtime.blocks`): interrupted, the same call computes the missing ones. '': they are not written.
 
     Returns:
         The metrics, `length` in tokens (EOS included), and the responses. See `of_drift`, `of_wins`, `of_text`.
@@ -52,7 +57,8 @@ def evaluate_policy(policy: Policy, prompts: Sequence[Prompt], rows: Rows, sampl
     """
     bar = progress or (lambda what, total: None)
     responses = policy.sample(prompts, sampling, key, batch_size=batch_size, num_samples=num_samples,
-                          progress=bar('sampling', len(prompts)))
+                              progress=bar('sampling', len(prompts)), place=place)
+    at_once = policy.rows_at_once(batch_size, len(prompts))
     completions = completions_of(responses, rows)
     out = {'num_prompts': len(prompts), 'num_samples': num_samples, 'temperature': sampling.temperature,
            'length': float(responses.mask.sum(-1).mean()), 'ended': float(responses.ended.mean())}
@@ -60,16 +66,16 @@ def evaluate_policy(policy: Policy, prompts: Sequence[Prompt], rows: Rows, sampl
         out |= task.metrics(completions.texts, completions.rows)
     for name, scorer in (('reward', reward), ('gold', gold)):
         if scorer is not None:
-            scores = score(scorer, completions, num=len(completions.texts))[0]
+            scores = scores_of(scorer, completions, at_once * num_samples, bar(name, len(completions.texts)))
             out |= {name: float(scores.mean()), f'{name}_std': float(scores.std())}
             if name == 'reward':
                 out |= of_passes(scores.reshape(len(prompts), num_samples))
             elif all('reference' in row for row in rows):
-                out |= of_wins(policy, prompts, rows, scores, gold)
+                out |= of_wins(policy, prompts, rows, scores, gold, at_once)
     if reference is not None:
-        out |= of_drift(policy, reference, responses, batch_size=batch_size, bar=bar)
+        out |= of_drift(policy, reference, responses, batch_size=batch_size, bar=bar, place=place)
     if human_text:
-        out |= of_text(policy, human_text, batch_size=batch_size, progress=bar)
+        out |= of_text(policy, human_text, batch_size=batch_size, progress=bar, place=place)
     return out | of_variety(responses), responses
 
 
@@ -79,6 +85,40 @@ def completions_of(responses: Responses, rows: Rows) -> Completions:
     texts = [text for row in responses.texts for text in row]
     return Completions(texts, [row for row in rows for _ in range(responses.num_samples)], tokens, mask,
                        responses.ended.reshape(-1))
+
+
+# ---- Rewards ---------------------------------------------------------------------------------------------------------
+
+def scores_of(reward: Reward, completions: Completions, at_once: int, progress: Progress | None = None) -> np.ndarray:
+    """Rewards float32 [N] of completions, of `at_once` of them in a call; the processes of a job share the calls out.
+
+    Raises:
+        ValueError: rewards that are not finite, or not one a completion.
+    """
+    num = len(completions.texts)
+
+    def of_part(part: range) -> np.ndarray:
+        out = []
+        for start in range(part.start, part.stop, at_once):
+            some = completions.part(slice(start, min(start + at_once, part.stop)))
+            out.append(score(reward, some, num=len(some.texts))[0])
+            if progress:
+                progress(min((start - part.start + at_once) * jax.process_count(), num))
+        return np.concatenate(out)
+    return shards.gathered(of_part, num, at_once)
+
+
+def written(model: RewardModel | TextClassifier, place: str) -> Reward:
+    """A reward that writes the scores of `model` to the folder `place`, call by call, and reads those that are there
+    (`runtime.blocks`); '': the model itself."""
+    if not place:
+        return model
+    blocks = Blocks.of(place, 'scores', model.identity())
+
+    def scores(completions: Completions) -> np.ndarray:
+        read = completions.tokens, completions.mask, completions.ended, texts_of(completions)
+        return blocks.get(digest_of(*read), lambda: {'scores': np.asarray(model(completions))})['scores']
+    return scores
 
 
 # ---- Measures --------------------------------------------------------------------------------------------------------
@@ -94,19 +134,22 @@ def of_passes(scores: np.ndarray) -> Metrics:
             for k in ks}
 
 
-def of_wins(policy: Policy, prompts: Sequence[Prompt], rows: Rows, scores: np.ndarray, gold: Reward) -> Metrics:
+def of_wins(policy: Policy, prompts: Sequence[Prompt], rows: Rows, scores: np.ndarray, gold: Reward,
+            at_once: int = 64) -> Metrics:
     """Gold scores [N K] of the responses against those of the data's own, each with an EOS: `win_rate` counts strict
-    wins, `win_ties` equal scores, `win_margin` is the mean difference."""
+    wins, `win_ties` equal scores, `win_margin` is the mean difference. `gold` is called with `at_once` of the latter.
+    """
     references = policy.given(prompts, [row['reference'] for row in rows])
-    theirs = score(gold, completions_of(references, rows), num=len(rows))[0]
+    theirs = scores_of(gold, completions_of(references, rows), at_once)
     wins = tldr.win_rate(scores, np.repeat(theirs, len(scores) // len(theirs)))
     return {'win_rate': wins.win_rate, 'win_ties': wins.ties, 'win_margin': wins.margin,
             'reference_gold': float(theirs.mean())}
 
 
 def of_drift(policy: Policy, reference: Policy, responses: Responses, *, batch_size: int = 64,
-             bar: Callable[[str, int], Progress | None] = lambda what, total: None) -> Metrics:
-    """How far the responses are from what `reference` would say, both at temperature 1.
+             bar: Callable[[str, int], Progress | None] = lambda what, total: None, place: str = '') -> Metrics:
+    """How far the responses are from what `reference` would say, both at temperature 1; `place` as of
+    `evaluate_policy`.
 
     `kl` in nats a response, `kl_per_token`; `perplexity` of the responses under the reference; and
     `legacy_kl_perplexity`, which published TL;DR tables call "KL": it divides by the prompt's tokens too, so compare it
@@ -115,7 +158,7 @@ def of_drift(policy: Policy, reference: Policy, responses: Responses, *, batch_s
     """
     rows = responses.mask.shape[0] * responses.mask.shape[1]
     policy_logprobs, ref_logprobs = (
-        model.logprobs(responses, batch_size=batch_size, progress=bar(what, rows)).reshape(rows, -1)
+        model.logprobs(responses, batch_size=batch_size, progress=bar(what, rows), place=place).reshape(rows, -1)
         for what, model in (('policy', policy), ('reference', reference)))
     mask = responses.mask.reshape(rows, -1)
     lengths = np.repeat(responses.prompt_mask.sum(1), responses.num_samples)
@@ -124,8 +167,9 @@ def of_drift(policy: Policy, reference: Policy, responses: Responses, *, batch_s
 
 
 def of_text(policy: Policy, text: str, *, size: int = imdb.WINDOW, stride: int = imdb.STRIDE, batch_size: int = 64,
-            progress: Callable[[str, int], Progress | None] = lambda what, total: None) -> Metrics:
-    """Perplexity of the policy on human text, read through a window of `size` tokens that moves by `stride`.
+            progress: Callable[[str, int], Progress | None] = lambda what, total: None, place: str = '') -> Metrics:
+    """Perplexity of the policy on human text, read through a window of `size` tokens that moves by `stride`; `place` as
+    of `evaluate_policy`.
 
     `drift_perplexity` is over tokens (published for IMDB); `drift_perplexity_unweighted` the mean over windows
     (published for StackExchange), in which a short last window counts as much as a full one.
@@ -139,7 +183,7 @@ def of_text(policy: Policy, text: str, *, size: int = imdb.WINDOW, stride: int =
         rows[i, :w.end - w.begin], mask[i, :w.end - w.begin] = tokens[w.begin:w.end], True
         counted[i, w.first - w.begin - 1:w.end - w.begin - 1] = True
     logprobs = policy.token_logprobs(rows, mask, size - 1, batch_size=batch_size,
-                                     progress=progress('human text', len(rows)))
+                                     progress=progress('human text', len(rows)), place=place)
     sums, counts = -np.where(counted, logprobs, 0).sum(1, dtype=np.float64), counted.sum(1)
     return {'drift_perplexity': perplexity.perplexity(sums, counts),
             'drift_perplexity_unweighted': perplexity.perplexity(sums, counts, weighted=False)}
