@@ -43,6 +43,7 @@ PUBLISHED = {
     'configs/dlc/encoder_imagenet.py': ('L512', 'L128', 'L32'),
     'configs/dlc/generator_imagenet.py': ('L512', 'L128', 'L32', 'class', 'embedding', 'none'),
     'configs/dlc/code_model_imagenet.py': ('L512', 'L128', 'L32', 'small_L512', 'small_L128', 'small_L32'),
+    'configs/dlc/embedding_model_imagenet.py': ('',),
     'configs/dlc/text_to_code_llada.py': ('L512', 'L128'),
 }
 # In this order a sweep compiles first: one of each kind and size.

@@ -28,6 +28,12 @@ def test_every_published_name_is_there(file, names):
     assert set(readiness.FIRST) <= set(readiness.paths()) and len(set(readiness.paths())) == len(readiness.paths())
 
 
+def test_every_model_of_images_is_there():
+    files = {str(path.relative_to(readiness.CHECKOUT))
+             for path in (readiness.CHECKOUT / 'configs' / 'dlc').glob('*_imagenet.py')}
+    assert len(files) == 4 and files <= readiness.PUBLISHED.keys()
+
+
 def test_what_moved_is_named():
     assert readiness.moved(row(), row(bytes=104)) == []
     assert readiness.moved(row(), row(bytes=106)) == ['step: bytes 100 -> 106']
