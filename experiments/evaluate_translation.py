@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate_translation --game=runs/game --split=val
     python -m experiments.evaluate_translation --speaker=runs/speaker --listener=runs/listener
-    python -m experiments.evaluate_translation --game=runs/game --language_model=runs/captions
+    python -m experiments.evaluate_translation --game=runs/game --language_model=runs/captions --ranker=runs/ranker
     # the control of every claim of less drift: the game's speaker pulled back towards the one it started as
     python -m experiments.evaluate_translation --game=runs/game --interpolate=0,0.25,0.5,0.75,1
 
@@ -66,6 +66,10 @@ def main() -> None:
                    help="scores with the game's speaker at these fractions of its way from the one it started as")
     p.add_argument('--language_model', metavar='WORKDIR', help='also the fluency of the English under this run of '
                    "`translation.py:language_model` (default: evaluation.language_model of the run)")
+    p.add_argument('--ranker', metavar='WORKDIR', help='also how well the English finds the images of the text, under '
+                   'this run of `translation.py:ranker` (default: evaluation.ranker of the run)')
+    p.add_argument('--images', metavar='DIR', help="folder of the images' features, {split}.npy (default: "
+                   "evaluation.images of the run, else the ranker's own)")
     p.add_argument('--json', metavar='FILE', help='also write the numbers there; --step=all: a line a checkpoint')
     steps_lib.add_flag(p, '--game')
     args, _ = launch.parse(p)
@@ -113,6 +117,9 @@ def evaluate(args: argparse.Namespace, alphas: Sequence[float], step: int | None
         config.evaluation.sentences = 0
         if args.language_model:
             config.evaluation.language_model = args.language_model
+        for name in ('ranker', 'images'):
+            if getattr(args, name):
+                config.evaluation[name] = getattr(args, name)
         if args.path:  # the vocabulary stays that of the run's own text
             config.vocabulary.paths = tuple(config.vocabulary.paths) or (config.data.path,)
             config.data.path = args.path

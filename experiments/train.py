@@ -56,6 +56,7 @@ EXPERIMENTS = {
     'translation_agent': 'experiments.rlhf.translation.agent',
     'translation_game': 'experiments.rlhf.translation.game',
     'translation_language_model': 'experiments.rlhf.translation.language_model',
+    'translation_ranker': 'experiments.rlhf.translation.ranker',
 }
 
 

@@ -19,6 +19,10 @@
     python -m experiments.train --config=configs/rlhf/translation.py:small_language_model \\
         --workdir=runs/small/captions --config.data.path=DATA
     python -m experiments.evaluate_translation --game=runs/small/elastic --language_model=runs/small/captions
+    # how well the English finds its image: IMAGES holds train.npy and val.npy, a row of features for each line of DATA
+    python -m experiments.train --config=configs/rlhf/translation.py:small_ranker --workdir=runs/small/ranker \\
+        --config.data.path=DATA --config.images=IMAGES
+    python -m experiments.evaluate_translation --game=runs/small/elastic --ranker=runs/small/ranker
 
 `speaker`, `listener`, `game` and `game_gumbel` have the published sizes and rates (of arXiv 2003.12694's code, which
 Elastic Reset's game descends from; its own period, decay and number of steps were not published). The speaker and the
@@ -59,6 +63,8 @@ def _shared() -> dict:
         evaluation=dict(
             every=500, sentences=0, rows=128,  # steps, 0: never; of data.valid, 0: all; at once
             language_model='',  # work directory of one; '': the fluency of the English is not measured
+            ranker='',  # work directory of one; '': whether the English finds its image is not measured
+            images='',  # folder of {split}.npy, the images' features for it; '': the ranker's own
         ),
     )
 
@@ -117,13 +123,39 @@ def language_model() -> ConfigDict:
     """An LSTM over English captions. Embeddings and states of 512 are published (of COCO's captions); the rest is
     ours."""
     shared = _shared()
-    del shared['message'], shared['evaluation']['language_model']
+    _measures_others(shared)
     config = ConfigDict(dict(experiment='translation_language_model', **runner(), **shared,
                              optimizer=adamw(schedule(1e-3, final=1e-5, decay='linear'), schedule(0.0), clip_norm=1.0)))
     config.model.update(dict(width=512, dropout=0.2))
     config.batch_size, config.num_steps = 40, 50_000
     config.log_every, config.checkpoint_every = 100, 5000
     return config
+
+
+def ranker() -> ConfigDict:
+    """A ranker of images by captions. Sizes, margin, rate, clipping and length are the released ones (of ResNet-152 and
+    the five captions of each Flickr30k image; the margin is 0, the clipping is of a sum over the batch there, of a mean
+    here); evaluation and dropout are ours."""
+    shared = _shared()
+    _measures_others(shared)
+    config = ConfigDict(dict(
+        experiment='translation_ranker', **runner(), **shared,
+        images='',  # folder of {split}.npy, float [lines, features], a row for each line; '': data.path
+        loss=dict(margin=0.0),  # by which a caption's image should score above all others of the batch
+        optimizer=adamw(schedule(3e-4, final=1e-5, decay='linear', decay_steps=3000), schedule(0.0), b1=0.9, b2=0.98,
+                        eps=1e-9, clip_norm=2.0 / 256)))
+    config.model.update(dict(width=1024, embedding=300, features=2048))
+    config.data.lengths = (50,)  # of all batches: the rivals of an image are the others of its batch
+    config.batch_size, config.num_steps = 256, 50_000
+    config.log_every, config.checkpoint_every = 100, 5000
+    return config
+
+
+def _measures_others(shared: dict) -> None:
+    """Takes out what a model has no use for that writes nothing and reads what others write."""
+    del shared['message']
+    for name in ('language_model', 'ranker', 'images'):
+        del shared['evaluation'][name]
 
 
 def _small(config: ConfigDict) -> ConfigDict:
@@ -135,7 +167,10 @@ def _small(config: ConfigDict) -> ConfigDict:
         config.message.max_length = 24
     config.evaluation.update(dict(every=500, sentences=256))
     config.log_every, config.checkpoint_every = 50, 500
-    if config.experiment != 'translation_game':
+    if config.experiment == 'translation_ranker':
+        config.model.embedding, config.data.lengths = 128, (32,)
+        config.batch_size, config.num_steps = 128, 3000
+    elif config.experiment != 'translation_game':
         config.model.dropout = 0.1
         config.batch_size, config.num_steps = 32, 3000
         config.optimizer.learning_rate.update(dict(peak=2e-3, final=1e-4, decay_steps=0))
@@ -155,9 +190,14 @@ def _tiny(config: ConfigDict) -> ConfigDict:
         config.message.max_length = 18
     config.evaluation.update(dict(every=200, sentences=64, rows=64))
     config.log_every, config.checkpoint_every, config.batch_size = 20, 200, 32
+    if config.experiment == 'translation_ranker':
+        config.model.update(dict(embedding=64, features=64))
+        config.data.lengths, config.loss.margin = (20,), 0.2
     if config.experiment != 'translation_game':
         config.num_steps = 2000
         config.optimizer.learning_rate.update(dict(peak=5e-3, final=1e-3, decay_steps=0))
+        if config.experiment == 'translation_ranker':
+            config.num_steps = 400
     else:
         config.num_steps = 400
         config.optimizer.learning_rate.peak = 3e-4
@@ -166,7 +206,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
 
 
 CONFIGS = {'speaker': lambda: agent('speaker'), 'listener': lambda: agent('listener'), 'game': game,
-           'game_gumbel': lambda: game('gumbel'), 'language_model': language_model}
+           'game_gumbel': lambda: game('gumbel'), 'language_model': language_model, 'ranker': ranker}
 
 
 def get_config(name: str = 'tiny_speaker') -> ConfigDict:

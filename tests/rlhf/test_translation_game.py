@@ -413,6 +413,20 @@ def test_scores_of_a_game_and_of_its_start(pretrained, game, monkeypatch, tmp_pa
         assert {'sacrebleu_en', 'sacrebleu_de'} <= set(whole)
 
 
+def test_the_games_english_is_ranked_among_images(game, monkeypatch, tmp_path):
+    """On the generated corpus, whose images are made of its sentences."""
+    ranker = configs.get_config('tiny_ranker').unlock()
+    ranker.update_from_flattened_dict({'model.width': 8, 'num_steps': 1, 'evaluation.every': 0})
+    train.train(ranker, tmp_path / 'ranker', mesh=one_device())
+    plain = evaluate(monkeypatch, tmp_path, f'--game={game[0]}')
+    ranked = evaluate(monkeypatch, tmp_path, f'--game={game[0]}', f'--ranker={tmp_path / "ranker"}')
+    assert {name: ranked[name] for name in plain} == plain and 1 <= ranked['image_median_rank'] <= 200
+    assert set(ranked) - set(plain) == {'image_recall_1', 'image_recall_5', 'image_recall_10', 'image_median_rank',
+                                        'image_first_of_20'}
+    with pytest.raises(ValueError, match='are made up, and it has seen others'):
+        evaluate(monkeypatch, tmp_path, f'--game={game[0]}', f'--ranker={tmp_path / "ranker"}', '--images=x')
+
+
 def test_every_sentence_is_translated_by_both_agents_in_turn(pretrained):
     config = game_config(pretrained)
     model = translation_agent.make_agent(config)

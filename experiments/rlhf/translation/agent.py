@@ -107,7 +107,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     return Experiment(init, loss, trained.step, seq2seq.PARTITION_RULES, batch_spec(config, languages, unit),
                       lambda: open_batches(config, languages, unit, placement.share_of(mesh)),
-                      check=lambda: evaluation.open_fluency(config, languages),
+                      check=lambda: evaluation.check(config, languages),
                       warm_start=lambda state: state.replace(extra={'vocabulary': checksums(config, languages)}),
                       hooks=hooks)
 

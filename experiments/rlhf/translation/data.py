@@ -192,6 +192,16 @@ def open_corpus(config: ml_collections.ConfigDict, split: str, languages: Sequen
     return Corpus(plain, words, tokens, lengths)
 
 
+def encoded(vocabulary: Vocabulary, sentences: Sequence[str], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sentences, words separated by spaces and perhaps none, as int32 tokens [N, longest] and lengths [N], BOS and EOS
+    included; longer ones are cut before their EOS."""
+    rows = [translation.sequence(vocabulary.encode(sentence.split()), longest - 2) for sentence in sentences]
+    tokens = np.full((len(rows), longest), translation.PAD, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, :len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int32)
+
+
 # ---- Batches -------------------------------------------------------------------------------------------------------
 
 def batch_shapes(config: ml_collections.ConfigDict, unit: int = 1) -> list[tuple[int, int]]:
@@ -218,17 +228,19 @@ class LengthBatches:
     its longest language fits; what does not fill a batch there goes to the next longer, and at the end the last batch
     is filled up with other rows. So every epoch has the same number of batches, and the position is their count.
 
-    Yields `{language: int32 [rows, length], language + '_length': int32 [rows]}`, this process's part of the rows.
+    Yields `{language: int32 [rows, length], language + '_length': int32 [rows]}` and what is `beside`, this process's
+    part of the rows.
 
     Args:
         corpus: rows; all of its languages are handed out, or those of `languages`.
         shapes: as `batch_shapes` gives them.
         languages: None: all.
+        beside: name -> array with an entry for each row.
     """
 
     def __init__(self, corpus: Corpus, shapes: Sequence[tuple[int, int]], *, seed: int, share: Share = WHOLE,
-                 languages: Sequence[str] | None = None):
-        languages = tuple(languages or corpus.tokens)
+                 languages: Sequence[str] | None = None, beside: Mapping[str, np.ndarray] | None = None):
+        languages, self._beside = tuple(languages or corpus.tokens), dict(beside or {})
         self._tokens = {language: corpus.tokens[language] for language in languages}
         self._lengths = {language: corpus.lengths[language] for language in languages}
         longest = np.max(list(self._lengths.values()), axis=0)
@@ -265,7 +277,8 @@ class LengthBatches:
         rows = rows[self._mine[len(rows)]]
         self._position += 1
         batch = {language: x[rows, :self._shapes[shape][1]] for language, x in self._tokens.items()}
-        return batch | {f'{language}_length': x[rows] for language, x in self._lengths.items()}
+        batch |= {f'{language}_length': x[rows] for language, x in self._lengths.items()}
+        return batch | {name: x[rows] for name, x in self._beside.items()}
 
     def get_state(self) -> dict[str, int]:
         return {'position': self._position}

@@ -1,6 +1,7 @@
 """Greedy translation of a held-out split and its BLEU: of the German, the task; of the English, the drift.
 
-`fluency_en`, where `evaluation.language_model` names one, is the mean of nats a token of the English under it.
+`fluency_en`, where `evaluation.language_model` names one, is the mean of nats a token of the English under it;
+`image_...`, where `evaluation.ranker` names one, say how well the English finds the images of the text (`images.py`).
 `bleu_*` is `bleu.legacy` on tokenized, lower-cased text, as the game has been reported; `sacrebleu_*`, where sacrebleu
 is installed, is lower-cased BLEU of words joined by spaces against the text as it was written.
 """
@@ -40,6 +41,7 @@ class _Scores:
         self._vocabularies = data_lib.vocabularies(config, self.languages)
         self._rows, self._model, self._message = config.evaluation.rows, model, config.message
         self._fluency = open_fluency(config, self.languages)
+        self._ranking = open_ranking(config, self.languages, split)
         self._run = jax.jit(self._translate)
 
     def _agents(self, params: Any) -> list[Any]:
@@ -74,9 +76,9 @@ class _Scores:
                 for name, x in whole.items()}
 
     def __call__(self, params: Any, *, sacrebleu: bool = False) -> dict[str, float]:
-        """`bleu_X` of every language X that is translated to, `fluency_en` where a language model is named, `nll_Y` in
-        nats a token of what people wrote, under the first agent; with `sacrebleu`, also `sacrebleu_X` where it is
-        installed."""
+        """`bleu_X` of every language X that is translated to, `fluency_en` where a language model is named, `image_...`
+        where a ranker is, `nll_Y` in nats a token of what people wrote, under the first agent; with `sacrebleu`, also
+        `sacrebleu_X` where it is installed."""
         translated = self.translate(params)
         scores = {}
         for language in self.languages[1:]:
@@ -91,6 +93,9 @@ class _Scores:
         if self._fluency:
             measure, weights = self._fluency
             scores['fluency_en'] = measure(weights, translated['en'])
+        if self._ranking:
+            measure, weights = self._ranking
+            scores |= measure(weights, translated['en'])
         scores[f'nll_{self.languages[1]}'] = float(translated['nll'].sum() / translated['count'].sum())
         return scores
 
@@ -103,14 +108,49 @@ def open_fluency(config: ml_collections.ConfigDict, languages: Sequence[str]) ->
     Raises:
         ValueError: it is of no use to agents of these `languages`, or no such run.
     """
-    workdir = config.evaluation.get('language_model', '')
+    workdir = _reader_of_english(config, 'language_model', languages)
     if not workdir:
         return None
-    if 'en' not in languages[1:]:
-        raise ValueError(f'evaluation.language_model={workdir}: it reads English, and {" to ".join(languages)} writes '
-                         'none; leave it empty')
     from experiments.rlhf.translation import language_model  # deferred: it is trained as the agents are
     return language_model.load(workdir)
+
+
+def open_ranking(config: ml_collections.ConfigDict, languages: Sequence[str], split: str | None = None) -> Any:
+    """Measure and weights of `evaluation.ranker` on the images of `split` (None: `data.valid`), or None where it names
+    none.
+
+    Raises:
+        FileNotFoundError, ValueError: it is of no use to agents of these `languages`, no such run, or images that do
+            not fit.
+    """
+    workdir, folder = _reader_of_english(config, 'ranker', languages), config.evaluation.get('images', '')
+    if folder and not workdir:
+        raise ValueError(f'evaluation.images={folder}: features are for a ranker; name one in evaluation.ranker, or '
+                         'leave it empty')
+    if not workdir:
+        return None
+    from experiments.rlhf.translation import images, ranker  # deferred: it is trained as the agents are
+    split = split or config.data.valid
+    return ranker.load(workdir, images.captions_of(config, split), split, folder, made_up=not config.data.path)
+
+
+def _reader_of_english(config: ml_collections.ConfigDict, name: str, languages: Sequence[str]) -> str:
+    """The work directory that `evaluation.name` gives, or ''.
+
+    Raises:
+        ValueError: agents of these `languages` write no English.
+    """
+    workdir = config.evaluation.get(name, '')
+    if workdir and 'en' not in languages[1:]:
+        raise ValueError(f'evaluation.{name}={workdir}: it reads English, and {" to ".join(languages)} writes none; '
+                         'leave it empty')
+    return workdir
+
+
+def check(config: ml_collections.ConfigDict, languages: Sequence[str]) -> None:
+    """Raises a ValueError or OSError where `evaluation` names what is of no use."""
+    open_fluency(config, languages)
+    open_ranking(config, languages)
 
 
 class AgentEvaluation(_Scores):

@@ -49,7 +49,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     def check_runs():
         game.pretrained()
-        evaluation.open_fluency(config, translation.FIELDS)
+        evaluation.check(config, translation.FIELDS)
 
     return Experiment(game.init, game.loss, game.step, RULES, batch_spec(config, unit),
                       lambda: open_batches(config, unit, placement.share_of(mesh)), warm_start=game.warm_start,

@@ -94,14 +94,9 @@ class Fluency:
 
     def __call__(self, params: Any, sentences: Sequence[str]) -> float:
         """`sentences`: words separated by spaces, perhaps none. Longer ones than the model was trained on are cut."""
-        rows = [translation.sequence(self._vocabulary.encode(sentence.split()), self._longest - 2)
-                for sentence in sentences]
-        tokens = np.full((len(rows), self._longest), translation.PAD, np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, :len(row)] = row
-        lengths = np.array([len(row) for row in rows], np.int32)
+        tokens, lengths = data_lib.encoded(self._vocabulary, sentences, self._longest)
         nll, count = 0.0, 0
-        for chosen, real in full_batches(len(rows), self._rows):
+        for chosen, real in full_batches(len(sentences), self._rows):
             of_rows, tokens_of_rows = self._run(params, tokens[chosen], lengths[chosen])
             nll += float(np.asarray(of_rows)[:real].sum())
             count += int(np.asarray(tokens_of_rows)[:real].sum())

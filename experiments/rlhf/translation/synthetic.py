@@ -3,6 +3,7 @@
 Word order differs between the three (German inverts after an adverb, adjectives stand elsewhere in French) and articles
 agree in gender and case, so that translation is more than a dictionary.
 """
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,3 +65,16 @@ def rows(num: int, seed: Sequence[int]) -> list[dict[str, str]]:
             fr, en, de = [time[0], *fr], [time[1], *en], [time[2], verb[2], subject[2], target[2], place[2], '.']
         sentences.append({'fr': ' '.join(fr), 'en': ' '.join(en), 'de': ' '.join(de)})
     return sentences
+
+
+def images(captions: Sequence[str], width: int) -> np.ndarray:
+    """Features of an image for each English sentence, float32 [N, width], of length 1: the sum of a random vector for
+    each of its words, a function of the word. Nothing was seen; sentences of the same words have the same image."""
+    of_words: dict[str, np.ndarray] = {}
+
+    def vector(word: str) -> np.ndarray:
+        if word not in of_words:
+            of_words[word] = np.random.default_rng(zlib.crc32(word.encode())).normal(size=width)
+        return of_words[word]
+    out = np.stack([np.sum([vector(word) for word in sorted(caption.split())], axis=0) for caption in captions])
+    return (out / np.linalg.norm(out, axis=1, keepdims=True)).astype(np.float32)
