@@ -26,6 +26,8 @@ def get_config(size: str = 'full'):
         methods=tuple(METHODS),
         seeds=(1,),  # each method is trained once a seed; its settings were chosen on seed 0
         sample_seeds=(0, 1),  # every sample set is drawn once a seed, of all methods from the same noise
+        # The control of a trade-off of reward and drift: the first method's weights, so much of the way from the start.
+        interpolate=(0.5,),
         drift_masks=2 if size == 'tiny' else 32,  # sets of masked positions a code, by which KL is estimated
         judge_seed=0,
     )).lock()

@@ -6,10 +6,11 @@ codes, the frozen generator draws them, and the proxy judge says how sure it is 
 learns from that, on captions of pairs that were trained on. The gold judge, which nothing was trained on, reports on
 all pairs. Interrupt it anywhere and run it again: it continues and ends with the same numbers.
 """
+import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,7 +33,9 @@ from experiments.runtime.metrics import curve
 from experiments.runtime.progress import bar
 from experiments.runtime.statistics import mean_and_spread
 from experiments.train import train
+from rlhf_jax import elastic_reset
 
+Model = Callable[[], TextToCode]
 START = 'fine-tuned'
 HEADINGS = {'seen': 'both right, seen pairs', 'unseen': 'both right, unseen pairs', 'proxy': 'proxy, seen',
             'proxy_unseen': 'proxy, unseen', 'kl': 'KL estimate, nats a code', 'code_distance': 'code distance',
@@ -86,6 +89,21 @@ def policies(config: ml_collections.ConfigDict, workdir: pathlib.Path,
     return runs
 
 
+def between(start: Model, end: Model, alpha: float) -> TextToCode:
+    """The model whose weights are a share `alpha` of the way from those of `start` to those of `end`."""
+    before, after = start(), end()
+    return dataclasses.replace(after, params=elastic_reset.interpolate(before.params, after.params, alpha))
+
+
+def controls(config: ml_collections.ConfigDict, models: Mapping[str, Model],
+             runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Model]]:
+    """{row of the table: {name: model}}: the runs of the first method, put back to the start by degrees."""
+    method = config.methods[0]
+    return {f'{method}, {alpha:g} of the way': {
+        f'{name}_alpha_{alpha:g}': functools.partial(between, models[START], models[name], alpha)
+        for name in runs[method]} for alpha in config.interpolate}
+
+
 def draw(config: ml_collections.ConfigDict, model: TextToCode, generator: Generator, seed: int,
          name: str) -> dict[str, np.ndarray]:
     """Codes and pictures of all prompts, with the samplers of the text quickstart and the noise of `seed`."""
@@ -98,13 +116,13 @@ def draw(config: ml_collections.ConfigDict, model: TextToCode, generator: Genera
     return {'codes': codes, 'images': np.asarray(to_uint8(x))}
 
 
-def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
-                models: Mapping[str, pathlib.Path], text: pathlib.Path) -> dict[str, list[dict[str, np.ndarray]]]:
-    """{model: one draw a sample seed}; `models`: name -> work directory."""
+def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Mapping[str, Model],
+                text: pathlib.Path) -> dict[str, list[dict[str, np.ndarray]]]:
+    """{model: one draw a sample seed}."""
     generator = functools.cache(lambda: Generator.load(text / 'generator'))  # one object: compiled once
     sets = {}
-    for name, place in models.items():
-        model = functools.cache(lambda place=place: TextToCode.load(place))
+    for name, load in models.items():
+        model = functools.cache(load)
         sets[name] = [stages.once(workdir / 'samples' / f'{name}_{seed}.npz',
                                   lambda seed=seed: draw(config, model(), generator(), seed, name))
                       for seed in config.sample_seeds]
@@ -112,19 +130,18 @@ def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path,
 
 
 def measure_model(config: ml_collections.ConfigDict, judges: Mapping[str, PictureJudge], real: np.ndarray,
-                  draws: list[dict[str, np.ndarray]], model: pathlib.Path, start: pathlib.Path) -> dict[str, float]:
+                  draws: list[dict[str, np.ndarray]], model: Model, start: Model) -> dict[str, float]:
     """One row of the table: means over the draws of a model.
 
     Args:
         real: held-out pictures of seen pairs, uint8 [N, H, W, C].
-        model, start: work directories of the model, and of the one that it began as.
+        start: the model that it began as.
     """
     both = np.mean([evaluation.right(judges['gold'], one['images'], LABELS) for one in draws], 0)
     proxy = np.mean([judges['proxy'].agreement(one['images'] / 255.0, LABELS) for one in draws], 0)
     kl = 0.0
-    if model != start:
-        kl = float(evaluation.drift(TextToCode.load(model), TextToCode.load(start), TEXTS, draws[0]['codes'],
-                                    num_masks=config.drift_masks).mean())
+    if model is not start:
+        kl = float(evaluation.drift(model(), start(), TEXTS, draws[0]['codes'], num_masks=config.drift_masks).mean())
     stacked = {name: np.stack([one[name] for one in draws], 1)[SEEN] for name in ('codes', 'images')}
     seen_images = np.concatenate([one['images'][SEEN] for one in draws])
     return {'seen': float(both[SEEN].mean()), 'unseen': float(both[~SEEN].mean()),
@@ -135,14 +152,17 @@ def measure_model(config: ml_collections.ConfigDict, judges: Mapping[str, Pictur
 
 def measure(config: ml_collections.ConfigDict, judges: Mapping[str, PictureJudge],
             stores: Mapping[str, codestore.CodeStore], sets: Mapping[str, list[dict[str, np.ndarray]]],
-            models: Mapping[str, pathlib.Path], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything in `metrics.json`: a row a method, mean and standard deviation over its seeds."""
+            models: Mapping[str, Model], rows_of: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything in `metrics.json`: a row a method, mean and standard deviation over its seeds.
+
+    Args:
+        rows_of: {row of the table: {name of a model: ...}}, but for the start.
+    """
     real = {split: np.asarray(stores[split].array('images')) for split in ('heldout', 'unseen')}
     row = lambda name: measure_model(config, judges, real['heldout'], sets[name], models[name], models[START])
     methods = {START: row(START)}
-    for method, of_method in runs.items():
-        rows = [row(name) for name in of_method]
-        methods[method] = mean_and_spread(rows)
+    for method, of_method in rows_of.items():
+        methods[method] = mean_and_spread([row(name) for name in of_method])
     judge = lambda name, split: float(evaluation.right(
         judges[name], real[split], np.asarray(stores[split].array('labels'))).mean())
     return {'methods': methods, 'judges': {name: {split: judge(name, split) for split in real} for name in judges}}
@@ -168,6 +188,13 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
                  'unseen pairs': f'{row["unseen"]:.3f}'} for name, row in metrics['judges'].items()])
 
     first = {method: next(iter(of_method)) for method, of_method in runs.items()}
+    page.heading('Reward against drift')
+    points = lambda names, what: tuple([metrics['methods'][name][field] for name in names] for field in ('kl', what))
+    way = [START, *(name for name in metrics['methods'] if name not in (START, *runs)), config.methods[0]]
+    for what in ('seen', 'unseen'):
+        page.lines({f'on the way to {config.methods[0]}': points(way, what),
+                    **{method: points([method], what) for method in runs}}, HEADINGS[what], x=HEADINGS['kl'],
+                   styles={method: 'o' for method in runs})
     page.heading('Training')
     for name, caption in (('reward', 'proxy reward'), ('gold', 'gold reward'), ('kl', 'KL estimate, nats a code'),
                           ('token_staleness', 'staleness, versions')):
@@ -209,10 +236,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
             clock.stage(method, lambda one=one, name=name: train(one, workdir / name, mesh=mesh, name=name))
 
     # ---- Samples, numbers, page --------------------------------------------------------------------------------------
-    models = {START: text / 'text_to_code'} | {
-        name: workdir / name for of_method in runs.values() for name in of_method}
+    models: dict[str, Model] = {START: functools.partial(TextToCode.load, text / 'text_to_code')}
+    models |= {name: functools.partial(TextToCode.load, workdir / name)
+               for of_method in runs.values() for name in of_method}
+    between_rows = controls(config, models, runs)
+    models |= {name: model for of_row in between_rows.values() for name, model in of_row.items()}
     sets = clock.stage('samples', lambda: sample_sets(config, workdir, models, text))
-    metrics = clock.stage('evaluation', lambda: measure(config, judges, stores, sets, models, runs))
+    metrics = clock.stage('evaluation', lambda: measure(config, judges, stores, sets, models, {**runs, **between_rows}))
     storage.write_json(workdir / 'metrics.json', metrics)
     clock.stage('report', lambda: write_report(config, workdir, metrics, clock.seconds, sets, runs))
     return metrics

@@ -2,14 +2,18 @@
 
 Everything they promise is written, and interruptions change no number.
 """
+import functools
 import json
 import shutil
 
+import chex
+import jax
 import numpy as np
 import pytest
 
 from configs.dlc import quickstart_align
 from configs.dlc import quickstart_text as config_lib
+from experiments.dlc.text_to_code import TextToCode
 from experiments.quickstarts import align
 from experiments.quickstarts import text_to_image as quickstart
 from experiments.runtime import signals
@@ -106,7 +110,8 @@ def aligned(uninterrupted, tmp_path_factory):
 def test_report_and_metrics_of_learning_from_pictures(aligned):
     workdir, metrics = aligned
     assert metrics == json.loads((workdir / 'metrics.json').read_text())
-    assert list(metrics['methods']) == ['fine-tuned', 'Online DPO, asynchronous', 'Online DPO, Elastic Reset']
+    assert list(metrics['methods']) == ['fine-tuned', 'Online DPO, asynchronous', 'Online DPO, Elastic Reset',
+                                        'Online DPO, asynchronous, 0.5 of the way']
     for name, row in metrics['methods'].items():
         assert set(row) == set(align.HEADINGS) and all(map(np.isfinite, row.values()))
         assert (row['kl'] == 0) == (name == 'fine-tuned')
@@ -116,9 +121,20 @@ def test_report_and_metrics_of_learning_from_pictures(aligned):
     assert staleness('elastic_reset') == 0 and staleness('online_dpo_async') == 1
     assert any(row['reset'] for row in read_metrics(workdir / 'elastic_reset_1' / 'metrics.jsonl'))
     page = (workdir / 'report.html').read_text()
-    for part in ('Methods', 'Training', 'Before and after, from the same noise', 'both right, unseen pairs',
-                 'proxy reward'):
+    for part in ('Methods', 'Reward against drift', 'Training', 'Before and after, from the same noise',
+                 'both right, unseen pairs', 'proxy reward'):
         assert f'>{part}<' in page
+
+
+def test_the_control_is_between_the_start_and_a_trained_model(aligned, uninterrupted):
+    workdir, _ = aligned
+    ends = [functools.partial(TextToCode.load, place)
+            for place in (uninterrupted[0] / 'text_to_code', workdir / 'online_dpo_async_1')]
+    start, end = (model().params for model in ends)
+    halfway = align.between(*ends, 0.5).params
+    chex.assert_trees_all_close(halfway, jax.tree.map(lambda a, b: (a + b) / 2, start, end), rtol=1e-6, atol=1e-7)
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), start, end)
+    assert max(jax.tree.leaves(moved)) > 1e-4
 
 
 def test_judges_and_captions_keep_to_their_digits(aligned):
