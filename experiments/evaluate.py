@@ -13,8 +13,8 @@ Stores come from experiments.encode, samples.npz from experiments.sample. With -
 and the ADM suite's reference file this gives FID, sFID, Inception score, precision and recall as they are published;
 --dinov2 gives distances in the features of DINOv2 or of an encoder (FD-DINOv2); without either, in those of a small
 classifier fitted to the --train images, comparable only among themselves. Inception and Vendi scores need no
---reference. With --json=FILE what networks have seen is kept in FILE.partial until FILE is written: interrupted, the
-same command goes on from there.
+--reference. With --json=FILE what networks have seen, and the accuracies of probes, are in FILE.partial until FILE is
+written: interrupted, the same command goes on from there.
 
 Language models are measured by the same command with --policy: python -m experiments.evaluate --policy=RUN --help.
 """
@@ -43,6 +43,7 @@ from experiments.dlc.data.printable import printable
 from experiments.dlc.judge import Judge
 from experiments.runtime import launch, shards, storage
 from experiments.runtime import steps as steps_lib
+from experiments.runtime.blocks import Blocks
 from experiments.runtime.curve import Curve, settings_of
 
 log = logging.getLogger(__name__)
@@ -283,9 +284,13 @@ def evaluate(args: argparse.Namespace, step: int | None, once: dict[str, Any]) -
         # Not the images or latents: of ImageNet they do not fit into memory.
         sets = {name: {a: np.asarray(store.array(a)) for a in evaluation.REPRESENTATION if a in store.arrays}
                 for name, store in stores.items()}
-        vocab_size = stores['train'].vocab_size
-        out['representation'] = evaluation.representation(sets['train'], sets['heldout'], max(num_classes.values()),
-                                                          vocab_size, probe=args.probe)
+        vocab_size, classes, probed = stores['train'].vocab_size, max(num_classes.values()), Blocks()
+        if args.json:
+            probed = Blocks.of(os.fspath(shards.partial(args.json)), 'probes', args.probe, classes, vocab_size,
+                               *(part for arrays in sets.values() for name_and_rows in arrays.items()
+                                 for part in name_and_rows))
+        out['representation'] = evaluation.representation(sets['train'], sets['heldout'], classes, vocab_size,
+                                                          probe=args.probe, get=probed.get)
         out['codes'] = {name: evaluation.code_usage(s['codes'], vocab_size) for name, s in sets.items()}
     return out
 

@@ -1,12 +1,13 @@
 """The tables: sample sets against held-out images, codes, probes, memorisation, compositions. Pure functions of
 arrays."""
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from dlc_jax import codes as codes_lib
 from dlc_jax.metrics import frechet, nearest, prdc, probes
 from experiments.dlc.judge import Judge
+from experiments.runtime.blocks import Arrays, Blocks
 
 
 def compare(features: np.ndarray, reference: np.ndarray, *, k: int = 3) -> dict[str, float]:
@@ -35,25 +36,31 @@ REPRESENTATION = ('codes', 'embeddings', 'labels', 'sem')  # what `representatio
 
 
 def representation(train: Mapping[str, np.ndarray], heldout: Mapping[str, np.ndarray], num_classes: int,
-                   vocab_size: int, *, probe: str = 'lbfgs') -> dict[str, dict[str, float]]:
+                   vocab_size: int, *, probe: str = 'lbfgs',
+                   get: Callable[[str, Callable[[], Arrays]], Arrays] = Blocks().get) -> dict[str, dict[str, float]]:
     """k-NN and linear-probe accuracy of soft codes, bare codes and the continuous embedding, held out.
 
-    Both sets: `codes` [N, L], `embeddings` [N, D], `labels` [N], and `sem` [N, L, V] where it was stored. `probe`: the
-    method of `probes.linear_probe_accuracy`.
+    Args:
+        train, heldout: `codes` [N, L], `embeddings` [N, D], `labels` [N], and `sem` [N, L, V] where it was stored.
+        probe: the method of `probes.linear_probe_accuracy`.
+        get: of `runtime.blocks.Blocks` where the accuracies that are known already are to be read.
     """
     views = {}
     if 'sem' in train and 'sem' in heldout:
         views['sem'] = tuple(s['sem'].reshape(len(s['sem']), -1).astype(np.float32) for s in (train, heldout))
     views['codes'] = tuple(np.asarray(s['codes'], np.int32) for s in (train, heldout))
     views['embedding'] = (np.asarray(train['embeddings'], np.float32), np.asarray(heldout['embeddings'], np.float32))
-    out = {}
-    for name, (a, b) in views.items():
-        out[name] = {
-            'knn': float(probes.knn_accuracy(a, train['labels'], b, heldout['labels'], num_classes=num_classes, k=20)),
-            'linear': float(probes.linear_probe_accuracy(
-                a, train['labels'], b, heldout['labels'], num_classes=num_classes, method=probe,
-                vocab_size=vocab_size if name == 'codes' else None))}
-    return out
+
+    def accuracy(view: str, method: str) -> float:
+        a, b = views[view]
+        if method == 'knn':
+            return probes.knn_accuracy(a, train['labels'], b, heldout['labels'], num_classes=num_classes, k=20)
+        return probes.linear_probe_accuracy(a, train['labels'], b, heldout['labels'], num_classes=num_classes,
+                                            method=probe, vocab_size=vocab_size if view == 'codes' else None)
+
+    def read(view: str, method: str) -> float:
+        return float(get(f'{view}-{method}', lambda: {'accuracy': np.float64(accuracy(view, method))})['accuracy'])
+    return {view: {method: read(view, method) for method in ('knn', 'linear')} for view in views}
 
 
 def code_usage(codes: np.ndarray, vocab_size: int) -> dict[str, float]:

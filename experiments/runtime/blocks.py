@@ -30,7 +30,8 @@ def digest_of(*values: Any) -> str:
     digest = hashlib.sha256()
     for value in values:
         if isinstance(value, np.ndarray):
-            digest.update(f'{value.dtype}{value.shape}'.encode() + value.tobytes())
+            digest.update(f'{value.dtype}{value.shape}'.encode())
+            digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         else:
             digest.update(repr(value).encode())
         digest.update(b'\0')

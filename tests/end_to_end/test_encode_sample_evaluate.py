@@ -422,12 +422,39 @@ def test_representation_leaves_images_on_disk(monkeypatch, tmp_path, capsys):
     def array(self, name):
         assert name != 'images', 'of ImageNet these are 250 GB'
         return read(self, name)
-    def representation(train, heldout, num_classes, vocab_size, *, probe):
+    real = evaluate.evaluation.representation
+
+    def representation(train, heldout, num_classes, vocab_size, *, probe, get):
         return [len(train['labels']), len(heldout['embeddings']), num_classes, vocab_size, probe]
     monkeypatch.setattr(codestore.CodeStore, 'array', array)
     monkeypatch.setattr(evaluate.evaluation, 'representation', representation)
-    monkeypatch.setattr('sys.argv', ['evaluate', f'--train={tmp_path}/train', f'--heldout={tmp_path}/heldout',
-                                     '--probe=sgd'])
-    evaluate.main()
-    out = json.loads(capsys.readouterr().out)
+
+    def measure(*arguments):
+        monkeypatch.setattr('sys.argv', ['evaluate', f'--train={tmp_path}/train', f'--heldout={tmp_path}/heldout',
+                                         *arguments])
+        evaluate.main()
+        return json.loads(capsys.readouterr().out)
+    out = measure('--probe=sgd')
     assert out['representation'] == [60, 30, 3, 8, 'sgd'] and set(out['codes']) == {'train', 'heldout'}
+
+    # Interrupted, it measures what is missing.
+    monkeypatch.setattr(evaluate.evaluation, 'representation', real)
+    scores, fitted, dies_at = tmp_path / 'scores.json', [], [2]
+
+    def fit(*args, method, **settings):
+        fitted.append(method)
+        if len(fitted) in dies_at:
+            raise KeyboardInterrupt
+        return len(fitted) / 7
+    monkeypatch.setattr(evaluate.evaluation.probes, 'linear_probe_accuracy', fit)
+    with pytest.raises(KeyboardInterrupt):
+        measure(f'--json={scores}')
+    out = measure(f'--json={scores}')
+    assert fitted == ['lbfgs'] * 3 and [out['representation'][view]['linear'] for view in ('codes', 'embedding')] == [
+        1 / 7, 3 / 7]
+    assert json.loads(scores.read_text()) == out and not (tmp_path / 'scores.json.partial').exists()
+    dies_at[:] = [5]
+    with pytest.raises(KeyboardInterrupt):
+        measure(f'--json={scores}')
+    measure('--probe=sgd', f'--json={scores}')
+    assert fitted[5:] == ['sgd'] * 2  # which does not take an accuracy of the other
