@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import train
+from experiments.rlhf.models import loading
 from experiments.rlhf.policy import experiment as policy
 from experiments.rlhf.policy import generator as generator_lib
 from experiments.rlhf.policy import rollouts, waves
@@ -85,6 +86,8 @@ def test_killed_and_resumed_is_bit_identical(run, tmp_path):
         train.train(masked(), tmp_path, mesh=devices(1), hooks=[kill])
     resumed = train.train(masked(), tmp_path, mesh=devices(1))
     assert_equal(jax.device_get(resumed), run[0][5])
+    read = loading.load_decoder(str(tmp_path), masked())  # as other stages and commands do: the policy alone
+    assert_equal(jax.device_get(read), run[0][5].params['policy'])
 
 
 def test_the_mask_policy_is_laid_out_and_counted_like_the_policy():
