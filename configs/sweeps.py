@@ -73,4 +73,8 @@ SWEEPS: dict[str, tuple[str, ...]] = {
        for name in ('online_dpo', 'rloo', 'proximal_rloo', 'grpo')},
     'arithmetic_minibatches_ppo': arithmetic_minibatches('ppo', samples=1),
     'arithmetic_minibatches_best_of_2': arithmetic_minibatches('best_of_n', samples=2),
+    # A writer of codes from earlier weights; `quickstart --which=align` makes what it starts from.
+    'align_staleness': ('--config=configs/dlc/align_digits.py', '--variants=online_dpo,rloo',
+                        '--sweep.rollout.max_staleness=0,1,4,16', '--seeds=3', '--first_seed=1',
+                        '--config.num_steps=30', '--config.eval_every=30', '--config.eval_prompts=80'),
 }
