@@ -31,7 +31,7 @@ def drift(policy: TextToCode, start: TextToCode, captions: Sequence[str], codes:
         num_masks: sets of positions a code.
     """
     tokens, mask = policy.checked(captions)
-    run = _bounds(policy.config.to_json(), num_masks, tokens.shape[1])
+    run = _bounds(start.config.to_json(), num_masks, tokens.shape[1])  # one program for all that began there
     out, keys = [], jax.random.split(jax.random.key(seed), len(codes))
     size = min(batch_size, len(codes))
     for begin in range(0, len(codes), size):
