@@ -69,10 +69,11 @@ def four(config_of, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def rest(config_of, tmp_path_factory):
-    """Runs of `REST` and `REST_APART` on one process and on two."""
+    """{processes: runs}: of `REST` and `REST_APART` on one, two and four processes, of all others on four."""
     configs = {name: config_of(name) for name in (*REST, *REST_APART)}
-    return tuple(runs.train_all(tmp_path_factory.mktemp('rest'), configs, processes, devices)
-                 for processes, devices in ((1, 4), (2, 2)))
+    on_four = configs | {name: config_of(name) for name in (*SHARED, *OTHERS) if name not in ON_FOUR}
+    return {processes: runs.train_all(tmp_path_factory.mktemp('rest'), of_all, processes, 4 // processes)
+            for processes, of_all in ((1, configs), (2, configs), (4, on_four))}
 
 
 def assert_same_run(found, expected):
@@ -99,9 +100,10 @@ def test_two_processes_train_what_one_trains(name, alone, two):
 
 
 @pytest.mark.slow_harness
+@pytest.mark.parametrize('processes', (2, 4))
 @pytest.mark.parametrize('name', REST)
-def test_every_other_trainer_too(name, rest):
-    assert_same_run(rest[1][name], rest[0][name])
+def test_every_other_trainer_too(name, processes, rest):
+    assert_same_run(rest[processes][name], rest[1][name])
 
 
 @pytest.mark.parametrize('name', ON_FOUR)
@@ -109,9 +111,19 @@ def test_four_processes_train_what_one_trains(name, alone, four):
     assert_same_run(four[name], alone[name])
 
 
+@pytest.mark.slow_harness
+@pytest.mark.parametrize('name', [name for name in (*SHARED, *OTHERS) if name not in ON_FOUR])
+def test_four_processes_of_the_others_too(name, alone, rest):
+    assert_same_run(rest[4][name], alone[name])
+
+
+def assert_lag(name, rows):
+    assert [row['rollout_staleness'] for row in rows] == [min(i, LAG[name]) for i in range(len(rows))]
+
+
 def assert_apart(name, on_one, on_two):
     assert_identical(on_two[0], on_one[0])
-    assert [row['rollout_staleness'] for row in on_two[1]] == [min(i, LAG[name]) for i in range(len(on_two[1]))]
+    assert_lag(name, on_two[1])
 
 
 @pytest.mark.parametrize('name', APART)
@@ -124,7 +136,14 @@ def test_hosts_apart_train_what_devices_apart_train(name, alone, two):
 @pytest.mark.slow_harness
 @pytest.mark.parametrize('name', REST_APART)
 def test_hosts_apart_at_any_staleness(name, rest):
-    assert_apart(name, rest[0][name], rest[1][name])
+    assert_apart(name, rest[1][name], rest[2][name])
+
+
+@pytest.mark.slow_harness
+@pytest.mark.parametrize('name', REST_APART)
+def test_two_hosts_that_train_and_two_that_generate_at_any_staleness(name, rest):
+    assert_same_run(rest[4][name], rest[1][name])
+    assert_lag(name, rest[4][name][1])
 
 
 @pytest.mark.parametrize('name', [f'{name} stopped' for name in STOPPED])
