@@ -14,7 +14,7 @@ settings say; Online DPO on the bound at 8 sets of masked positions. Asynchronou
 --config.rollout.devices=N how many of the devices generate. full trains all weights from float32 masters, lora queries
 and values alone. Nothing here has been tuned or trained. Memory and expected time of a slice:
 
-    python -m experiments.compile --config=configs/dlc/align_llada.py:full --topology=v5p-64
+    python -m experiments.compile --config=configs/dlc/align_llada.py:full --topology=v5p-8
 """
 from configs.dlc import base
 from configs.dlc.encoder_imagenet import CODES
@@ -26,7 +26,7 @@ def get_config(name: str = 'full'):
     if name not in NAMES:
         raise ValueError(f'align_llada: {name!r} is not one of {NAMES}')
     config = base.align()
-    config.num_steps, config.batch_size, config.accumulate = 500, 64, 1
+    config.num_steps, config.batch_size, config.accumulate = 500, 64, 4
     config.log_every, config.checkpoint_every, config.eval_every, config.eval_prompts = 5, 50, 50, 64
     config.model.num_codes, config.model.vocab_size = CODES['L512']
     config.model.dtype, config.model.remat = 'bfloat16', 'full'

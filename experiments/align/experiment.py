@@ -20,7 +20,8 @@ KIND = Kind(
     generator=lambda config, mesh, weights: rollouts.CodeGenerator(config, mesh),
     sampler_program=lambda config, devices: rollouts.sampler_program(config, devices),
     batch_shapes=writer.batch_shapes, num_tokens=lambda config: writer.make_model(config).vocab_size,
-    held_out=rollouts.held_out)
+    held_out=rollouts.held_out, models=lambda config, mesh: rollouts.models(config, mesh),
+    models_are='models that draw')
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:

@@ -21,6 +21,7 @@ from experiments.rlhf.policy import generator as generator_lib
 from experiments.rlhf.policy import roles
 from experiments.runtime import exchange, placement
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.programs import placed
 from rlhf_jax.models import llama, lora
 
 Config = ml_collections.ConfigDict
@@ -128,6 +129,11 @@ def sampler_program(config: Config, devices: Sequence[jax.Device]) -> tuple[Any,
                      out_shardings=rows)
     return jitted, (decoding.shapes, painter.params, jax.ShapeDtypeStruct(shape, jnp.int32),
                     jax.ShapeDtypeStruct(shape, bool), keys), mesh
+
+
+def models(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """The frozen generator and its autoencoder, a copy on each of the devices of `mesh`; for compile checks."""
+    return placed(Painter.shapes(config).params, mesh_lib.replicated(mesh))
 
 
 def check_inputs(config: Config) -> None:

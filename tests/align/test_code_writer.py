@@ -18,6 +18,7 @@ from experiments.dlc.weights import llada
 from experiments.runtime import config_files, partition
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import read_metrics
+from experiments.runtime.programs import bytes_on_device
 from tests.end_to_end.policy_runs import shared_steps
 
 
@@ -112,6 +113,16 @@ def test_the_real_configuration_writes_and_draws_by_shape():
     assert drawn.codes.shape == drawn.logprobs.shape == (64 * 4, 512) and images.shape == (64, 256, 256, 3)
     sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (args[0], args[1]['generator'])]
     assert sizes[0] > 8e9 and sizes[1] == 825_266_336
+
+
+def test_the_models_that_draw_lie_beside_the_step_and_are_sampled_with(root, sampled):
+    config, everything = sampled[0], jax.devices()[:1]
+    run = train.build(config, devices(1))
+    frozen = sum(x.nbytes for x in jax.tree.leaves(Painter.load(config).params))
+    beside = run.beside_step(everything)
+    assert list(beside) == ['models that draw'] and bytes_on_device(beside['models that draw']) == frozen
+    sampler = next(program for program in run.programs(everything, 2 ** 40) if program.name == 'sampler')
+    assert list(sampler.beside) == ['learner'] and bytes_on_device(sampler.args[1]) == frozen
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ class Footprint:
 
     Attributes:
         shared: whether both meshes have the same devices.
-        state, weights, models: what is resident: the learner's state; one version's weights for decoding; reward
-            models, by path. The latter two on the generating devices.
+        state, weights, models: what is resident: the learner's state; one version's weights for decoding; the frozen
+            models of the kind. The latter two on the generating devices.
     """
 
     def __init__(self, kind: Kind, config: Config, learner: Mesh, generating: Mesh, state: Any, rules: partition.Rules):
@@ -53,20 +53,23 @@ class Footprint:
         self.state = placed(state, partition.state_shardings(state, rules, self.learner))
         self.decoding = kind.decoding(config, self.generating)
         self.weights = placed(self.decoding.shapes, self.decoding.shardings)
-        self.models = kind.models(config, self.generating)
+
+    @functools.cached_property
+    def models(self) -> Mapping[str, Placed]:
+        return self._kind.models(self._config, self.generating)
 
     def beside_step(self) -> Mapping[str, Placed]:
         """What lies on the learner's devices while it trains, beside the state."""
         beside: dict[str, Placed] = {}
         if self.shared:
-            beside = {'reward models': self.models, 'weights for decoding': self._in_flight()}
+            beside = {self._kind.models_are: self.models, 'weights for decoding': self._in_flight()}
         elif self._config.eval_every:
-            beside = {'reward models': self._kind.models(self._config, self.learner)}
+            beside = {self._kind.models_are: self._kind.models(self._config, self.learner)}
         return {name: tree for name, tree in beside.items() if jax.tree.leaves(tree)}
 
     def beside_sampler(self) -> Mapping[str, Placed]:
         """What lies on the generating devices while they sample, beside the weights that they sample with."""
-        beside = {'reward models': self.models, 'weights of other versions': self._in_flight()}
+        beside = {self._kind.models_are: self.models, 'weights of other versions': self._in_flight()}
         if self.shared:
             beside['learner'] = self.state
         return {name: tree for name, tree in beside.items() if jax.tree.leaves(tree)}
@@ -89,7 +92,9 @@ class Footprint:
         """All programs of an iteration but the step, on devices that offer `usable` bytes."""
         if self._kind.programs is None:
             sampler, args, mesh = self._kind.sampler_program(self._config, list(self.generating.devices.flat))
-            return [Program('sampler', sampler, args, mesh, self.beside_sampler(), knobs=SAMPLER), self._publish()]
+            beside = {name: tree for name, tree in self.beside_sampler().items()
+                      if name != self._kind.models_are}  # they are arguments of the program
+            return [Program('sampler', sampler, args, mesh, beside, knobs=SAMPLER), self._publish()]
         return [*self._kind.programs(self.budgeted(usable), self), self._publish()]
 
     def _publish(self) -> Program:

@@ -139,8 +139,9 @@ class Kind(NamedTuple):
         batch_shapes: config -> fields of a rollout batch that are of this kind alone, [B, K, ...].
         num_tokens: config -> ids of the model; a batch with others is refused.
         held_out: config -> the same with the prompts that it evaluates on.
-        models: (config, the generators' mesh) -> parameters of reward models by path, `jax.ShapeDtypeStruct` with
-            shardings.
+        models: (config, the generators' mesh) -> parameters of the frozen models that a batch needs beside the policy,
+            `jax.ShapeDtypeStruct` with shardings: reward models by path, or what draws.
+        models_are: what to call them in compile checks.
         programs: (config, `footprint.Footprint`) -> the programs that sample and reward, for compile checks.
         shortened: (config, batch) -> the rollout batch as the learner trains on it, without padding that no row needs;
             a function of the batch alone, for all processes must find the same shapes.
@@ -157,5 +158,6 @@ class Kind(NamedTuple):
     num_tokens: Callable[[Config], int]
     held_out: Callable[[Config], Config]
     models: Callable[[Config, Mesh], dict[str, Any]] = lambda config, mesh: {}
+    models_are: str = 'reward models'
     programs: Callable[[Config, Any], list[Program]] | None = None
     shortened: Callable[[Config, Mapping[str, Any]], Mapping[str, Any]] = lambda config, batch: batch
