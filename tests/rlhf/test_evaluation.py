@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.rlhf import base
 from experiments.rlhf.data import tasks
 from experiments.rlhf.models import inference, loading
 from experiments.rlhf.models.inference import Policy
-from experiments.rlhf.policy import completions, evaluation, reward_model
+from experiments.rlhf.policy import completions, evaluation, reward_model, rewards
 from experiments.runtime import mesh as mesh_lib
 from rlhf_jax import convert, tokenizers
 from rlhf_jax.models.gpt2 import GPT2
@@ -207,6 +208,20 @@ def test_rewards_see_some_prompts_at_a_time(policy):
     assert seen == [2, 2, 1] and done == [2, 4, 5]
     with pytest.raises(ValueError, match='rewards: 1 of 2 are not finite'):
         evaluation.scores_of(lambda c: [math.nan if row['i'] == 3 else 0.0 for row in c.rows], batch, 2)
+
+
+def test_a_process_without_a_share_has_no_gold_scores(monkeypatch):
+    """Of five references and four processes the last one scores none; one whose rewards are missing has others' beside
+    it."""
+    batch = completions.Completions(list('abcde'), [{}] * 5, np.zeros((5, 4), np.int32), np.ones((5, 4), bool),
+                                    np.ones(5, bool))
+    scorer = rewards.Scorer(base.policy().reward, None, lambda c: [None if text == 'e' else 1.0 for text in c.texts])
+    with pytest.raises(ValueError, match='all 1 are missing'):
+        scorer.gold(batch.part(slice(4, 5)))
+    monkeypatch.setattr(jax, 'process_count', lambda: 4)
+    assert scorer.gold(batch.part(slice(5, 5))).shape == (0,)
+    np.testing.assert_array_equal(scorer.gold(batch.part(slice(3, 5))), [1, np.nan])
+    assert np.isnan(scorer.gold(batch.part(slice(4, 5)))).all()
 
 
 def test_pass_rates_and_variety():

@@ -64,8 +64,9 @@ class Scorer:
         return self._gold is not None
 
     def gold(self, completions: Any) -> np.ndarray:
-        """float32 [N]: the second reward, NaN where a completion has none; errors as of calling this."""
-        return score(self._gold, completions, num=len(completions.rows), timeout=self._timeout, may_miss=True)[0]
+        """float32 [N]: the second reward, NaN where a completion has none; errors as of calling this. N may be 0 in a
+        process of several."""
+        return self._score(self._gold, completions)[0]
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, task: Task, mesh: Mesh) -> 'Scorer':
