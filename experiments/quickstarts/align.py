@@ -28,7 +28,7 @@ from experiments.dlc.text_to_code import TextToCode
 from experiments.quickstarts import text_to_image
 from experiments.quickstarts.text_to_image import PROMPTS, UNSEEN
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import report, stages, storage
+from experiments.runtime import checks, launch, report, stages, storage
 from experiments.runtime.metrics import curve
 from experiments.runtime.progress import bar
 from experiments.runtime.statistics import mean_and_spread
@@ -44,6 +44,15 @@ TEXTS = tuple(text for _, text in PROMPTS)
 LABELS = np.array([label for label, _ in PROMPTS])
 SEEN = ~UNSEEN[LABELS]
 SPLITS = {'proxy': 'heldout', 'gold': 'train'}  # judge -> the handwritten digits it is fitted to
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError for methods or shares of the way that mean nothing."""
+    if not config.methods:
+        raise ValueError(f'methods=(): name some of {tuple(METHODS)}')
+    for method in config.methods:
+        checks.choice('methods', method, METHODS)
+    launch.shares('interpolate', ','.join(map(str, config.interpolate)))
 
 
 def fit_judges(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, PictureJudge]:
@@ -216,7 +225,12 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
-    """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says."""
+    """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says.
+
+    Raises:
+        ValueError: unknown methods, shares of the way that are none, or a `workdir` of another config.
+    """
+    check(config)
     mesh = mesh_lib.make_mesh({}, jax.devices()[:1])
     workdir = stages.claim(config, workdir)
     clock = stages.Clock(workdir / 'seconds.json')

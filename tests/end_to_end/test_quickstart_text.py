@@ -126,6 +126,19 @@ def test_report_and_metrics_of_learning_from_pictures(aligned):
         assert f'>{part}<' in page
 
 
+@pytest.mark.parametrize('fields, message', [
+    (dict(methods=()), r'methods=\(\): name some of'),
+    (dict(methods=('Best-of-M',)), "methods='Best-of-M' is not one of .*; did you mean 'Best-of-N'"),
+    (dict(interpolate=(0.5, 1.5)), 'interpolate=0.5,1.5: shares of the way from start to end, between 0 and 1'),
+])
+def test_what_means_nothing_is_refused_before_anything_is_trained(fields, message, tmp_path):
+    config = quickstart_align.get_config('tiny').copy_and_resolve_references()
+    config.update(fields)
+    with pytest.raises(ValueError, match=message):
+        align.run(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_control_is_between_the_start_and_a_trained_model(aligned, uninterrupted):
     workdir, _ = aligned
     ends = [functools.partial(TextToCode.load, place)
