@@ -32,7 +32,7 @@ PUBLISHED = {
                              'ppo_elastic_410m', 'ppo_elastic_410m_async'),
     'configs/rlhf/gsm8k.py': ('online_dpo', 'online_dpo_async', 'rloo', 'rloo_async', 'ppo', 'rloo_early', 'ppo_early'),
     'configs/rlhf/no_robots.py': ('online_dpo', 'online_dpo_async'),
-    'configs/rlhf/imdb.py': ('ppo', 'reset_to_init', 'reset_to_ema', 'elastic_reset'),
+    'configs/rlhf/imdb.py': ('ppo', 'nlpo', 'reset_to_init', 'reset_to_ema', 'elastic_reset'),
     'configs/rlhf/stackexchange.py': ('ppo', 'reset_to_init', 'reset_to_ema', 'elastic_reset'),
     'configs/rlhf/sft_tldr.py': ('410m', '1b', '2.8b'),
     'configs/rlhf/reward_tldr.py': ('410m', '1b', '2.8b'),

@@ -28,6 +28,11 @@ def test_every_published_name_is_there(file, names):
     assert set(readiness.FIRST) <= set(readiness.paths()) and len(set(readiness.paths())) == len(readiness.paths())
 
 
+def test_every_arm_on_imdb_is_there_but_the_one_that_differs_in_settings_alone():
+    imdb = importlib.import_module('configs.rlhf.imdb')
+    assert set(readiness.PUBLISHED['configs/rlhf/imdb.py']) == imdb.ARMS.keys() - {'ppo_matched'}
+
+
 def test_every_model_of_images_is_there():
     files = {str(path.relative_to(readiness.CHECKOUT))
              for path in (readiness.CHECKOUT / 'configs' / 'dlc').glob('*_imagenet.py')}
