@@ -36,6 +36,7 @@ _PUBLIC = {
     'masked': 'masked',
     'refill': 'refill',
     'responses': 'responses',
+    'token_mask': 'token_mask',
     'tokenizers': 'tokenizers',
     'weights': 'weights',
     # models

@@ -14,7 +14,8 @@ from rlhf_jax.losses.policy_gradient import (
     value_loss,
 )
 from rlhf_jax.losses.preference import best_of_n, best_worst, dpo, group_metrics, online_dpo
+from rlhf_jax.losses.ranking import hardest_negatives
 from rlhf_jax.losses.supervised import reward_model, sft
 
-__all__ = ['best_of_n', 'best_worst', 'decoupled_ppo', 'dpo', 'group_metrics', 'grpo', 'importance_weights',
-           'online_dpo', 'ppo', 'proximal_rloo', 'reward_model', 'rloo', 'sft', 'value_loss']
+__all__ = ['best_of_n', 'best_worst', 'decoupled_ppo', 'dpo', 'group_metrics', 'grpo', 'hardest_negatives',
+           'importance_weights', 'online_dpo', 'ppo', 'proximal_rloo', 'reward_model', 'rloo', 'sft', 'value_loss']

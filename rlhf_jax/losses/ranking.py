@@ -18,8 +18,8 @@ def hardest_negatives(scores: Array, *, margin: float = 0.0) -> tuple[Array, dic
         The loss, and `first`: the share of sentences whose own image scores highest in the batch.
     """
     others = ~jnp.eye(len(scores), dtype=bool)
-    own = jnp.diagonal(scores)
-    of_sentences = jnp.where(others, jnp.maximum(margin + scores - own[:, None], 0), 0).max(1)
-    of_images = jnp.where(others, jnp.maximum(margin + scores - own[None], 0), 0).max(0)
-    first = (jnp.where(others, scores, -jnp.inf).max(0) < own).mean(dtype=jnp.float32)
+    of_pairs = jnp.diagonal(scores)
+    of_sentences = jnp.where(others, jnp.maximum(margin + scores - of_pairs[:, None], 0), 0).max(1)
+    of_images = jnp.where(others, jnp.maximum(margin + scores - of_pairs[None], 0), 0).max(0)
+    first = (jnp.where(others, scores, -jnp.inf).max(0) < of_pairs).mean(dtype=jnp.float32)
     return (of_sentences + of_images).mean(), {'first': jax.lax.stop_gradient(first)}
