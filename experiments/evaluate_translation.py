@@ -97,9 +97,9 @@ def main() -> None:
                 curve.add(step, scores)
         print(f'{len(wanted)} checkpoints -> {args.json}')
         return
-    found = evaluate(args, alphas, wanted[0])
+    scores = evaluate(args, alphas, wanted[0])
     if args.json and jax.process_index() == 0:
-        storage.write_json(args.json, found)
+        storage.write_json(args.json, scores)
 
 
 def evaluate(args: argparse.Namespace, alphas: Sequence[float], step: int | None) -> dict[str, Any]:
@@ -125,13 +125,13 @@ def evaluate(args: argparse.Namespace, alphas: Sequence[float], step: int | None
             config.data.path = args.path
     model = translation_agent.make_agent(config)
     measure = translation_evaluation.GameEvaluation(config, model, args.split)
-    found = {arm: measure(agents, sacrebleu=True) for arm, agents in arms.items()}
-    for arm, scores in found.items():
+    scores_of = {arm: measure(agents, sacrebleu=True) for arm, agents in arms.items()}
+    for arm, scores in scores_of.items():
         words = [*([f'step {step}'] if step is not None else []), *([arm] if arm else [])]
         print('  '.join([*words, *(f'{name} {value:.2f}' for name, value in scores.items())]))
     if measure.signature:
         print('sacrebleu', measure.signature)
-    return found if alphas else found['']
+    return scores_of if alphas else scores_of['']
 
 
 if __name__ == '__main__':

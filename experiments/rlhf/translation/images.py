@@ -34,22 +34,22 @@ def features(folder: str, split: str, captions: Sequence[str], width: int) -> np
         raise FileNotFoundError(f'images: no file {file}; write the features of the images of {split} there, one row '
                                 'for each line of its captions, or name another folder')
     try:
-        found = np.load(file, allow_pickle=False)
+        array = np.load(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f'images: {file} is no .npy file of numbers ({error}); write one by numpy.save') from None
-    if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind != 'f':
-        raise ValueError(f'images: {file} holds {getattr(found, "dtype", "several arrays")} '
-                         f'{getattr(found, "shape", "")}; expected floating-point features [images, {width}]')
-    if len(found) != len(captions):
-        raise ValueError(f'images: {file} has {len(found)} rows and {split}.en {len(captions)} lines; give one row for '
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != 'f':
+        raise ValueError(f'images: {file} holds {getattr(array, "dtype", "several arrays")} '
+                         f'{getattr(array, "shape", "")}; expected floating-point features [images, {width}]')
+    if len(array) != len(captions):
+        raise ValueError(f'images: {file} has {len(array)} rows and {split}.en {len(captions)} lines; give one row for '
                          'each line')
-    if found.shape[1] != width:
-        raise ValueError(f'images: {file} has {found.shape[1]} features a row, model.features={width}; set it to '
-                         f'{found.shape[1]}')
-    bad = ~np.isfinite(found).all(1)
+    if array.shape[1] != width:
+        raise ValueError(f'images: {file} has {array.shape[1]} features a row, model.features={width}; set it to '
+                         f'{array.shape[1]}')
+    bad = ~np.isfinite(array).all(1)
     if bad.any():
         raise ValueError(f'images: row {int(bad.argmax())} of {file} is not finite')
-    return found.astype(np.float32)
+    return array.astype(np.float32)
 
 
 def folder_of(config: ml_collections.ConfigDict) -> str:
@@ -77,8 +77,8 @@ def ranks(sentences: np.ndarray, images: np.ndarray, rows: int = 256) -> np.ndar
     out = []
     for first in range(0, len(sentences), rows):
         scores = sentences[first:first + rows] @ images.T
-        own = np.take_along_axis(scores, np.arange(first, first + len(scores))[:, None], 1)
-        out.append((~(scores < own)).sum(1))
+        of_pairs = np.take_along_axis(scores, np.arange(first, first + len(scores))[:, None], 1)
+        out.append((~(scores < of_pairs)).sum(1))
     return np.concatenate(out)
 
 
