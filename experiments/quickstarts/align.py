@@ -27,8 +27,8 @@ from experiments.dlc.judge import Judge, PictureJudge
 from experiments.dlc.text_to_code import TextToCode
 from experiments.quickstarts import text_to_image
 from experiments.quickstarts.text_to_image import PROMPTS, UNSEEN
-from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import checks, launch, report, stages, storage
+from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import curve
 from experiments.runtime.progress import bar
 from experiments.runtime.statistics import mean_and_spread
