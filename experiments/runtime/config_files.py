@@ -1,4 +1,5 @@
 """Config files with overrides, and the config.json of a work directory."""
+import ast
 import contextlib
 import difflib
 import importlib.util
@@ -19,6 +20,7 @@ from experiments.runtime import checks, storage
 log = logging.getLogger(__name__)
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]  # the folder of `experiments` and `configs`
+OPEN = 'options'  # name of a group whose fields another field decides (the task, of `data.options`); its reader checks
 
 
 class DamagedConfig(ValueError):
@@ -29,26 +31,42 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     """`get_config()` of a Python file, `FILE` or `FILE:ARG`, with `--config.field=value` overrides.
 
     A relative `FILE` that is not in the current folder is looked for beside the runner, and `configs` is the runner's
-    own package even where the current folder has another of that name.
+    own package even where the current folder has another of that name. In a group called `options` an override may
+    name a field that the file leaves out.
     """
-    config = _run_config_file(path)
+    config, parsed = _run_config_file(path), []
     for override in overrides:
-        name = override.split('=', 1)[0].removeprefix('--config.')
+        name, _, value = override.removeprefix('--config.').partition('=')
         node, parents = config, 'config'
         for part in name.split('.'):
             if not isinstance(node, ml_collections.ConfigDict):
                 raise ValueError(f'{parents} is a value, not a group; it has no field {part!r}')
+            if parents.endswith(f'.{OPEN}') and part not in node:
+                with node.unlocked():
+                    node[part] = _literal(value)
+                break
             checks.fields(parents, (part,), tuple(node))
             node, parents = node[part], f'{parents}.{part}'
-        if isinstance(node, ml_collections.ConfigDict):
-            raise ValueError(f'{parents} is a group; set one of its fields {sorted(node)}')
-    values, argv = flags.FlagValues(), ['command', *overrides]
+        else:
+            if isinstance(node, ml_collections.ConfigDict):
+                raise ValueError(f'{parents} is a group; set one of its fields {sorted(node)}')
+            parsed.append(override)
+    values, argv = flags.FlagValues(), ['command', *parsed]
     config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
     try:
         values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(' '.join(str(error).strip('"').split())) from error
     return values.config
+
+
+def _literal(text: str) -> Any:
+    """The number, truth value or tuple that `text` writes, else the text."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, bool | int | float | str | tuple) else text
 
 
 def _run_config_file(path: str) -> ml_collections.ConfigDict:

@@ -33,6 +33,12 @@ def test_unknown_names_and_missing_paths_are_errors_that_help(tmp_path):
         tasks.get(data('tldr'))
     with pytest.raises(ValueError, match='data.options.max_nmber is not a field; did you mean data.options.max_number'):
         tasks.get(data('arithmetic', options=dict(max_nmber=3)))
+    for options, message in ((dict(max_number='ten'), "max_number='ten' is of type str; give one of int, such as 20"),
+                             (dict(words=1), 'words=1 is of type int; give one of bool, such as True'),
+                             (dict(num_steps=True), 'num_steps=True is of type bool; give one of int')):
+        with pytest.raises(ValueError, match=f'data.options.{message}'):
+            tasks.get(data('arithmetic', options=options))
+    tasks.get(data('arithmetic', options=dict(faults=0)))
     with pytest.raises(FileNotFoundError, match='data.path=.*nowhere'):
         d = data('pairs', tmp_path / 'nowhere')
         tasks.get(d).prompts(d, 'train')

@@ -51,6 +51,19 @@ def test_configs_are_found_beside_the_runner_from_any_folder(tmp_path, monkeypat
         config_files.load('configs/dlc/generator_digit.py')
 
 
+def test_an_option_of_a_task_that_the_file_leaves_out_can_be_set():
+    options = lambda path, *fields: config_files.load(
+        path, [f'--config.data.options.{field}' for field in fields]).data.options.to_dict()
+    assert options('configs/rlhf/sft_no_robots.py', 'answers=every', 'date=2024-10-11') == dict(
+        answers='every', date='2024-10-11')
+    assert options('configs/rlhf/sft_gsm8k.py', 'keep_annotations=True') == dict(keep_annotations=True)
+    assert options('configs/rlhf/sft_imdb.py', 'held_out=0.5', 'held_out=0.1') == dict(held_out=0.1)
+    before = options('configs/rlhf/sft_arithmetic.py')
+    assert options('configs/rlhf/sft_arithmetic.py', 'num_heldout=3', 'seed=1') == before | dict(num_heldout=3, seed=1)
+    with pytest.raises(ValueError, match='config.data.options.answers is a value, not a group'):
+        options('configs/rlhf/sft_no_robots.py', 'answers=every', 'answers.x=1')
+
+
 def test_overrides_and_arguments():
     config = config_files.load(
         DIGITS + ':class', ['--config.batch_size=32', '--config.sampler.guidance_interval=(0.1, 0.9)'])

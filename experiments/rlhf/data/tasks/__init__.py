@@ -33,11 +33,18 @@ def get(data: Data, tokenize: Tokenize | None = None) -> Task:
             (`texts.Encoder`) reads and writes chat templates.
 
     Raises:
-        ValueError: an unknown task or option, with the nearest right name, or a path that is missing.
+        ValueError: an unknown task or option, with the nearest right name, an option of another type, or a path that is
+            missing.
     """
     checks.choice('data.task', data['task'], TASKS)
     task = TASKS[data['task']]
     checks.fields('data.options', data['options'], tuple(task.OPTIONS))
+    for name, value in data['options'].items():
+        default = task.OPTIONS[name]
+        if isinstance(value, bool) != isinstance(default, bool) or not isinstance(
+                value, (int, float) if isinstance(default, float) else type(default)):
+            raise ValueError(f'data.options.{name}={value!r} is of type {type(value).__name__}; give one of '
+                             f'{type(default).__name__}, such as {default!r}')
     if not data['path'] and data['task'] != 'arithmetic':
         raise ValueError(f'data.path is empty: data.task={data["task"]!r} needs a file or folder, or tfds:NAME')
     return task.make(task.OPTIONS | dict(data['options']), tokenize)
