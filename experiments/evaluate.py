@@ -320,4 +320,4 @@ def merged(paths: Sequence[str]) -> np.ndarray:
 
 
 if __name__ == '__main__':
-    launch.main(main, stopped=launch.NOTHING_WRITTEN, status=None)
+    launch.main(main, stopped=launch.NOT_MEASURED, status=None)

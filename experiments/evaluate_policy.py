@@ -236,4 +236,4 @@ def rewards_of(args: argparse.Namespace, config: ml_collections.ConfigDict | Non
 
 
 if __name__ == '__main__':
-    launch.main(main, stopped=launch.NOTHING_WRITTEN, status=None)
+    launch.main(main, stopped=launch.NOT_MEASURED, status=None)

@@ -20,6 +20,7 @@ from experiments.runtime.signals import Stopped, signals
 log = logging.getLogger(__name__)
 
 NOTHING_WRITTEN = 'nothing was written; run the same command again'  # for `main`'s `stopped`
+NOT_MEASURED = 'not everything is measured; run the same command again'  # the same, of one that may go on
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
 
