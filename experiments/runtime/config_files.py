@@ -34,7 +34,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     own package even where the current folder has another of that name. In a group called `options` an override may
     name a field that the file leaves out.
     """
-    config, parsed = _run_config_file(path), []
+    config = _run_config_file(path)
+    parsed: list[str] = []
     for override in overrides:
         name, _, value = override.removeprefix('--config.').partition('=')
         node, parents = config, 'config'
