@@ -15,6 +15,7 @@ import time
 
 from experiments.rlhf.policy import rewards, roles, rollouts, waves
 from experiments.runtime import config_files, fitting, launch, storage
+from experiments.runtime import processes as job
 from experiments.runtime.programs import placed
 from experiments.train import EXPERIMENTS
 from rlhf_jax.rollout import processes
@@ -69,7 +70,7 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
     log.info('%s: generator %d of %d is ready', workdir, generator, config.rollout.num_generators)
     return processes.serve(make, weights, folder / 'batches', generator=generator,
                            num_generators=config.rollout.num_generators, idle_timeout=idle_timeout,
-                           share=rollouts.share_of(mesh))
+                           share=rollouts.share_of(mesh), is_own_fault=lambda error: not job.is_loss(error))
 
 
 def main() -> None:

@@ -39,8 +39,9 @@ WAIT_SECONDS = 14 * 86400  # for the slowest process, at places where all must h
 FAREWELL_SECONDS = 3.0   # that process 0, which keeps the store, stays where it would end for a failure
 ANSWER_SECONDS = 5.0     # for every process of the job to say that it is there
 
-# What a collective raises, by gloo or NCCL, where the connection to another process is gone.
-_LOST = re.compile(r'(closed|reset) by peer|broken pipe|connection (refused|closed)|timed out waiting|nccl', re.I)
+# What a collective raises, by gloo or NCCL, where the connection to another process is gone or never came about.
+_LOST = re.compile(r'(closed|reset) by peer|broken pipe|connection (refused|closed)|timed out waiting|nccl|'
+                   r'context initialization failed', re.I)
 
 _WATCHED = 'experiments/watched/'  # what the thread in each process looks at
 _FAILED, _ROLL_CALL = f'{_WATCHED}failed/', f'{_WATCHED}roll_call/'
@@ -258,6 +259,11 @@ def fail(line: str, status: int) -> NoReturn:
         if number:
             print(f'error: process 0 of {count}, which keeps the store of the job, does not answer', file=sys.stderr)
     _end('', status)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether `error` is what a collective raises where another process of the job is gone."""
+    return not alone() and isinstance(error, jax.errors.JaxRuntimeError) and bool(_LOST.search(str(error)))
 
 
 def _answer(client: Any) -> None:

@@ -170,7 +170,8 @@ class Remote:
 
 def serve(generate: Generate, weights: Newest, directory: str | os.PathLike, *, generator: int = 0,
           num_generators: int = 1, poll: float = 0.01, idle_timeout: float | None = None,
-          share: Share = _of_one_process) -> int:
+          share: Share = _of_one_process,
+          is_own_fault: Callable[[Exception], bool] = lambda error: True) -> int:
     """A generator: makes the batches that the learner's request asks for until it is closed.
 
     Args:
@@ -181,12 +182,14 @@ def serve(generate: Generate, weights: Newest, directory: str | os.PathLike, *, 
         poll: seconds between looks at the folder.
         idle_timeout: leave after so many seconds with nothing to do (the learner is gone); None: wait for ever.
         share: of a generator of several processes, which all call `serve`; the first of them looks at the folder.
+        is_own_fault: whether what `generate` raised would come again, so that the learner should end; it waits where
+            another process of the generator was lost and all of them are to be started anew.
 
     Returns:
         How many batches it made.
 
     Raises:
-        Exception: what `generate` raised, after telling the learner.
+        Exception: what `generate` raised, after telling the learner if `is_own_fault`.
     """
     if not 0 <= generator < num_generators:
         raise ValueError(f'generator={generator} must be in 0..{num_generators - 1}')
@@ -217,7 +220,8 @@ def serve(generate: Generate, weights: Newest, directory: str | os.PathLike, *, 
             batch_lib.check(batch, f'batch {index}')
         except Exception as error:
             error.add_note(f'while generating batch {index} with version {version}')
-            write(folder.error(attempt, index), traceback.format_exc().encode())
+            if is_own_fault(error):
+                write(folder.error(attempt, index), traceback.format_exc().encode())
             raise
         made += 1
         if leads:

@@ -2,6 +2,7 @@
 import signal
 import time
 
+import jax
 import pytest
 
 import jobs
@@ -45,6 +46,17 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     lines = {line for _, _, stderr in ends for line in stderr.splitlines() if 'stopped by signal at step' in line}
     assert len(lines) == 1
     assert len([path for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit()]) == 1
+
+
+@pytest.mark.parametrize('message, is_loss', [
+    ('INTERNAL: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:193', True),
+    ('UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out with key: cpu:gloo/0,1/1',
+     True),
+    ('RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes', False)])
+def test_what_a_lost_process_looks_like_to_the_others(message, is_loss, monkeypatch):
+    monkeypatch.setattr(processes, 'alone', lambda: False)
+    assert processes.is_loss(jax.errors.JaxRuntimeError(message)) == is_loss
+    assert not processes.is_loss(RuntimeError(message))
 
 
 def test_flags_of_a_job_that_do_not_fit_together():

@@ -29,12 +29,12 @@ def weights(path, bound):
 class Generators:
     """`serve` in threads: what a process does, without its start-up."""
 
-    def __init__(self, path, bound, num=1, generate=as_numpy):
+    def __init__(self, path, bound, num=1, generate=as_numpy, **settings):
         self.made, self.errors = [], []
         def work(g):
             try:
                 made = serve(generate, weights(path, bound), path / 'batches', generator=g, num_generators=num,
-                             poll=.002, idle_timeout=WAIT)
+                             poll=.002, idle_timeout=WAIT, **settings)
                 self.made.append(made)
             except BaseException as error:
                 self.errors.append(error)
@@ -123,6 +123,27 @@ def test_errors_of_a_generator_reach_the_learner(tmp_path):
     text = str(caught.value)
     assert 'reward of prompt 17' in text and 'while generating batch 2 with version 1' in text
     assert isinstance(generators.join().errors[0], ZeroDivisionError)
+
+
+def test_a_generator_that_lost_one_of_its_processes_is_awaited(tmp_path):
+    """Its error would not come again: it is started anew, and the learner never hears of it."""
+    def failing(params, *, index, version):
+        if index == 2:
+            raise ConnectionResetError('closed by peer')
+        return as_numpy(params, index=index, version=version)
+    is_own_fault = lambda error: not isinstance(error, ConnectionResetError)
+    second = []
+
+    def start_anew(first=Generators(tmp_path, 1, generate=failing, is_own_fault=is_own_fault)):
+        assert isinstance(first.join().errors[0], ConnectionResetError)
+        second.append(Generators(tmp_path, 1))
+    thread = threading.Thread(target=start_anew)
+    thread.start()
+    with learner(tmp_path, 1) as stream:
+        _, seen = train(stream, 5)
+    thread.join(WAIT)
+    assert [batch['index'] for batch in seen] == [0, 1, 2, 3, 4]
+    assert second[0].join().made[0] >= 3
 
 
 def test_the_folder_does_not_grow(tmp_path):
