@@ -61,9 +61,10 @@ def generate(workdir: str, *, generator: int = 0, idle_timeout: float | None = N
     folder, mesh = storage.resolve(workdir) / 'rollouts', roles.generator_mesh(config)
     kind = importlib.import_module(EXPERIMENTS[config.experiment]).KIND
     decoding = kind.decoding(config, mesh)
-    weights_of_version = placed(decoding.shapes, decoding.shardings)
-    config = waves.budgeted(config, fitting.usable_bytes(mesh), [kind.models(config, mesh)] + [weights_of_version] * (
-        config.rollout.max_staleness + 1))
+    if kind.has_waves:
+        version = placed(decoding.shapes, decoding.shardings)
+        config = waves.budgeted(config, fitting.usable_bytes(mesh), [kind.models(config, mesh)] + [version] * (
+            config.rollout.max_staleness + 1))
     weights = rollouts.open_weights(config, decoding.shardings, decoding.shapes, folder, reader=generator,
                                     address=address)
     make = kind.generator(config, mesh, weights)

@@ -125,6 +125,13 @@ def test_the_models_that_draw_lie_beside_the_step_and_are_sampled_with(root, sam
     assert list(sampler.beside) == ['learner'] and bytes_on_device(sampler.args[1]) == frozen
 
 
+def test_a_run_reads_the_models_that_draw_once(root, sampled, tmp_path, monkeypatch):
+    loads, load = [], Painter.load
+    monkeypatch.setattr(Painter, 'load', lambda config: loads.append(config) or load(config))
+    train.build(sampled[0], devices(1)).open_rollouts(tmp_path).close()
+    assert len(loads) == 1
+
+
 # ---- Steps -----------------------------------------------------------------------------------------------------------
 
 def started(config):

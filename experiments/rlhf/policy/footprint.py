@@ -80,17 +80,19 @@ class Footprint:
 
     def budgeted(self, usable: float) -> Config:
         """The config with `rollout.memory` as a generating device that offers `usable` bytes has it left."""
+        if not self._kind.has_waves:
+            return self._config
         return waves.budgeted(self._config, usable, [self.weights, *self.beside_sampler().values()])
 
     def budgeted_for_evaluation(self, usable: float) -> Config:
         """The same of a device that evaluates, which is the learner's."""
-        if self.shared:
+        if self.shared or not self._kind.has_waves:
             return self.budgeted(usable)
         return waves.budgeted(self._config, usable, [self.state, self.weights, *self.beside_step().values()])
 
     def programs(self, usable: int) -> list[Program]:
         """All programs of an iteration but the step, on devices that offer `usable` bytes."""
-        if self._kind.programs is None:
+        if not self._kind.has_waves:
             sampler, args, mesh = self._kind.sampler_program(self._config, list(self.generating.devices.flat))
             beside = {name: tree for name, tree in self.beside_sampler().items()
                       if name != self._kind.models_are}  # they are arguments of the program

@@ -161,3 +161,8 @@ class Kind(NamedTuple):
     models_are: str = 'reward models'
     programs: Callable[[Config, Any], list[Program]] | None = None
     shortened: Callable[[Config, Mapping[str, Any]], Mapping[str, Any]] = lambda config, batch: batch
+
+    @property
+    def has_waves(self) -> bool:
+        """Whether its samples are decoded in waves that `rollout.memory` bounds."""
+        return self.programs is not None
