@@ -4,6 +4,7 @@ Cross entropy over the tokens of the target, whatever the padding (arXiv 2003.12
 padding too).
 """
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,6 +85,19 @@ def checksums(config: ml_collections.ConfigDict, languages: tuple[str, ...]) -> 
     return jnp.array([made[language].checksum for language in languages], jnp.uint32)
 
 
+def carrying_vocabulary(config: ml_collections.ConfigDict, languages: tuple[str, ...],
+                        init: Callable[[Array], TrainState]) -> tuple[Callable[[Array], TrainState],
+                                                                      Callable[[TrainState], TrainState]]:
+    """`init` of a state that carries the `checksums` of a run, as zeros, and the warm start that writes them: only that
+    one reads the text."""
+    def blank(key: Array) -> TrainState:
+        return init(key).replace(extra={'vocabulary': jnp.zeros(len(languages), jnp.uint32)})
+
+    def warm_start(state: TrainState) -> TrainState:
+        return state.replace(extra={'vocabulary': checksums(config, languages)})
+    return blank, warm_start
+
+
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     languages = tuple(config.languages)
     if languages not in PAIRS.values():
@@ -99,17 +113,14 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     trained = training(config, mesh, lambda key: init_params(model, key), loss, averaged=False)
 
-    def init(key):
-        return trained.init(key).replace(extra={'vocabulary': jnp.zeros(2, jnp.uint32)})
+    init, warm_start = carrying_vocabulary(config, languages, trained.init)
 
     def hooks(writer):
         return evaluation.hooks(config, writer, lambda: evaluation.AgentEvaluation(config, model))
 
     return Experiment(init, loss, trained.step, seq2seq.PARTITION_RULES, batch_spec(config, languages, unit),
                       lambda: open_batches(config, languages, unit, placement.share_of(mesh)),
-                      check=lambda: evaluation.check(config, languages),
-                      warm_start=lambda state: state.replace(extra={'vocabulary': checksums(config, languages)}),
-                      hooks=hooks)
+                      check=lambda: evaluation.check(config, languages), warm_start=warm_start, hooks=hooks)
 
 
 def load(workdir: str | os.PathLike, name: str, config: ml_collections.ConfigDict) -> Any:

@@ -63,16 +63,14 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     trained = training(config, mesh, init_params, loss, averaged=False)
 
-    def init(key):
-        return trained.init(key).replace(extra={'vocabulary': jnp.zeros(1, jnp.uint32)})
+    init, warm_start = agents.carrying_vocabulary(config, LANGUAGES, trained.init)
 
     def hooks(writer):
         return [HeldOut(config, model, writer)] if config.evaluation.every else []
 
     return Experiment(init, loss, trained.step, lstm.PARTITION_RULES, agents.batch_spec(config, LANGUAGES, unit),
                       lambda: agents.open_batches(config, LANGUAGES, unit, placement.share_of(mesh)),
-                      warm_start=lambda state: state.replace(
-                          extra={'vocabulary': agents.checksums(config, LANGUAGES)}), hooks=hooks)
+                      warm_start=warm_start, hooks=hooks)
 
 
 class Fluency:

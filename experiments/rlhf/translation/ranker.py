@@ -58,8 +58,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
     trained = training(config, mesh, init_params, loss, averaged=False)
 
-    def init(key):
-        return trained.init(key).replace(extra={'vocabulary': jnp.zeros(1, jnp.uint32)})
+    init, warm_start = agents.carrying_vocabulary(config, LANGUAGES, trained.init)
 
     def features(split: str) -> np.ndarray:
         return images_lib.features(images_lib.folder_of(config), split, images_lib.captions_of(config, split),
@@ -80,8 +79,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     spec = agents.batch_spec(config, LANGUAGES, unit)
     spec['image'] = jax.ShapeDtypeStruct((spec['en'].shape[0], model.features), jnp.float32)
     return Experiment(init, loss, trained.step, image_ranker.PARTITION_RULES, spec, open_batches, check=check,
-                      warm_start=lambda state: state.replace(
-                          extra={'vocabulary': agents.checksums(config, LANGUAGES)}), hooks=hooks)
+                      warm_start=warm_start, hooks=hooks)
 
 
 class Ranking:
