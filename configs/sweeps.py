@@ -6,7 +6,11 @@ replaces the one of its name. docs/papers.md says which table or figure each of 
 
 TLDR = '--config=configs/rlhf/tldr.py'
 ARITHMETIC = '--config=configs/rlhf/arithmetic.py'
+IMDB = '--config=configs/rlhf/imdb.py'
 MINIBATCHES = (1, 2, 4, 8, 16, 32, 64)  # N of arXiv 2410.18252, figures 3 and 4
+# Reward, gold reward, KL and drift: the policy's perplexity on the first 100 held-out reviews.
+IMDB_SMALL = (IMDB, '--seeds=5', '--evaluate=--temperature=1 --batch_size=128 --drift=100',
+              '--trade_off=evaluate.gold,evaluate.drift_perplexity')
 
 
 def _list(values) -> str:
@@ -59,9 +63,9 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     'no_robots_asynchronous': ('--config=configs/rlhf/no_robots.py', '--variants=online_dpo,online_dpo_async'),
     'gsm8k': ('--config=configs/rlhf/gsm8k.py', '--variants=online_dpo,online_dpo_async,rloo,rloo_async,ppo'),
     # ---- Elastic Reset -----------------------------------------------------------------------------------------------
-    'imdb': ('--config=configs/rlhf/imdb.py', '--seeds=5', '--baseline=variant=ppo_matched',
+    'imdb': (IMDB, '--seeds=5', '--baseline=variant=ppo_matched',
              '--variants=ppo,ppo_matched,nlpo,reset_to_init,reset_to_ema,elastic_reset'),
-    'imdb_kl': ('--config=configs/rlhf/imdb.py:ppo_matched', '--sweep.algorithm.kl_coefficient=0.001,0.01,0.1,0.3,1',
+    'imdb_kl': (f'{IMDB}:ppo_matched', '--sweep.algorithm.kl_coefficient=0.001,0.01,0.1,0.3,1',
                 '--config.algorithm.kl_target=0', '--seeds=5'),
     'stackexchange': ('--config=configs/rlhf/stackexchange.py',
                       '--variants=ppo,reset_to_init,reset_to_ema,elastic_reset'),
@@ -73,6 +77,15 @@ SWEEPS: dict[str, tuple[str, ...]] = {
        for name in ('online_dpo', 'rloo', 'proximal_rloo', 'grpo')},
     'arithmetic_minibatches_ppo': arithmetic_minibatches('ppo', samples=1),
     'arithmetic_minibatches_best_of_2': arithmetic_minibatches('best_of_n', samples=2),
+    # `imdb.py:small_ARM`. Arms, and plain PPO on the way back to its start; prices of KL that stay what they are; decay
+    # and period of Elastic Reset.
+    'imdb_small': (*IMDB_SMALL, '--baseline=variant=small_ppo_matched', '--interpolate=0,0.25,0.5,0.75,1',
+                   '--variants=' + _list(f'small_{arm}' for arm in (
+                       'ppo_matched', 'elastic_reset', 'reset_to_init', 'reset_to_ema', 'ppo', 'nlpo'))),
+    'imdb_small_kl': (*IMDB_SMALL, '--variants=small_ppo_matched', '--config.algorithm.kl_target=0',
+                      '--sweep.algorithm.kl_coefficient=0.01,0.03,0.1,0.3'),
+    'imdb_small_elastic': (*IMDB_SMALL, '--variants=small_elastic_reset', '--sweep.elastic.period=10,17',
+                           '--sweep.elastic.decay=0.8,0.9,0.98'),
     # A writer of codes from earlier weights; `quickstart --which=align` makes what it starts from.
     'align_staleness': ('--config=configs/dlc/align_digits.py', '--variants=online_dpo,rloo',
                         '--sweep.rollout.max_staleness=0,1,4,16', '--seeds=3', '--first_seed=1',

@@ -69,6 +69,7 @@ def reward_model() -> ConfigDict:
     return _language(
         'reward_model',
         max_length=638,  # tokens of prompt and response
+        add_eos=True,  # read a text at an EOS behind it; False: at its own last token, as of policies that never end
         length_buckets=4,  # lengths that a batch may be cut to, the least that holds its longest text; 1: max_length
         eval_every=0,  # steps between evaluations on data.heldout, and at the end; 0: none
         margin=0.0, centering=0.0,  # of the Bradley-Terry loss

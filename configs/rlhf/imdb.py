@@ -1,5 +1,5 @@
 """GPT-2 that continues film reviews so that they sound positive (arXiv 2312.07551): ppo, ppo_matched, nlpo,
-reset_to_init, reset_to_ema, elastic_reset.
+reset_to_init, reset_to_ema, elastic_reset; and small_ARM, the same in minutes.
 
     python -m experiments.train --config=configs/rlhf/imdb.py:elastic_reset --workdir=runs/imdb/elastic_reset \\
         --config.data.path=imdb --config.weights=gpt2-imdb --config.tokenizer=gpt2-imdb \\
@@ -28,22 +28,31 @@ in training, where the released code reads 5,000 and all 25,000 at the end (--co
 
 The reward is the published one, the probability of POSITIVE that a DistilBERT classifier (`lvwerra/distilbert-imdb`,
 with its tokenizer.json) gives to the whole prompt and its continuation, which loses its beginning beyond 512 tokens. A
-reward model trained on reviews of either sentiment: --config.reward.model=runs/imdb/reward --config.reward.label=''.
+reward model trained on reviews of either sentiment (`reward_imdb.py`): --config.reward.model=runs/imdb/reward
+--config.reward.label=''.
 
 Hardware: one GPU. Drift, the policy's perplexity on human reviews: `experiments.evaluate --policy=RUN --drift=5000`.
+
+small_ARM is the miniature: the GPT-2 of `sft_imdb.py:small` (0.9 million parameters), rewarded by
+`reward_imdb.py:small`, with `:small_gold` logged beside it; docs/papers.md has the commands from nothing to a report.
+Resets, KL, clipping, gamma and lambda are those above. What differs: 32 new tokens after up to 24, 32 prompts an
+iteration of 2000 reviews that neither reward has seen, two epochs of four minibatches, 400 updates in all, at a
+learning rate of 2e-4.
 """
-from configs.rlhf import base
+from configs.rlhf import base, sft_imdb
 
 ARMS = {  # method of resets, coefficient and target of the KL
     'ppo': ('', 0.1, 0.5), 'ppo_matched': ('', 0.001, 1.0), 'nlpo': ('', 1.0, 1.0),
     'reset_to_init': ('reset_to_init', 0.001, 1.0), 'reset_to_ema': ('reset_to_ema', 0.001, 1.0),
     'elastic_reset': ('elastic_reset', 0.001, 1.0)}
+NAMES = (*ARMS, *(f'small_{arm}' for arm in ARMS))
 
 
 def get_config(name: str = 'elastic_reset'):
-    if name not in ARMS:
-        raise ValueError(f'imdb: {name!r} is not one of {tuple(ARMS)}')
-    method, coefficient, target = ARMS[name]
+    if name not in NAMES:
+        raise ValueError(f'imdb: {name!r} is not one of {NAMES}')
+    arm = name.removeprefix('small_')
+    method, coefficient, target = ARMS[arm]
     config = base.policy()
     config.num_steps, config.batch_size = 50, 30
     config.mesh.update(dict(data=1, fsdp=1))
@@ -59,7 +68,7 @@ def get_config(name: str = 'elastic_reset'):
     config.sampling.update(dict(max_new_tokens=48, min_new_tokens=48, temperature=1.0, top_k=0, scored='drawn',
                                 max_prompt=64))
     config.reward.update(dict(kind='model', model='models/distilbert-imdb', label='POSITIVE'))
-    if name == 'nlpo':
+    if arm == 'nlpo':
         config.algorithm.mask.update(dict(top_p=0.9, min_tokens=100, every=50))
     if method:
         config.elastic.update(dict(
@@ -68,4 +77,19 @@ def get_config(name: str = 'elastic_reset'):
     config.optimizer.learning_rate.update(dict(peak=1e-6, decay='constant'))
     config.optimizer.weight_decay.peak = 1e-6
     config.optimizer.update(dict(clip_norm=0.5, groups=((r'.*/bias', dict(weight_decay=0.0)), (r'.*', {}))))
+    if name != arm:
+        small(config)
     return config
+
+
+def small(config) -> None:
+    """Changes the lines in which a miniature differs."""
+    config.batch_size = 32
+    config.checkpoint_every, config.eval_every = 0, 0
+    config.model.update(sft_imdb.SMALL)
+    config.data.split, config.data.heldout = 'train[1000:3000]', 'validation[:512]'  # not the reward model's
+    config.weights, config.tokenizer = 'runs/imdb_small/sft', 'runs/imdb_small/tokenizer'
+    config.algorithm.num_minibatches, config.algorithm.num_epochs = 4, 2
+    config.sampling.update(dict(max_new_tokens=32, min_new_tokens=32, max_prompt=24))
+    config.reward.update(dict(model='runs/imdb_small/reward', label='', gold='runs/imdb_small/gold'))
+    config.optimizer.learning_rate.peak = 2e-4

@@ -23,6 +23,15 @@ def halves(text: str) -> tuple[str, str]:
     return ' '.join(words[:middle]), ' '.join(words[middle:])
 
 
+def stretches(text: str, num_words: int) -> list[str]:
+    """A review cut into stretches of exactly `num_words` words, of which a shorter one at the end is left out; 0, or a
+    review of fewer words: the whole one."""
+    words = text.split(' ')
+    if not 0 < num_words <= len(words):
+        return [text]
+    return [' '.join(words[i:i + num_words]) for i in range(0, len(words) - num_words + 1, num_words)]
+
+
 def prompt_tokens(text: str, tokenize: Tokenize, max_tokens: int = PROMPT_LENGTH) -> list[int]:
     """The last `max_tokens` tokens of a review's first half.
 

@@ -124,6 +124,15 @@ def test_wins_are_strict_and_over_every_sample(policy):
     assert completions.tokens[3].tolist() == [*given.prompt_tokens[1], *given.tokens[1, 0]]
 
 
+def test_answers_of_the_data_that_are_too_long_cost_the_win_rate_alone(policy, caplog):
+    rows = [{'reference': 'a'}, {'reference': 'a' * policy.module.max_length}]
+    found, _ = evaluation.evaluate_policy(
+        policy, ['p', 'q'], rows, policy.sampling(max_new_tokens=3, temperature=0.0), key=jax.random.key(0),
+        batch_size=2, gold=lambda c: np.array([len(text) for text in c.texts], np.float32))
+    assert found['gold'] == 3 and 'win_rate' not in found
+    assert "there is no win rate: of the data's own responses one is too long (prompt 0 has" in caplog.text
+
+
 def test_an_interrupted_evaluation_goes_on(policy, tmp_path, monkeypatch):
     prompts, how = ['one', 'two and more', 'three', 'one', 'five'], policy.sampling(max_new_tokens=6, temperature=1.0)
     computed, stop = [], []

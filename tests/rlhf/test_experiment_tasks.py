@@ -163,6 +163,22 @@ def test_imdb_cuts_train_in_two_and_pairs_labels(tmp_path):
     assert task.metrics(['a b c', 'a b d'], [{}] * 2)['distinct_1'] == pytest.approx(4 / 6)
 
 
+def test_imdb_cuts_reviews_into_stretches(tmp_path):
+    texts = [' '.join(f'{i}{c}' for c in 'abcde') for i in range(10)]
+    write(tmp_path / 'train.jsonl', [dict(text=text, label=i % 2) for i, text in enumerate(texts)])
+    d = data('imdb', tmp_path, options=dict(stretch=2))
+    task = tasks.get(d)
+    shown = [text for _, text in task.demonstrations(d, 'train')]
+    assert len(shown) == 16 and all(f'{text[0]}a {text[0]}b' in shown for text in shown)
+    assert not any('e' in text for text in shown)
+    pairs = task.preferences(d, 'train')
+    assert all(int(good[0]) % 2 == 1 and int(bad[0]) % 2 == 0 for _, good, bad in pairs)
+    assert len(pairs) > 4 and {text for _, *pair in pairs for text in pair} <= set(shown)
+    assert {p.text.count(' ') for p in task.prompts(d, 'train')} == {1}  # prompts are of whole reviews
+    with pytest.raises(ValueError, match='data.options.stretch=-1 must be at least 0 words'):
+        tasks.get(data('imdb', tmp_path, options=dict(stretch=-1)))
+
+
 def test_stackexchange_and_pairs(tmp_path):
     d = data('stackexchange', write(tmp_path / 's.jsonl', [dict(question='q', response_j='j', response_k='k')]))
     assert tasks.get(d).preferences(d, 'train') == [('Question: q\n\nAnswer: ', 'j', 'k')]

@@ -17,6 +17,7 @@ FILES = {'tldr': 'NAMES', 'gsm8k': 'RUNS', 'no_robots': 'NAMES', 'imdb': 'ARMS',
          'arithmetic': 'NAMES'}
 CASES = [(file, name) for file, names in FILES.items()
          for name in getattr(importlib.import_module(f'configs.rlhf.{file}'), names)]
+CASES.append(('imdb', 'small_elastic_reset'))
 DEVICES = {'no_robots': 8, 'imdb': 1, 'arithmetic': 1}
 # Of the released models.
 PARAMETERS = {'410m': 405_334_016, '1b': 1_011_781_632, '2.8b': 2_775_208_960, 'Rho-1B': 1_100_048_384,
@@ -109,6 +110,25 @@ def test_gsm8k_and_no_robots_numbers():
     chat = get('no_robots', 'online_dpo_async')
     assert (chat.optimizer.learning_rate.peak, chat.algorithm.beta, chat.sampling.max_new_tokens) == (8e-7, 0.03, 1024)
     assert chat.reward.missing_eos == '-10' and chat.num_steps == 390
+
+
+def test_small_arms_on_imdb_differ_as_the_published_ones_do():
+    from configs.rlhf import imdb, reward_imdb, sft_imdb
+    schedule = ('kl_coefficient', 'kl_target', 'kl_unit', 'mask', 'clip', 'gamma', 'lam')
+    for arm in imdb.ARMS:
+        small, published = get('imdb', f'small_{arm}'), get('imdb', arm)
+        assert small.elastic == published.elastic and small.num_steps == published.num_steps
+        for name in schedule:
+            assert small.algorithm[name] == published.algorithm[name], name
+        # One model and one tokenizer in all stages, and room for what the policy reads and writes.
+        stages = sft_imdb.get_config('small'), reward_imdb.get_config('small'), reward_imdb.get_config('small_gold')
+        assert all(stage.model == small.model and stage.tokenizer == small.tokenizer for stage in stages)
+        assert stages[1].weights == stages[2].weights == small.weights
+        assert small.sampling.min_new_tokens == small.sampling.max_new_tokens and not stages[1].add_eos
+        assert small.sampling.max_prompt + small.sampling.max_new_tokens <= stages[1].max_length
+    # Reward, gold reward and prompts are of different reviews.
+    assert [config.data.split for config in (*stages[1:], small)] == ['train[:1000]', 'train[8000:]',
+                                                                      'train[1000:3000]']
 
 
 @pytest.mark.parametrize('file, task, resets', [('imdb', 'imdb', [0, 17, 34]),

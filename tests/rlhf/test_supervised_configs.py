@@ -1,5 +1,6 @@
 """Every config of fine-tuning, reward models and DPO builds its experiment by shape and is laid out by its rules."""
 import importlib
+import json
 import pathlib
 import re
 
@@ -9,11 +10,13 @@ from jax.sharding import AbstractMesh, AxisType
 
 from experiments import train
 from experiments.rlhf.data import tasks
+from experiments.rlhf.models import tokenizer
 from experiments.runtime import config_files, fitting, partition
 from experiments.runtime import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ARGUMENTS = {name: ('410m', '1b', '2.8b') for name in ('sft_tldr', 'reward_tldr', 'dpo_tldr')}
+ARGUMENTS |= {'sft_imdb': ('', 'small'), 'reward_imdb': ('', 'small', 'small_gold')}
 FILES = sorted(p.stem for p in (ROOT / 'configs' / 'rlhf').glob('*.py')
                if p.stem.startswith(('sft_', 'reward_', 'dpo_')))
 # (updates, batch, learning rate) as published (arXiv 2410.18252 and its code; 2312.07551 and its code).
@@ -64,5 +67,21 @@ def test_a_batch_of_pairs_divides_any_slice_up_to_its_size(size, devices):
 def test_what_is_not_published_has_to_be_given():
     with pytest.raises(ValueError, match='num_steps=0 must be at least 1'):
         train.build(config_files.load('configs/rlhf/reward_no_robots.py'), mesh_lib.make_mesh({}, jax.devices()[:1]))
-    with pytest.raises(ValueError, match="sft_tldr: '7b' is not one of"):
-        config_files.load('configs/rlhf/sft_tldr.py:7b')
+    for name in ('sft_tldr', 'sft_imdb', 'reward_imdb'):
+        with pytest.raises(ValueError, match=f"{name}: '7b' is not one of"):
+            config_files.load(f'configs/rlhf/{name}.py:7b')
+
+
+def test_the_commands_that_learn_a_tokenizer_of_reviews(tmp_path, monkeypatch):
+    """The lines in the docstring of sft_imdb, on a few reviews: a tokenizer that runs open, with an EOS."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data' / 'imdb').mkdir(parents=True)
+    rows = [{'text': f'A film of the year, {i} stars; the actors are good. <br />'} for i in range(5)]
+    (tmp_path / 'data' / 'imdb' / 'train.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    lines = importlib.import_module('configs.rlhf.sft_imdb').__doc__.split('\n    from pathlib', 1)[1].splitlines()
+    exec('from pathlib' + '\n'.join([lines[0], *(line.removeprefix('    ') for line in lines[1:])]), {})
+    config = load('sft_imdb', 'small')
+    encode = tokenizer.encoder_of(config)  # the vocabulary fits the model
+    assert encode.tokenizer.eos == 0 and not encode.bos
+    assert encode.tokenizer.decode(encode(rows[0]['text'])) == rows[0]['text']
+    assert len(encode(' actors')) < 4

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.rlhf import base
-from experiments.rlhf.data.texts import Encoder
+from experiments.rlhf.data.texts import Encoder, TooLong
 from experiments.rlhf.policy import completions as completions_lib
 from experiments.rlhf.policy import generator as generator_lib
 from experiments.runtime import mesh as mesh_lib
@@ -45,7 +45,7 @@ def test_held_out_responses_are_held_against_the_datas_own(tmp_path, monkeypatch
     assert generator.measures(batches, [])['win_rate'] == pytest.approx(4 / 9)
 
     def too_long(completions):
-        raise completions_lib.TooLong('reads at most 3 tokens')
+        raise TooLong('reads at most 3 tokens')
     monkeypatch.setattr(generator._scorer, '_gold', too_long)
     generator._reference_gold = None
     generator.prepare(5)

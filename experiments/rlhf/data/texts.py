@@ -23,6 +23,10 @@ Arrays = dict[str, np.ndarray]
 Encoded = tuple[list[int], list[int]]  # ids of a text, and how many of them there are up to the end of each part
 
 
+class TooLong(ValueError):
+    """A text has more tokens than the model that is to read it takes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """How one stage reads texts: its tokenizer, and whether a text begins with BOS.
@@ -65,8 +69,8 @@ class Encoder:
         return [*ids[:first], *ids[first:][max(len(ids) - longest, 0):]]
 
 
-def joined(encode: Encoder, *parts: chat.Text) -> Encoded:
-    """Ids of parts that follow each other, and of EOS, which a chat template may have written itself.
+def joined(encode: Encoder, *parts: chat.Text, add_eos: bool = True) -> Encoded:
+    """Ids of parts that follow each other, and (`add_eos`) of EOS, which a chat template may have written itself.
 
     Part by part the ids are those of the whole text so far where these begin with the ids before, else the ids before
     and those of what follows: a policy continues the ids of the prompt, whatever they would have become with what
@@ -82,7 +86,7 @@ def joined(encode: Encoder, *parts: chat.Text) -> Encoded:
         ends.append(len(ids))
     eos = encode.tokenizer.eos
     written = isinstance(parts[-1], chat.Chat) and parts[-1].marked and ids[-1:] == [eos]
-    if not written:
+    if add_eos and not written:
         ids = [*ids, eos]
         ends[-1] += 1
     return ids, ends
@@ -165,23 +169,27 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 # ---- Preferences -----------------------------------------------------------------------------------------------------
 
 def preferences(triples: Sequence[tuple[chat.Text, chat.Text, chat.Text]], encode: Encoder, *, pad: int,
-                max_length: int) -> Arrays:
+                max_length: int, add_eos: bool = True) -> Arrays:
     """Pairs of texts that share a prompt.
 
     Args:
         triples: (prompt, chosen, rejected).
         max_length: T; pairs of which one is longer are left out, counted and logged.
+        add_eos: whether texts end with EOS.
 
     Returns:
         `chosen`, `rejected` int32 [N, T]; `chosen_mask`, `rejected_mask` bool [N, T]; `prompt_length` int32 [N].
 
     Raises:
-        ValueError: no pair, or none that is short enough.
+        ValueError: no pair, none that is short enough, or (without EOS) a text of no token.
     """
     count_spelled(encode, (text for triple in triples for text in triple), 'data')
-    pairs = [(joined(encode, prompt, chosen), joined(encode, prompt, rejected))
+    pairs = [(joined(encode, prompt, chosen, add_eos=add_eos), joined(encode, prompt, rejected, add_eos=add_eos))
              for prompt, chosen, rejected in triples]
     pairs = _short_enough(pairs, max_length, [max(len(c), len(r)) for (c, _), (r, _) in pairs], 'pairs')
+    if any(not ids for pair in pairs for ids, _ in pair):
+        raise ValueError('add_eos=False, but a text of a pair is empty, so that it has no token to be read at; set '
+                         'add_eos=True or leave that pair out')
     arrays: Arrays = {'prompt_length': np.array([ends[0] for (_, ends), _ in pairs], np.int32)}
     for side, name in enumerate(('chosen', 'rejected')):
         arrays[name] = np.full((len(pairs), max_length), pad, np.int32)

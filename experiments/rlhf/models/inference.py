@@ -202,7 +202,8 @@ class Policy:
         """Texts as if they were responses, one a prompt, each with an EOS.
 
         Raises:
-            ValueError: another number of answers than prompts; one that is too long.
+            ValueError: another number of answers than prompts.
+            TooLong: one with its prompt exceeds the model's context.
         """
         if len(prompts) != len(answers):
             raise ValueError(f'answers: there are {len(answers)} for {len(prompts)} prompts')
@@ -227,9 +228,9 @@ class Policy:
         limit = self.module.max_length - room
         longest = max([longest, *map(len, prompts)])
         if longest > limit:
-            raise ValueError(f'prompt {next(i for i, p in enumerate(prompts) if len(p) > limit)} has too many tokens: '
-                             f'{longest} and a response of {room} exceed the context of the model, '
-                             f'{self.module.max_length}')
+            first = next(i for i, prompt in enumerate(prompts) if len(prompt) > limit)
+            raise texts.TooLong(f'prompt {first} has too many tokens: {longest} and a response of {room} exceed the '
+                                f'context of the model, {self.module.max_length}')
         bucket = min(-(-longest // _BUCKET) * _BUCKET, limit)
         return generate_lib.pad_prompts(prompts, buckets=(bucket,), pad_token=self.tokenizer.pad)
 

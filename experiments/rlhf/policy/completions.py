@@ -33,10 +33,6 @@ class Completions:
 Reward = Callable[[Completions], np.ndarray]
 
 
-class TooLong(ValueError):
-    """A completion has more tokens than a reward model reads."""
-
-
 def given(encode: Encoder, prompts: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]) -> Completions:
     """The `reference` of each row as a completion of its prompt's ids, an EOS at its end."""
     replies = [[*encode.continuing(row['reference']), encode.tokenizer.eos] for row in rows]

@@ -2,6 +2,7 @@
 
 `evaluate_policy` measures a policy that has been loaded; `HeldOutPrompts` is the hook that measures one in training.
 """
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf.data import tasks
+from experiments.rlhf.data.texts import TooLong
 from experiments.rlhf.models.classifier import TextClassifier, texts_of
 from experiments.rlhf.models.inference import Policy, Progress, Prompt, Responses
 from experiments.rlhf.policy import roles, rollouts
@@ -26,6 +28,8 @@ from experiments.runtime.evaluation import Evaluation
 from rlhf_jax.generate import Sampling
 from rlhf_jax.rollout.rewards import score
 from rlhf_jax.tasks import imdb, perplexity, stackexchange, tldr
+
+log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 Rows = Sequence[Mapping[str, Any]]
@@ -50,7 +54,8 @@ def evaluate_policy(policy: Policy, prompts: Sequence[Prompt], rows: Rows, sampl
             (`runtime.blocks`): interrupted, the same call computes the missing ones. '': they are not written.
 
     Returns:
-        The metrics, `length` in tokens (EOS included), and the responses. See `of_drift`, `of_wins`, `of_text`.
+        The metrics, `length` in tokens (EOS included), and the responses. See `of_drift`, `of_text`, and `of_wins`,
+        whose metrics are left out, with a warning, where a response of the data is longer than a model reads.
 
     Raises:
         ValueError: prompts that do not fit, rewards that are not finite.
@@ -71,7 +76,10 @@ def evaluate_policy(policy: Policy, prompts: Sequence[Prompt], rows: Rows, sampl
             if name == 'reward':
                 out |= of_passes(scores.reshape(len(prompts), num_samples))
             elif all('reference' in row for row in rows):
-                out |= of_wins(policy, prompts, rows, scores, gold, at_once)
+                try:
+                    out |= of_wins(policy, prompts, rows, scores, gold, at_once)
+                except TooLong as error:  # such as the second half of a whole review
+                    log.warning("there is no win rate: of the data's own responses one is too long (%s)", error)
     if reference is not None:
         out |= of_drift(policy, reference, responses, batch_size=batch_size, bar=bar, place=place)
     if human_text:

@@ -203,7 +203,7 @@ class Generator(Batches):
                         exchange.portion(self._mesh, num))
                     gold = exchange.gather_rows(self._mesh, {'gold': self._scorer.gold(own)})
                 self._reference_gold = gold['gold']
-            except completions_lib.TooLong as error:
+            except text_arrays.TooLong as error:
                 log.warning('evaluation has no win rate: of the data\'s own responses one is too long (%s)', error)
 
     def _draw(self, params, version, tokens, mask, keys):

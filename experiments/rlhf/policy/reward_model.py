@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.rlhf.data import lengths
+from experiments.rlhf.data.texts import TooLong
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models.classifier import is_classifier
-from experiments.rlhf.policy.completions import Completions, TooLong
+from experiments.rlhf.policy.completions import Completions
 from experiments.runtime import exchange, placement, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.digest import digests

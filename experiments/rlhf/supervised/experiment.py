@@ -185,7 +185,7 @@ def interleaved(batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
 
 
 def open_pairs(config: Config, split: str) -> texts.Arrays:
-    return _open(config, split, 'preferences', texts.preferences)
+    return _open(config, split, 'preferences', texts.preferences, add_eos=config.get('add_eos', True))
 
 
 def open_demonstrations(config: Config, split: str) -> texts.Arrays:

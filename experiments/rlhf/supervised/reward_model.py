@@ -1,4 +1,5 @@
-"""A reward model from preference pairs: Bradley-Terry on a scalar read at the last token of each text, its EOS."""
+"""A reward model from preference pairs: Bradley-Terry on a scalar read at the last token of each text, its EOS unless
+`add_eos` is False."""
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh

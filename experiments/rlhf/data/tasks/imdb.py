@@ -5,10 +5,16 @@ from experiments.rlhf.data.tasks.rows import read, word_counts
 from experiments.rlhf.data.tasks.task import Prompt, Task, Tokenize
 from rlhf_jax.tasks import imdb
 
-OPTIONS: dict[str, Any] = dict(held_out=0.2)
+OPTIONS: dict[str, Any] = dict(
+    held_out=0.2,
+    stretch=0,  # words: demonstrations and pairs are of reviews cut into stretches of so many; 0: whole reviews
+)
 
 
 def make(options: dict[str, Any], _: Tokenize | None) -> Task:
+    if options['stretch'] < 0:
+        raise ValueError(f'data.options.stretch={options["stretch"]} must be at least 0 words')
+
     def of(data, split, make, fields=imdb.FIELDS):
         """'train' and 'validation' are parts of 'train' as the data set has it."""
         name, bracket, rest = split.partition('[')
@@ -24,10 +30,16 @@ def make(options: dict[str, Any], _: Tokenize | None) -> Task:
             raise ValueError(f'text: {row["text"][:40]!r} has no first half')
         return Prompt(first, dict(row) | {'reference': rest})
 
+    def parts(reviews):
+        return [part for text in reviews for part in imdb.stretches(text, options['stretch'])]
+
+    def demonstrations(data, split):
+        return [('', part) for part in parts(of(data, split, lambda row: row['text']))]
+
     def preferences(data, split):
-        """Whole reviews, a positive one before a negative one."""
+        """Reviews, or stretches of them, a positive one before a negative one."""
         labelled = of(data, split, lambda row: (int(row['label']), row['text']), (*imdb.FIELDS, 'label'))
-        good, bad = ([text for label, text in labelled if label == wanted] for wanted in (imdb.POSITIVE, 0))
+        good, bad = (parts(text for label, text in labelled if label == wanted) for wanted in (imdb.POSITIVE, 0))
         if not (good and bad):
             raise ValueError(f'data.path={data["path"]}: split {split!r} has {len(good)} positive reviews and '
                              f'{len(bad)} negative ones (label 1 and 0); pairs need both')
@@ -37,6 +49,5 @@ def make(options: dict[str, Any], _: Tokenize | None) -> Task:
         long_enough = any(len(c.split()) >= 3 for c in completions)
         return word_counts(completions) | (imdb.diversity(completions) if long_enough else {})
 
-    return Task(demonstrations=lambda data, split: of(data, split, lambda row: ('', row['text'])),
-                preferences=preferences, prompts=lambda data, split: of(data, split, prompt), metrics=metrics,
-                cut_prompts=True)
+    return Task(demonstrations=demonstrations, preferences=preferences,
+                prompts=lambda data, split: of(data, split, prompt), metrics=metrics, cut_prompts=True)
