@@ -19,6 +19,7 @@
     python -m experiments.train --config=configs/rlhf/translation.py:small_language_model \\
         --workdir=runs/small/captions --config.data.path=DATA
     python -m experiments.evaluate_translation --game=runs/small/elastic --language_model=runs/small/captions
+    # larger, on one GPU: medium_ in the place of small_
     # how well the English finds its image: IMAGES holds train.npy and val.npy, a row of features for each line of DATA
     python -m experiments.train --config=configs/rlhf/translation.py:small_ranker --workdir=runs/small/ranker \\
         --config.data.path=DATA --config.images=IMAGES
@@ -181,6 +182,25 @@ def _small(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _medium(config: ConfigDict) -> ConfigDict:
+    """Multi30k for all three, in minutes on a GPU: larger models and batches, and rows of one length, so that a step
+    compiles once (the few longer sentences are cut). Games are measured in the middle of a period and at its end."""
+    config = _small(config)
+    config.vocabulary.size = 8000
+    config.batch_size, config.num_steps, config.log_every, config.checkpoint_every = 128, 2000, 50, 0
+    config.evaluation.update(dict(every=1000, sentences=0))
+    if config.experiment == 'translation_ranker':
+        return config
+    config.data.lengths = (24,)
+    config.model.update(dict(width=256, dropout=0.2))
+    if config.experiment == 'translation_game':
+        config.num_steps, config.evaluation.every = 1000, 125
+        config.model.dropout, config.message.max_length = 0.0, 22
+        config.optimizer.learning_rate.peak = 3e-4
+        config.elastic.update(dict(period=250, decay=0.98, tick_every=5))
+    return config
+
+
 def _tiny(config: ConfigDict) -> ConfigDict:
     """A small grammar's sentences, in a minute or two; for tests, fewer steps of it."""
     config.vocabulary.update(dict(kind='words', size=80))
@@ -210,9 +230,9 @@ CONFIGS = {'speaker': lambda: agent('speaker'), 'listener': lambda: agent('liste
 
 
 def get_config(name: str = 'tiny_speaker') -> ConfigDict:
-    """`name`: one of `CONFIGS`, alone (as published) or after 'small_' or 'tiny_'."""
-    for prefix, smaller in (('small_', _small), ('tiny_', _tiny), ('', lambda config: config)):
+    """`name`: one of `CONFIGS`, alone (as published) or after 'medium_', 'small_' or 'tiny_'."""
+    for prefix, smaller in (('medium_', _medium), ('small_', _small), ('tiny_', _tiny), ('', lambda config: config)):
         rest = name.removeprefix(prefix)
         if name.startswith(prefix) and rest in CONFIGS:
             return smaller(CONFIGS[rest]()).lock()
-    raise ValueError(f'{name!r} is not one of {tuple(CONFIGS)}, nor one of them after small_ or tiny_')
+    raise ValueError(f'{name!r} is not one of {tuple(CONFIGS)}, nor one of them after medium_, small_ or tiny_')

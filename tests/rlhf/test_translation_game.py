@@ -447,7 +447,8 @@ def test_every_sentence_is_translated_by_both_agents_in_turn(pretrained):
 
 # ---- Configs and bad input -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', [prefix + name for prefix in ('', 'small_', 'tiny_') for name in configs.CONFIGS])
+@pytest.mark.parametrize('name', [prefix + name for prefix in ('', 'medium_', 'small_', 'tiny_')
+                                  for name in configs.CONFIGS])
 def test_config_builds_and_shards(name):
     config = config_files.load(f'configs/rlhf/translation.py:{name}')
     mesh = mesh_lib.make_mesh(dict(data=2), jax.devices()[:2])
