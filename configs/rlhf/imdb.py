@@ -37,7 +37,8 @@ small_ARM is the miniature: the GPT-2 of `sft_imdb.py:small` (0.9 million parame
 `reward_imdb.py:small`, with `:small_gold` logged beside it; docs/papers.md has the commands from nothing to a report.
 Resets, KL, clipping, gamma and lambda are those above. What differs: 32 new tokens after up to 24, 32 prompts an
 iteration of 2000 reviews that neither reward has seen, two epochs of four minibatches, 400 updates in all, at a
-learning rate of 2e-4.
+learning rate of 1e-4: of two tried on small_ppo_matched at seed 100 (1e-4, 3e-4) the one of more gold reward over the
+last ten iterations (2.04 and 0.88; 0.62 over its first ten).
 """
 from configs.rlhf import base, sft_imdb
 
@@ -92,4 +93,4 @@ def small(config) -> None:
     config.algorithm.num_minibatches, config.algorithm.num_epochs = 4, 2
     config.sampling.update(dict(max_new_tokens=32, min_new_tokens=32, max_prompt=24))
     config.reward.update(dict(model='runs/imdb_small/reward', label='', gold='runs/imdb_small/gold'))
-    config.optimizer.learning_rate.peak = 2e-4
+    config.optimizer.learning_rate.peak = 1e-4

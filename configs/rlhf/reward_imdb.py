@@ -10,7 +10,8 @@ tokens that the policy reads and writes, at their last token: the policy is not 
 million parameters.
 
 `:small` and `:small_gold` are the two reward models of `imdb.py:small_ARM` (docs/papers.md has the commands), on the
-model of `sft_imdb.py:small`: the one that is trained on sees 1000 reviews, the gold one 12,000 others.
+model of `sft_imdb.py:small`: the one that is trained on sees 1000 reviews, the gold one 12,000 others. Of
+1493 held-out pairs 0.687 and 0.745 came out right (one seed, one setting tried; three and six CPU minutes).
 """
 from configs.rlhf import base, sft_imdb
 
