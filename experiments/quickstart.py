@@ -1,6 +1,8 @@
 """A whole method from nothing to a report, in minutes on a laptop:
 
     python -m experiments.quickstart                       # Discrete Latent Codes on handwritten digits
+    python -m experiments.quickstart --config=configs/dlc/quickstart.py:fashion_mnist \\
+        --config.encoder.data.path=FILE.npz                # the same on pictures from a file; also :cifar10
     python -m experiments.quickstart --which=text          # text to image on pairs of handwritten digits
     python -m experiments.quickstart --which=align         # the same improved by a reward on the pictures
     python -m experiments.quickstart --which=rlhf          # asynchronous RLHF on arithmetic, Elastic Reset on a game

@@ -52,6 +52,7 @@ def encoder() -> ConfigDict:
             layout='auto',  # auto | classes | splits: what the folders of a folder are
             image_size=0,  # pixels; 0: as stored
             channels=3,
+            in_memory=False,  # decode every image once, into memory: for small ones of one size
             exif_orientation='ignore',  # ignore | apply
             transparency='drop',  # drop | white | black: alpha forgotten, or the image on that ground
             deep_pixels='refuse',  # refuse | clip | stretch: images of 32-bit pixels

@@ -1,35 +1,133 @@
-"""The whole method on handwritten digits, sized for two CPU cores: `python -m experiments.quickstart`.
+"""The whole method on small pictures, from images to a report: `python -m experiments.quickstart`.
 
-`configs/dlc/quickstart.py:tiny` is the same in a few steps, to see that everything runs; its numbers mean nothing.
+    python -m experiments.quickstart                            # handwritten digits, on two CPU cores
+    python -m experiments.quickstart --config=configs/dlc/quickstart.py:L8 --workdir=runs/L8
+    python -m experiments.quickstart --config=configs/dlc/quickstart.py:fashion_mnist --workdir=runs/fashion \\
+        --config.encoder.data.path=fashion_mnist.npz            # on one GPU
+    python -m experiments.quickstart --config=configs/dlc/quickstart.py:cifar10 --workdir=runs/cifar10 \\
+        --config.encoder.data.path=cifar10.npz                  # on one GPU
+
+`:L4`, `:L8`, `:L16` and `:L32` are digits with codes of so many tokens, without the generators on nothing and on
+embeddings. Another length or vocabulary, `--config.encoder.model.num_codes` and `vocab_size`, reaches every model, as
+do the pictures' size and channels, `--config.encoder.data.image_size` (with `global_size` and `local_size`) and
+`channels`.
+
+`:fashion_mnist` (28 pixels, grey) and `:cifar10` (32 pixels, colour) read an .npz, of whose forms
+`experiments/dlc/data/npz_images.py` tells; another source is one of `--config.encoder.data.name`. They are cut to
+minutes: `encoder_small.py` and `generator_small.py` have sizes for hours.
+
+`:tiny`, `:fashion_mnist_tiny` and `:cifar10_tiny` are the same in a few steps, to see that everything runs; their
+numbers mean nothing.
 """
-from configs.dlc import base, code_model_digits, embedding_model_digits, encoder_digits, generator_digits
+from configs.dlc import (
+    base,
+    code_model_digits,
+    code_model_small,
+    embedding_model_digits,
+    encoder_digits,
+    encoder_small,
+    generator_digits,
+    generator_small,
+)
 
 METHODS = ('code', 'none', 'embedding')
+LENGTHS = {f'L{length}': length for length in (4, 8, 16, 32)}
+PICTURES = {'fashion_mnist': 'pictures of clothes', 'cifar10': 'small photographs'}
+SIZES = ('full', 'tiny', *LENGTHS, *PICTURES, *(f'{name}_tiny' for name in PICTURES))
 
 
 def get_config(size: str = 'full'):
-    config = base.ConfigDict(dict(
-        encoder=encoder_digits.get_config(),
-        generators={condition: generator_digits.get_config(condition) for condition in METHODS},
-        code_model=code_model_digits.get_config(),
-        embedding_model=embedding_model_digits.get_config(),
+    if size not in SIZES:
+        raise ValueError(f'quickstart: size {size!r} is not one of {SIZES}')
+    name = size.removesuffix('_tiny')
+    config = pictures(name) if name in PICTURES else digits()
+    if name in LENGTHS:
+        config.encoder.model.num_codes = LENGTHS[name]
+        config.generators = {'code': config.generators.code}
+    if size.endswith('tiny'):
+        shrink(config)
+    return config.lock()
+
+
+def digits():
+    return whole(
+        'handwritten digits', encoder_digits.get_config(),
+        {condition: generator_digits.get_config(condition) for condition in METHODS},
+        code_model_digits.get_config(), embedding_model_digits.get_config())
+
+
+def pictures(name: str):
+    """Models of three to seven million parameters, each trained for a minute or less where nothing else computes."""
+    encoder, code_model, embedding_model = (
+        encoder_small.get_config(name), code_model_small.get_config(), embedding_model_digits.get_config())
+    generators = {condition: generator_small.get_config(name) for condition in METHODS}
+    config = whole(PICTURES[name], encoder, generators, code_model, embedding_model)
+
+    encoder, generators = config.encoder, config.generators
+    encoder.num_steps, encoder.batch_size = 1200, 128
+    encoder.data.update(dict(name='npz', in_memory=True, num_local=2, local_scale=(0.2, 0.6)))
+    encoder.model.update(dict(width=192, depth=4, num_heads=3, num_codes=16, vocab_size=32, init_std=0.07,
+                              drop_path=0.0))
+    encoder.head.update(dict(hidden=512, bottleneck=128, prototypes=1024, init_std=0.045))
+    encoder.loss.teacher_temperature.update(dict(peak=0.03, init=0.03, warmup_steps=0))
+    encoder.ema.decay, encoder.freeze_last_layer = 0.98, 0
+    encoder.optimizer.learning_rate.update(dict(peak=1.5e-3, warmup_steps=100))
+
+    for condition, generator in generators.items():
+        generator.num_steps, generator.batch_size = 2500, 128
+        generator.model.update(dict(width=256, depth=6, num_heads=4, patch_size=4, condition=condition,
+                                    time_init_std=0.06, code_init_std=1.0))
+        generator.ema.update(dict(decay=0.998, ramp=True))
+        generator.optimizer.learning_rate.update(dict(peak=1e-3, warmup_steps=200, final=1e-5, decay='cosine'))
+        generator.sampler.num_steps = 50
+    code_model.num_steps, code_model.batch_size = 2500, 128
+    code_model.model.update(dict(width=256, depth=4, num_heads=4))
+    code_model.ema.decay = 0.998
+    code_model.optimizer.learning_rate.update(dict(peak=1e-3, warmup_steps=200, final=1e-5, decay='cosine'))
+    code_model.sampler.num_steps = 64
+    embedding_model.num_steps, embedding_model.batch_size = 2500, 128
+    embedding_model.model.update(dict(width=512, depth=6, time_dim=128))  # about as many parameters as the code model
+    embedding_model.ema.decay = 0.998
+    embedding_model.optimizer.learning_rate.update(dict(peak=1e-3, warmup_steps=200))
+    for stage in (encoder, code_model, embedding_model, *generators.values()):
+        stage.model.dtype = 'bfloat16'
+        stage.log_every, stage.checkpoint_every = 50, 0
+        if 'attention_impl' in stage.model:
+            stage.model.attention_impl = 'xla'  # so few patches are no work for a fused kernel
+    config.judge = 'convolutional'
+    config.composition.pairs = 128  # with four samples each a batch of samples: one program for both
+    return config
+
+
+def whole(pictures: str, encoder, generators: dict, code_model, embedding_model):
+    """The stages' configs in one, where the encoder alone says L, V, the size of pictures and embeddings."""
+    tokens = {name: encoder.model.get_ref(name) for name in ('num_codes', 'vocab_size')}
+    embedding_dim = encoder.model.get_ref('width')
+    for generator in generators.values():
+        generator.model.update(tokens | dict(
+            embedding_dim=embedding_dim, input_size=encoder.data.get_ref('image_size'),
+            channels=encoder.data.get_ref('channels')))
+    code_model.model.update(tokens)
+    embedding_model.model.embedding_dim = embedding_dim
+    return base.ConfigDict(dict(
+        pictures=pictures,  # what they show, for the report
+        encoder=encoder, generators=generators, code_model=code_model, embedding_model=embedding_model,
         sample_seeds=(0, 1, 2),  # every sample set is drawn once a seed; tables give mean and standard deviation
         composition=dict(pairs=48, samples=4, temperature=0.001),  # pairs of held-out images of different classes
         sample_batch=512,
+        judge='perceptron',  # perceptron | convolutional: the classifier that everything is measured by
     ))
-    if size == 'tiny':
-        for stage in (config.encoder, config.code_model, config.embedding_model, *config.generators.values()):
-            stage.num_steps, stage.checkpoint_every, stage.log_every, stage.batch_size = 8, 4, 2, 32
-            stage.model.update(dict(width=32, depth=2))
-            if 'num_heads' in stage.model:
-                stage.model.num_heads = 2
-        config.embedding_model.model.embedding_dim = 32
-        config.encoder.head.update(dict(hidden=32, bottleneck=16, prototypes=64))
-        for stage in config.generators.values():
-            stage.model.embedding_dim = 32
-            stage.sampler.num_steps = 4
-        config.code_model.sampler.num_steps = config.embedding_model.sampler.num_steps = 8
-        config.sample_seeds, config.composition.pairs = (0, 1), 6
-    elif size != 'full':
-        raise ValueError(f"quickstart: size {size!r} is not 'full' or 'tiny'")
-    return config.lock()
+
+
+def shrink(config) -> None:
+    """A few steps of small models."""
+    for stage in (config.encoder, config.code_model, config.embedding_model, *config.generators.values()):
+        stage.num_steps, stage.checkpoint_every, stage.log_every, stage.batch_size = 8, 4, 2, 32
+        stage.model.update(dict(width=32, depth=2))
+        if 'num_heads' in stage.model:
+            stage.model.num_heads = 2
+    config.encoder.head.update(dict(hidden=32, bottleneck=16, prototypes=64))
+    for generator in config.generators.values():
+        generator.sampler.num_steps = 4
+    config.code_model.sampler.num_steps = config.embedding_model.sampler.num_steps = 8
+    config.sample_seeds, config.composition.pairs = (0, 1), 6

@@ -6,8 +6,11 @@ import numpy as np
 
 from dlc_jax import codes as codes_lib
 from dlc_jax.metrics import frechet, nearest, prdc, probes
+from experiments.dlc.convolutional_judge import ConvolutionalJudge
 from experiments.dlc.judge import Judge
 from experiments.runtime.blocks import Arrays, Blocks
+
+AnyJudge = Judge | ConvolutionalJudge
 
 
 def compare(features: np.ndarray, reference: np.ndarray, *, k: int = 3) -> dict[str, float]:
@@ -17,14 +20,17 @@ def compare(features: np.ndarray, reference: np.ndarray, *, k: int = 3) -> dict[
             **{name: float(scores[name]) for name in ('precision', 'recall', 'density', 'coverage')}}
 
 
-def sample_set(judge: Judge, images: np.ndarray, heldout: np.ndarray, train: np.ndarray) -> dict[str, float]:
+def sample_set(judge: AnyJudge, images: np.ndarray, heldout: np.ndarray, train: np.ndarray) -> dict[str, float]:
     """One row of the table of methods. All images uint8 [N, H, W, C].
 
     `nearest_train` is the median distance (root mean square over pixels, grey levels) to the closest training image:
     far below that of held-out images means copies.
     """
-    return compare(judge.features(images), judge.features(heldout)) | {
-        'nearest_train': float(np.median(nearest.nearest_distances(_pixels(images), _pixels(train))))}
+    return compare(judge.features(images), judge.features(heldout)) | {'nearest_train': _nearest_train(images, train)}
+
+
+def _nearest_train(images: np.ndarray, train: np.ndarray) -> float:
+    return float(np.median(nearest.nearest_distances(_pixels(images), _pixels(train))))
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
@@ -70,16 +76,18 @@ def code_usage(codes: np.ndarray, vocab_size: int) -> dict[str, float]:
             'dead_entries': float(np.mean(stats['dead'])), 'distinct': float(stats['distinct'] / len(codes))}
 
 
-def composition(judge: Judge, images: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+def composition(judge: AnyJudge, images: np.ndarray, first: np.ndarray, second: np.ndarray,
+                train: np.ndarray) -> dict[str, float]:
     """How often the judge sees each source in composed images [N, ...] whose sources have classes `first`, `second`
-    [N].
+    [N], and how far they are from the training images `train`.
 
     `first`, `second`: share whose most likely class is that source; `either`: their sum; `both`: share whose two most
-    likely classes are the two sources.
+    likely classes are the two sources; `nearest_train`: as in `sample_set`.
     """
     order = np.argsort(-judge.probabilities(images), axis=1)
-    classes = judge.model.classes_[order]
+    classes = judge.classes[order]
     top, runner_up = classes[:, 0], classes[:, 1]
     both = ((top == first) & (runner_up == second)) | ((top == second) & (runner_up == first))
     return {'first': float((top == first).mean()), 'second': float((top == second).mean()),
-            'either': float(((top == first) | (top == second)).mean()), 'both': float(both.mean())}
+            'either': float(((top == first) | (top == second)).mean()), 'both': float(both.mean()),
+            'nearest_train': _nearest_train(images, train)}

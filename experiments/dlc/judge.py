@@ -27,6 +27,11 @@ class Judge:
             warnings.simplefilter('ignore', ConvergenceWarning)  # the number of epochs is fixed, on purpose
             return cls(model.fit(_rows(images), labels))
 
+    @property
+    def classes(self) -> np.ndarray:
+        """int [C], ascending: what the columns of `probabilities` stand for."""
+        return self.model.classes_
+
     def features(self, images: np.ndarray) -> np.ndarray:
         """float64 [N, F]: activations of the last hidden layer."""
         x = _rows(images)
@@ -90,7 +95,7 @@ class PictureJudge:
 
     @property
     def num_classes(self) -> int:
-        return len(self.judge.model.classes_)
+        return len(self.judge.classes)
 
     @property
     def num_labels(self) -> int:

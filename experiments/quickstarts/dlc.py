@@ -1,8 +1,8 @@
-"""Discrete Latent Codes on handwritten digits, from raw images to a report (`python -m experiments.quickstart`).
+"""Discrete Latent Codes on small pictures, from raw images to a report (`python -m experiments.quickstart`).
 
 Trains the encoder, encodes the data set, trains generators on codes, on nothing and on the continuous embedding, trains
-the models that draw codes and embeddings, samples, composes, evaluates. Interrupt it anywhere and run it again: it
-continues and ends with the same numbers.
+the models that draw codes and embeddings, samples, composes, evaluates. Which generators are compared is what
+`config.generators` holds. Interrupt it anywhere and run it again: it continues and ends with the same numbers.
 """
 import functools
 import pathlib
@@ -18,7 +18,9 @@ from dlc_jax.diffusion.gaussian import to_uint8
 from experiments import encode as encode_lib
 from experiments.dlc import evaluation
 from experiments.dlc.code_model import CodeModel
+from experiments.dlc.convolutional_judge import ConvolutionalJudge
 from experiments.dlc.data import codestore, sources
+from experiments.dlc.data.images import ArrayImages
 from experiments.dlc.embedding_model import EmbeddingModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
@@ -38,8 +40,23 @@ METHODS = {
     'embeddings of held-out images': ('embedding', 'heldout'),
 }
 
+COMPOSITIONS = {'average': 'code', 'positions': 'code', 'embedding': 'embedding'}  # way of composing -> generator
+JUDGES = ('perceptron', 'convolutional')
+
+LEAST_IMAGES = 20  # neighbours that `evaluation.representation` asks for
+
 # Column of a table in metrics.json -> its heading on the page, where they differ by more than underscores.
 HEADINGS = {'frechet': 'Fréchet distance', 'knn': '20 nearest neighbours', 'linear': 'linear probe'}
+
+
+def methods_of(config: ml_collections.ConfigDict) -> dict[str, tuple[str, str | None]]:
+    """Those of `METHODS` whose generator the config has."""
+    return {method: row for method, row in METHODS.items() if row[0] in config.generators}
+
+
+def compositions_of(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Those of `COMPOSITIONS` whose generator the config has."""
+    return tuple(way for way, generator in COMPOSITIONS.items() if generator in config.generators)
 
 
 class Models:
@@ -70,7 +87,7 @@ def sample_sets(config: ml_collections.ConfigDict, workdir: pathlib.Path, models
     """Draws of every method, one a seed: `images` uint8 [N, H, W, C], as many as there are held-out images, and the
     `codes` [N, L] of the code model where they are made from these."""
     sets = {}
-    for method in METHODS:
+    for method in methods_of(config):
         file_name = method.replace(', ', '_').replace(' ', '_')
         sets[method] = [
             stages.once(workdir / 'samples' / f'{file_name}_{seed}.npz',
@@ -102,14 +119,17 @@ def compositions(config: ml_collections.ConfigDict, workdir: pathlib.Path, model
     """Images composed of pairs of held-out images of different classes: by codes, and by averaged embeddings.
 
     Returns:
-        `sources` [P, 2] indices into the held-out set; `average`, `positions`, `embedding`: uint8 [P, S, H, W, C].
+        `sources` [P, 2] indices into the held-out set; those of `average`, `positions` and `embedding` for which there
+        is a generator: uint8 [P, S, H, W, C].
     """
     return stages.once(workdir / 'samples' / 'compositions.npz',
-                       functools.partial(draw_compositions, config.composition, models, heldout, config.sample_batch))
+                       functools.partial(draw_compositions, config, models, heldout))
 
 
-def draw_compositions(composition: ml_collections.ConfigDict, models: Models, heldout: codestore.CodeStore,
-                      batch_size: int) -> dict[str, np.ndarray]:
+def draw_compositions(config: ml_collections.ConfigDict, models: Models,
+                      heldout: codestore.CodeStore) -> dict[str, np.ndarray]:
+    """See `compositions`."""
+    composition, ways = config.composition, compositions_of(config)
     num_pairs, num_samples = composition.pairs, composition.samples
     sources = pairs_of_classes(np.asarray(heldout.array('labels')), num_pairs)
     images = np.asarray(heldout.array('images'))[sources]
@@ -121,12 +141,13 @@ def draw_compositions(composition: ml_collections.ConfigDict, models: Models, he
     code_key, image_key = jax.random.split(jax.random.key(0))
     conditions = {method: np.concatenate([
         np.asarray(codes_lib.compose(jax.random.fold_in(code_key, i), sems[i], num_samples, method=method))
-        for i in range(num_pairs)]) for method in ('average', 'positions')}
-    conditions['embedding'] = np.repeat(embeddings, num_samples, axis=0)
+        for i in range(num_pairs)]) for method in ways if method != 'embedding'}
+    if 'embedding' in ways:
+        conditions['embedding'] = np.repeat(embeddings, num_samples, axis=0)
     out = {'sources': sources}
     for method, rows in conditions.items():
-        generator = models.generator('embedding' if method == 'embedding' else 'code')
-        x = generator.sample(image_key, rows, len(rows), batch_size=batch_size,
+        generator = models.generator(COMPOSITIONS[method])
+        x = generator.sample(image_key, rows, len(rows), batch_size=config.sample_batch,
                              progress=bar(f'composed, {method}', len(rows)))
         out[method] = np.asarray(to_uint8(x)).reshape(num_pairs, num_samples, *x.shape[1:])
     return out
@@ -142,6 +163,13 @@ def pairs_of_classes(labels: np.ndarray, num: int) -> np.ndarray:
     return np.array(pairs)
 
 
+def fit_judge(config: ml_collections.ConfigDict, images: np.ndarray, labels: np.ndarray) -> evaluation.AnyJudge:
+    """The classifier that `config.judge` names, trained on pixels."""
+    if config.judge == 'convolutional':
+        return ConvolutionalJudge.fit(images, labels, flip=config.encoder.data.flip > 0)
+    return Judge.fit(images, labels)
+
+
 def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeStore],
             sets: dict[str, list[dict[str, np.ndarray]]], composed: dict[str, np.ndarray]) -> dict[str, Any]:
     """Everything in `metrics.json`."""
@@ -149,7 +177,7 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
         {name: np.asarray(store.array(name)) for name in ('images', 'labels', 'codes', 'embeddings', 'sem')}
         for store in (stores['train'], stores['heldout']))
     vocab = config.encoder.model.vocab_size
-    judge = Judge.fit(train_set['images'], train_set['labels'])
+    judge = fit_judge(config, train_set['images'], train_set['labels'])
     opinion = judge.predict(heldout['images'])
 
     methods = {}
@@ -187,15 +215,15 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
                 evaluation.code_usage(codes, vocab) | {'nearest_train_code': nearest_code(codes)}
                 for codes in drawn]),
         },
-        'composition': {method: evaluation.composition(judge, flat(composed[method]), first, second)
-                        for method in ('average', 'positions', 'embedding')},
+        'composition': {method: evaluation.composition(judge, flat(composed[method]), first, second,
+                                                       train_set['images']) for method in compositions_of(config)},
     }
 
 
 def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metrics: dict[str, Any],
                  seconds: dict[str, float], heldout: codestore.CodeStore,
                  sets: dict[str, list[dict[str, np.ndarray]]], composed: dict[str, np.ndarray]) -> None:
-    page = report.Report('Discrete Latent Codes on handwritten digits',
+    page = report.Report(f'Discrete Latent Codes on {config.pictures}',
                          'Every number on this page was measured in this run. ± is the standard deviation over '
                          f'{len(config.sample_seeds)} sample sets.')
     page.heading('Methods')
@@ -208,20 +236,24 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
               'Same class: how often the classifier gives a sample the label of the image its code came from.')
     page.heading('Samples')
     images = np.asarray(heldout.array('images'))
+    scale = max(24 // images.shape[1], 1)
+    shown = np.random.default_rng(0).permutation(len(images))[:64]  # they may come sorted by class
     for method, draws in sets.items():
-        page.images(draws[0]['images'][:64], 16, method, scale=3)
-    page.images(images[:64], 16, 'the held-out images themselves', scale=3)
+        page.images(draws[0]['images'][shown], 16, method, scale=scale)
+    page.images(images[shown], 16, 'the held-out images themselves', scale=scale)
 
     page.heading('Compositions')
     count = min(12, config.composition.pairs)
-    for method, caption in (('average', 'codes drawn from the averaged soft codes'),
-                            ('positions', 'each position from either source'),
-                            ('embedding', 'averaged continuous embeddings')):
+    captions = {'average': 'codes drawn from the averaged soft codes', 'positions': 'each position from either source',
+                'embedding': 'averaged continuous embeddings'}
+    for method in compositions_of(config):
         rows = np.concatenate([images[composed['sources'][:count]], composed[method][:count]], axis=1)
-        page.images(rows.reshape(-1, *rows.shape[2:]), rows.shape[1], f'two sources, then {caption}', scale=4)
+        page.images(rows.reshape(-1, *rows.shape[2:]), rows.shape[1], f'two sources, then {captions[method]}',
+                    scale=scale)
     page.table(report.rows_with_spread(metrics['composition'], HEADINGS))
     page.text('Share of composed images whose most likely class, to the separate classifier, is that of the first '
-              'source, of the second, of either; both: its two most likely classes are the two sources.')
+              'source, of the second, of either; both: its two most likely classes are the two sources. Nearest '
+              'train: as above.')
 
     page.heading('Codes and representation')
     page.table(report.rows_with_spread(metrics['codes'], HEADINGS))
@@ -242,8 +274,41 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
     page.save(workdir / 'report.html')
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Looks at the data set and at what the stages expect of it, before the first of them is trained.
+
+    Raises:
+        ValueError, OSError: one line that names the field and the fix.
+    """
+    if 'code' not in config.generators:
+        raise ValueError("generators: must have 'code', the generator that is compared with the others")
+    if config.judge not in JUDGES:
+        raise ValueError(f'judge={config.judge!r} is not one of {JUDGES}')
+    for condition, generator in config.generators.items():
+        size, patch_size = generator.model.input_size, generator.model.patch_size
+        if size % patch_size:
+            raise ValueError(f'generators.{condition}.model.patch_size={patch_size} does not divide images of {size} '
+                             'pixels (encoder.data.image_size)')
+    data = config.encoder.data
+    if data.name == 'npz' and not data.path:
+        raise ValueError(f'encoder.data.path is missing: give the .npz of {config.pictures}, '
+                         '--config.encoder.data.path=FILE')
+    for split in ('train', 'heldout'):
+        source = sources.image_source(dict(data, channels=0, in_memory=False), split)
+        if isinstance(source, ArrayImages) and source.images.shape[-1] != data.channels:
+            raise ValueError(f'encoder.data.path={data.path}: images have {source.images.shape[-1]} channels but '
+                             f'encoder.data.channels={data.channels}; set it, or choose the config of these pictures')
+        if len(source) < LEAST_IMAGES:
+            raise ValueError(f'encoder.data: {len(source)} images in split {split!r}; give at least {LEAST_IMAGES}')
+        labels = getattr(source, 'labels', None)
+        if source.num_classes < 2 or labels is not None and len(np.unique(labels)) < 2:
+            raise ValueError(f'encoder.data: one class alone in split {split!r}; what is drawn is judged by its class, '
+                             'so give labels')
+
+
 def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says."""
+    check(config)
     workdir = stages.claim(config, workdir)
     clock = stages.Clock(workdir / 'seconds.json')
     config = config.copy_and_resolve_references()
@@ -266,9 +331,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
             generator, workdir / f'generator_{condition}', name=f'3/7 generator, condition {condition}'))
     config.code_model.data.path = str(workdir / 'codes' / 'train')
     clock.stage('code model', lambda: train(config.code_model, workdir / 'code_model', name='4/7 code model'))
-    config.embedding_model.data.path = str(workdir / 'codes' / 'train')
-    clock.stage('embedding model', lambda: train(config.embedding_model, workdir / 'embedding_model',
-                                                 name='4/7 embedding model'))
+    if 'embedding' in config.generators:
+        config.embedding_model.data.path = str(workdir / 'codes' / 'train')
+        clock.stage('embedding model', lambda: train(config.embedding_model, workdir / 'embedding_model',
+                                                     name='4/7 embedding model'))
 
     # ---- 5, 6, 7: samples, numbers, page -----------------------------------------------------------------------------
     models = Models(workdir)
