@@ -184,7 +184,8 @@ def _small(config: ConfigDict) -> ConfigDict:
 
 def _medium(config: ConfigDict) -> ConfigDict:
     """Multi30k for all three, in minutes on a GPU: larger models and batches, and rows of one length, so that a step
-    compiles once (the few longer sentences are cut). Games are measured in the middle of a period and at its end."""
+    compiles once (the few longer sentences are cut). Games are measured in the middle of a period and just before its
+    reset."""
     config = _small(config)
     config.vocabulary.size = 8000
     config.batch_size, config.num_steps, config.log_every, config.checkpoint_every = 128, 2000, 50, 0
@@ -194,7 +195,7 @@ def _medium(config: ConfigDict) -> ConfigDict:
     config.data.lengths = (24,)
     config.model.update(dict(width=256, dropout=0.2))
     if config.experiment == 'translation_game':
-        config.num_steps, config.evaluation.every = 1000, 125
+        config.num_steps, config.evaluation.every = 1000, 124
         config.model.dropout, config.message.max_length = 0.0, 22
         config.optimizer.learning_rate.peak = 3e-4
         config.elastic.update(dict(period=250, decay=0.98, tick_every=5))
