@@ -58,6 +58,7 @@ def sft() -> ConfigDict:
         length_buckets=4,  # lengths that a batch may be cut to, the least that holds its longest text; 1: max_length
         eval_every=0,  # steps between evaluations on data.heldout, and at the end; 0: none
         train_on_prompt=True,
+        add_eos=True,  # whether texts end with EOS; False: they are pieces of longer ones
         packing=False,  # several texts a row, attention kept within each; batch_size counts rows
         pack_batch=False,  # the texts of a batch, which batch_size counts, in as few rows as hold them: the same loss
         optimizer=adamw(schedule(1e-5, decay='cosine'), schedule(0.0)),

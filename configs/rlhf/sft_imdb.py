@@ -8,10 +8,11 @@ alternative where only the data is at hand; learning rate, batch and epochs are 
 been tuned. Reviews are packed into rows of 1024 tokens, each by itself; longer ones are left out. 16 bytes for each of
 124 million parameters.
 
-`:small` is a GPT-2 of 0.9 million parameters, from scratch in nine CPU minutes: the start of `imdb.py:small_ARM`, whose
-commands are in docs/papers.md. It reads stretches of 32 words, about as long as what the policy reads and writes (58
-tokens on the average; the 7% of more than 72 are left out). Its vocabulary is learnt from the reviews (needs the
-package `tokenizers`):
+`:small` is a GPT-2 of 0.9 million parameters, from scratch in about ten CPU minutes: the start of `imdb.py:small_ARM`,
+whose commands are in docs/papers.md. It reads stretches of 32 words, about as long as what the policy reads and writes
+(58 tokens on the average; the 7% of more than 72 are left out). They have no EOS: the policy may not write it, and a
+model that has seen it end every stretch expects it (with 0.4 where a text begins within a review). Its vocabulary is
+learnt from the reviews (needs the package `tokenizers`):
 
     from pathlib import Path
     from rlhf_jax.tasks import rows
@@ -50,10 +51,11 @@ def get_config(size: str = '124M'):
 def small(config) -> None:
     """Changes the lines in which the small run differs."""
     config.num_steps, config.batch_size, config.accumulate = 1200, 32, 1
+    config.add_eos, config.length_buckets = False, 1
     config.log_every, config.checkpoint_every, config.eval_every = 50, 0, 0
     config.model.update(SMALL | dict(dtype='float32'))
     config.weights, config.tokenizer = '', 'runs/imdb_small/tokenizer'
-    config.data.options = dict(stretch=STRETCH)
+    config.data.split, config.data.options = 'train[:8000]', dict(stretch=STRETCH)
     config.max_length, config.packing = SMALL['max_length'], False
     config.optimizer.learning_rate.update(dict(peak=3e-3, warmup_steps=50, decay='cosine'))
     config.optimizer.update(dict(b2=0.98, clip_norm=1.0))

@@ -25,11 +25,14 @@ def halves(text: str) -> tuple[str, str]:
 
 def stretches(text: str, num_words: int) -> list[str]:
     """A review cut into stretches of exactly `num_words` words, of which a shorter one at the end is left out; 0, or a
-    review of fewer words: the whole one."""
+    review of fewer words: the whole one.
+
+    All but the first begin with the space before their first word, as text does wherever a prompt has been cut.
+    """
     words = text.split(' ')
     if not 0 < num_words <= len(words):
         return [text]
-    return [' '.join(words[i:i + num_words]) for i in range(0, len(words) - num_words + 1, num_words)]
+    return [' ' * (i > 0) + ' '.join(words[i:i + num_words]) for i in range(0, len(words) - num_words + 1, num_words)]
 
 
 def prompt_tokens(text: str, tokenize: Tokenize, max_tokens: int = PROMPT_LENGTH) -> list[int]:

@@ -169,10 +169,10 @@ def test_imdb_cuts_reviews_into_stretches(tmp_path):
     d = data('imdb', tmp_path, options=dict(stretch=2))
     task = tasks.get(d)
     shown = [text for _, text in task.demonstrations(d, 'train')]
-    assert len(shown) == 16 and all(f'{text[0]}a {text[0]}b' in shown for text in shown)
+    assert len(shown) == 16 and all(f'{text.strip()[0]}a {text.strip()[0]}b' in shown for text in shown)
     assert not any('e' in text for text in shown)
     pairs = task.preferences(d, 'train')
-    assert all(int(good[0]) % 2 == 1 and int(bad[0]) % 2 == 0 for _, good, bad in pairs)
+    assert all(int(good.strip()[0]) % 2 == 1 and int(bad.strip()[0]) % 2 == 0 for _, good, bad in pairs)
     assert len(pairs) > 4 and {text for _, *pair in pairs for text in pair} <= set(shown)
     assert {p.text.count(' ') for p in task.prompts(d, 'train')} == {1}  # prompts are of whole reviews
     with pytest.raises(ValueError, match='data.options.stretch=-1 must be at least 0 words'):

@@ -16,8 +16,8 @@ def test_prompts_are_first_halves_cut_from_the_left():
 
 
 def test_stretches_have_exactly_their_words_and_follow_each_other():
-    assert imdb.stretches('a b c d e', 2) == ['a b', 'c d']
-    assert imdb.stretches('a b c d', 2) == ['a b', 'c d'] and imdb.stretches('a b', 2) == ['a b']
+    assert imdb.stretches('a b c d e', 2) == ['a b', ' c d']
+    assert imdb.stretches('a b c d', 2) == ['a b', ' c d'] and imdb.stretches('a b', 2) == ['a b']
     assert imdb.stretches('a b', 3) == imdb.stretches('a b', 0) == ['a b']
 
 

@@ -127,7 +127,7 @@ def test_small_arms_on_imdb_differ_as_the_published_ones_do():
         assert small.sampling.min_new_tokens == small.sampling.max_new_tokens and not stages[1].add_eos
         assert small.sampling.max_prompt + small.sampling.max_new_tokens <= stages[1].max_length
     # Reward, gold reward and prompts are of different reviews.
-    assert [config.data.split for config in (*stages[1:], small)] == ['train[:1000]', 'train[8000:]',
+    assert [config.data.split for config in (*stages[1:], small)] == ['train[:1000]', 'train[8000:14000]',
                                                                       'train[1000:3000]']
 
 

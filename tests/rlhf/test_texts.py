@@ -169,6 +169,8 @@ def test_preferences_without_eos_end_with_their_own_token():
     out = texts.preferences([('ab', 'c', 'defg')], texts.Encoder(BYTES), pad=BYTES.eos, max_length=8, add_eos=False)
     np.testing.assert_array_equal(out['chosen'][0, :3], list(b'abc'))
     assert out['chosen_mask'].sum() == 3 and out['rejected_mask'].sum() == 6 and out['prompt_length'] == 2
+    shown = texts.demonstrations([('', 'ab')], texts.Encoder(BYTES), pad=BYTES.eos, max_length=8, add_eos=False)
+    assert shown['mask'].sum() == 2
     with pytest.raises(ValueError, match='add_eos=False, but a text of a pair is empty'):
         texts.preferences([('', 'a', '')], texts.Encoder(BYTES), pad=0, max_length=8, add_eos=False)
 

@@ -104,13 +104,14 @@ def count_spelled(encode: Encoder, texts: Iterable[chat.Text], field: str) -> No
 # ---- Demonstrations --------------------------------------------------------------------------------------------------
 
 def demonstrations(conversations: Sequence[Sequence[chat.Text]], encode: Encoder, *, pad: int, max_length: int,
-                   packing: bool = False) -> Arrays:
+                   packing: bool = False, add_eos: bool = True) -> Arrays:
     """Texts to fine-tune on.
 
     Args:
         conversations: (prompt, response), or more such parts of one text in turn.
         max_length: T; longer texts are left out, counted and logged.
         packing: several texts a row.
+        add_eos: whether texts end with EOS.
 
     Returns:
         `tokens` int32 [N, T]; `mask` bool [N, T], or with `packing` int32, 1, 2, ... for the texts of a row and 0 for
@@ -120,7 +121,7 @@ def demonstrations(conversations: Sequence[Sequence[chat.Text]], encode: Encoder
         ValueError: no text, or none that is short enough.
     """
     count_spelled(encode, (part for parts in conversations for part in parts), 'data')
-    texts = [joined(encode, *parts) for parts in conversations]
+    texts = [joined(encode, *parts, add_eos=add_eos) for parts in conversations]
     texts = _short_enough(texts, max_length, [len(ids) for ids, _ in texts], 'texts')
     lengths = [len(ids) for ids, _ in texts]
     groups = pack(lengths, max_length) if packing else [[i] for i in range(len(texts))]

@@ -189,7 +189,8 @@ def open_pairs(config: Config, split: str) -> texts.Arrays:
 
 
 def open_demonstrations(config: Config, split: str) -> texts.Arrays:
-    return _open(config, split, 'demonstrations', texts.demonstrations, packing=config.packing)
+    return _open(config, split, 'demonstrations', texts.demonstrations, packing=config.packing,
+                 add_eos=config.get('add_eos', True))
 
 
 def _open(config: Config, split: str, name: str, to_arrays: Callable[..., texts.Arrays], **options) -> texts.Arrays:
