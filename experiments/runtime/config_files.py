@@ -153,14 +153,19 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: str | os.PathLike)
     except DamagedConfig as error:
         log.warning('%s (this command does)', error)
         return
-    before, now = (flat_fields(c.to_dict()) for c in (before, config))
-    if before.get('experiment') != now['experiment']:
+    if before.get('experiment') != config.experiment:
         raise ValueError(f'{workdir}: holds a run of experiment={before.get("experiment")!r}, not '
-                         f'{now["experiment"]!r}; choose another --workdir')
-    changed = [f'{name} ({before.get(name)!r} -> {now.get(name)!r})' for name in sorted(before.keys() | now.keys())
-               if before.get(name) != now.get(name)]
+                         f'{config.experiment!r}; choose another --workdir')
+    changed = changes(before, config)
     if changed:
-        log.warning('%s: the config has changed since this run was started: %s', workdir, ', '.join(changed))
+        log.warning('%s: the config has changed since this run was started: %s', workdir, ', '.join(changed.values()))
+
+
+def changes(before: ml_collections.ConfigDict, now: ml_collections.ConfigDict) -> dict[str, str]:
+    """{dotted name: 'NAME (OLD -> NEW)'} of the fields that differ; one that is only in one of them is None there."""
+    old, new = flat_fields(before.to_dict()), flat_fields(now.to_dict())
+    return {name: f'{name} ({old.get(name)!r} -> {new.get(name)!r})' for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)}
 
 
 def flat_fields(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -51,9 +51,20 @@ def claim(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> pat
         raise ValueError(f'--workdir={workdir}: needs a local folder; copy it afterwards')
     workdir = pathlib.Path(workdir)
     try:
-        if (workdir / 'config.json').exists() and config_files.read(workdir).to_dict() != config.to_dict():
-            raise ValueError(f'{workdir} holds a run with another config; choose another --workdir or delete it')
+        if (workdir / 'config.json').exists():
+            _check_same(config_files.read(workdir), config, workdir)
     except config_files.DamagedConfig as error:
         log.warning('%s (this command does)', error)
     config_files.save(config, workdir)
     return workdir
+
+
+def _check_same(before: ml_collections.ConfigDict, config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises a ValueError for changed fields; warns of those that did not exist when the stages were begun."""
+    changed, known = config_files.changes(before, config), config_files.flat_fields(before.to_dict())
+    other = [change for name, change in changed.items() if name in known]
+    if other:
+        raise ValueError(f'{workdir} holds a run with another config: {", ".join(other)}; choose another --workdir or '
+                         'delete it')
+    if changed:
+        log.warning('%s: begun before these fields existed: %s', workdir, ', '.join(changed.values()))

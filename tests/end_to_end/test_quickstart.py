@@ -110,5 +110,5 @@ def test_interrupted_at_two_stages_the_numbers_are_the_same(uninterrupted, tmp_p
 def test_another_config_in_the_same_workdir_is_refused(uninterrupted):
     other = get_config().unlock()
     other.encoder.seed = 1
-    with pytest.raises(ValueError, match='another config; choose another --workdir or delete it'):
+    with pytest.raises(ValueError, match='another config: .*; choose another --workdir or delete it'):
         quickstart.run(other, uninterrupted[0])

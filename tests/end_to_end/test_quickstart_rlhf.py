@@ -63,5 +63,5 @@ def test_interrupted_in_an_asynchronous_run_the_numbers_are_the_same(uninterrupt
 def test_another_config_in_the_same_workdir_is_refused(uninterrupted):
     other = get_config().unlock()
     other.sft.seed = 1
-    with pytest.raises(ValueError, match='another config; choose another --workdir or delete it'):
+    with pytest.raises(ValueError, match='another config: .*; choose another --workdir or delete it'):
         quickstart.run(other, uninterrupted[0])
