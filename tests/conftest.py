@@ -31,6 +31,32 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 GOLDEN = pathlib.Path(__file__).parent / 'parity' / 'data' / 'dlc_golden.npz'
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
+NIGHTLY = pathlib.Path(__file__).with_name('nightly.txt')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Marks what `nightly.txt` lists, and as slow whatever runs at night or on request alone: `-m "not slow"` leaves
+    it out too."""
+    lines = [line for line in NIGHTLY.read_text().splitlines() if line and not line.startswith('#')]
+    used = set()
+    for item in items:
+        listed = [line for line in lines if is_of(item.nodeid, line)]
+        used.update(listed)
+        if listed:
+            item.add_marker('nightly')
+        if listed or item.get_closest_marker('slow_harness'):
+            item.add_marker('slow')
+    files = {item.nodeid.split('::')[0] for item in items}
+    if not any('::' in argument for argument in config.args):  # files are collected whole
+        for line in lines:
+            if line.split('::')[0] in files and line not in used:
+                raise pytest.UsageError(f'tests/nightly.txt: no test is called {line}')
+
+
+def is_of(nodeid, line):
+    """Whether the test `nodeid` is what a line of nightly.txt names: a file, a test, or the beginning of a case."""
+    return nodeid == line or nodeid.startswith(line if '[' in line else (line + '::', line + '['))
 
 
 @pytest.fixture(scope='module', autouse=True)
