@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol
 import jax
 from tqdm import tqdm
 
+from experiments.runtime import processes
 from experiments.runtime.hooks import Log, Metrics, Save
 from experiments.runtime.signals import Interrupted, Stopped, signals
 from experiments.runtime.state import TrainState
@@ -102,6 +103,10 @@ def run(state: TrainState, step: Step, batches: Iterator[Any], hooks: Sequence[H
                 log_hook.report(metrics.take())
             if save and start < num_steps:
                 save.finish(num_steps, state, metrics)
+        except Exception as error:
+            if hasattr(batches, 'leave_open') and processes.is_loss(error):
+                batches.leave_open()
+            raise
         finally:
             if hasattr(batches, 'close'):
                 batches.close()

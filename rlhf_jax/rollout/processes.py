@@ -108,7 +108,7 @@ class Remote:
         self._max_staleness = max_staleness
         self._base: int | None = None
         self._request: Request | None = None
-        self._closed = threading.Event()
+        self._closed, self._left_open = threading.Event(), False
 
     def publish(self, version: int, params: Any) -> None:
         self._weights.publish(version, params)
@@ -161,9 +161,15 @@ class Remote:
         if self._request is not None and self._folder.request() == dataclasses.replace(self._request, closed=True):
             self._folder.open(dataclasses.replace(self._request, closed=True, finished=True))
 
+    def leave_open(self) -> None:
+        """Keeps `close` from sending the generators home: they wait for this learner, which is to be started anew."""
+        self._left_open = True
+
     def close(self) -> None:
         """Sends the generators home."""
         self._closed.set()
+        if self._left_open:
+            return
         if self._request is not None and self._folder.request() == self._request:
             self._folder.open(dataclasses.replace(self._request, closed=True))
 

@@ -220,6 +220,11 @@ class RolloutStream(Iterator[Batch]):
         if finish := getattr(self._generate, 'finish', None):
             finish()
 
+    def leave_open(self) -> None:
+        """Lets generators elsewhere wait for a learner that is started anew, when this one closes."""
+        if leave_open := getattr(self._generate, 'leave_open', None):
+            leave_open()
+
     def close(self, patience: float | None = None) -> None:
         """Stops admission and waits until the batch being generated is finished.
 

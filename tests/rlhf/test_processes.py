@@ -199,6 +199,20 @@ def test_a_generator_without_a_learner_leaves(tmp_path):
         serve(as_numpy, weights(tmp_path, 0), tmp_path, generator=2, num_generators=2)
 
 
+def test_generators_wait_for_a_learner_that_lost_a_process(tmp_path):
+    expected, _ = run(max_staleness=1, threaded=False)
+    generators = Generators(tmp_path, 1)
+    with learner(tmp_path, 1) as stream:
+        train(stream, 3)
+        stream.leave_open()
+    time.sleep(0.1)
+    assert generators.threads[0].is_alive()
+    with learner(tmp_path, 1) as stream:  # started anew, from the beginning
+        w, _ = train(stream, 8)
+    assert not generators.join().errors
+    np.testing.assert_array_equal(w, expected)
+
+
 GENERATOR = '''
 import pathlib, sys
 sys.path.insert(0, 'tests/rlhf')

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.runtime import checkpoint, loop, partition, prefetch
+from experiments.runtime import checkpoint, loop, partition, prefetch, processes
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.hooks import PENDING, Log, Metrics, Save
@@ -277,6 +277,26 @@ def test_a_failing_stream_raises_in_the_loop(tmp_path):
     with pytest.raises(OSError, match='shard 3 is gone'):
         start(tmp_path, stream=Broken())
     assert Checkpointer(tmp_path / 'checkpoints').steps() == [3]  # what was computed is kept
+
+
+@pytest.mark.parametrize('lost', [True, False])
+def test_whoever_makes_batches_elsewhere_waits_where_a_process_was_lost(lost, monkeypatch):
+    class Broken(Stream):
+        calls = []
+
+        def __next__(self):
+            raise OSError('closed by peer')
+
+        def leave_open(self):
+            self.calls.append('leave open')
+
+        def close(self):
+            self.calls.append('close')
+    monkeypatch.setattr(processes, 'is_loss', lambda error: lost and isinstance(error, OSError))
+    batches = Broken()
+    with pytest.raises(OSError, match='closed by peer'):
+        loop.run(init(jax.random.key(0)), step, batches, (), 10)
+    assert batches.calls == ['leave open'] * lost + ['close']
 
 
 def test_a_stream_that_failed_while_its_queue_was_full_is_closed(tmp_path):

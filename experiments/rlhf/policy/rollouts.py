@@ -139,6 +139,11 @@ class Rollouts:
         """Sends generators elsewhere home for good: the run is over and saved."""
         self._stream.finish()
 
+    def leave_open(self) -> None:
+        """Lets generators elsewhere wait, when this closes: the learner lost one of its processes and is started anew
+        by whatever started it."""
+        self._stream.leave_open()
+
     def close(self) -> None:
         self._stream.close(self._patience())
 
