@@ -242,7 +242,8 @@ def run_through_files(workdir: pathlib.Path, processes: int, devices: int, rng: 
     jobs = {'learner': learn(), 'generator': generate()}
     try:
         while any(job.alive() for job in jobs.values()) or any(set(job.statuses()) != {0} for job in jobs.values()):
-            struck = rng.choice(list(jobs)) if strikes else None
+            running = [name for name, job in jobs.items() if job.alive()]
+            struck = rng.choice(running) if strikes and running else None
             over = lambda: any(not job.alive() for job in jobs.values())
             deadline = time.monotonic() + (rng.uniform(2, 8) if struck else 300)
             while time.monotonic() < deadline and not over():
