@@ -42,6 +42,7 @@ ANSWER_SECONDS = 5.0     # for every process of the job to say that it is there
 # What a collective raises, by gloo or NCCL, where the connection to another process is gone or never came about.
 _LOST = re.compile(r'(closed|reset) by peer|broken pipe|connection (refused|closed)|timed out waiting|nccl|'
                    r'context initialization failed', re.I)
+_STATUS = re.compile(r'[A-Z_]+: ')  # how XLA's messages begin
 
 _WATCHED = 'experiments/watched/'  # what the thread in each process looks at
 _FAILED, _ROLL_CALL = f'{_WATCHED}failed/', f'{_WATCHED}roll_call/'
@@ -262,8 +263,10 @@ def fail(line: str, status: int) -> NoReturn:
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether `error` is what a collective raises where another process of the job is gone."""
-    return not alone() and isinstance(error, jax.errors.JaxRuntimeError) and bool(_LOST.search(str(error)))
+    """Whether `error` is what a collective raises where another process of the job is gone: JAX's own error, or a
+    ValueError where the result is read."""
+    return (not alone() and isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
+            and bool(_STATUS.match(str(error))) and bool(_LOST.search(str(error))))
 
 
 def _answer(client: Any) -> None:

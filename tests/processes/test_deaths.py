@@ -56,7 +56,9 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 def test_what_a_lost_process_looks_like_to_the_others(message, is_loss, monkeypatch):
     monkeypatch.setattr(processes, 'alone', lambda: False)
     assert processes.is_loss(jax.errors.JaxRuntimeError(message)) == is_loss
+    assert processes.is_loss(ValueError(message)) == is_loss  # of an array that is read
     assert not processes.is_loss(RuntimeError(message))
+    assert not processes.is_loss(ValueError('the reward model: connection refused'))
 
 
 def test_flags_of_a_job_that_do_not_fit_together():
