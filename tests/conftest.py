@@ -32,12 +32,13 @@ jax.config.update('jax_num_cpu_devices', 8)
 GOLDEN = pathlib.Path(__file__).parent / 'parity' / 'data' / 'dlc_golden.npz'
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
 NIGHTLY = pathlib.Path(__file__).with_name('nightly.txt')
+WHOLE_PROGRAMS = tuple(f'tests/{folder}/' for folder in ('align', 'aot', 'end_to_end', 'processes'))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Marks what `nightly.txt` lists, and as slow whatever runs at night or on request alone: `-m "not slow"` leaves
-    it out too."""
+    """Marks what `nightly.txt` lists; and as slow, which `-m "not slow"` leaves out, whole programs and whatever runs
+    at night or on request alone."""
     lines = [line for line in NIGHTLY.read_text().splitlines() if line and not line.startswith('#')]
     used = set()
     for item in items:
@@ -45,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
         used.update(listed)
         if listed:
             item.add_marker('nightly')
-        if listed or item.get_closest_marker('slow_harness'):
+        if listed or item.get_closest_marker('slow_harness') or item.nodeid.startswith(WHOLE_PROGRAMS):
             item.add_marker('slow')
     files = {item.nodeid.split('::')[0] for item in items}
     if not any('::' in argument for argument in config.args):  # files are collected whole
