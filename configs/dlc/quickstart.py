@@ -14,7 +14,8 @@ do the pictures' size and channels, `--config.encoder.data.image_size` (with `gl
 
 `:fashion_mnist` (28 pixels, grey) and `:cifar10` (32 pixels, colour) read an .npz, of whose forms
 `experiments/dlc/data/npz_images.py` tells; another source is one of `--config.encoder.data.name`. They are cut to
-minutes: `encoder_small.py` and `generator_small.py` have sizes for hours.
+minutes of a GPU, and only their encoders have been trained yet; `encoder_small.py` and `generator_small.py` have sizes
+for hours.
 
 `:tiny`, `:fashion_mnist_tiny` and `:cifar10_tiny` are the same in a few steps, to see that everything runs; their
 numbers mean nothing.
@@ -57,7 +58,7 @@ def digits():
 
 
 def pictures(name: str):
-    """Models of three to seven million parameters, each trained for a minute or less where nothing else computes."""
+    """Models of three to seven million parameters, trained for one to three thousand steps each."""
     encoder, code_model, embedding_model = (
         encoder_small.get_config(name), code_model_small.get_config(), embedding_model_digits.get_config())
     generators = {condition: generator_small.get_config(name) for condition in METHODS}

@@ -8,11 +8,11 @@ alternative where only the data is at hand; learning rate, batch and epochs are 
 been tuned. Reviews are packed into rows of 1024 tokens, each by itself; longer ones are left out. 16 bytes for each of
 124 million parameters.
 
-`:small` is a GPT-2 of 0.9 million parameters, from scratch in about ten CPU minutes: the start of `imdb.py:small_ARM`,
-whose commands are in docs/papers.md. It reads stretches of 32 words, about as long as what the policy reads and writes
-(58 tokens on the average; the 7% of more than 72 are left out). They have no EOS: the policy may not write it, and a
-model that has seen it end every stretch expects it (with 0.4 where a text begins within a review). Its vocabulary is
-learnt from the reviews (needs the package `tokenizers`):
+`:small` is a GPT-2 of 0.9 million parameters, from scratch in nine minutes of a busy core: the start of
+`imdb.py:small_ARM`, whose commands are in docs/papers.md. It reads stretches of 32 words, about as long as what the
+policy reads and writes (58 tokens on the average; the 7% of more than 72 are left out). They have no EOS: the policy
+may not write it, and a model that has seen it end every stretch expects it (with 0.4 where a text begins within a
+review). Its vocabulary is learnt from the reviews (needs the package `tokenizers`):
 
     from pathlib import Path
     from rlhf_jax.tasks import rows
