@@ -70,9 +70,28 @@ def count_distinct(codes: np.ndarray) -> int:
     return len(np.unique(rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))))) if rows.size else 0
 
 
+def explained(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Share of the variance of `features` [N, P, F] at each place P that the classes `labels` [N] explain: float64 [P].
+
+    It is the variance between the means of the classes over all of it, both summed over F; 0 at a place that never
+    changes. Of one-hot tokens [N, L, V] it is Goodman and Kruskal's tau: how much better a token is guessed by who
+    knows the class.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if features.ndim != 3 or labels.shape != features.shape[:1]:
+        raise ValueError(f'features have shape {features.shape}, labels {labels.shape}; expected [N, P, F] and [N]')
+    centred = features - features.mean(0, dtype=np.float64)
+    between = np.zeros(features.shape[1])
+    for label in np.unique(labels):
+        of_class = centred[labels == label]
+        between += len(of_class) * (of_class.mean(0) ** 2).sum(-1)
+    whole = (centred ** 2).sum((0, 2))
+    return np.divide(between, whole, out=np.zeros_like(whole), where=whole > 0)
+
+
 # ---- Distances -----------------------------------------------------------------------------------------------------
-
-
 
 @jax.jit
 def pairwise_hamming(a: Array, b: Array) -> Array:
@@ -128,7 +147,7 @@ def _closest(queries: Array, references: Array) -> tuple[Array, Array]:
 # ---- Composition ---------------------------------------------------------------------------------------------------
 
 def compose(key: Array, sems: Array, num: int, *, method: str = 'average',
-            weights: Sequence[float] | None = None) -> Array:
+            weights: Sequence[float] | np.ndarray | None = None) -> Array:
     """Draws `num` codes int32 [num, L] that mix K sources, from their soft codes `sems` [K, L, V].
 
     'average' (arXiv 2507.12318, §5.2, as `sample_comp_imgs.py` does it) draws each token from the mean of the sources'
@@ -136,7 +155,7 @@ def compose(key: Array, sems: Array, num: int, *, method: str = 'average',
     chance as it rises. 'positions' takes each token from one source, whole.
 
     Args:
-        weights: share of each source, [K]; equal if None.
+        weights: share of each source, [K], or of each source at each position, [K, L]; equal if None.
 
     Raises:
         ValueError: another method, or shapes that do not fit.
@@ -148,16 +167,21 @@ def compose(key: Array, sems: Array, num: int, *, method: str = 'average',
         raise ValueError(f'sems have shape {sems.shape}, expected [sources, L, V]')
     if method == 'positions':
         return compose_positions(key, from_logits(sems), num, weights=weights)
-    mean = jnp.tensordot(_shares(weights, len(sems)), sems, 1)
+    mean = (_shares(weights, sems.shape[:2])[..., None] * sems).sum(0)
     return jax.random.categorical(key, jnp.log(mean), shape=(num, sems.shape[1]), mode='high').astype(jnp.int32)
 
 
-def compose_positions(key: Array, codes: Array, num: int, *, weights: Sequence[float] | None = None) -> Array:
-    """Draws `num` codes int32 [num, L], each token from one of the sources `codes` int [K, L], chosen by position."""
+def compose_positions(key: Array, codes: Array, num: int, *,
+                      weights: Sequence[float] | np.ndarray | None = None) -> Array:
+    """Draws `num` codes int32 [num, L], each token from one of the sources `codes` int [K, L], chosen by position.
+
+    Args:
+        weights: as in `compose`. Where one source has all of a position's share, its token is there in every draw.
+    """
     codes = jnp.asarray(codes, jnp.int32)
     if codes.ndim != 2:
         raise ValueError(f'codes have shape {codes.shape}, expected [sources, L]')
-    log_shares = jnp.log(_shares(weights, len(codes)))
+    log_shares = jnp.log(_shares(weights, codes.shape)).T
     source = jax.random.categorical(key, log_shares, shape=(num, codes.shape[1]), mode='high')
     return jnp.take_along_axis(codes, source, 0)
 
@@ -175,11 +199,15 @@ def token_origin(composed: np.ndarray, sources: np.ndarray) -> dict[str, np.ndar
             'none': float((matches == 0).mean())}
 
 
-def _shares(weights: Sequence[float] | None, num: int) -> Array:
+def _shares(weights: Sequence[float] | np.ndarray | None, shape: tuple[int, int]) -> Array:
+    """Shares [K, L] of K sources at L positions, which add up to 1 at each, for `weights` [K] or [K, L]."""
+    num, length = shape
     shares = np.ones(num) if weights is None else np.asarray(weights, np.float64)
-    if shares.shape != (num,) or (shares < 0).any() or not shares.sum() > 0:
-        raise ValueError(f'weights={weights}: give one number, not negative, for each of the {num} sources')
-    return jnp.asarray(shares / shares.sum(), jnp.float32)
+    if shares.shape not in ((num,), shape) or (shares < 0).any() or not (shares.sum(0) > 0).all():
+        raise ValueError(f'weights={weights}: give one number, not negative, for each of the {num} sources, or one for '
+                         f'each of them at each of the {length} positions')
+    shares = np.broadcast_to(shares.reshape(num, -1), shape)
+    return jnp.asarray(shares / shares.sum(0), jnp.float32)
 
 
 def _checked(codes: np.ndarray, vocab_size: int) -> np.ndarray:

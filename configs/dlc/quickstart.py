@@ -17,6 +17,10 @@ do the pictures' size and channels, `--config.encoder.data.image_size` (with `gl
 minutes of a GPU, and only their encoders have been trained yet; `encoder_small.py` and `generator_small.py` have sizes
 for hours.
 
+`:pairs` and `:pairs_halves` are pictures of two digits, where a composition can show both of its sources: codes of
+whole pictures, and codes of which each half speaks of one digit. 20 of the 100 pairs of digits are in no training set,
+and compositions ask for those.
+
 `:tiny`, `:fashion_mnist_tiny` and `:cifar10_tiny` are the same in a few steps, to see that everything runs; their
 numbers mean nothing.
 """
@@ -32,16 +36,17 @@ from configs.dlc import (
 )
 
 METHODS = ('code', 'none', 'embedding')
+PAIRS = {'pairs': 'whole', 'pairs_halves': 'halves'}  # how the encoder reads a picture of two digits
 LENGTHS = {f'L{length}': length for length in (4, 8, 16, 32)}
 PICTURES = {'fashion_mnist': 'pictures of clothes', 'cifar10': 'small photographs'}
-SIZES = ('full', 'tiny', *LENGTHS, *PICTURES, *(f'{name}_tiny' for name in PICTURES))
+SIZES = ('full', 'tiny', *LENGTHS, *(f'{name}{size}' for name in (*PICTURES, *PAIRS) for size in ('', '_tiny')))
 
 
 def get_config(size: str = 'full'):
     if size not in SIZES:
         raise ValueError(f'quickstart: size {size!r} is not one of {SIZES}')
     name = size.removesuffix('_tiny')
-    config = pictures(name) if name in PICTURES else digits()
+    config = pictures(name) if name in PICTURES else pairs(PAIRS[name]) if name in PAIRS else digits()
     if name in LENGTHS:
         config.encoder.model.num_codes = LENGTHS[name]
         config.generators = {'code': config.generators.code}
@@ -55,6 +60,31 @@ def digits():
         'handwritten digits', encoder_digits.get_config(),
         {condition: generator_digits.get_config(condition) for condition in METHODS},
         code_model_digits.get_config(), embedding_model_digits.get_config())
+
+
+def pairs(encoded: str):
+    """Two digits in a picture, 20 of the 100 pairs in no training set; generators as in `quickstart_text.py`.
+
+    A code has twice the tokens of a digit's, whether the encoder reads the picture whole or each of its halves.
+    """
+    encoder = encoder_digits.get_config()
+    generators = {condition: generator_digits.get_config(condition) for condition in ('code', 'embedding')}
+    config = whole('pairs of handwritten digits', encoder, generators, code_model_digits.get_config(),
+                   embedding_model_digits.get_config(), encoded=encoded)
+    with config.encoder.data.unlocked():
+        config.encoder.data.num_images = 4000  # of training, and a quarter as many held out
+    if encoded == 'whole':
+        config.encoder.data.update(dict(name='digit_pairs', image_size=16, global_size=16, local_size=12))
+        config.encoder.model.update(dict(patch_size=4, num_codes=32))
+        config.encoder.num_steps = 800
+    for generator in config.generators.values():
+        generator.num_steps = 3000
+        generator.model.update(dict(width=96, num_heads=3, patch_size=4, code_init_std=3.0))
+        generator.diffusion.beta_end = 0.01
+        generator.optimizer.learning_rate.peak = 5e-3
+        generator.optimizer.groups = ((r'cond_embed/.*', dict(learning_rate=10.0)), (r'.*', {}))
+        generator.sampler.update(dict(num_steps=25, guidance=2.5))
+    return config
 
 
 def pictures(name: str):
@@ -100,18 +130,21 @@ def pictures(name: str):
     return config
 
 
-def whole(pictures: str, encoder, generators: dict, code_model, embedding_model):
-    """The stages' configs in one, where the encoder alone says L, V, the size of pictures and embeddings."""
-    tokens = {name: encoder.model.get_ref(name) for name in ('num_codes', 'vocab_size')}
-    embedding_dim = encoder.model.get_ref('width')
+def whole(pictures: str, encoder, generators: dict, code_model, embedding_model, *, encoded: str = 'whole'):
+    """The stages' configs in one, where the encoder alone says L, V, the size of pictures and embeddings; of one that
+    reads `halves`, codes, embeddings and pictures are twice as long."""
+    parts = 2 if encoded == 'halves' else 1
+    tokens = dict(num_codes=encoder.model.get_ref('num_codes') * parts, vocab_size=encoder.model.get_ref('vocab_size'))
+    embedding_dim = encoder.model.get_ref('width') * parts
     for generator in generators.values():
         generator.model.update(tokens | dict(
-            embedding_dim=embedding_dim, input_size=encoder.data.get_ref('image_size'),
+            embedding_dim=embedding_dim, input_size=encoder.data.get_ref('image_size') * parts,
             channels=encoder.data.get_ref('channels')))
     code_model.model.update(tokens)
     embedding_model.model.embedding_dim = embedding_dim
     return base.ConfigDict(dict(
         pictures=pictures,  # what they show, for the report
+        encoded=encoded,  # whole | halves: how the encoder reads a picture; halves, of two digits, by themselves
         encoder=encoder, generators=generators, code_model=code_model, embedding_model=embedding_model,
         sample_seeds=(0, 1, 2),  # every sample set is drawn once a seed; tables give mean and standard deviation
         composition=dict(pairs=48, samples=4, temperature=0.001),  # pairs of held-out images of different classes

@@ -7,10 +7,10 @@ import numpy as np
 from dlc_jax import codes as codes_lib
 from dlc_jax.metrics import frechet, nearest, prdc, probes
 from experiments.dlc.convolutional_judge import ConvolutionalJudge
-from experiments.dlc.judge import Judge
+from experiments.dlc.judge import Judge, PictureJudge
 from experiments.runtime.blocks import Arrays, Blocks
 
-AnyJudge = Judge | ConvolutionalJudge
+AnyJudge = Judge | ConvolutionalJudge | PictureJudge
 
 
 def compare(features: np.ndarray, reference: np.ndarray, *, k: int = 3) -> dict[str, float]:
@@ -82,12 +82,37 @@ def composition(judge: AnyJudge, images: np.ndarray, first: np.ndarray, second: 
     [N], and how far they are from the training images `train`.
 
     `first`, `second`: share whose most likely class is that source; `either`: their sum; `both`: share whose two most
-    likely classes are the two sources; `nearest_train`: as in `sample_set`.
+    likely classes are the two sources; `nearest_train`: as in `sample_set`, `nearest_features`: the same in the judge's
+    features.
     """
     order = np.argsort(-judge.probabilities(images), axis=1)
     classes = judge.classes[order]
     top, runner_up = classes[:, 0], classes[:, 1]
     both = ((top == first) & (runner_up == second)) | ((top == second) & (runner_up == first))
-    return {'first': float((top == first).mean()), 'second': float((top == second).mean()),
-            'either': float(((top == first) | (top == second)).mean()), 'both': float(both.mean()),
-            'nearest_train': _nearest_train(images, train)}
+    return _sources_seen(top, first, second) | {'both': float(both.mean())} | _novelty(judge, images, train)
+
+
+def composition_of_parts(judge: PictureJudge, images: np.ndarray, first: np.ndarray, second: np.ndarray,
+                         train: np.ndarray) -> dict[str, float]:
+    """`composition` of pictures of two parts, where both sources can be seen at once: one part from each.
+
+    `first`, `second`: share that shows both parts of that source; `either`: their sum; `crossed`: share that shows the
+    first part of `first` and the second part of `second`; `both`: that, or the other way round; `nearest_train`,
+    `nearest_features`: as in `composition`.
+    """
+    seen = judge.predict(images)
+    (upper, lower), (other_upper, other_lower) = (judge.classes_of(labels).T for labels in (first, second))
+    label = lambda upper, lower: upper * judge.num_classes + lower
+    crossed, swapped = seen == label(upper, other_lower), seen == label(other_upper, lower)
+    return _sources_seen(seen, first, second) | {
+        'crossed': float(crossed.mean()), 'both': float((crossed | swapped).mean())} | _novelty(judge, images, train)
+
+
+def _sources_seen(seen: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    return {'first': float((seen == first).mean()), 'second': float((seen == second).mean()),
+            'either': float(((seen == first) | (seen == second)).mean())}
+
+
+def _novelty(judge: AnyJudge, images: np.ndarray, train: np.ndarray) -> dict[str, float]:
+    distances = nearest.nearest_distances(judge.features(images), judge.features(train))
+    return {'nearest_train': _nearest_train(images, train), 'nearest_features': float(np.median(distances))}

@@ -110,6 +110,26 @@ class PictureJudge:
         powers = self.num_classes ** np.arange(len(self.regions))[::-1]
         return np.asarray(labels)[:, None] // powers % self.num_classes
 
+    @property
+    def classes(self) -> np.ndarray:
+        """int [num_labels]: every label, what the columns of `probabilities` stand for."""
+        return np.arange(self.num_labels)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """float64 [N, F]: those of the regions of uint8 pictures [N, H, W, C], one after the other."""
+        return np.concatenate([self.judge.features(part) for part in self.parts(images)], 1)
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """[N, num_labels] of uint8 pictures [N, H, W, C]: the product of what each region is said to be."""
+        out = np.ones((len(images), 1))
+        for part in self.parts(images):
+            out = (out[:, :, None] * self.judge.probabilities(part)[:, None]).reshape(len(images), -1)
+        return out
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Labels int [N] of uint8 pictures [N, H, W, C]."""
+        return self.probabilities(images).argmax(1)
+
     def agreement(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Probability float32 [N] that every region of pictures float [N, H, W, C] in [0, 1] is what its label says."""
         out = np.ones(len(images))

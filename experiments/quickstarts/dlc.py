@@ -19,12 +19,14 @@ from experiments import encode as encode_lib
 from experiments.dlc import evaluation
 from experiments.dlc.code_model import CodeModel
 from experiments.dlc.convolutional_judge import ConvolutionalJudge
-from experiments.dlc.data import codestore, sources
-from experiments.dlc.data.images import ArrayImages
+from experiments.dlc.data import codestore, digit_pairs, sources
+from experiments.dlc.data.images import ArrayImages, ImageSource
 from experiments.dlc.embedding_model import EmbeddingModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
-from experiments.dlc.judge import Judge
+from experiments.dlc.judge import Judge, PictureJudge
+from experiments.dlc.parts import PartsEncoder
+from experiments.quickstarts import compositions
 from experiments.runtime import report, stages, storage
 from experiments.runtime.metrics import curve
 from experiments.runtime.progress import bar
@@ -40,8 +42,8 @@ METHODS = {
     'embeddings of held-out images': ('embedding', 'heldout'),
 }
 
-COMPOSITIONS = {'average': 'code', 'positions': 'code', 'embedding': 'embedding'}  # way of composing -> generator
 JUDGES = ('perceptron', 'convolutional')
+ENCODED = ('whole', 'halves')
 
 LEAST_IMAGES = 20  # neighbours that `evaluation.representation` asks for
 
@@ -54,20 +56,16 @@ def methods_of(config: ml_collections.ConfigDict) -> dict[str, tuple[str, str | 
     return {method: row for method, row in METHODS.items() if row[0] in config.generators}
 
 
-def compositions_of(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """Those of `COMPOSITIONS` whose generator the config has."""
-    return tuple(way for way, generator in COMPOSITIONS.items() if generator in config.generators)
-
-
 class Models:
     """The trained models of a work directory, each loaded once, so that all draws share its compiled sampler."""
 
-    def __init__(self, workdir: pathlib.Path):
-        self._workdir = workdir
+    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path):
+        self._config, self._workdir = config, workdir
 
     @functools.cached_property
-    def encoder(self) -> Encoder:
-        return Encoder.load(self._workdir / 'encoder')
+    def encoder(self) -> Encoder | PartsEncoder:
+        encoder = Encoder.load(self._workdir / 'encoder')
+        return PartsEncoder(encoder, digit_pairs.REGIONS) if self._config.encoded == 'halves' else encoder
 
     @functools.cached_property
     def code_model(self) -> CodeModel:
@@ -114,64 +112,28 @@ def draw_samples(config: ml_collections.ConfigDict, models: Models, heldout: cod
     return drawn | {'images': np.asarray(to_uint8(x))}
 
 
-def compositions(config: ml_collections.ConfigDict, workdir: pathlib.Path, models: Models,
-                 heldout: codestore.CodeStore) -> dict[str, np.ndarray]:
-    """Images composed of pairs of held-out images of different classes: by codes, and by averaged embeddings.
-
-    Returns:
-        `sources` [P, 2] indices into the held-out set; those of `average`, `positions` and `embedding` for which there
-        is a generator: uint8 [P, S, H, W, C].
-    """
-    return stages.once(workdir / 'samples' / 'compositions.npz',
-                       functools.partial(draw_compositions, config, models, heldout))
-
-
-def draw_compositions(config: ml_collections.ConfigDict, models: Models,
-                      heldout: codestore.CodeStore) -> dict[str, np.ndarray]:
-    """See `compositions`."""
-    composition, ways = config.composition, compositions_of(config)
-    num_pairs, num_samples = composition.pairs, composition.samples
-    sources = pairs_of_classes(np.asarray(heldout.array('labels')), num_pairs)
-    images = np.asarray(heldout.array('images'))[sources]
-    flat = list(images.reshape(-1, *images.shape[2:]))
-    sems = models.encoder.encode_images(flat, temperature=composition.temperature)['sem']
-    sems = sems.reshape(num_pairs, 2, *sems.shape[1:])
-    embeddings = np.asarray(heldout.array('embeddings'))[sources].mean(1)
-
-    code_key, image_key = jax.random.split(jax.random.key(0))
-    conditions = {method: np.concatenate([
-        np.asarray(codes_lib.compose(jax.random.fold_in(code_key, i), sems[i], num_samples, method=method))
-        for i in range(num_pairs)]) for method in ways if method != 'embedding'}
-    if 'embedding' in ways:
-        conditions['embedding'] = np.repeat(embeddings, num_samples, axis=0)
-    out = {'sources': sources}
-    for method, rows in conditions.items():
-        generator = models.generator(COMPOSITIONS[method])
-        x = generator.sample(image_key, rows, len(rows), batch_size=config.sample_batch,
-                             progress=bar(f'composed, {method}', len(rows)))
-        out[method] = np.asarray(to_uint8(x)).reshape(num_pairs, num_samples, *x.shape[1:])
-    return out
-
-
-def pairs_of_classes(labels: np.ndarray, num: int) -> np.ndarray:
-    """int [num, 2]: pairs of rows with different labels, the same ones every time."""
-    rng, pairs = np.random.default_rng(0), []
-    while len(pairs) < num:
-        a, b = rng.integers(len(labels), size=2)
-        if labels[a] != labels[b]:
-            pairs.append((a, b))
-    return np.array(pairs)
+def picture_source(config: ml_collections.ConfigDict, split: str, **changes: Any) -> ImageSource:
+    """The pictures of `split` that are to be encoded; `changes`: other values of fields of `config.encoder.data`."""
+    data = dict(config.encoder.data, **changes)
+    if config.encoded == 'halves':  # the encoder reads one digit, half as wide as a picture of two
+        data.update(name='digit_pairs', image_size=digit_pairs.SIDE)
+    return sources.image_source(data, split)
 
 
 def fit_judge(config: ml_collections.ConfigDict, images: np.ndarray, labels: np.ndarray) -> evaluation.AnyJudge:
-    """The classifier that `config.judge` names, trained on pixels."""
+    """The classifier that `config.judge` names, trained on pixels; of pairs of digits, one that reads digit by digit,
+    trained on those that the training images are made of."""
+    if compositions.of_pairs(config):
+        data = config.encoder.data
+        digits = digit_pairs.single_digits('train', heldout=data.heldout, seed=data.split_seed)
+        return PictureJudge(Judge.fit(*digits), images.shape[1:], digit_pairs.REGIONS)
     if config.judge == 'convolutional':
         return ConvolutionalJudge.fit(images, labels, flip=config.encoder.data.flip > 0)
     return Judge.fit(images, labels)
 
 
 def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeStore],
-            sets: dict[str, list[dict[str, np.ndarray]]], composed: dict[str, np.ndarray]) -> dict[str, Any]:
+            sets: dict[str, list[dict[str, np.ndarray]]], composed: compositions.Draws) -> dict[str, Any]:
     """Everything in `metrics.json`."""
     train_set, heldout = (
         {name: np.asarray(store.array(name)) for name in ('images', 'labels', 'codes', 'embeddings', 'sem')}
@@ -190,16 +152,13 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
             rows.append(row)
         methods[method] = mean_and_spread(rows)
     rng = np.random.default_rng(0)
-    floors = [evaluation.sample_set(
-        judge, train_set['images'][rng.permutation(len(train_set['images']))[:len(heldout['images'])]],
-        heldout['images'], train_set['images']) for _ in config.sample_seeds]
-    methods['real training images'] = mean_and_spread(floors) | {
-        'nearest_train': None, 'nearest_train_std': None}
+    of_train, of_heldout = judge.features(train_set['images']), judge.features(heldout['images'])
+    floors = [evaluation.compare(of_train[rng.permutation(len(of_train))[:len(of_heldout)]], of_heldout)
+              for _ in config.sample_seeds]
+    methods['real training images'] = mean_and_spread(floors)
 
     drawn = [draw['codes'] for draw in sets['code, then image']]
     nearest_code = lambda codes: float(np.median(codes_lib.nearest_hamming(codes, train_set['codes'])))
-    first, second = (heldout['labels'][composed['sources'][:, i]].repeat(config.composition.samples) for i in range(2))
-    flat = lambda images: images.reshape(-1, *images.shape[2:])
     return {
         'methods': methods,
         'judge_accuracy': float((opinion == heldout['labels']).mean()),
@@ -215,14 +174,13 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
                 evaluation.code_usage(codes, vocab) | {'nearest_train_code': nearest_code(codes)}
                 for codes in drawn]),
         },
-        'composition': {method: evaluation.composition(judge, flat(composed[method]), first, second,
-                                                       train_set['images']) for method in compositions_of(config)},
+        'composition': compositions.measure(config, judge, composed, heldout, train_set['images']),
     }
 
 
 def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metrics: dict[str, Any],
                  seconds: dict[str, float], heldout: codestore.CodeStore,
-                 sets: dict[str, list[dict[str, np.ndarray]]], composed: dict[str, np.ndarray]) -> None:
+                 sets: dict[str, list[dict[str, np.ndarray]]], composed: compositions.Draws) -> None:
     page = report.Report(f'Discrete Latent Codes on {config.pictures}',
                          'Every number on this page was measured in this run. ± is the standard deviation over '
                          f'{len(config.sample_seeds)} sample sets.')
@@ -242,18 +200,8 @@ def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metri
         page.images(draws[0]['images'][shown], 16, method, scale=scale)
     page.images(images[shown], 16, 'the held-out images themselves', scale=scale)
 
-    page.heading('Compositions')
-    count = min(12, config.composition.pairs)
-    captions = {'average': 'codes drawn from the averaged soft codes', 'positions': 'each position from either source',
-                'embedding': 'averaged continuous embeddings'}
-    for method in compositions_of(config):
-        rows = np.concatenate([images[composed['sources'][:count]], composed[method][:count]], axis=1)
-        page.images(rows.reshape(-1, *rows.shape[2:]), rows.shape[1], f'two sources, then {captions[method]}',
-                    scale=scale)
-    page.table(report.rows_with_spread(metrics['composition'], HEADINGS))
-    page.text('Share of composed images whose most likely class, to the separate classifier, is that of the first '
-              'source, of the second, of either; both: its two most likely classes are the two sources. Nearest '
-              'train: as above.')
+    compositions.write(page, config, report.rows_with_spread(metrics['composition'], HEADINGS), composed[0], images,
+                       scale=scale)
 
     page.heading('Codes and representation')
     page.table(report.rows_with_spread(metrics['codes'], HEADINGS))
@@ -282,8 +230,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     """
     if 'code' not in config.generators:
         raise ValueError("generators: must have 'code', the generator that is compared with the others")
-    if config.judge not in JUDGES:
-        raise ValueError(f'judge={config.judge!r} is not one of {JUDGES}')
+    for field, choices in (('judge', JUDGES), ('encoded', ENCODED)):
+        if config[field] not in choices:
+            raise ValueError(f'{field}={config[field]!r} is not one of {choices}')
     for condition, generator in config.generators.items():
         size, patch_size = generator.model.input_size, generator.model.patch_size
         if size % patch_size:
@@ -294,7 +243,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f'encoder.data.path is missing: give the .npz of {config.pictures}, '
                          '--config.encoder.data.path=FILE')
     for split in ('train', 'heldout'):
-        source = sources.image_source(dict(data, channels=0, in_memory=False), split)
+        source = picture_source(config, split, channels=0, in_memory=False)
         if isinstance(source, ArrayImages) and source.images.shape[-1] != data.channels:
             raise ValueError(f'encoder.data.path={data.path}: images have {source.images.shape[-1]} channels but '
                              f'encoder.data.channels={data.channels}; set it, or choose the config of these pictures')
@@ -316,10 +265,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     # ---- 1, 2: encoder, codes ----------------------------------------------------------------------------------------
     clock.stage('encoder', lambda: train(config.encoder, workdir / 'encoder', name='1/7 encoder'))
 
+    models = Models(config, workdir)
+
     def encode():
-        encoder = Encoder.load(workdir / 'encoder')
         for split in ('train', 'heldout'):
-            encode_lib.encode(encoder, sources.image_source(config.encoder.data, split), workdir / 'codes' / split,
+            encode_lib.encode(models.encoder, picture_source(config, split), workdir / 'codes' / split,
                               store_sem=True, image_size=config.generators.code.model.input_size)
     clock.stage('codes', encode)
     stores = {split: codestore.open_code_store(workdir / 'codes' / split) for split in ('train', 'heldout')}
@@ -337,9 +287,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
                                                      name='4/7 embedding model'))
 
     # ---- 5, 6, 7: samples, numbers, page -----------------------------------------------------------------------------
-    models = Models(workdir)
     sets = clock.stage('samples', lambda: sample_sets(config, workdir, models, stores['heldout']))
-    composed = clock.stage('compositions', lambda: compositions(config, workdir, models, stores['heldout']))
+    composed = clock.stage('compositions', lambda: compositions.draw(
+        config, workdir, lambda: models.encoder, models.generator, stores))
     metrics = clock.stage('evaluation', lambda: measure(config, stores, sets, composed))
     storage.write_json(workdir / 'metrics.json', metrics)
     clock.stage('report', lambda: write_report(

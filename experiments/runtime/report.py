@@ -113,7 +113,11 @@ class Report:
             styles: label -> matplotlib's format ('o--', '^', ...); lines if not.
             bands: label -> (lowest, highest) at each of its xs, shaded behind the line.
         """
-        from matplotlib.figure import Figure  # deferred: most commands draw nothing
+        try:
+            from matplotlib.figure import Figure  # deferred: most commands draw nothing
+        except ModuleNotFoundError:  # the tables and pictures of a long run are not lost for want of a chart
+            self.text(f'{caption}: not drawn; pip install matplotlib and run again')
+            return
         figure = Figure(figsize=(5.2, 3.1), dpi=110)
         axes = figure.subplots()
         for label, (xs, ys) in curves.items():

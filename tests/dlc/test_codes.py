@@ -100,6 +100,31 @@ def test_positions_come_from_one_source_each(weights, shares):
     np.testing.assert_array_equal(by_sem, codes)
 
 
+def test_a_source_that_has_all_of_a_position_gives_its_token():
+    weights = np.array([[1, 0, 1, 1], [0, 1, 0, 1]])  # the last position is drawn
+    codes = np.asarray(codes_lib.compose_positions(jax.random.key(0), np.array([[0] * 4, [1] * 4]), 500,
+                                                   weights=weights))
+    np.testing.assert_array_equal(np.unique(codes[:, :3], axis=0), [[0, 1, 0]])
+    np.testing.assert_allclose(codes[:, 3].mean(), 0.5, atol=0.1)
+    sems = np.stack([np.full((4, 2), (0.9, 0.1)), np.full((4, 2), (0.2, 0.8))])
+    drawn = np.asarray(codes_lib.compose(jax.random.key(0), sems, 4000, weights=weights))
+    np.testing.assert_allclose(drawn.mean(0), [0.1, 0.8, 0.1, 0.45], atol=0.03)
+
+
+def test_explained_is_the_share_of_the_variance_between_classes():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    of_class, noise = labels.astype(float), rng.normal(size=300)
+    features = np.stack([of_class, noise, of_class + noise, np.ones(300)], 1)[..., None]
+    means = np.array([features[labels == c].mean(0) for c in range(3)])[labels][:, :3]
+    shares = codes_lib.explained(features, labels)
+    np.testing.assert_allclose(shares[:3], (means.var(0) / features[:, :3].var(0))[:, 0], rtol=1e-6)
+    assert shares[0] == pytest.approx(1) and shares[1] < 0.05 and shares[3] == 0
+    # Goodman and Kruskal's tau by hand: classes 0, 0, 1, 1 with tokens 0, 0, 0, 1.
+    tokens = codes_lib.one_hot(np.array([[0], [0], [0], [1]]), 2)
+    assert codes_lib.explained(tokens, np.array([0, 0, 1, 1])) == pytest.approx([1 / 3])
+
+
 def test_token_origin_by_hand():
     sources = np.array([[0, 1, 2, 3], [0, 2, 2, 4]])
     composed = np.array([[0, 1, 2, 4], [0, 3, 1, 3]])
@@ -117,6 +142,9 @@ def test_token_origin_by_hand():
     (lambda: codes_lib.compose(jax.random.key(0), np.ones((2, 3, 4)), 1, method='mix'), 'composition'),
     (lambda: codes_lib.compose(jax.random.key(0), np.ones((3, 4)), 1), 'sems'),
     (lambda: codes_lib.compose(jax.random.key(0), np.ones((2, 3, 4)), 1, weights=(1, 2, 3)), 'weights'),
+    (lambda: codes_lib.compose(jax.random.key(0), np.ones((2, 3, 4)), 1, weights=np.ones((2, 4))), 'the 3 positions'),
+    (lambda: codes_lib.compose(jax.random.key(0), np.ones((2, 3, 4)), 1, weights=np.eye(2, 3)), 'the 3 positions'),
+    (lambda: codes_lib.explained(np.ones((4, 3)), np.ones(4)), r'expected \[N, P, F\]'),
     (lambda: codes_lib.compose(jax.random.key(0), np.ones((2, 3, 4)), 1, weights=(1, -1)), 'weights')])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):

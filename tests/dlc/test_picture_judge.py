@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from experiments.dlc import evaluation
 from experiments.dlc.judge import Judge, PictureJudge
 
 REGIONS = ((0, 3, 1, 4), (3, 6, 1, 4))
@@ -43,6 +44,30 @@ def test_labels_say_the_class_of_each_region(fitted):
     assert (swapped[:2] < 0.1).all() and swapped[2] == right[2]
     p = [fitted.judge.probabilities(part * 255)[0] for part in fitted.parts(images)]
     assert right[0] == pytest.approx(p[0][3] * p[1][1], rel=1e-6)
+
+
+def test_a_judge_of_regions_measures_as_one_of_pictures(fitted):
+    upper, lower = np.array([3, 0, 2]), np.array([1, 1, 2])
+    images = pictures(upper, lower)
+    np.testing.assert_array_equal(fitted.classes, np.arange(16))
+    np.testing.assert_array_equal(fitted.predict(images), 4 * upper + lower)
+    p, (of_upper, of_lower) = fitted.probabilities(images), map(fitted.judge.probabilities, fitted.parts(images))
+    np.testing.assert_allclose(p.sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(p[0].reshape(4, 4), np.outer(of_upper[0], of_lower[0]), rtol=1e-12)
+    features = fitted.features(images)
+    assert features.shape == (3, 128)
+    np.testing.assert_array_equal(features[0, :64], fitted.judge.features(fitted.parts(images)[0])[0])
+
+
+def test_compositions_of_parts_by_hand(fitted):
+    """Sources (3, 1) and (0, 2): the first itself, the second, crossed, crossed the other way round, neither."""
+    images = pictures([3, 0, 3, 0, 1], [1, 2, 2, 1, 1])
+    first, second = np.full(5, 4 * 3 + 1), np.full(5, 4 * 0 + 2)
+    row = evaluation.composition_of_parts(fitted, images, first, second, images[2:3])
+    assert {name: row[name] for name in ('first', 'second', 'either', 'crossed', 'both')} == {
+        'first': 0.2, 'second': 0.2, 'either': 0.4, 'crossed': 0.2, 'both': 0.4}
+    again = evaluation.composition_of_parts(fitted, images[2:3], first[:1], second[:1], images)
+    assert again['nearest_train'] == again['nearest_features'] == 0 < row['nearest_features']
 
 
 def test_a_folder_that_holds_no_judge(fitted, tmp_path):

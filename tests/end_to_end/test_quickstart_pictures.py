@@ -12,6 +12,8 @@ from configs.dlc import quickstart as config_lib
 from experiments import train
 from experiments.dlc import encoder
 from experiments.dlc.convolutional_judge import ConvolutionalJudge
+from experiments.dlc.data import codestore, digit_pairs
+from experiments.quickstarts import compositions
 from experiments.quickstarts import dlc as quickstart
 from experiments.runtime import mesh as mesh_lib
 
@@ -42,7 +44,7 @@ def files(tmp_path_factory):
     return {name: str(root / f'{name}.npz') for name in config_lib.PICTURES}
 
 
-@pytest.mark.parametrize('size', ['fashion_mnist', 'cifar10', 'L8'])
+@pytest.mark.parametrize('size', ['fashion_mnist', 'cifar10', 'L8', 'pairs', 'pairs_halves'])
 def test_the_stages_fit_each_other_and_the_pictures(size, files):
     config = config_lib.get_config(size)
     if size in files:
@@ -58,9 +60,11 @@ def test_the_stages_fit_each_other_and_the_pictures(size, files):
         jax.eval_shape(experiment.init, jax.random.key(0))
         if stage.experiment == 'generator':
             data = config.encoder.data
-            assert experiment.batch['x'].shape[1:] == (data.global_size, data.global_size, data.channels)
-    lengths = {stage.model.num_codes for stage in (config.encoder, *stages)}
-    assert len(lengths) == 1 and (size != 'L8' or lengths == {8})
+            side = data.global_size * (2 if config.encoded == 'halves' else 1)
+            assert experiment.batch['x'].shape[1:] == (side, side, data.channels)
+    lengths = {stage.model.num_codes for stage in stages}
+    assert lengths == {{'L8': 8, 'pairs': 32, 'pairs_halves': 32}.get(size, 16)}
+    assert config.encoder.model.num_codes == (16 if size == 'pairs_halves' else stages[0].model.num_codes)
 
 
 def test_a_length_given_once_reaches_every_model():
@@ -87,6 +91,49 @@ def test_pictures_from_a_file_without_the_rivals(files, tmp_path):
         assert drawn['images'].shape == (24, 32, 32, 3)
 
 
+@pytest.mark.parametrize('size', ['pairs', 'pairs_halves'])
+def test_compositions_of_pairs_of_digits(size, tmp_path):
+    config = config_lib.get_config(f'{size}_tiny').unlock()
+    config.encoder.data.num_images, config.sample_batch = 240, 60
+    for stage in (config.encoder, config.code_model, config.embedding_model, *config.generators.values()):
+        stage.num_steps, stage.model.depth = 2, 1
+    metrics = quickstart.run(config.lock(), tmp_path)
+    rows = metrics['composition']
+    assert set(rows) == {*compositions.WAYS_OF_PAIRS, compositions.REAL}
+    for row in rows.values():
+        assert row['first'] + row['second'] == pytest.approx(row['either']) and row['crossed'] <= row['both']
+    assert rows[compositions.REAL]['crossed'] > 0.8  # whatever was trained: the judge reads what is asked for
+    assert rows[compositions.REAL]['nearest_features'] > 0
+    assert 'Discrete Latent Codes on pairs of handwritten digits' in (tmp_path / 'report.html').read_text()
+
+    stores = {split: codestore.open_code_store(tmp_path / 'codes' / split) for split in ('train', 'heldout')}
+    train, heldout = (np.asarray(stores[split].array('labels')) for split in ('train', 'heldout'))
+    with np.load(tmp_path / 'samples' / 'compositions_1.npz') as drawn:
+        sources = drawn['sources']
+        assert drawn['parts'].shape == (6, 4, 16, 16, 1)
+    (a, c), (b, d) = (of.T for of in np.divmod(heldout[sources], 10))
+    assert not np.isin([10 * a + d, 10 * c + b], train).any()
+    # Where the encoder reads half by half, and there alone, crossing the codes is coding the crossed picture.
+    encoder = quickstart.Models(config, tmp_path).encoder
+    codes = compositions.code_conditions(config, encoder, jax.random.key(0), stores, sources)
+    embeddings = compositions.embedding_conditions(config, encoder, stores, sources)
+    crossed = (codes['parts'] == codes['code of both']).mean(), np.isclose(
+        embeddings['embedding parts'], embeddings['embedding of both'], atol=1e-5).mean()
+    assert crossed == (1, 1) if size == 'pairs_halves' else max(crossed) < 0.9
+
+
+def test_crossed_pairs_are_unseen_ones_of_four_digits():
+    labels = np.array([44, 99, 1, 83, 20])  # pairs that are trained on
+    rows = digit_pairs.crossed(labels, 50, seed=1)
+    (a, c), (b, d) = (of.T for of in np.divmod(labels[rows], 10))
+    assert digit_pairs.is_unseen(a, d).all() and digit_pairs.is_unseen(c, b).all()
+    assert (a != c).all() and (b != d).all() and not digit_pairs.is_unseen(*np.divmod(labels, 10)).any()
+    with pytest.raises(ValueError, match='2 pictures, no two of which cross to unseen pairs'):
+        digit_pairs.crossed(labels[:2], 1)
+    first, second = (np.full((1, 16, 16, 1), value) for value in (3, 5))
+    np.testing.assert_array_equal(digit_pairs.cross(first, second)[0, :, 0, 0], [3] * 8 + [5] * 8)
+
+
 def test_the_convolutional_judge_names_classes_as_they_were_given():
     images, labels = pictures(6, 1, num=24)
     labels = np.where(labels, 7, 3)
@@ -101,6 +148,7 @@ def test_the_convolutional_judge_names_classes_as_they_were_given():
     (dict(path=''), r"encoder.data.path is missing: give the .npz of pictures of clothes, --config.encoder.data.path="),
     (dict(path='nowhere.npz'), 'nowhere.npz: no such file'),
     (dict(channels=3), 'images have 1 channels but encoder.data.channels=3'),
+    ('encoded', "encoded='quarters' is not one of"),
     (dict(image_size=30), 'patch_size=4 does not divide images of 30 pixels'),
     ('judge', "judge='human' is not one of"),
     ('code', "generators: must have 'code'"),
@@ -114,6 +162,8 @@ def test_what_does_not_fit_is_said_before_anything_is_written(change, says, file
         config.encoder.data.update(change)
     elif change == 'judge':
         config.judge = 'human'
+    elif change == 'encoded':
+        config.encoded = 'quarters'
     elif change == 'code':
         config.generators = ml_collections.ConfigDict({'none': config.generators.none})
     else:

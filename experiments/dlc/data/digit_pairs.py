@@ -12,6 +12,7 @@ NUMBERS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight
 PHRASES = ('a {upper} above a {lower}', 'a {upper} on top of a {lower}',
            'a {lower} below a {upper}', 'a {lower} under a {upper}')
 WORDS = tuple(sorted({word for phrase in PHRASES for word in phrase.split() if '{' not in word} | set(NUMBERS)))
+REGIONS = ((0, 8, 4, 12), (8, 16, 4, 12))  # (top, bottom, left, right) of the upper and of the lower digit, pixels
 SPLITS = {'train': 'train', 'heldout': 'heldout', 'unseen': 'heldout'}
 
 
@@ -31,7 +32,8 @@ class DigitPairs(ArrayImages):
     the images of 'heldout'.
     """
 
-    def __init__(self, split: str, num: int, *, heldout: float = 0.25, seed: int = 0):
+    def __init__(self, split: str, num: int, *, heldout: float = 0.25, seed: int = 0, channels: int = 0,
+                 image_size: int = 0):
         if split not in SPLITS:
             raise ValueError(f'data.split={split!r}: digit_pairs has {tuple(SPLITS)}')
         images, digits = single_digits(SPLITS[split], heldout=heldout, seed=seed)
@@ -47,7 +49,7 @@ class DigitPairs(ArrayImages):
                 half[0] = images[rng.choice(of_class[digit])]
             captions.append(caption(*divmod(label, 10), rng.integers(len(PHRASES))))
         names = tuple(f'{a} above {b}' for a in NUMBERS for b in NUMBERS)
-        super().__init__(canvas, labels, names, prefix=f'digit_pairs/{split}')
+        super().__init__(canvas, labels, names, prefix=f'digit_pairs/{split}', channels=channels, image_size=image_size)
         self.captions = {self.name(i): text for i, text in enumerate(captions)}
 
 
@@ -61,4 +63,30 @@ def single_digits(split: str, *, heldout: float, seed: int) -> tuple[np.ndarray,
 
 def halves(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Upper and lower digits [N, 8, 8, 1] of pictures [N, 16, 16, 1], as views."""
-    return images[:, :8, 4:12], images[:, 8:, 4:12]
+    upper, lower = (images[:, top:bottom, left:right] for top, bottom, left, right in REGIONS)
+    return upper, lower
+
+
+def crossed(labels: np.ndarray, num: int, *, seed: int = 0) -> np.ndarray:
+    """int [num, 2]: rows of pictures (a, b) and (c, d) of four digits that make unseen pairs when they are crossed.
+
+    Neither (a, d) nor (c, b) is in the training set, a is not c, and b is not d.
+
+    Args:
+        labels: of pictures, [N].
+
+    Raises:
+        ValueError: no two of them are such.
+    """
+    upper, lower = np.divmod(np.asarray(labels), 10)
+    unseen = is_unseen(upper[:, None], lower)  # [N, N]: the upper digit of one above the lower digit of another
+    rows = np.argwhere(unseen & unseen.T & (upper[:, None] != upper) & (lower[:, None] != lower))
+    if not len(rows):
+        raise ValueError(f'{len(upper)} pictures, no two of which cross to unseen pairs; give more')
+    return rows[np.random.default_rng(seed).integers(len(rows), size=num)]
+
+
+def cross(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Pictures [N, 16, 16, C] of the upper digits of `first` and the lower digits of `second`."""
+    half = SIDE // 2
+    return np.concatenate([first[:, :half], second[:, half:]], 1)

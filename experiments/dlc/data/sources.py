@@ -1,6 +1,7 @@
 """Where images come from: `image_source(config.data, split)` opens what `config.data.name` says.
 
     digits      scikit-learn's handwritten digits, 1797 of 8x8, shipped with the package
+    digit_pairs pictures of two of them, 16x16; splits train, heldout, and unseen, of pairs that are in neither
     fake        coloured noise of any size, for dry runs and benchmarks
     folder      image files below `path` (`decode.SUFFIXES`); its folders are the classes, or all files are one class
     npz         `path` is an .npz or .npz.xz of uint8 arrays, or of encoded images
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.dlc.data.decode import OPTIONS, Decoding
+from experiments.dlc.data.digit_pairs import DigitPairs
 from experiments.dlc.data.image_files import folder
 from experiments.dlc.data.images import ArrayImages, FakeImages, ImageSource, in_memory, split_rows
 from experiments.dlc.data.npz_images import npz
@@ -39,7 +41,8 @@ def image_source(data: Mapping[str, Any], split: str) -> ImageSource:
         data: `name`; where it applies `path`, `image_size` (0: as stored), `channels` (0: as stored, 3 where encoded),
             `exif_orientation`, `transparency` and `deep_pixels` (see `decode.Decoding`), `layout` (of a folder),
             `heldout` and `split_seed` (share kept apart where the data set has no split of its own),
-            `num_images` (fake), `in_memory`. Other fields are the loader's and are not read.
+            `num_images` (fake; digit_pairs, whose other splits have `heldout` times as many), `in_memory`. Other
+            fields are the loader's and are not read.
         split: 'train', 'heldout', 'all', or one the data set itself names.
 
     Raises:
@@ -60,11 +63,14 @@ def image_source(data: Mapping[str, Any], split: str) -> ImageSource:
         raise ValueError(f"data.split_seed={parts['seed']}: must not be negative")
     if name in ('folder', 'npz') and not path:
         raise ValueError(f'data.name={name!r} needs data.path')
-    if name in ('digits', 'fake') and path:
+    if name in ('digits', 'digit_pairs', 'fake') and path:
         raise ValueError(f"data.path={path}: data.name={name!r} reads no files; set data.name to 'folder' or 'npz', or "
                          'leave the path out')
     if name == 'digits':
         source = digits(split, **shape, **parts)
+    elif name == 'digit_pairs':
+        num = data.get('num_images', 4096)
+        source = DigitPairs(split, num if split == 'train' else round(num * parts['heldout']), **shape, **parts)
     elif name == 'fake':
         source = FakeImages(image_size or 224, data.get('num_images', 4096), channels=decoding.channels,
                             seed=parts['seed'], split=split)
