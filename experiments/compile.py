@@ -7,10 +7,18 @@
 Prints, for one chip and program, the memory that it takes together with what lies there meanwhile, matrix products
 against peak, the time that each resource bounds it by, and collectives with their loops counted; then the memory and
 the time of the whole run. Needs no accelerator and no data. A run that does not fit ends the command with status 2.
+
+    python -m experiments.compile --all & python -m experiments.compile --all & wait
+
+compiles every published configuration for `docs/readiness.md`, as many rows at a time as there are such commands; a
+program that several rows have is compiled once. With rows that could be neither compiled nor refused it ends with
+status 3.
 """
 import dataclasses
+import functools
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,8 +36,11 @@ from experiments import readiness
 from experiments.runtime import compiler, fitting, launch, slices
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.programs import Program, Report, compile_program, expected
+from experiments.runtime.report_cache import ReportCache
 from experiments.runtime.slices import GIB, Slice
 from experiments.train import build, mesh_of
+
+FAILED = 3  # exit status of a sweep in which rows failed
 
 
 def programs_of(config: ml_collections.ConfigDict, target: Slice, *, fast: bool = False) -> list[Program]:
@@ -66,19 +77,22 @@ def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: st
             yield program.name, compile_program(program, target)
 
 
-def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice) -> dict[str, Report]:
+def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice,
+                cache: ReportCache | None = None) -> dict[str, Report]:
     """Reports of the programs of a published configuration for the table of `readiness.py`, as quickly as they can be
-    had: the step with less effort, a decoder's sampler from few blocks.
+    had: step and publishing with less effort, a decoder's sampler too, and from few blocks.
+
+    Args:
+        cache: of programs that other rows have as well.
 
     Raises:
         ValueError: its batch or layout does not go with the slice.
     """
+    def compiled(program: Program, *, fast: bool = False) -> Report:
+        if fast and target.devices[0].platform == 'tpu':
+            program = dataclasses.replace(program, options=compiler.FAST)
+        return compile_program(program, target, cache)
     mesh = mesh_of(config, target.devices)
-    tried: list[Report] = []
-
-    def compiled(program: Program) -> Report:
-        tried.append(compile_program(program, target))
-        return tried[-1]
     config = fitting.fitted(readiness.divided(config, mesh_lib.batch_shards(mesh)), mesh, build, compiled,
                             present=False, fast=True)
     programs, out = programs_of(config, target, fast=True), {}
@@ -89,13 +103,11 @@ def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice) -> 
     for program in programs:
         if depth > readiness.DEPTHS[-1] and program.name in ('sampler', 'prefill'):
             def at(blocks, program=program):
-                return shallow(config, target, blocks, program)
+                return compiled(shallow(config, target, blocks, program), fast=True)
             out[program.name] = readiness.extrapolated(program, at, depth, target)
-        elif program.name == 'step' and tried and tried[-1]['fits']:
-            out['step'] = tried[-1]
         else:
-            out[program.name] = compile_program(program, target)
-        print(describe(f'{path} {program.name}', out[program.name], target, fast=True), flush=True)
+            out[program.name] = compiled(program, fast=program.name == 'publish')
+        print(describe(f'{path} {program.name}', out[program.name], target), flush=True)
     return out
 
 
@@ -110,8 +122,9 @@ def shallow(config: ml_collections.ConfigDict, target: Slice, blocks: int, like:
     return next(program for program in programs_of(config, target) if program.name == like.name)
 
 
-def describe(name: str, report: Mapping[str, Any], target: Slice, *, fast: bool = False) -> str:
-    """A report as the command prints it; the expected time is left out of a `fast` step, whose program is slower."""
+def describe(name: str, report: Mapping[str, Any], target: Slice) -> str:
+    """A report as the command prints it; the expected time is left out of a program that was compiled with less
+    effort, which is slower."""
     gib = lambda part: f'{report[part] / GIB:.2f}'
     shape = ', '.join(f'{axis}={size}' for axis, size in report['mesh'].items())
     lines = [f'{name} on {target.name}: {len(target.devices)} chips, mesh {shape}; compiled in '
@@ -136,7 +149,7 @@ def describe(name: str, report: Mapping[str, Any], target: Slice, *, fast: bool 
             for kind, entry in report['collectives'].items()]
     lines.append('  network  ' + (', '.join(runs) + f'; {seconds["network"]:.4f} s at the bandwidth of the links'
                                   if runs else 'no collectives'))
-    if not (fast and name.endswith('step')):
+    if not report['effort']:
         lines.append(f'  time     {whole:.4f} s ' + ('by the cycles that the compiler expects' if seconds['cycles'] else
                      'at the least') + f', {report["flops"] / target.peak_flops / whole:.0%} of the peak; bound by '
                      + {'matmul': 'matrix products', 'memory': 'memory traffic', 'network': 'the network',
@@ -190,9 +203,10 @@ def compile_meshes(path: str, config: ml_collections.ConfigDict, target: Slice, 
 
 def compile_all(topologies: str, file: str | os.PathLike, only: str = '') -> None:
     """Compiles the rows that `file` lacks, of configurations that match the regex `only`, and writes the table anew;
-    slices without a compiler here are left out."""
+    slices without a compiler here are left out. Ends with status `FAILED` where rows were neither compiled nor
+    refused."""
     targets = {}
-    for name in topologies.split(',') if topologies else readiness.SLICES:
+    for name in topologies.split(',') if topologies else readiness.ORDER:
         try:
             targets[name] = slices.named(name)
         except ValueError as error:
@@ -200,19 +214,27 @@ def compile_all(topologies: str, file: str | os.PathLike, only: str = '') -> Non
                 raise
             print(error, file=sys.stderr)
     overrides = [argument for argument in sys.argv if argument.startswith('--config.')]
-    for key, row in readiness.sweep(targets, file, compile_row, overrides, only):
-        print(f'{key}: {row.get("refused") or "compiled"} ({row["seconds"]} s)', flush=True)
-    if os.path.samefile(file, readiness.ROWS):
+    compiled = functools.partial(compile_row, cache=readiness.cache_of(file))
+    failed = 0
+    for key, row in readiness.sweep(targets, file, compiled, overrides, only):
+        outcome = row.get('refused') or row.get('failed') or 'compiled'
+        print(f'{key}: {outcome} ({row["seconds"]} s)', flush=True)
+        failed += 'failed' in row
+    if pathlib.Path(file).resolve() == readiness.ROWS:
         readiness.TABLE.write_text(readiness.table(readiness.read(file)))
+    if failed:
+        print(f'{failed} rows failed; they are left out, and the same command tries them again', file=sys.stderr)
+        sys.exit(FAILED)
 
 
 def main() -> None:
     p = launch.parser(__doc__, config='what to compile')
     p.add_argument('--topology', default='',
                    help='GENERATION-SIZE, such as v5e-16 (the default), v6e-64, v5p-128, or h100-8, a100-8, h200-16; '
-                        f'several with --all (default: {",".join(readiness.SLICES)})')
+                        f'several with --all, in their order (default: {",".join(readiness.ORDER)})')
     p.add_argument('--all', action='store_true', help='compile every published configuration for docs/readiness.md, '
-                   'row by row; rows that are there already are kept')
+                   'row by row; rows that are there already are kept. The same command may be started several times: '
+                   'they share the rows that are left')
     p.add_argument('--mesh', choices=('sweep',), help='compile the step for every split of the slice, each with the '
                    'fewest microbatches that fit, and name the quickest')
     p.add_argument('--only', metavar='PROGRAM', help='one of the programs: step, sampler, ...; with --all a '
@@ -235,7 +257,7 @@ def main() -> None:
     reports: dict[str, Report] = {}
     for program, report in compile_config(config, target, only=args.only, fast=args.fast):
         reports[program] = report
-        print(describe(f'{args.config} {program}', report, target, fast=args.fast), flush=True)
+        print(describe(f'{args.config} {program}', report, target), flush=True)
         if args.json:
             with open(args.json, 'w') as file:
                 json.dump({'topology': target.name, 'programs': reports}, file, indent=1)

@@ -1,7 +1,9 @@
 """Every published configuration on common slices: what `experiments.compile --all` compiles, and the table of it.
 
 Rows are kept in a JSON file, one for each configuration and slice, and written one by one: a sweep that is stopped goes
-on where it was. `docs/readiness.md` is made of that file.
+on where it was, and commands that run side by side share it. Beside the file is a folder of what the compiler said of
+each program (`experiments.runtime.report_cache`), for many rows have programs in common. `docs/readiness.md` is made of
+the file.
 """
 import json
 import os
@@ -15,13 +17,15 @@ import jax
 import ml_collections
 
 from experiments.runtime import config_files
-from experiments.runtime.programs import Program, Report, bytes_on_device, compile_program
+from experiments.runtime.programs import Program, Report, bytes_on_device
+from experiments.runtime.report_cache import ReportCache
 from experiments.runtime.slices import GIB, Slice
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 TABLE, ROWS = CHECKOUT / 'docs' / 'readiness.md', CHECKOUT / 'docs' / 'readiness.json'
 
-SLICES = ('v5e-8', 'v5e-16', 'v6e-8', 'v5p-8', 'v4-32', 'v5e-64', 'h100-4', 'h100-8')
+SLICES = ('v5e-8', 'v5e-16', 'v6e-8', 'v5p-8', 'v4-32', 'v5e-64', 'h100-4', 'h100-8')  # columns of the table
+ORDER = ('v5e-16', 'v6e-8', 'v5p-8', 'v4-32', 'v5e-64', 'h100-8', 'h100-4', 'v5e-8')  # in which a sweep takes them
 # Configurations, and those that differ from one only in settings that no program shows (rates, periods, seeds).
 PUBLISHED = {
     'configs/rlhf/tldr.py': ('online_dpo_410m', 'online_dpo_410m_async', 'online_dpo_1b', 'online_dpo_1b_async',
@@ -76,10 +80,10 @@ def divided(config: ml_collections.ConfigDict, shards: int) -> ml_collections.Co
     return config
 
 
-def extrapolated(program: Program, at: Callable[[int], Program], depth: int, target: Slice) -> Report:
-    """The report of `program`, a decoder's sampler of `depth` blocks written one after another, from two with few:
-    everything in it grows by the same amount with each block."""
-    few, more = (compile_program(at(d), target) for d in DEPTHS)
+def extrapolated(program: Program, at: Callable[[int], Report], depth: int, target: Slice) -> Report:
+    """The report of `program`, a decoder's sampler of `depth` blocks written one after another, from those of two with
+    few: everything in it grows by the same amount with each block."""
+    few, more = (at(blocks) for blocks in DEPTHS)
 
     def line(a: Any, b: Any) -> Any:
         if isinstance(a, Mapping):
@@ -118,7 +122,7 @@ def write(file: os.PathLike, rows: Mapping[str, Any]) -> None:
 def compacted(report: Report) -> dict[str, Any]:
     """What a row keeps of a program's report."""
     keep = ('mesh', 'bytes', 'total', 'usable_bytes', 'flops', 'hbm_traffic', 'seconds', 'times', 'fits', 'beside',
-            'blocks', 'compile_seconds')
+            'blocks', 'effort', 'compile_seconds')
     out = {name: report[name] for name in keep if name in report}
     if 'seconds' in out:
         out['seconds'] = {name: float(f'{value:.5g}') for name, value in out['seconds'].items()}
@@ -128,29 +132,48 @@ def compacted(report: Report) -> dict[str, Any]:
     return out
 
 
+def cache_of(file: str | os.PathLike) -> ReportCache:
+    """The programs of the rows in `file`."""
+    return ReportCache(pathlib.Path(file).with_suffix('.programs'))
+
+
 def sweep(targets: Mapping[str, Slice], file: os.PathLike,
           compile_row: Callable[[str, ml_collections.ConfigDict, Slice], Mapping[str, Report]],
           overrides: list[str], only: str = '') -> Iterator[tuple[str, dict[str, Any]]]:
     """Compiles the rows that `file` does not have yet, those of `FIRST` on all slices before others, and keeps each.
 
+    A row that another command is at, in this moment, is that one's. One whose compilation fails, with anything but the
+    ValueError of a refusal, is yielded as {'failed': error} and not kept.
+
     Args:
         only: configurations in whose path it is found, a regex; '': all.
     """
+    shared = cache_of(file)
     groups = FIRST, paths()[len(FIRST):]
     for name, path in ((name, path) for group in groups for name in targets for path in group):
         key = f'{path} {name}'
         if key in read(file) or not re.search(only, path):
             continue
-        started = time.monotonic()
-        try:
-            reports = compile_row(path, config_files.load(path, overrides), targets[name])
-            row = {'programs': {program: compacted(report) for program, report in reports.items()}}
-        except ValueError as error:
-            row = {'refused': str(error)}
-        row |= {'jax': jax.__version__, 'seconds': round(time.monotonic() - started)}
+        with shared.claimed(key, wait=False) as alone:
+            if not alone or key in read(file):  # it may have been written since
+                continue
+            row = _row(lambda: compile_row(path, config_files.load(path, overrides), targets[name]))
+            if 'failed' not in row:
+                with shared.claimed('rows', wait=True):
+                    write(file, read(file) | {key: row})
         jax.clear_caches()
-        write(file, read(file) | {key: row})
         yield key, row
+
+
+def _row(compiled: Callable[[], Mapping[str, Report]]) -> dict[str, Any]:
+    started = time.monotonic()
+    try:
+        row: dict[str, Any] = {'programs': {program: compacted(report) for program, report in compiled().items()}}
+    except ValueError as error:
+        row = {'refused': str(error)}
+    except Exception as error:  # of the compiler, or a defect of ours: hundreds of other rows do not have it
+        row = {'failed': ' '.join(f'{type(error).__name__}: {error}'.split())}
+    return row | {'jax': jax.__version__, 'seconds': round(time.monotonic() - started)}
 
 
 def moved(row: Mapping[str, Any], again: Mapping[str, Any], tolerance: float = 0.05) -> list[str]:
@@ -225,12 +248,17 @@ python -m experiments.compile --all                # goes on where it was stoppe
 ```
 
 from [readiness.json](readiness.json), which has every program's bytes, FLOPs, traffic and collectives. {done} of {all}
-rows are compiled so far; an empty cell is one that is not. A cell has the memory a chip at the worst moment of the
-whole run, of what the chip offers (in brackets, the program that runs then), and the least time of a step, or of an
-iteration of a policy: the slowest of matrix products, memory traffic and network at their peaks, programs added up or
-overlapping as they do in the run. The step is compiled with `--fast`, so a TPU's own estimate of time, which is longer,
-is not in the table (`experiments.compile` without it prints that). A decoder's sampler is extrapolated from two and
-four blocks. "batch": the batch cannot be dealt out to so many chips; take a mesh with `tensor`. H100: 75 % of the
-memory is JAX's pool, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+rows are compiled so far; an empty cell is one that is not. The same command may run several times side by side: they
+share the rows that are left, and a program that rows have in common is compiled once.
+
+A cell has the memory a chip at the worst moment of the whole run, of what the chip offers (in brackets, the program
+that runs then), and the least time of a step, or of an iteration of a policy: the slowest of matrix products, memory
+traffic and network at their peaks, programs added up or overlapping as they do in the run. For TPUs the step, a
+decoder's sampler and the publishing of weights are compiled with less effort, as `--fast` does (`effort` in the rows),
+so a TPU's own estimate of time, which is longer, is not in the table (`experiments.compile` without it prints that).
+On v5e-8 that made 2 % of the memory and 9 % of the traffic of the 410m sampler; other programs, where it makes more,
+are compiled with full effort. A decoder's sampler is extrapolated from two and four blocks. "batch": the batch cannot
+be dealt out to so many chips; take a mesh with `tensor`. H100: 75 % of the memory is JAX's pool, unless
+XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
 '''

@@ -7,7 +7,8 @@ from typing import Any
 # whole ahead of use, at 4 % less memory. The threshold, in MiB of a weight, is above any weight here.
 TPU_OPTIONS = {'xla_jf_spmd_threshold_for_windowed_einsum_mib': '100000'}
 
-FAST = {'exec_time_optimization_effort': -1.0}  # compile sooner, to a slower program (TPU)
+EFFORT = 'exec_time_optimization_effort'  # from -1 to 1
+FAST = {EFFORT: -1.0}  # compile sooner, to a slower program (TPU)
 
 # For a GPU that is not here nothing can be timed, and what Triton would need to be timed for is left to cuBLAS.
 ABSENT_GPU: dict[str, Any] = {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}

@@ -15,8 +15,9 @@ import jax
 from jax.extend.core import Literal, jaxprs_in_params
 from jax.sharding import Mesh
 
-from experiments.runtime import hlo
+from experiments.runtime import compiler, hlo
 from experiments.runtime import mesh as mesh_lib
+from experiments.runtime.report_cache import ReportCache, fingerprint
 from experiments.runtime.slices import Slice
 
 Report = dict[str, Any]
@@ -104,48 +105,64 @@ def _trips(eqn: Any) -> int:
     return int(max(bounds, default=1))
 
 
-def compile_program(program: Program, target: Slice) -> Report:
+def compile_program(program: Program, target: Slice, cache: ReportCache | None = None) -> Report:
     """What the compiler says of a program, for one device of `target`. Of one that does not fit a TPU: only how much
-    it would need."""
-    started, mesh = time.monotonic(), program.mesh
+    it would need.
+
+    Args:
+        cache: of what it said of equal programs, whose seconds of compiling are then reported.
+    """
+    mesh, devices = program.mesh, program.mesh.devices.size
     with jax.set_mesh(mesh), nn.logical_axis_rules(mesh_lib.LOGICAL_RULES):
         traced = program.jitted.trace(*program.args)
+        lowered = traced.lower()
+
+        def compiled() -> Report:
+            return _compiled(lowered, program.options)
+        compiled_report = (cache.get(fingerprint(lowered, program.options, mesh, target.name), compiled)
+                           if cache else compiled())
         beside = {name: bytes_on_device(tree) for name, tree in program.beside.items()}
-        report: Report = {'mesh': dict(mesh.shape), 'usable_bytes': target.usable_bytes, 'times': program.times,
-                          'flops': matmul_flops(traced.jaxpr) / mesh.devices.size, 'beside': beside}
-        try:
-            executable = traced.lower().compile(compiler_options=dict(program.options) if program.options else None)
-        except jax.errors.JaxRuntimeError as error:
-            if 'RESOURCE_EXHAUSTED' not in str(error):
-                raise
-            sizes = re.findall(r'([\d.]+)([KMGT])\b', str(error))  # what it needs is the largest of them
-            report['bytes'] = int(max((float(n) * 1024 ** (1 + 'KMGT'.index(unit)) for n, unit in sizes), default=0))
-        else:
-            memory = executable.memory_analysis()
-            report |= {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
-                       'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,  # without donated ones
-                       'program': memory.generated_code_size_in_bytes}
-            report['bytes'] = sum(report[part] for part in ('arguments', 'temporaries', 'outputs', 'program'))
-            costs = hlo.costs(executable.as_text())
-            report['collectives'] = {kind: dataclasses.asdict(entry) for kind, entry in costs.collectives.items()}
-            report['hbm_traffic'] = costs.bytes
-            kernels = matmul_flops(traced.jaxpr, in_kernels=True) / mesh.devices.size
-            report['seconds'] = bounds(report, costs, target, kernels)
+    report = compiled_report | {'mesh': dict(mesh.shape), 'usable_bytes': target.usable_bytes, 'times': program.times,
+                                'flops': matmul_flops(traced.jaxpr) / devices, 'beside': beside,
+                                'effort': (program.options or {}).get(compiler.EFFORT, 0.0)}
+    if 'hbm_traffic' in report:
+        kernels = matmul_flops(traced.jaxpr, in_kernels=True) / devices
+        report['seconds'] = bounds(report, target, kernels)
     report['total'] = report['bytes'] + sum(beside.values())
-    return report | {'fits': 'arguments' in report and report['total'] <= target.usable_bytes,
+    return report | {'fits': 'arguments' in report and report['total'] <= target.usable_bytes}
+
+
+def _compiled(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None) -> Report:
+    """The part of a program's report that its compilation alone decides."""
+    started = time.monotonic()
+    try:
+        executable = lowered.compile(compiler_options=dict(options) if options else None)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        sizes = re.findall(r'([\d.]+)([KMGT])\b', str(error))  # what it needs is the largest of them
+        needed = max((float(n) * 1024 ** (1 + 'KMGT'.index(unit)) for n, unit in sizes), default=0)
+        return {'bytes': int(needed), 'compile_seconds': time.monotonic() - started}
+    memory = executable.memory_analysis()
+    report = {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
+              'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,  # without donated ones
+              'program': memory.generated_code_size_in_bytes}
+    costs = hlo.costs(executable.as_text())
+    return report | {'bytes': sum(report.values()), 'hbm_traffic': costs.bytes, 'cycles': costs.cycles,
+                     'collectives': {kind: dataclasses.asdict(entry) for kind, entry in costs.collectives.items()},
                      'compile_seconds': time.monotonic() - started}
 
 
-def bounds(report: Report, costs: hlo.Costs, target: Slice, kernels: float = 0.0) -> dict[str, float]:
+def bounds(report: Report, target: Slice, kernels: float = 0.0) -> dict[str, float]:
     """Seconds that each resource needs for one run of a program on its own: `matmul`, `memory`, `network`; and
     `cycles`, the compiler's own estimate of the whole (TPU), 0 where it gives none.
 
     Args:
         kernels: FLOPs of Pallas kernels, which the compiler does not estimate: in `cycles` they count at the peak.
     """
-    network = sum(entry.bytes for entry in costs.collectives.values())
-    cycles = costs.cycles / target.clock + kernels / target.peak_flops if target.clock else 0.0
-    return {'matmul': report['flops'] / target.peak_flops, 'memory': costs.bytes / target.hbm_bandwidth,
+    network = sum(entry['bytes'] for entry in report['collectives'].values())
+    cycles = report['cycles'] / target.clock + kernels / target.peak_flops if target.clock else 0.0
+    return {'matmul': report['flops'] / target.peak_flops, 'memory': report['hbm_traffic'] / target.hbm_bandwidth,
             'network': network / target.network_bandwidth, 'cycles': cycles}
 
 
