@@ -80,7 +80,7 @@ def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: st
 def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice,
                 cache: ReportCache | None = None) -> dict[str, Report]:
     """Reports of the programs of a published configuration for the table of `readiness.py`, as quickly as they can be
-    had: step and publishing with less effort, a decoder's sampler too, and from few blocks.
+    had: for TPUs the step, a decoder's sampler and publishing with less effort, for GPUs that sampler from few blocks.
 
     Args:
         cache: of programs that other rows have as well.
@@ -89,10 +89,10 @@ def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice,
         ValueError: its batch or layout does not go with the slice.
     """
     def compiled(program: Program, *, fast: bool = False) -> Report:
-        if fast and target.devices[0].platform == 'tpu':
+        if fast and tpu:
             program = dataclasses.replace(program, options=compiler.FAST)
         return compile_program(program, target, cache)
-    mesh = mesh_of(config, target.devices)
+    mesh, tpu = mesh_of(config, target.devices), target.devices[0].platform == 'tpu'
     config = fitting.fitted(readiness.divided(config, mesh_lib.batch_shards(mesh)), mesh, build, compiled,
                             present=False, fast=True)
     programs, out = programs_of(config, target, fast=True), {}
@@ -101,12 +101,13 @@ def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice,
         from experiments.rlhf.models import architecture
         depth = architecture.decoder(config.model).depth
     for program in programs:
-        if depth > readiness.DEPTHS[-1] and program.name in ('sampler', 'prefill'):
+        decodes = bool(depth) and program.name in ('sampler', 'prefill')
+        if decodes and not tpu and depth > readiness.DEPTHS[-1]:
             def at(blocks, program=program):
-                return compiled(shallow(config, target, blocks, program), fast=True)
+                return compiled(shallow(config, target, blocks, program))
             out[program.name] = readiness.extrapolated(program, at, depth, target)
         else:
-            out[program.name] = compiled(program, fast=program.name == 'publish')
+            out[program.name] = compiled(program, fast=decodes or program.name == 'publish')
         print(describe(f'{path} {program.name}', out[program.name], target), flush=True)
     return out
 
