@@ -59,12 +59,11 @@ def fit_judges(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict
     """The judges, each fitted to digits that the other has not seen and written to a work directory of its own."""
     data = config.text_to_image.encoder.data
     side = digit_pairs.SIDE
-    regions = tuple((top, top + side // 2, side // 4, side // 4 + side // 2) for top in (0, side // 2))
     for name, split in SPLITS.items():
         if not (workdir / name / 'config.json').exists():
             judge = Judge.fit(*digit_pairs.single_digits(split, heldout=data.heldout, seed=data.split_seed),
                               seed=config.judge_seed)
-            PictureJudge(judge, (side, side, 1), regions).save(workdir / name)
+            PictureJudge(judge, (side, side, 1), digit_pairs.REGIONS).save(workdir / name)
     return {name: PictureJudge.load(workdir / name) for name in SPLITS}
 
 

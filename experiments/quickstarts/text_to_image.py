@@ -22,6 +22,7 @@ from experiments.dlc.data.digit_pairs import DigitPairs
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
 from experiments.dlc.judge import Judge
+from experiments.dlc.parts import PartsEncoder
 from experiments.dlc.text_to_code import TextToCode
 from experiments.runtime import report, stages, storage
 from experiments.runtime.digest import fingerprint
@@ -44,10 +45,10 @@ def write_codes(encoder: Encoder, pairs: DigitPairs, path: pathlib.Path, batch_s
             num_codes=2 * model.num_codes, vocab_size=model.vocab_size, class_names=pairs.class_names, captions=True,
             encoder=fingerprint(encoder.params))) as store:
         if store.done < len(pairs):
-            codes = [encoder.encode_images(list(half), outputs=('codes',), batch_size=batch_size)['codes']
-                     for half in digit_pairs.halves(pairs.images)]
+            codes = PartsEncoder(encoder, digit_pairs.REGIONS).encode_images(
+                list(pairs.images), outputs=('codes',), batch_size=batch_size)['codes']
             names = [pairs.name(i) for i in range(len(pairs))]
-            store.append({'codes': np.concatenate(codes, 1)[store.done:], 'images': pairs.images[store.done:],
+            store.append({'codes': codes[store.done:], 'images': pairs.images[store.done:],
                           'labels': pairs.labels[store.done:]}, names=names[store.done:],
                          captions=[pairs.captions[name] for name in names[store.done:]])
 
