@@ -155,7 +155,7 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
     of_train, of_heldout = judge.features(train_set['images']), judge.features(heldout['images'])
     floors = [evaluation.compare(of_train[rng.permutation(len(of_train))[:len(of_heldout)]], of_heldout)
               for _ in config.sample_seeds]
-    methods['real training images'] = mean_and_spread(floors)
+    methods['real training images'] = mean_and_spread(floors) | {'nearest_train': None, 'nearest_train_std': None}
 
     drawn = [draw['codes'] for draw in sets['code, then image']]
     nearest_code = lambda codes: float(np.median(codes_lib.nearest_hamming(codes, train_set['codes'])))

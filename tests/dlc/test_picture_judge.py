@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.dlc import evaluation
+from dlc_jax import codes as codes_lib
+from experiments.dlc import evaluation, parts
 from experiments.dlc.judge import Judge, PictureJudge
 
 REGIONS = ((0, 3, 1, 4), (3, 6, 1, 4))
@@ -68,6 +69,14 @@ def test_compositions_of_parts_by_hand(fitted):
         'first': 0.2, 'second': 0.2, 'either': 0.4, 'crossed': 0.2, 'both': 0.4}
     again = evaluation.composition_of_parts(fitted, images[2:3], first[:1], second[:1], images)
     assert again['nearest_train'] == again['nearest_features'] == 0 < row['nearest_features']
+
+
+def test_places_belong_to_the_part_that_explains_them():
+    rng = np.random.default_rng(0)
+    classes, noise = rng.integers(0, 4, (400, 2)), rng.random(400) < 0.3
+    tokens = np.stack([classes[:, 1], np.where(noise, 0, classes[:, 0]), classes[:, 0] // 2], 1)
+    np.testing.assert_array_equal(parts.belonging(codes_lib.one_hot(tokens, 4), classes),
+                                  [[False, True, True], [True, False, False]])
 
 
 def test_a_folder_that_holds_no_judge(fitted, tmp_path):
