@@ -9,8 +9,8 @@ ARITHMETIC = '--config=configs/rlhf/arithmetic.py'
 IMDB = '--config=configs/rlhf/imdb.py'
 MINIBATCHES = (1, 2, 4, 8, 16, 32, 64)  # N of arXiv 2410.18252, figures 3 and 4
 # Reward, gold reward, KL and drift: the policy's perplexity on the first 100 held-out reviews.
-IMDB_SMALL = (IMDB, '--seeds=5', '--evaluate=--temperature=1 --batch_size=128 --drift=100',
-              '--trade_off=evaluate.gold,evaluate.drift_perplexity')
+MEASURE_IMDB = '--evaluate=--temperature=1 --batch_size=128 --drift=100'
+IMDB_SMALL = (IMDB, '--seeds=5', MEASURE_IMDB, '--trade_off=evaluate.gold,evaluate.drift_perplexity')
 
 
 def _list(values) -> str:
@@ -78,14 +78,17 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     'arithmetic_minibatches_ppo': arithmetic_minibatches('ppo', samples=1),
     'arithmetic_minibatches_best_of_2': arithmetic_minibatches('best_of_n', samples=2),
     # `imdb.py:small_ARM`. Arms, and plain PPO on the way back to its start; prices of KL that stay what they are; decay
-    # and period of Elastic Reset.
+    # and period of Elastic Reset, measured nine or 15 iterations after a reset and, at the end, right after one;
+    # PPO that leaves out the updates for which a batch has moved too far.
     'imdb_small': (*IMDB_SMALL, '--baseline=variant=small_ppo_matched', '--interpolate=0,0.25,0.5,0.75,1',
                    '--variants=' + _list(f'small_{arm}' for arm in (
                        'ppo_matched', 'elastic_reset', 'reset_to_init', 'reset_to_ema', 'ppo', 'nlpo'))),
     'imdb_small_kl': (*IMDB_SMALL, '--variants=small_ppo_matched', '--config.algorithm.kl_target=0',
                       '--sweep.algorithm.kl_coefficient=0.01,0.03,0.1,0.3'),
-    'imdb_small_elastic': (*IMDB_SMALL, '--variants=small_elastic_reset', '--sweep.elastic.period=10,17',
-                           '--sweep.elastic.decay=0.8,0.9,0.98'),
+    'imdb_small_elastic': (*IMDB_SMALL, f'{MEASURE_IMDB} --step=all', '--variants=small_elastic_reset',
+                           '--sweep.elastic.decay=0.8,0.9,0.98', '--zip.elastic.period=10,17', '--zip.num_steps=51,52',
+                           '--config.checkpoint_every=50'),
+    'imdb_small_stop_kl': (*IMDB_SMALL, '--variants=small_ppo_matched', '--sweep.algorithm.stop_kl=0.005,0.01,0.02'),
     # A writer of codes from earlier weights; `quickstart --which=align` makes what it starts from.
     'align_staleness': ('--config=configs/dlc/align_digits.py', '--variants=online_dpo,rloo',
                         '--sweep.rollout.max_staleness=0,1,4,16', '--seeds=3', '--first_seed=1',
