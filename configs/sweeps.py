@@ -77,10 +77,12 @@ SWEEPS: dict[str, tuple[str, ...]] = {
        for name in ('online_dpo', 'rloo', 'proximal_rloo', 'grpo')},
     'arithmetic_minibatches_ppo': arithmetic_minibatches('ppo', samples=1),
     'arithmetic_minibatches_best_of_2': arithmetic_minibatches('best_of_n', samples=2),
-    # `imdb.py:small_ARM`. Arms, and plain PPO on the way back to its start; prices of KL that stay what they are; decay
-    # and period of Elastic Reset, measured nine or 15 iterations after a reset and, at the end, right after one;
-    # PPO that leaves out the updates for which a batch has moved too far.
-    'imdb_small': (*IMDB_SMALL, '--baseline=variant=small_ppo_matched', '--interpolate=0,0.25,0.5,0.75,1',
+    # `imdb.py:small_ARM`. Arms, and plain PPO on the way back to its start, in small steps, for the way is curved and
+    # the lines of a coarse one lie below it; prices of KL that stay what they are; decay and period of Elastic Reset,
+    # measured nine or 15 iterations after a reset and, at the end, right after one; PPO that leaves out the updates for
+    # which a batch has moved too far.
+    'imdb_small': (*IMDB_SMALL, '--baseline=variant=small_ppo_matched',
+                   '--interpolate=' + _list(i / 20 for i in range(21)),
                    '--variants=' + _list(f'small_{arm}' for arm in (
                        'ppo_matched', 'elastic_reset', 'reset_to_init', 'reset_to_ema', 'ppo', 'nlpo'))),
     'imdb_small_kl': (*IMDB_SMALL, '--variants=small_ppo_matched', '--config.algorithm.kl_target=0',
