@@ -38,7 +38,9 @@ small_ARM is the miniature: the GPT-2 of `sft_imdb.py:small` (0.9 million parame
 Resets, KL, clipping, gamma and lambda are those above. What differs: 32 new tokens after up to 24, 32 prompts an
 iteration of 2000 reviews that neither reward has seen, two epochs of four minibatches, 400 updates in all, at a
 learning rate of 1e-4: the better of two (1e-4, 3e-4) by the gold reward at the end of small_ppo_matched, tried at seed
-100 on an earlier fine-tuned model, whose stretches had an EOS.
+100 on an earlier fine-tuned model, whose stretches had an EOS. Measured there: the plain run takes the gold reward from
+-0.29 to 1.53 +- 0.16 at a drift perplexity of 333 +- 48 (108 at its start, three seeds); Elastic Reset, at every decay
+and period tried, lies where that run does on the way back to its start, or below.
 """
 from configs.rlhf import base, sft_imdb
 
