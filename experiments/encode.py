@@ -138,7 +138,7 @@ def data_config(trained_on: ml_collections.ConfigDict, args: argparse.Namespace)
         ValueError: a path without a data set that would read it.
     """
     data = trained_on.copy_and_resolve_references().unlock()
-    if args.path and not args.data and data.name in ('digits', 'fake'):
+    if args.path and not args.data and data.name in ('digits', 'digit_pairs', 'fake'):
         raise ValueError(f'--path={args.path}: the encoder was trained on {data.name!r}, which reads no files; say '
                          'with --data=folder (or npz, or the name of a TFDS data set) how to read it')
     if args.data and args.data != data.name:

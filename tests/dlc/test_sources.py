@@ -394,3 +394,15 @@ def test_real_grayscale_arrays(shared_data):
     source = image_source(dict(name='npz', path=str(path), channels=1), 'heldout')
     assert source.images.shape == (10000, 28, 28, 1) and source.class_names[0] == 'T-shirt/top'
     np.testing.assert_array_equal(np.bincount(source.labels), 1000)
+
+
+def test_pairs_of_digits_by_name():
+    data = dict(name='digit_pairs', num_images=80, heldout=0.25, split_seed=0, channels=1)
+    sources = {split: image_source(data, split) for split in ('train', 'heldout', 'unseen')}
+    assert {split: len(source) for split, source in sources.items()} == {'train': 80, 'heldout': 20, 'unseen': 20}
+    assert sources['train'][0]['image'].shape == (16, 16, 1) and sources['train'].num_classes == 100
+    assert sources['heldout'].digest() != sources['unseen'].digest()
+    with pytest.raises(ValueError, match="data.split='all': digit_pairs has"):
+        image_source(data, 'all')
+    with pytest.raises(ValueError, match="data.name='digit_pairs' reads no files"):
+        image_source(data | dict(path='somewhere'), 'train')
