@@ -40,7 +40,8 @@ def main() -> None:
     chosen = WHICH[args.which]
     quickstart = importlib.import_module(f'experiments.quickstarts.{chosen.module}')
     workdir = args.workdir or chosen.workdir
-    print(quickstart.summary(quickstart.run(config, workdir)))
+    with launch.equal_programs_once():
+        print(quickstart.summary(quickstart.run(config, workdir)))
     print(f'report -> {pathlib.Path(workdir) / "report.html"}')
 
 

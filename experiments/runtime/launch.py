@@ -1,13 +1,15 @@
 """Command lines: flags, one-line errors, and processes."""
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import pathlib
 import stat
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import jax
@@ -164,6 +166,23 @@ def initialize(args: argparse.Namespace) -> None:
                     'yourself (chmod go-w)', place)
     jax.config.update('jax_compilation_cache_dir', args.compilation_cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@contextlib.contextmanager
+def equal_programs_once() -> Iterator[None]:
+    """Compiles a program once, however many stages of this process build it anew: until the end they are kept in a
+    temporary folder, or where --compilation_cache says."""
+    several_cpus = jax.default_backend() == 'cpu' and jax.device_count() > 1  # see `initialize`
+    if jax.config.jax_compilation_cache_dir or several_cpus:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix='programs_') as folder:
+        jax.config.update('jax_compilation_cache_dir', folder)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+        try:
+            yield
+        finally:
+            jax.config.update('jax_compilation_cache_dir', None)
 
 
 def check_alone(command: str) -> None:
