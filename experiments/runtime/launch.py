@@ -15,11 +15,14 @@ from typing import NoReturn
 import jax
 import ml_collections
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments.runtime import config_files, processes
 from experiments.runtime.signals import Stopped, signals
 
 log = logging.getLogger(__name__)
+
+LEAST_SECONDS = 0.5  # programs that take less to compile are not kept
 
 NOTHING_WRITTEN = 'nothing was written; run the same command again'  # for `main`'s `stopped`
 NOT_MEASURED = 'not everything is measured; run the same command again'  # the same, of one that may go on
@@ -164,8 +167,7 @@ def initialize(args: argparse.Namespace) -> None:
     if place.is_dir() and place.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         log.warning('--compilation_cache=%s: others can write there, and the programs in it are run; keep it to '
                     'yourself (chmod go-w)', place)
-    jax.config.update('jax_compilation_cache_dir', args.compilation_cache)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    _keep_programs(args.compilation_cache)
 
 
 @contextlib.contextmanager
@@ -177,12 +179,18 @@ def equal_programs_once() -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory(prefix='programs_') as folder:
-        jax.config.update('jax_compilation_cache_dir', folder)
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+        _keep_programs(folder)
         try:
             yield
         finally:
-            jax.config.update('jax_compilation_cache_dir', None)
+            _keep_programs(None)
+
+
+def _keep_programs(folder: str | None) -> None:
+    """From here on; JAX decides at its first program whether it keeps any, unless it is reset."""
+    compilation_cache.reset_cache()
+    jax.config.update('jax_compilation_cache_dir', folder)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', LEAST_SECONDS)
 
 
 def check_alone(command: str) -> None:

@@ -1,5 +1,6 @@
 import importlib
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -159,6 +160,34 @@ def test_a_second_signal_is_not_caught():
         assert stopped.value.code == 128 + signal.SIGTERM and 'go on' in stopped.value.message and caught == [1]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_equal_programs_are_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    monkeypatch.setattr(launch, 'LEAST_SECONDS', 0.0)
+    one = jax.devices()[0]
+    with launch.equal_programs_once():
+        folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+        kept = []
+        for _ in range(2):
+            jax.jit(lambda x: x * 3 + 1, device=one)(2.0).block_until_ready()
+            kept.append(sorted(path.name for path in folder.glob('*-cache')))
+            jax.clear_caches()
+    assert kept[0] and kept[0] == kept[1]
+    assert not folder.exists() and jax.config.jax_compilation_cache_dir is None
+    jax.jit(lambda x: x * 5 + 1, device=one)(2.0).block_until_ready()  # nothing is kept any more
+    assert not folder.exists()
+
+
+def test_a_cache_that_was_asked_for_is_the_one_that_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+    try:
+        with launch.equal_programs_once():
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        jax.config.update('jax_compilation_cache_dir', None)
 
 
 def test_no_compilation_cache_for_several_cpu_devices(tmp_path, caplog):
