@@ -17,9 +17,10 @@ Hardware: four GPUs of 80 GB, or a TPU slice (`experiments.compile`). Asynchrono
 one generates, 129,024 in all; three devices split no width of these models, so each trainer holds all weights (on other
 machines set rollout.devices and mesh), at 2.8b 64 GiB of them: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, since JAX takes
 three quarters of a GPU by itself. ppo_2.8b_async, which has a critic of that size, needs about 110 GiB, more than such
-a GPU has: its trainers have to share the weights (mesh.fsdp, of a number of them that divides the width). The published
-scripts have ppo and rloo at 410m and online_dpo at every size; at other sizes ppo, rloo and best_of_n take the
-microbatches of online_dpo. They compute in float16 or bfloat16; here it is bfloat16 over float32 weights.
+a GPU has: on eight, --config.rollout.devices=4 --config.mesh.data=1 --config.mesh.fsdp=4 --config.accumulate=21 takes
+32 GiB of each trainer. The published scripts have ppo and rloo at 410m and online_dpo at every size; at other sizes
+ppo, rloo and best_of_n take the microbatches of online_dpo. They compute in float16 or bfloat16; here it is bfloat16
+over float32 weights.
 
 Batch and number of updates are the paper's (512 and 256); the configuration files of the authors' repository, as
 shipped, take 128 a step and 1024 updates on one GPU, in float32 or float16 and without clipping:
