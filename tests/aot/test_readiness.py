@@ -9,8 +9,8 @@ import pytest
 
 from experiments import compile as aot
 from experiments import readiness
-from experiments.runtime import mesh as mesh_lib
 from experiments.runtime import compiler, programs, report_cache, slices
+from experiments.runtime import mesh as mesh_lib
 
 CHEAP = ('configs/rlhf/sft_imdb.py v5e-16', 'configs/rlhf/sft_imdb.py h100-8',
          'configs/rlhf/reward_tldr.py:410m h100-8')
