@@ -199,7 +199,7 @@ def token_origin(composed: np.ndarray, sources: np.ndarray) -> dict[str, np.ndar
             'none': float((matches == 0).mean())}
 
 
-def _shares(weights: Sequence[float] | np.ndarray | None, shape: tuple[int, int]) -> Array:
+def _shares(weights: Sequence[float] | np.ndarray | None, shape: tuple[int, ...]) -> Array:
     """Shares [K, L] of K sources at L positions, which add up to 1 at each, for `weights` [K] or [K, L]."""
     num, length = shape
     shares = np.ones(num) if weights is None else np.asarray(weights, np.float64)
