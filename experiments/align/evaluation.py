@@ -63,14 +63,9 @@ def _bounds(text: str, num_masks: int, length: int) -> Any:
     return run
 
 
-def features(judge: PictureJudge, images: np.ndarray) -> np.ndarray:
-    """float64 [N, F] of pictures uint8 [N, H, W, C]: the judge's features of each region, side by side."""
-    return np.concatenate([judge.judge.features(part) for part in judge.parts(images)], 1)
-
-
 def frechet_distance(judge: PictureJudge, images: np.ndarray, reference: np.ndarray) -> float:
     """Fréchet distance of pictures to real ones in the features of `judge`; both uint8 [N, H, W, C]."""
-    return frechet.frechet_distance(*(frechet.statistics(features(judge, x)) for x in (images, reference)))
+    return frechet.frechet_distance(*(frechet.statistics(judge.features(x)) for x in (images, reference)))
 
 
 def right(judge: PictureJudge, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -91,4 +86,4 @@ def diversity(judge: PictureJudge, codes: np.ndarray, images: np.ndarray) -> dic
         of different ones.
     """
     return {'code_distance': code_distance(codes),
-            'vendi': float(vendi.vendi_score(features(judge, images.reshape(-1, *images.shape[2:]))))}
+            'vendi': float(vendi.vendi_score(judge.features(images.reshape(-1, *images.shape[2:]))))}
