@@ -2,6 +2,7 @@
 import importlib
 import json
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,27 @@ def test_a_sweep_compiles_the_rows_that_are_asked_for_and_missing(tmp_path):
     assert sweep('sft_tldr.py:2') == first and sweep('sft_tldr.py:2') == []
     assert sweep('sft_tldr') == [f'configs/rlhf/sft_tldr.py:{size} {name}' for name in targets
                                  for size in ('410m', '1b')]
+
+
+@pytest.mark.parametrize('platform, expected', [
+    ('tpu', [('step', 'full'), ('sampler', 'less'), ('reward', 'full'), ('publish', 'less')]),
+    ('gpu', [('step', 'full'), ('2 blocks', 'full'), ('4 blocks', 'full'), ('reward', 'full'), ('publish', 'full')])])
+def test_what_a_row_compiles_of_a_policy(platform, expected, monkeypatch):
+    """On TPUs its sampler whole and with less effort, for GPUs at few blocks; rewards with full effort on both."""
+    mesh, compiled = mesh_lib.make_mesh({}, jax.devices()[:1]), []
+    program = lambda name: programs.Program(name, None, (), mesh)
+    for name, function in {
+            'mesh_of': lambda *unused: mesh, 'describe': lambda *unused: '',
+            'shallow': lambda config, target, blocks, like: program(f'{blocks} blocks'),
+            'programs_of': lambda *unused, **fast: [program(n) for n in ('step', 'sampler', 'reward', 'publish')],
+            'compile_program': lambda program, target, cache: compiled.append(
+                (program.name, 'less' if program.options == compiler.FAST else 'full'))}.items():
+        monkeypatch.setattr(aot, name, function)
+    monkeypatch.setattr(aot.fitting, 'fitted', lambda config, *unused, **present: config)
+    monkeypatch.setattr(readiness, 'extrapolated', lambda program, at, depth, target: [at(2), at(4)])
+    target = types.SimpleNamespace(devices=[types.SimpleNamespace(platform=platform)])
+    reports = aot.compile_row('tldr', readiness.config_files.load('configs/rlhf/tldr.py:online_dpo_410m'), target)
+    assert compiled == expected and list(reports) == ['step', 'sampler', 'reward', 'publish']
 
 
 def test_an_equal_program_is_compiled_once(tmp_path, monkeypatch):
