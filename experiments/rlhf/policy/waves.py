@@ -56,7 +56,8 @@ def wave_bytes(config: ml_collections.ConfigDict, prompts: int, mesh: Mesh) -> f
     of its two halves.
 
     Prefill keeps every layer's keys and values twice (as computed, and as cache) and, where attention is not fused,
-    one layer's scores; decoding keeps the prompts' cache and the completions', and logits in float32.
+    one layer's scores; decoding keeps the prompts' cache and the completions', and logits in float32. A TPU whose rows
+    of the cache are padded (heads of 80 in 128 lanes) was seen to keep the prompts' once more.
     """
     module, sampling = architecture.decoder(config.model), config.sampling
     platform = mesh.devices.flat[0].platform
@@ -69,6 +70,7 @@ def wave_bytes(config: ml_collections.ConfigDict, prompts: int, mesh: Mesh) -> f
     width, slots = np.dtype(module.dtype).itemsize, sampling.max_prompt + sampling.max_new_tokens - 1
     lanes = 128 if platform == 'tpu' else 1  # arrays have a multiple of so many numbers along their last axis
     row = math.ceil(beside * dim / lanes) * lanes
+    copies = 2 if row > beside * dim else 1
     cache = 2 * module.depth * kv_heads / beside / tensor * slots * row * width
     scores = 0 if fused else heads / tensor * sampling.max_prompt ** 2 * (4 + width)
     hidden = sampling.max_prompt * (getattr(module, 'hidden', 0) or 4 * module.width) / tensor * width * 2
@@ -76,4 +78,4 @@ def wave_bytes(config: ml_collections.ConfigDict, prompts: int, mesh: Mesh) -> f
     logits = 3 * 4 * math.ceil(module.vocab_size / 128) * 128
     if config.algorithm.mask.top_p:  # the mask policy reads the same
         cache, logits = 2 * cache, 2 * logits
-    return prompts * max(2 * cache + scores + hidden, (1 + num_samples) * cache + num_samples * logits)
+    return prompts * max(2 * cache + scores + hidden, (copies + num_samples) * cache + num_samples * logits)
