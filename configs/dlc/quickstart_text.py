@@ -25,6 +25,8 @@ def get_config(size: str = 'full'):
     generator.optimizer.learning_rate.peak = 5e-3
     generator.optimizer.groups = ((r'cond_embed/.*', dict(learning_rate=10.0)), (r'.*', {}))
     generator.sampler.update(dict(num_steps=25, guidance=2.5))
+    for stage in (encoder, generator, text):
+        stage.model.unroll = True  # three blocks: a tenth quicker on two cores, and as quickly compiled
     if size == 'tiny':
         for stage in (encoder, generator, text):
             stage.num_steps, stage.checkpoint_every, stage.log_every, stage.batch_size = 8, 4, 2, 32

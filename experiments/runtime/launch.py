@@ -17,7 +17,7 @@ import ml_collections
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.runtime import config_files, processes
+from experiments.runtime import config_files, heap, processes
 from experiments.runtime.signals import Stopped, signals
 
 log = logging.getLogger(__name__)
@@ -151,11 +151,14 @@ def main(command: Callable[[], None], *, stopped: str = 'run the same command to
 
 
 def initialize(args: argparse.Namespace) -> None:
-    """Joins the job's processes and sets up the compilation cache. Before anything touches a device."""
+    """Joins the job's processes and sets up memory on CPUs and the compilation cache. Before anything touches a
+    device."""
     if jax.config.jax_num_cpu_devices > 1:
         # With XLA's default of one thread a device, the devices' collectives can lock each other out (jax 0.10.2).
         os.environ.setdefault('PJRT_NPROC', str(4 * jax.config.jax_num_cpu_devices))
     processes.join(args)
+    if jax.default_backend() == 'cpu':
+        heap.keep()
     if not args.compilation_cache:
         return
     if jax.default_backend() == 'cpu' and jax.device_count() > 1:

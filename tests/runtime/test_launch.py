@@ -195,6 +195,15 @@ def test_no_compilation_cache_for_several_cpu_devices(tmp_path, caplog):
     assert 'left off' in caplog.text and jax.config.jax_compilation_cache_dir is None
 
 
+@pytest.mark.parametrize('backend, kept', [('cpu', 1), ('tpu', 0), ('gpu', 0)])
+def test_freed_memory_is_kept_where_programs_run_on_cpus(monkeypatch, backend, kept):
+    calls = []
+    monkeypatch.setattr(launch.heap, 'keep', lambda: calls.append(1))
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    launch.initialize(launch.parser('x').parse_args([]))
+    assert len(calls) == kept
+
+
 def test_our_messages_are_shown_although_orbax_has_set_up_logging():
     code = ('import logging, orbax.checkpoint; from experiments.runtime import launch\n'
             'def command():\n'
