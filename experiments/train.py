@@ -155,7 +155,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
 
             step = jax.jit(experiment.step, donate_argnums=0, in_shardings=(shardings, mesh_lib.batch_sharding(mesh)),
                            out_shardings=(shardings, mesh_lib.replicated(mesh)),
-                           compiler_options=compiler.options(mesh.devices.flat[0].platform))
+                           compiler_options=compiler.options(mesh))
             if online:
                 step = with_stream_metrics(step, batches)
                 hooks = (*hooks, lambda n, state, _: batches.publish(n, state))

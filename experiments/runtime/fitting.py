@@ -51,7 +51,7 @@ def step_program(experiment: Experiment, mesh: Mesh, devices: Sequence[jax.Devic
     if experiment.open_batches is not None:
         beside['batches ahead'] = [placed(dict(experiment.batch), batch)] * BATCHES_AHEAD
     platform = mesh.devices.flat[0].platform
-    options = compiler.ABSENT_GPU if platform == 'gpu' and not present else compiler.options(platform, fast=fast)
+    options = compiler.ABSENT_GPU if platform == 'gpu' and not present else compiler.options(mesh, fast=fast)
     return Program('step', step, (placed(state, shardings), placed(dict(experiment.batch), batch)), mesh, beside,
                    knobs=STEP, options=options)
 

@@ -163,10 +163,26 @@ def test_gathered_weights_are_no_loop_of_small_products():
     program = jax.jit(lambda x, w: jnp.tanh(x @ w), in_shardings=(rows, weights), out_shardings=rows)
     args = (jax.ShapeDtypeStruct((65536, 1152), jnp.bfloat16), jax.ShapeDtypeStruct((1152, 4608), jnp.bfloat16))
     by = {name: programs.compile_program(programs.Program(name, program, args, mesh, options=options), target)
-          for name, options in (('default', None), ('steps', compiler.options('tpu')))}
+          for name, options in (('default', None), ('steps', compiler.options(mesh)))}
     by = {name: report['collectives'] for name, report in by.items()}
     assert by['default']['collective-permute']['runs'] >= 15
     assert 'collective-permute' not in by['steps'] and by['steps']['all-gather']['runs'] >= 1
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('name, fsdp', [('v5p-8', 4), ('v4-32', 4)])
+def test_gradients_of_an_odd_vocabulary_are_scattered_over_four_chips(name, fsdp):
+    """Without an option of steps the compiler ends this process, at LLaDA's vocabulary with a code's tokens."""
+    target = slices.named(name)
+    mesh = mesh_lib.make_mesh({'data': -1, 'fsdp': fsdp}, target.devices)
+    rows, table = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (('fsdp',), (None, 'fsdp')))
+    grad = jax.grad(lambda w, x: jax.nn.logsumexp(x @ w.T, -1).sum())
+    program = jax.jit(grad, in_shardings=(table, rows), out_shardings=table)
+    args = (jax.ShapeDtypeStruct((126_606, 4096), jnp.float32), jax.ShapeDtypeStruct((1024, 4096), jnp.float32))
+    report = programs.compile_program(programs.Program('step', program, args, mesh, options=compiler.options(mesh)),
+                                      target)
+    assert report['collectives']
 
 
 @needs_libtpu
