@@ -17,6 +17,7 @@ status 3.
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import pathlib
 import sys
@@ -110,6 +111,44 @@ def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice,
             out[program.name] = compiled(program, fast=decodes or program.name == 'publish')
         print(describe(f'{path} {program.name}', out[program.name], target), flush=True)
     return out
+
+
+def compile_row_apart(path: str, config: ml_collections.ConfigDict, target: Slice, *,
+                      file: str | os.PathLike) -> dict[str, Report]:
+    """`compile_row` in a process of its own, for a failed check of a compiler ends the process that it is in.
+
+    Args:
+        file: of the rows; programs that they have in common are kept beside it.
+
+    Raises:
+        ValueError: as `compile_row`.
+        RuntimeError: the process ended.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['experiments.compile'])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_row, args=(sender, path, config, target.name, file), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        outcome = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f'the compiler ended its process with status {process.exitcode}') from None
+    process.join()
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _send_row(sender: Any, path: str, config: ml_collections.ConfigDict, target: str, file: str | os.PathLike) -> None:
+    try:
+        outcome: Any = compile_row(path, config, slices.named(target), readiness.cache_of(file))
+    except ValueError as error:
+        outcome = error
+    except Exception as error:  # the compiler's own cannot all be sent
+        outcome = RuntimeError(f'{type(error).__name__}: {error}')
+    sender.send(outcome)
 
 
 def shallow(config: ml_collections.ConfigDict, target: Slice, blocks: int, like: Program) -> Program:
@@ -215,7 +254,7 @@ def compile_all(topologies: str, file: str | os.PathLike, only: str = '') -> Non
                 raise
             print(error, file=sys.stderr)
     overrides = [argument for argument in sys.argv if argument.startswith('--config.')]
-    compiled = functools.partial(compile_row, cache=readiness.cache_of(file))
+    compiled = functools.partial(compile_row_apart, file=file)
     failed = 0
     for key, row in readiness.sweep(targets, file, compiled, overrides, only):
         outcome = row.get('refused') or row.get('failed') or 'compiled'

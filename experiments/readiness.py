@@ -161,7 +161,6 @@ def sweep(targets: Mapping[str, Slice], file: os.PathLike,
             if 'failed' not in row:
                 with shared.claimed('rows', wait=True):
                     write(file, read(file) | {key: row})
-        jax.clear_caches()
         yield key, row
 
 

@@ -1,6 +1,8 @@
 """The table of published configurations: it covers them, it is the rows', and a few rows are compiled again."""
 import importlib
 import json
+import subprocess
+import sys
 import threading
 import types
 
@@ -147,7 +149,6 @@ def test_two_commands_share_a_sweep(tmp_path, monkeypatch):
             failures.append(error)
     later = threading.Event()
     monkeypatch.setattr(readiness, 'write', slow_write)
-    monkeypatch.setattr(readiness.jax, 'clear_caches', lambda: None)
     commands = [threading.Thread(target=command) for _ in range(2)]
     for thread in commands:
         thread.start()
@@ -158,13 +159,13 @@ def test_two_commands_share_a_sweep(tmp_path, monkeypatch):
 
 
 def test_a_row_that_fails_is_left_out_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    def compile_row(path, config, target, cache):
+    def compile_row(path, config, target, file):
         if path.endswith(':1b'):
             raise jax.errors.JaxRuntimeError('INTERNAL: a defect\nof the compiler')
         if path.endswith(':2.8b'):
             raise ValueError('batch_size=512 is not divisible by 7')
         return {}
-    monkeypatch.setattr(aot, 'compile_row', compile_row)
+    monkeypatch.setattr(aot, 'compile_row_apart', compile_row)
     monkeypatch.setattr(aot.slices, 'named', lambda name: None)
     with pytest.raises(SystemExit) as ended:
         aot.compile_all('v5e-8', tmp_path / 'rows.json', 'sft_tldr')
@@ -174,6 +175,29 @@ def test_a_row_that_fails_is_left_out_and_the_others_go_on(tmp_path, monkeypatch
     said = capsys.readouterr()
     assert 'sft_tldr.py:1b v5e-8: JaxRuntimeError: INTERNAL: a defect of the compiler (' in said.out
     assert '1 rows failed' in said.err
+
+
+ABORTS = """
+import os, sys
+from experiments import compile as aot, readiness
+aot.compile_row = lambda path, config, target, cache: os.abort() if path.endswith(sys.argv[1]) else {}
+aot.slices.named = lambda name: None
+"""
+
+
+def test_a_compiler_that_ends_its_process_takes_no_other_row_with_it(tmp_path):
+    (tmp_path / 'aborting.py').write_text(ABORTS + """
+if __name__ == '__main__':
+    import types
+    aot.slices.named = lambda name: types.SimpleNamespace(name=name)
+    aot.compile_all('v5e-8', sys.argv[2], 'sft_tldr')
+""")
+    ended = subprocess.run([sys.executable, tmp_path / 'aborting.py', ':1b', tmp_path / 'rows.json'],
+                           capture_output=True, text=True)
+    assert ended.returncode == aot.FAILED, ended.stderr
+    assert sorted(readiness.read(tmp_path / 'rows.json')) == [
+        f'configs/rlhf/sft_tldr.py:{size} v5e-8' for size in ('2.8b', '410m')]
+    assert 'sft_tldr.py:1b v5e-8: RuntimeError: the compiler ended its process with status -6' in ended.stdout
 
 
 def test_the_table_is_that_of_the_rows():
