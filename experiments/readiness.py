@@ -262,6 +262,7 @@ decoder's sampler is extrapolated from two and four blocks, which gave 11 % too 
 rows).
 
 "batch": the batch cannot be dealt out to so many chips; take a mesh with `tensor`. "layout": the mesh of the config is
-for fewer chips. H100: 75 % of the memory is JAX's pool, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+for fewer chips, or it divides a slice that cannot be divided (v5e of more than 16). H100: 75 % of the memory is JAX's
+pool, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
 '''

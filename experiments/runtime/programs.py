@@ -59,8 +59,19 @@ def bytes_on_device(tree: Any) -> int:
     compiler lays them out (TPUs pad to tiles)."""
     if not jax.tree.leaves(tree):
         return 0
-    compiled = jax.jit(lambda *unused: (), keep_unused=True).lower(tree).compile()
+    try:
+        compiled = jax.jit(lambda *unused: (), keep_unused=True).lower(tree).compile()
+    except jax.errors.JaxRuntimeError as error:  # more than a device has
+        return _exhausting(error)
     return compiled.memory_analysis().argument_size_in_bytes
+
+
+def _exhausting(error: jax.errors.JaxRuntimeError) -> int:
+    """Bytes that a program would need, by the error of a compiler that has not so many; raises any other error."""
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise error
+    sizes = re.findall(r'([\d.]+)([KMGT])\b', str(error))  # what it needs is the largest of them
+    return int(max((float(n) * 1024 ** (1 + 'KMGT'.index(unit)) for n, unit in sizes), default=0))
 
 
 def matmul_flops(jaxpr: Any, *, in_kernels: bool = False) -> float:
@@ -138,11 +149,7 @@ def _compiled(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None) ->
     try:
         executable = lowered.compile(compiler_options=dict(options) if options else None)
     except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
-        sizes = re.findall(r'([\d.]+)([KMGT])\b', str(error))  # what it needs is the largest of them
-        needed = max((float(n) * 1024 ** (1 + 'KMGT'.index(unit)) for n, unit in sizes), default=0)
-        return {'bytes': int(needed), 'compile_seconds': time.monotonic() - started}
+        return {'bytes': _exhausting(error), 'compile_seconds': time.monotonic() - started}
     memory = executable.memory_analysis()
     report = {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
               'outputs': memory.output_size_in_bytes - memory.alias_size_in_bytes,  # without donated ones

@@ -13,6 +13,7 @@ from configs.dlc import base, code_model_imagenet, generator_imagenet
 from configs.rlhf import gsm8k, tldr
 from experiments import compile as aot
 from experiments import train
+from experiments.rlhf.policy import roles
 from experiments.runtime import compiler, hlo, partition, programs, slices
 from experiments.runtime import mesh as mesh_lib
 from experiments.train import build, mesh_of
@@ -183,6 +184,37 @@ def test_gradients_of_an_odd_vocabulary_are_scattered_over_four_chips(name, fsdp
     report = programs.compile_program(programs.Program('step', program, args, mesh, options=compiler.options(mesh)),
                                       target)
     assert report['collectives']
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize('name, divides', [('v5e-16', True), ('v5e-32', False), ('v6e-32', True), ('v5p-64', True),
+                                           ('v4-64', True)])
+def test_slices_that_can_be_divided_between_learner_and_generator(name, divides):
+    """The refusal says what the compiler does; it does not depend on the program."""
+    config = tldr.get_config('online_dpo_410m_async')
+    devices = slices.named(name).devices
+    half = mesh_lib.make_mesh({'data': -1}, devices[:len(devices) // 2])
+    program = jax.jit(jnp.sum, in_shardings=mesh_lib.batch_sharding(half)).lower(
+        jax.ShapeDtypeStruct((len(devices), 8), jnp.float32))
+    if divides:
+        program.compile()
+        assert len(roles.learner_devices(config, devices)) == len(devices) - 1
+    else:
+        with pytest.raises(jax.errors.JaxRuntimeError, match='limited ICI routing'):
+            program.compile()
+        with pytest.raises(ValueError, match='rollout.devices=1: programs for a part of a v5e slice .*here are 32'):
+            roles.learner_devices(config, devices)
+        config.rollout.devices = 0
+        assert roles.learner_devices(config, devices) == list(devices)
+
+
+@needs_libtpu
+@pytest.mark.tpu_compile
+def test_a_state_larger_than_a_chip_is_counted():
+    target = slices.named('v5e-8')
+    whole = mesh_lib.replicated(mesh_lib.make_mesh({}, target.devices[:1]))
+    assert programs.bytes_on_device(jax.ShapeDtypeStruct((2 ** 30, 8), jnp.float32, sharding=whole)) >= 32 * slices.GIB
 
 
 @needs_libtpu

@@ -9,6 +9,7 @@ from experiments.runtime import checks
 from experiments.runtime import mesh as mesh_lib
 
 TRANSPORTS = ('devices', 'files', 'transfer')
+MOST_DIVIDED_V5E = 16  # chips of a v5e slice of whose parts libtpu (JAX 0.10.2) compiles programs; other TPUs: any
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -72,9 +73,14 @@ def learner_devices(config: ml_collections.ConfigDict,
     """Devices that train, of `devices` (default: all there are): all but the last `rollout.devices`.
 
     Raises:
-        ValueError: none would be left.
+        ValueError: none would be left, or they are a part of a slice of which no part can be used.
     """
     devices, generating = list(jax.devices() if devices is None else devices), config.rollout.devices
+    if generating and devices[0].device_kind == 'TPU v5 lite' and len(devices) > MOST_DIVIDED_V5E:
+        raise ValueError(f'rollout.devices={generating}: programs for a part of a v5e slice of more than '
+                         f'{MOST_DIVIDED_V5E} chips cannot be compiled ("limited ICI routing"), and here are '
+                         f'{len(devices)}; set it to 0, or train and generate on two slices '
+                         "(rollout.transport='files')")
     if generating >= len(devices):
         raise ValueError(f'rollout.devices={generating} leaves none of {len(devices)} devices to the learner; 0 shares '
                          'them')
