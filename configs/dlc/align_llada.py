@@ -12,7 +12,7 @@ gets the rows and the images, float32 [N, 256, 256, 3] in [0, 1].
 64 captions a step, 4 codes of each written in 128 network calls and drawn in 25 steps of DDIM, guided as the DiT's own
 settings say; Online DPO on the bound at 8 sets of masked positions. Asynchronous: one version behind; say with
 --config.rollout.devices=N how many of the devices generate. full trains all weights from float32 masters, lora queries
-and values alone. Nothing here has been tuned or trained. By the compilers full needs 34 GiB of each of 8 H100 and 88 of
+and values alone. Nothing here has been tuned or trained. By the compilers full needs 34 GiB of each of 8 H100 and 86 of
 each chip of v5p-8, lora 17 of each of 8 H100 and 21 of v6e-8, with the accumulate of 4; 64 chips take
 --config.accumulate=1.
 An iteration takes at least 44 seconds on 8 H100, 37 of them to write codes (docs/align.md). Of any other slice:
