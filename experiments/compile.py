@@ -67,7 +67,9 @@ def programs_of(config: ml_collections.ConfigDict, target: Slice, *, fast: bool 
         params = jax.eval_shape(experiment.init, jax.random.key(0)).params
         out.append(Program('sampler', sampler, (params, jax.eval_shape(jax.random.key, 0)), mesh,
                            knobs='lower --batch_size, the rows sampled at a time (here batch_size)'))
-    return [out[0], *(dataclasses.replace(program, options=absent) for program in out[1:])]
+    if absent:
+        out[1:] = [dataclasses.replace(program, options=absent) for program in out[1:]]
+    return out
 
 
 def compile_config(config: ml_collections.ConfigDict, target: Slice, *, only: str | None = None,
@@ -91,7 +93,7 @@ def compile_row(path: str, config: ml_collections.ConfigDict, target: Slice,
     """
     def compiled(program: Program, *, fast: bool = False) -> Report:
         if fast and tpu:
-            program = dataclasses.replace(program, options=compiler.FAST)
+            program = dataclasses.replace(program, options=dict(program.options or {}) | compiler.FAST)
         return compile_program(program, target, cache)
     mesh, tpu = mesh_of(config, target.devices), target.devices[0].platform == 'tpu'
     config = fitting.fitted(readiness.divided(config, mesh_lib.batch_shards(mesh)), mesh, build, compiled,

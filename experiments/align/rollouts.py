@@ -19,7 +19,7 @@ from experiments.dlc import text_to_code as text_to_code_lib
 from experiments.dlc.data import captions as tokens_lib
 from experiments.rlhf.policy import generator as generator_lib
 from experiments.rlhf.policy import roles
-from experiments.runtime import exchange, placement
+from experiments.runtime import compiler, exchange, placement
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.programs import placed
 from rlhf_jax.models import llama, lora
@@ -55,7 +55,7 @@ class CodeGenerator(generator_lib.Batches):
         self._module = make_model(config).clone(stacked=False)
         self._paint = self._painter.on(mesh)
         self._write = jax.jit(functools.partial(write, self._module, self._words, make_sampling(config)),
-                              out_shardings=mesh_lib.batch_sharding(mesh))
+                              out_shardings=mesh_lib.batch_sharding(mesh), compiler_options=compiler.options(mesh))
 
     def complete(self, params, version, prompts, draws, keys):
         num_prompts, num_samples = keys.shape

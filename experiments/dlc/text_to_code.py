@@ -21,7 +21,7 @@ from dlc_jax import convert, text_to_code
 from dlc_jax.diffusion.remasking import Sampling
 from experiments.dlc.data import captions as captions_lib
 from experiments.dlc.data import codestore
-from experiments.runtime import evaluation, modules, partition, placement, runs, storage
+from experiments.runtime import compiler, evaluation, modules, partition, placement, runs, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.programs import Program
@@ -107,7 +107,8 @@ def build(config: Config, mesh: Mesh) -> Experiment:
         program = jax.jit(functools.partial(sample, config), out_shardings=rows,
                           in_shardings=(layout, mesh_lib.replicated(over), rows, rows))
         args = (shapes, jax.eval_shape(jax.random.key, 0), spec['captions'], spec['caption_mask'])
-        return [Program('sampler', program, args, over, knobs='lower batch_size, the captions sampled at a time')]
+        return [Program('sampler', program, args, over, options=compiler.options(over),
+                        knobs='lower batch_size, the captions sampled at a time')]
 
     trained = training(config, mesh, init_params, loss, averaged=False)
     return Experiment(trained.init, loss, trained.step, llama.PARTITION_RULES, spec, open_batches,

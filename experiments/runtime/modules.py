@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from experiments.runtime import checks, evaluation, partition
+from experiments.runtime import checks, compiler, evaluation, partition
 from experiments.runtime import mesh as mesh_lib
 
 T = TypeVar('T')
@@ -132,7 +132,8 @@ class Batched:
         if rules and divisible(params, rules, self._mesh):
             layout = partition.param_shardings(params, rules, self._mesh)
         self._params = jax.device_put(params, layout)
-        self._run = jax.jit(one, out_shardings=mesh_lib.batch_sharding(self._mesh))
+        self._run = jax.jit(one, out_shardings=mesh_lib.batch_sharding(self._mesh),
+                            compiler_options=compiler.options(self._mesh) if rules else None)
         self.batch_size = unit.rows * len(devices)
 
     def __call__(self, rows: Any, num: int, progress: Callable[[int], None] | None = None) -> Any:

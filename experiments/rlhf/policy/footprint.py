@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from experiments.rlhf.policy import reward_model, rollouts, waves
 from experiments.rlhf.policy.kind import Kind
 from experiments.rlhf.policy.models import sampling_of
+from experiments.runtime import compiler, partition
 from experiments.runtime import mesh as mesh_lib
-from experiments.runtime import partition
 from experiments.runtime.programs import Program, placed
 from rlhf_jax import generate as generate_lib
 from rlhf_jax import refill
@@ -96,7 +96,8 @@ class Footprint:
             sampler, args, mesh = self._kind.sampler_program(self._config, list(self.generating.devices.flat))
             beside = {name: tree for name, tree in self.beside_sampler().items()
                       if name != self._kind.models_are}  # they are arguments of the program
-            return [Program('sampler', sampler, args, mesh, beside, knobs=SAMPLER), self._publish()]
+            return [Program('sampler', sampler, args, mesh, beside, options=compiler.options(mesh), knobs=SAMPLER),
+                    self._publish()]
         return [*self._kind.programs(self.budgeted(usable), self), self._publish()]
 
     def _publish(self) -> Program:
@@ -156,5 +157,5 @@ def scorers(config: Config, run: Footprint) -> list[Program]:
         out.append(Program('reward' if path == config.reward.model else 'gold reward',
                            jax.jit(functools.partial(reward_model.last_scores, module)), (params, *args), mesh,
                            {name: tree for name, tree in beside.items() if jax.tree.leaves(tree)},
-                           times=-(-total // count), knobs=REWARD))
+                           times=-(-total // count), options=compiler.options(mesh), knobs=REWARD))
     return out

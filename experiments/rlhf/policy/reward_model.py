@@ -15,7 +15,7 @@ from experiments.rlhf.data.texts import TooLong
 from experiments.rlhf.models import architecture, loading
 from experiments.rlhf.models.classifier import is_classifier
 from experiments.rlhf.policy.completions import Completions
-from experiments.runtime import exchange, placement, storage
+from experiments.runtime import compiler, exchange, placement, storage
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.digest import digests
 from experiments.runtime.programs import placed
@@ -68,7 +68,7 @@ class RewardModel:
         shards = mesh_lib.batch_shards(mesh)
         self._rows = -(-batch_size // shards) * shards
         self._mesh, self._sharding = mesh, mesh_lib.batch_sharding(mesh)
-        self._run = jax.jit(functools.partial(last_scores, module))
+        self._run = jax.jit(functools.partial(last_scores, module), compiler_options=compiler.options(mesh))
 
     def identity(self) -> str:
         """What decides the score of a row: weights, architecture, and where it is read."""
