@@ -104,6 +104,14 @@ def test_what_is_drawn_at_once_changes_no_image(root, sampled):
     np.testing.assert_array_equal(again['tokens'], batch['tokens'])
 
 
+def test_codes_are_written_with_the_compiler_options_of_steps(sampled, monkeypatch):
+    config, params, _ = sampled
+    monkeypatch.setattr(rollouts.compiler, 'options', lambda mesh: {'no_such_option': '1'})
+    generator = rollouts.CodeGenerator(config, devices(1))
+    with pytest.raises(jax.errors.JaxRuntimeError, match='no_such_option'):
+        generator(rollouts.Decoding(config, devices(1)).convert(params['policy']), index=2, version=1)
+
+
 def test_the_real_configuration_writes_and_draws_by_shape():
     """LLaDA-8B, DiT-XL/2 and the autoencoder in one program, from config files alone."""
     config = config_files.load('configs/dlc/align_llada.py:lora')

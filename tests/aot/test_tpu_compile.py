@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from configs.dlc import base, code_model_imagenet, generator_imagenet
 from configs.rlhf import gsm8k, tldr
 from experiments import compile as aot
-from experiments import train
+from experiments import readiness, train
 from experiments.rlhf.policy import roles
-from experiments.runtime import compiler, hlo, partition, programs, slices
+from experiments.runtime import compiler, config_files, hlo, partition, programs, slices
 from experiments.runtime import mesh as mesh_lib
 from experiments.train import build, mesh_of
 from rlhf_jax.models import attention
@@ -184,6 +184,19 @@ def test_gradients_of_an_odd_vocabulary_are_scattered_over_four_chips(name, fsdp
     report = programs.compile_program(programs.Program('step', program, args, mesh, options=compiler.options(mesh)),
                                       target)
     assert report['collectives']
+
+
+@needs_libtpu
+@pytest.mark.parametrize('path, name', [
+    ('configs/rlhf/tldr.py:online_dpo_410m', 'reward'), ('configs/dlc/text_to_code_llada.py:L512', 'sampler'),
+    ('configs/dlc/align_llada.py:lora', 'sampler')])
+def test_programs_of_split_weights_are_compiled_with_the_options_of_steps(path, name):
+    """Tables say of them what a run does; a decoder's sampler holds its weights whole."""
+    target, config = slices.named('v5e-16'), config_files.load(path)
+    config = readiness.divided(config, mesh_lib.batch_shards(mesh_of(config, target.devices)))
+    options = {program.name: program.options for program in aot.programs_of(config, target)}
+    assert options[name] == options['step'] == compiler.TPU_OPTIONS
+    assert 'publish' not in options or options['publish'] is None
 
 
 @needs_libtpu

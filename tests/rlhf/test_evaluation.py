@@ -204,6 +204,16 @@ def test_scores_of_models_are_read_again(tmp_path):
     assert (scores(scorer('a'), batch.part(slice(0, 2))) == first[:2]).all() and not called
 
 
+def test_a_reward_model_is_compiled_with_the_options_of_steps(tmp_path, monkeypatch):
+    module = RewardModel(GPT2(vocab_size=259, width=16, depth=1, num_heads=2, max_length=16))
+    files.save(tmp_path, convert.to_torch('gpt2', module, random_params(module)), convert.config_of('gpt2', module))
+    monkeypatch.setattr(reward_model.compiler, 'options', lambda mesh: {'no_such_option': str(mesh is ONE)})
+    tokens = np.zeros((2, 4), np.int32)
+    batch = completions.Completions(['x'] * 2, [{}] * 2, tokens, np.ones((2, 4), bool), np.ones(2, bool))
+    with pytest.raises(jax.errors.JaxRuntimeError, match='no_such_option'):
+        reward_model.RewardModel(str(tmp_path), ONE, batch_size=2)(batch)
+
+
 def test_rewards_see_some_prompts_at_a_time(policy):
     seen = []
     batch = completions.Completions([str(i) for i in range(5)], [{'i': i} for i in range(5)], *np.zeros((2, 5, 3), int),

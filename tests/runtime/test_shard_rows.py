@@ -60,6 +60,17 @@ def test_devices_get_whole_units():
     assert run.batch_size == 6 and progress == [6, 7]
 
 
+def test_split_parameters_are_compiled_with_the_options_of_steps(monkeypatch):
+    monkeypatch.setattr(modules.compiler, 'options', lambda mesh: {'no_such_option': dict(mesh.shape)['fsdp']})
+    params, rows = {'w': np.ones((8, 8), np.float32)}, np.ones((2, 8), np.float32)
+
+    def run(rules):
+        return modules.Batched(lambda params, x: x @ params['w'], params, modules.Unit(2, 1), rules)(rows, 2)
+    np.testing.assert_array_equal(run(None), rows * 8)
+    with pytest.raises(jax.errors.JaxRuntimeError, match='no_such_option'):
+        run((('w', jax.P('fsdp', None)),))
+
+
 def test_what_comes_next_is_computed_while_the_last_is_used():
     events = []
 
