@@ -127,7 +127,7 @@ def compile_row_apart(path: str, config: ml_collections.ConfigDict, target: Slic
         RuntimeError: the process ended.
     """
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['experiments.compile'])
+    context.set_forkserver_preload(['experiments.train', 'experiments.readiness'])  # what takes seconds to import
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_row, args=(sender, path, config, target.name, file), daemon=True)
     process.start()
