@@ -1,6 +1,7 @@
 """The table of published configurations: it covers them, it is the rows', and a few rows are compiled again."""
 import importlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -181,23 +182,20 @@ def test_a_row_that_fails_is_left_out_and_the_others_go_on(tmp_path, monkeypatch
     assert '1 rows failed' in said.err
 
 
-ABORTS = """
-import os, sys
-from experiments import compile as aot, readiness
-aot.compile_row = lambda path, config, target, cache: os.abort() if path.endswith(sys.argv[1]) else {}
-aot.slices.named = lambda name: None
+ABORTING = """
+import os, sys, types
+from experiments import compile as aot
+aot.compile_row = lambda path, config, target, cache: os.abort() if path.endswith(':1b') else {}
+aot.slices.named = lambda name: types.SimpleNamespace(name=name)
+if __name__ == '__main__':
+    aot.compile_all('v5e-8', sys.argv[1], 'sft_tldr')
 """
 
 
 def test_a_compiler_that_ends_its_process_takes_no_other_row_with_it(tmp_path):
-    (tmp_path / 'aborting.py').write_text(ABORTS + """
-if __name__ == '__main__':
-    import types
-    aot.slices.named = lambda name: types.SimpleNamespace(name=name)
-    aot.compile_all('v5e-8', sys.argv[2], 'sft_tldr')
-""")
-    ended = subprocess.run([sys.executable, tmp_path / 'aborting.py', ':1b', tmp_path / 'rows.json'],
-                           capture_output=True, text=True)
+    (tmp_path / 'aborting.py').write_text(ABORTING)
+    ended = subprocess.run([sys.executable, tmp_path / 'aborting.py', tmp_path / 'rows.json'], capture_output=True,
+                           text=True, env=os.environ | {'PYTHONPATH': str(readiness.CHECKOUT)})
     assert ended.returncode == aot.FAILED, ended.stderr
     assert sorted(readiness.read(tmp_path / 'rows.json')) == [
         f'configs/rlhf/sft_tldr.py:{size} v5e-8' for size in ('2.8b', '410m')]
