@@ -257,9 +257,8 @@ decoder's sampler and the publishing of weights are compiled with less effort, a
 so a TPU's own estimate of time, which is longer, is not in the table (`experiments.compile` without it prints that).
 Where both were compared, samplers of Pythia-410m on v5e-8 and 2.8b on v5e-16, less effort took 2 and 4 % less memory;
 its traffic is 9 and 56 % less, at 2.8b within 5 % of what weights and cache of each token add up to. Other programs,
-where it changes the memory by more, are compiled with full effort. For GPUs, and in the oldest rows for TPUs, a
-decoder's sampler is extrapolated from two and four blocks, which gave 11 % too much at 2.8b on v5e-16 (`blocks` in the
-rows).
+where it changes the memory by more, are compiled with full effort. For GPUs a decoder's sampler
+is extrapolated from two and four blocks, which gave 11 % too much at 2.8b on v5e-16 (`blocks` in the rows).
 
 "batch": the batch cannot be dealt out to so many chips; take a mesh with `tensor`. "layout": the mesh of the config is
 for fewer chips, or it divides a slice that cannot be divided (v5e of more than 16). H100: 75 % of the memory is JAX's
