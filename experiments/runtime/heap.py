@@ -15,8 +15,8 @@ def keep() -> bool:
 
     A compiled program for CPUs allocates its buffers at each run and frees them. glibc returns them to the system in
     between, which clears every page when it is touched again: an eighth of the processor time of the align
-    quickstart. Arrays of more than 64 MiB that a thread of XLA's allocates are returned all the same. Not done where the
-    environment already says how malloc is to behave, or with another C library.
+    quickstart. Arrays of more than 64 MiB that a thread of XLA's allocates are returned all the same. Not done where
+    the environment already says how malloc is to behave, or with another C library.
     """
     if not sys.platform.startswith('linux') or any(name in os.environ for name in _CHOSEN):
         return False
