@@ -62,7 +62,9 @@ def learning() -> dict:
             value_coefficient=0.1, value_clip=0.2, whiten=True,
             critic='separate',  # a network of its own | shared: a head on the policy's trunk
             critic_weights='',  # a reward model to start the critic from; '': the policy's own weights, a fresh head
-            correction='none',  # of stale samples: none | truncate | mask | decoupled (PPO)
+            # Weights of stale samples, the learner's policy before the batch over the sampler's: those above the cap
+            # are cut down to it or masked; PPO's decoupled is truncate by its paper's name (arXiv 2110.00641).
+            correction='none',  # none | truncate | mask | decoupled
             correction_cap=2.0,
             scale_rewards=True,  # GRPO: by the group's standard deviation
             mean_over='sequence',  # GRPO: sequence | token

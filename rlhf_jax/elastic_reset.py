@@ -70,7 +70,7 @@ class ElasticReset:
         period: between resets of the policy, counted in `reset_on`. None: never.
         decay: of the average, at each tick.
         tick_on, tick_every: tick at every so many of this event (`EVENTS`).
-        tick_offset: as in `Every`; 1, at the end of each.
+        tick_offset, tick_skip_first: as in `Every`; 1 and False, at the end of each.
         reset_on: the event that `period` and `ema_period` count.
         reset_offset, reset_skip_first: as in `Every`, of both.
         reset_to: where the policy goes: 'ema', 'init', or 'none' (it is left alone).
@@ -88,6 +88,7 @@ class ElasticReset:
     tick_on: str = 'step'
     tick_every: int = 1
     tick_offset: int = 1
+    tick_skip_first: bool = False
     reset_on: str = 'step'
     reset_offset: int = 1
     reset_skip_first: bool = False
@@ -122,7 +123,7 @@ class ElasticReset:
         """What to do after the k-th (from 0) `event` of the run."""
         if event not in EVENTS:
             raise ValueError(f'event={event!r} is not one of {EVENTS}')
-        tick = event == self.tick_on and Every(self.tick_every, self.tick_offset)(k)
+        tick = event == self.tick_on and Every(self.tick_every, self.tick_offset, self.tick_skip_first)(k)
         reset: bool | Array = False
         reset_ema: bool | Array = False
         if event == self.reset_on:
@@ -148,7 +149,8 @@ def method(name: str, period: int, **settings: Any) -> ElasticReset:
     """One of the compared methods by name; they differ in these settings alone.
 
     'fixed_reference': KL to the initial policy, no resets. 'ema_anchor': KL to the average, no resets.
-    'reference_reset': KL to a snapshot of the policy, renewed every `period`. 'reset_to_init', 'reset_to_ema' (the
+    'reference_reset': KL to a snapshot of the policy, renewed when the others reset: its ticks are of `reset_on`,
+    `reset_offset` and `reset_skip_first`. 'reset_to_init', 'reset_to_ema' (the
     average is never reset), 'elastic_reset'. The seventh, post-hoc interpolation, is `interpolate` on the first.
 
     Raises:
@@ -157,6 +159,9 @@ def method(name: str, period: int, **settings: Any) -> ElasticReset:
     if name not in METHODS:
         raise ValueError(f'method={name!r} is not one of {tuple(METHODS)}')
     fixed = METHODS[name](period)
+    if name == 'reference_reset':
+        fixed |= {f'tick_{when}': settings[f'reset_{when}'] for when in ('on', 'offset', 'skip_first')
+                  if f'reset_{when}' in settings}
     return ElasticReset(**(dict(settings) | fixed))
 
 

@@ -139,6 +139,13 @@ def adamw(config: Mapping[str, Any], params: Any, num_steps: int, *,
     return optax.chain(*chain)
 
 
+def left_out(before: Any, after: Any) -> Any:
+    """The optimizer's state where an update from `before` to `after` is planned and not made: moments and their count
+    stay, schedules move on, since their length is that of the run."""
+    is_clock = lambda node: isinstance(node, _DecayState)
+    return jax.tree.map(lambda old, new: new if is_clock(new) else old, before, after, is_leaf=is_clock)
+
+
 def split_microbatches(batch: Mapping[str, jax.Array], parts: int, shards: int) -> dict[str, jax.Array]:
     """[B, ...] -> [parts, B / parts, ...], so that every one of `shards` devices splits the rows it already holds."""
     def one(name, x):

@@ -65,7 +65,8 @@ def ppo(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, *,
         logprobs, old_logprobs, mask: [B, K, L].
         advantages: [B, K, L], or [B, K, 1] to give all tokens of a response one.
         clip, clip_high: bounds of the ratio below and above 1; `clip_high` None: the same.
-        weights: [B, K, L] or [B, K, 1], `importance_weights`; None: 1.
+        weights: [B, K, L] or [B, K, 1], `importance_weights`, with `old_logprobs` of the policy that they lead to: of
+            the sampler's, the ratio would count the same difference again. None: 1.
 
     The critic's part is `value_loss`; the paper adds 0.1 of it.
 
@@ -145,7 +146,8 @@ def rloo(logprobs: Array, advantages: Array, mask: Array, *, weights: Array | No
     return -(scale * s).mean(), jax.lax.stop_gradient({'advantage_std': advantages.std(), 'sequence_logprob': s.mean()})
 
 
-def proximal_rloo(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, *, clip: float = 0.2) -> Loss:
+def proximal_rloo(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, *, clip: float = 0.2,
+                  clip_high: float | None = None) -> Loss:
     """RLOO with PPO's clipping on the ratio of whole sequences (async RLHF §3.2):
 
         rho_i = exp(sum_t log pi - sum_t log pi_old)
@@ -155,12 +157,13 @@ def proximal_rloo(logprobs: Array, old_logprobs: Array, advantages: Array, mask:
         logprobs, old_logprobs, mask: [B, K, L]; `old_logprobs` as the sampler returned them, so that the ratio sees
             staleness.
         advantages: [B, K], `advantages.leave_one_out`; not normalised.
+        clip, clip_high: as in `ppo`.
 
     Returns:
         Metrics `ratio`, `clip_fraction` and `old_kl`, over sequences.
     """
     new, old = sequence_logprobs(logprobs, mask), sequence_logprobs(old_logprobs, mask)
-    losses, metrics = _clipped(new, old, advantages, jnp.ones(new.shape, bool), clip, None)
+    losses, metrics = _clipped(new, old, advantages, jnp.ones(new.shape, bool), clip, clip_high)
     return losses.mean(), jax.lax.stop_gradient(metrics)
 
 

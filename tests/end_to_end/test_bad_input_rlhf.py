@@ -118,6 +118,8 @@ BAD = {
     'chunk in the loop': ('rollout.chunk=4 --config.rollout.max_staleness=1 --config.rollout.threaded=False',
                           'set rollout.chunk=0'),
     'no period': ('elastic.method=elastic_reset', 'elastic.period=0: elastic_reset needs how many iterations'),
+    'reference never renewed': ('elastic.method=reference_reset --config.elastic.period=9',
+                                'elastic.period=9 is longer than the run of 8 iterations: the reference would never'),
     'period longer than the run': ('elastic.method=elastic_reset --config.elastic.period=9',
                                    'elastic.period=9 is longer than the run of 8 iterations'),
     'critic of no critic': ('elastic.method=elastic_reset --config.elastic.period=2 --config.elastic.reset_critic=True',

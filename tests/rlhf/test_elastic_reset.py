@@ -292,6 +292,12 @@ def test_compared_methods_differ_where_they_should():
         params = {'x': jnp.full(1, float(k + 1))}
         elastic, params, _ = er.apply(config, elastic, params, (), config.due('step', k))
         assert er.reference(config, elastic, params)['x'] == (k + 1) // period * period
+    # In a run whose resets are of iterations, its renewals are; whatever the average of the others ticks at.
+    settings = dict(tick_on='step', tick_every=3, tick_offset=2, reset_on='iteration', reset_offset=0,
+                    reset_skip_first=True)
+    renewing, resetting = (er.method(name, period, **settings) for name in ('reference_reset', 'reset_to_init'))
+    assert [k for k in range(13) if renewing.due('iteration', k).tick] == resetting.resets(13) == [4, 8, 12]
+    assert not any(renewing.due(event, k).tick for event in ('step', 'epoch') for k in range(13))
     with pytest.raises(ValueError, match="method='warp'"):
         er.method('warp', period)
 

@@ -95,6 +95,7 @@ def test_online_dpo(loss_type, ties, case):
         losses.append(np.log1p(np.exp(-.3 * h)) if loss_type == 'sigmoid' else (h - 1 / .6) ** 2)
     got, _, metrics = loss_of(settings('online_dpo', loss_type=loss_type, ties=ties, beta=.3), case)
     assert got == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics['kl'] == pytest.approx(np.mean([sum(kl(case, b, k)) for b in range(B) for k in range(K)]), abs=1e-5)
     assert metrics['tied'] == 1 / B
     assert metrics['reward_gap'] == pytest.approx(np.ptp(found, 1).mean(), rel=1e-6)
 
@@ -130,10 +131,14 @@ def test_rloo(correction, case):
 def test_proximal_rloo(case):
     """The ratio is taken against the sampler, whatever the learner was."""
     advantages = left_out(scores(case, .3, 'k2'))
-    losses = [clipped(advantages[b, k], np.exp(total(case, 'new', b, k) - total(case, 'logprobs', b, k)))
-              for b, k in np.ndindex(B, K)]
-    got, _, _ = loss_of(settings('proximal_rloo', kl_coefficient=.3, kl_estimator='k2'), case)
-    assert got == pytest.approx(np.mean(losses), rel=1e-5)
+    ratios = {(b, k): np.exp(total(case, 'new', b, k) - total(case, 'logprobs', b, k)) for b, k in np.ndindex(B, K)}
+    found = []
+    for high in (.2, .6):
+        losses = [clipped(advantages[i], ratio, high=high) for i, ratio in ratios.items()]
+        config = settings('proximal_rloo', kl_coefficient=.3, kl_estimator='k2', clip_high=high if high != .2 else 0)
+        found.append(loss_of(config, case)[0])
+        assert found[-1] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert abs(found[0] - found[1]) > 1e-3
 
 
 @pytest.mark.parametrize('mean_over,correction,scale', [('sequence', 'none', True), ('token', 'mask', True),
@@ -153,7 +158,8 @@ def test_grpo(mean_over, correction, scale, case):
                                                              worth['policy']))
             w = np.exp(own - old)
             w = {'none': 1, 'truncate': min(w, 1.1), 'mask': w * (w <= 1.1)}[correction]
-            row.append(w * clipped(advantages[b, k], np.exp(new - old), .2, .4)
+            center = old if correction == 'none' else own
+            row.append(w * clipped(advantages[b, k], np.exp(new - center), .2, .4)
                        + .3 * (np.exp(ref - new) - 1 - (ref - new)))
         losses.append(row)
     expected = np.mean(sum(losses, [])) if mean_over == 'token' else np.mean([np.mean(row) for row in losses])
@@ -226,7 +232,7 @@ def test_ppo(correction, after_eos, case):
         new, old, own = float(worth['new'][i]), float(batch['logprobs'][i]), float(worth['policy'][i])
         w = np.exp(own - old)
         w = {'none': 1, 'truncate': min(w, 1.1), 'mask': w * (w <= 1.1), 'decoupled': min(w, 1.1)}[correction]
-        center = own if correction == 'decoupled' else old
+        center = old if correction == 'none' else own
         losses.append(w * clipped((advantages[i] - mean) / deviation, np.exp(new - center)))
     errors = []
     for b, k, t in np.ndindex(B, K, L):
@@ -264,6 +270,25 @@ def test_corrections_change_stale_samples_and_no_fresh_ones(name, correction, ca
     assert loss_of(plain, case, policy='policy', sampler='policy')[0] == pytest.approx(
         loss_of(corrected, case, policy='policy', sampler='policy')[0], rel=1e-6)
     assert abs(loss_of(plain, case)[0] - loss_of(corrected, case)[0]) > 1e-3
+
+
+@pytest.mark.parametrize('name,correction', [('ppo', 'truncate'), ('ppo', 'mask'), ('ppo', 'decoupled'),
+                                             ('grpo', 'truncate'), ('rloo', 'truncate')])
+def test_a_corrected_gradient_counts_staleness_once(name, correction, case):
+    """Before the first update, and with no bound in reach, a stale token's gradient is that of a fresh one times what
+    the two policies differ by: of the token, or of its sequence where the whole sequence is weighed."""
+    def gradient(correction, sampler):
+        config = settings(name, correction=correction, correction_cap=1e6, clip=1.0, kl_coefficient=0)
+        (rows, _), at = prepared(config, case, sampler=sampler)
+        algorithm, values = algorithms.get(config), at('new_values')(rows)
+        loss = lambda new: algorithm.loss(config, new, values if algorithm.critic else None, rows)[0]
+        return np.asarray(jax.grad(loss)(at('policy')(rows)))
+    mask = case[0]['mask']
+    fresh, stale = gradient('none', 'policy'), gradient(correction, None)
+    differ = np.where(mask, case[1]['policy'] - case[0]['logprobs'], 0)
+    weights = np.exp(differ.sum(-1, keepdims=True) if name == 'rloo' else differ)
+    assert np.abs(weights - 1).max() > .1
+    np.testing.assert_allclose(stale[mask], (fresh * weights)[mask], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize('fields,message', [

@@ -12,6 +12,7 @@ from configs.rlhf import base
 from experiments.rlhf.policy import algorithms
 from experiments.rlhf.policy import step as policy_step
 from experiments.rlhf.policy.kind import Networks
+from experiments.runtime import optim
 from rlhf_jax import elastic_reset as er
 
 
@@ -55,13 +56,14 @@ class Table(Networks):
         return jax.nn.log_softmax(params['policy']['logits'])[rows['tokens'][..., -length:]], None
 
 
-def one_step(**algorithm):
+def one_step(optimizer=None, **algorithm):
     """State and metrics after one batch of 4 prompts with 2 samples of 3 tokens."""
     config = base.policy()
     config.batch_size = 4
     config.algorithm.update(dict(name='rloo', num_samples=2, kl_coefficient=0.0) | algorithm)
     elastic = er.method('elastic_reset', 2, decay=0.5, tick_on='epoch', reset_on='iteration', policy=r'policy/.*')
-    step = policy_step.PolicyStep(config, algorithms.get(config.algorithm), Table(config), elastic, optax.adam(0.3), 1)
+    step = policy_step.PolicyStep(config, algorithms.get(config.algorithm), Table(config), elastic,
+                                  optimizer or optax.adam(0.3), 1)
     tokens = np.random.default_rng(0).integers(0, 5, (4, 2, 3))
     batch = {'tokens': tokens, 'prompt_mask': np.ones((4, 2, 0), bool), 'mask': np.ones((4, 2, 3), bool),
              'logprobs': np.full((4, 2, 3), -math.log(5)), 'rewards': (tokens == 2).sum(-1).astype(float),
@@ -86,6 +88,23 @@ def test_updates_stop_once_the_policy_is_too_far_from_what_drew_the_batch():
     assert metrics['stopped_updates'] == 0.75  # an epoch in which one update was made ticks, the other does not
     np.testing.assert_allclose(within.extra['elastic'].ema['policy']['logits'],
                                within.params['policy']['logits'] / 2, rtol=1e-6)
+
+
+def test_schedules_go_on_where_updates_stop():
+    """They last as long as the run does, whatever of it is left out."""
+    config = base.policy().optimizer
+    config.update(learning_rate=dict(peak=0.3, decay='linear', warmup_steps=0), groups=())
+    optimizer = optim.adamw(config, {'policy': {'logits': jnp.zeros(5)}}, 12, clock=lambda n: n // 4 + 1)
+    for of_run, algorithm in ((12, dict(num_epochs=12)), (8, dict(num_epochs=4, num_minibatches=2))):
+        state, metrics = one_step(optimizer, stop_kl=1e-9, **algorithm)
+        assert metrics['stopped_updates'] == 1 - 1 / of_run
+        adam, = (x for x in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(x))
+        *_, clock = (x for x in jax.tree.leaves(state.opt_state) if np.shape(x) == ())
+        assert (adam.count, clock) == (1, of_run)
+
+
+def is_adam(x):
+    return isinstance(x, optax.ScaleByAdamState)
 
 
 def test_a_bound_on_updates_needs_scores_of_what_was_drawn():

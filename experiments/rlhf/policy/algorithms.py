@@ -119,10 +119,10 @@ def drift(settings: Any, scorers: Scorers, batch: Rows, ref: Array) -> tuple[Arr
 def _prepare_dpo(settings, batch, scorers, _):
     best, worst, counts = losses.best_worst(batch['rewards'], ties=settings.ties)
     pair = jnp.stack([best, worst], 1)
+    ref = scorers.reference(batch)
+    _, metrics = drift(settings, scorers, batch, ref)  # of all: the two chosen by reward are not the policy's average
     rows = completions(scorers, batch, index=pair)
-    ref = scorers.reference(rows)
-    _, metrics = drift(settings, scorers, rows, ref)
-    rows |= {'ref': sequence_logprobs(ref, rows['mask']), 'counts': counts}
+    rows |= {'ref': sequence_logprobs(pick(ref, pair), rows['mask']), 'counts': counts}
     measures = losses.group_metrics(batch['rewards'])
     return rows, metrics | {name: measures[name] for name in ('tied', 'reward_gap')}
 
@@ -151,6 +151,23 @@ def _count_best_of_n(_, rows):
     return jnp.isfinite(rows['rewards'][:, 0]).astype(jnp.float32)
 
 
+# ---- Stale samples under ratios of tokens ----------------------------------------------------------------------------
+
+def _with_proximal(settings, rows, scorers):
+    """`rows` with the log-probabilities around which ratios are clipped where stale samples are corrected: those of
+    the learner before the batch. Weights carry what it differs by from the sampler, and ratios only what is learnt
+    from there on; ratios to the sampler beside such weights would count the difference twice."""
+    return rows if settings.correction == 'none' else rows | {'proximal': scorers.policy(rows)}
+
+
+def _correction(settings, rows):
+    """Importance weights of the tokens of `rows`, None without a correction."""
+    if 'proximal' not in rows:
+        return None
+    return losses.importance_weights(rows['proximal'], rows['logprobs'], rows['mask'], cap=settings.correction_cap,
+                                     beyond='mask' if settings.correction == 'mask' else 'truncate')
+
+
 # ---- RLOO, GRPO ------------------------------------------------------------------------------------------------------
 
 def _left_out(settings, batch, scorers, coefficient):
@@ -162,18 +179,13 @@ def _left_out(settings, batch, scorers, coefficient):
     return completions(scorers, batch) | {'advantages': advantages}, metrics
 
 
-def _with_weights(settings, rows, scorers, level):
-    """`rows` with importance weights for what stale samples differ by, where these are asked for."""
-    if settings.correction in ('truncate', 'mask'):
-        weights = losses.importance_weights(scorers.policy(rows), rows['logprobs'], rows['mask'],
-                                            cap=settings.correction_cap, level=level, beyond=settings.correction)
-        rows['weights'] = weights
-    return rows
-
-
 def _prepare_rloo(settings, batch, scorers, coefficient):
     rows, metrics = _left_out(settings, batch, scorers, coefficient)
-    return _with_weights(settings, rows, scorers, 'sequence'), metrics
+    if settings.correction != 'none':
+        rows['weights'] = losses.importance_weights(
+            scorers.policy(rows), rows['logprobs'], rows['mask'], cap=settings.correction_cap, level='sequence',
+            beyond=settings.correction)
+    return rows, metrics
 
 
 def _rloo(settings, logprobs, _, rows):
@@ -181,7 +193,8 @@ def _rloo(settings, logprobs, _, rows):
 
 
 def _proximal_rloo(settings, logprobs, _, rows):
-    return losses.proximal_rloo(logprobs, rows['logprobs'], rows['advantages'], rows['mask'], clip=settings.clip)
+    return losses.proximal_rloo(logprobs, rows['logprobs'], rows['advantages'], rows['mask'], clip=settings.clip,
+                                clip_high=settings.clip_high or None)
 
 
 def _prepare_grpo(settings, batch, scorers, coefficient):
@@ -191,13 +204,14 @@ def _prepare_grpo(settings, batch, scorers, coefficient):
     rows = completions(scorers, batch) | {
         'advantages': advantages_lib.group_normalized(batch['rewards'], scale=settings.scale_rewards), 'ref': ref,
         'kl_coefficient': jnp.full((len(ref), 1, 1), coefficient)}
-    return _with_weights(settings, rows, scorers, 'token'), metrics
+    return _with_proximal(settings, rows, scorers), metrics
 
 
 def _grpo(settings, logprobs, _, rows):
-    return losses.grpo(logprobs, rows['logprobs'], rows['advantages'], rows['mask'], ref_logprobs=rows['ref'],
-                       beta=rows['kl_coefficient'], clip=settings.clip, clip_high=settings.clip_high or None,
-                       mean_over=settings.mean_over, weights=rows.get('weights'))
+    return losses.grpo(logprobs, rows.get('proximal', rows['logprobs']), rows['advantages'], rows['mask'],
+                       ref_logprobs=rows['ref'], beta=rows['kl_coefficient'], clip=settings.clip,
+                       clip_high=settings.clip_high or None, mean_over=settings.mean_over,
+                       weights=_correction(settings, rows))
 
 
 def _count_grpo(settings, rows):
@@ -217,19 +231,18 @@ def _prepare_ppo(settings, batch, scorers, coefficient):
     advantages = advantages_lib.whiten(advantages, mask) if settings.whiten else masked.zeroed(advantages, mask)
     rows = completions(scorers, batch) | {'advantages': advantages, 'returns': returns, 'old_values': values,
                            'values_mask': values_mask}
-    if settings.correction == 'decoupled':
-        rows['proximal'] = scorers.policy(batch)
-    return _with_weights(settings, rows, scorers, 'token'), metrics | {'return': masked.mean(returns, values_mask)}
+    return _with_proximal(settings, rows, scorers), metrics | {'return': masked.mean(returns, values_mask)}
 
 
 def _ppo(settings, logprobs, values, rows):
     mask, advantages = rows['mask'], rows['advantages']
     bounds = dict(clip=settings.clip, clip_high=settings.clip_high or None)
-    if settings.correction == 'decoupled':
-        loss, metrics = losses.decoupled_ppo(logprobs, rows['proximal'], rows['logprobs'], advantages, mask,
-                                             cap=settings.correction_cap, **bounds)
+    if settings.correction == 'none':
+        loss, metrics = losses.ppo(logprobs, rows['logprobs'], advantages, mask, **bounds)
     else:
-        loss, metrics = losses.ppo(logprobs, rows['logprobs'], advantages, mask, weights=rows.get('weights'), **bounds)
+        loss, metrics = losses.decoupled_ppo(
+            logprobs, rows['proximal'], rows['logprobs'], advantages, mask, cap=settings.correction_cap,
+            beyond='mask' if settings.correction == 'mask' else 'truncate', **bounds)
     critic, more = losses.value_loss(values, rows['old_values'], rows['returns'], rows['values_mask'],
                                      clip=settings.value_clip or None)
     return loss + settings.value_coefficient * critic, metrics | more | {'value_loss': critic}

@@ -150,7 +150,11 @@ def elastic_config(config: ml_collections.ConfigDict) -> er.ElasticReset | None:
     fields['critic'] = r'value/.*' if algorithms.get(algorithm).critic else ''
     method = er.method(elastic.method, elastic.period, **fields)
     events = {'iteration': 1, 'epoch': algorithm.num_epochs, 'step': algorithm.num_epochs * algorithm.num_minibatches}
-    method.resets(config.num_steps * events[method.reset_on])
+    count = config.num_steps * events[method.reset_on]
+    method.resets(count)
+    if elastic.method == 'reference_reset' and not any(method.due(method.tick_on, k).tick for k in range(count)):
+        raise ValueError(f'elastic.period={elastic.period} is longer than the run of {count} {method.reset_on}s: the '
+                         'reference would never be renewed')
     return method
 
 

@@ -216,8 +216,9 @@ class PolicyStep:
         if self._settings.stop_kl:
             # Measured before the update. Once too far, always too far: other minibatches may lie nearer by chance.
             stopped = jnp.maximum(updated.stopped, jnp.float32(metrics['sampler_kl'] > self._settings.stop_kl))
-            trained, opt_state = jax.tree.map(lambda old, new: jnp.where(stopped > 0, old, new),
-                                              (updated.trained, updated.opt_state), (trained, opt_state))
+            before = updated.trained, optim.left_out(updated.opt_state, opt_state)
+            trained, opt_state = jax.tree.map(lambda old, new: jnp.where(stopped > 0, old, new), before,
+                                              (trained, opt_state))
             updated = updated._replace(stopped=stopped)
             metrics = metrics | {'stopped_updates': stopped}
         updated = self._after('step', k, updated._replace(trained=trained, opt_state=opt_state), updated.stopped)
