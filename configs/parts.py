@@ -83,9 +83,9 @@ def learning() -> dict:
             mesh=dict(data=-1, fsdp=1, tensor=1),  # of the generating devices
             transport='devices',  # devices | files | transfer: generators are other processes (experiments.generate)
             address='127.0.0.1:0',  # of this machine, that a transfer's learner listens on: host:port, 0 for any port
-            num_generators=1,  # processes, where they are
+            num_generators=1,  # processes, where they are (transfer: one)
             threaded=True,  # False: the same batches, generated in the loop
-            newest=False,  # each batch with the newest weights there are
+            newest=False,  # each batch with the newest weights there are (devices)
             chunk=0,  # tokens between looks for new weights while generating (in-flight updates); 0: not looked for
             slots=0,  # rows that decode at a time, refilled as they end; 0: waves of whole prompts, as many as fit
             memory=0.0,  # GiB a device that a wave may take beside its weights; 0: what the device has left

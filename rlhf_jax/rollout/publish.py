@@ -219,9 +219,9 @@ class Files:
 class Transfer:
     """From device to device between processes, by `jax.experimental.transfer`; the folder only says who holds what.
 
-    Each version can be pulled once by each of `num_readers`, and is held until then; a reader therefore fetches every
-    version (the stream's exact order does), and one that was killed starts again at the next. Where that is not good
-    enough, use `Files`.
+    Each version can be pulled once by each of `num_readers`, and is held until then; a reader therefore has to fetch
+    every version (a single generator does in the stream's exact order; several, which share the batches, would not),
+    and one that was killed starts again at the next. Where that is not good enough, use `Files`.
 
     Nothing asks who pulls, and nothing is encrypted: whoever can connect to the address, and guesses the number of an
     offer (48 random bits, which the folder holds), can read the weights. Let it be one of a network that you trust.

@@ -474,6 +474,7 @@ def no_method(**fields):
 
 
 @pytest.mark.parametrize('fields, message', [
+    (dict(accumulate=2), 'accumulate=2: losses are means over the tokens of a batch'),
     (dict(elastic__period=9), 'elastic.period=9 is longer than the run of 8 steps'),
     (dict(elastic__method='warp'), "method='warp' is not one of"),
     (dict(elastic__agents='listener'), "elastic.agents='listener' is not one of"),

@@ -41,6 +41,12 @@ def loaded(trained):
     return language_model.load(trained)
 
 
+@pytest.mark.parametrize('name', ['speaker', 'listener', 'language_model'])
+def test_microbatches_would_be_another_loss(name):
+    with pytest.raises(ValueError, match='accumulate=2: losses are means over the tokens of a batch'):
+        train.build(config_of(name, accumulate=2), one_device())
+
+
 def test_a_word_is_predicted_from_those_before_it():
     model, tokens = LSTMLanguageModel(9, width=8), jnp.array([[2, 4, 5, 6, 3], [2, 4, 5, 8, 3]])
     params = jax.jit(model.init)(jax.random.key(0), tokens)

@@ -32,6 +32,19 @@ def check(config: ml_collections.ConfigDict) -> None:
                          'of this machine in the network that they share with it')
     if rollout.num_generators < 1:
         raise ValueError(f'rollout.num_generators={rollout.num_generators} must be at least 1')
+    if rollout.newest and rollout.transport != 'devices':
+        raise ValueError(f'rollout.newest=True with rollout.transport={rollout.transport!r}: generators in processes '
+                         'of their own are told beforehand which version each batch is of; set it to False')
+    if rollout.transport == 'transfer':
+        if rollout.num_generators > 1:
+            raise ValueError(f"rollout.num_generators={rollout.num_generators} with rollout.transport='transfer': a "
+                             'version is held until each of them has pulled it, and they would pull only those of '
+                             "their own batches; set it to 1, or take 'files'")
+        if rollout.chunk and rollout.max_staleness > 1:
+            raise ValueError(f"rollout.chunk={rollout.chunk} with rollout.transport='transfer' and "
+                             f'rollout.max_staleness={rollout.max_staleness}: a version can be pulled once, and one '
+                             'taken up within a batch may be needed again for a later one; set it to 0, or take '
+                             "'files'")
     if rollout.chunk and not rollout.max_staleness:
         raise ValueError(f'rollout.chunk={rollout.chunk} looks for newer weights while generating, but with '
                          'rollout.max_staleness=0 none come meanwhile; set one of them')

@@ -73,6 +73,13 @@ def batch_spec(config: ml_collections.ConfigDict, languages: tuple[str, ...], un
     return spec | {f'{language}_length': jax.ShapeDtypeStruct((rows,), jnp.int32) for language in languages}
 
 
+def whole_batches(config: ml_collections.ConfigDict) -> None:
+    """Raises a ValueError for microbatches."""
+    if config.accumulate != 1:
+        raise ValueError(f'accumulate={config.accumulate}: losses are means over the tokens of a batch, and its '
+                         'microbatches have more and fewer of them; set it to 1')
+
+
 def open_batches(config: ml_collections.ConfigDict, languages: tuple[str, ...], unit: int,
                  share: placement.Share = placement.WHOLE) -> data_lib.LengthBatches:
     corpus = data_lib.open_corpus(config, config.data.train, languages)
@@ -99,11 +106,12 @@ def carrying_vocabulary(config: ml_collections.ConfigDict, languages: tuple[str,
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
+    whole_batches(config)
     languages = tuple(config.languages)
     if languages not in PAIRS.values():
         raise ValueError(f'languages={languages} is not one of {tuple(PAIRS.values())}')
     model, (first, second) = make_agent(config), languages
-    unit = mesh_lib.batch_shards(mesh) * config.accumulate
+    unit = mesh_lib.batch_shards(mesh)
 
     def loss(params, state, batch, rng):
         logprobs, mask = target_logprobs(model, params, source(batch, first), batch, second,

@@ -210,7 +210,7 @@ def batch_shapes(config: ml_collections.ConfigDict, unit: int = 1) -> list[tuple
     A step compiles once for a shape, so there are few: `data.lengths`. `batch_size` is the rows of the longest.
 
     Args:
-        unit: devices x microbatches, which divides the rows.
+        unit: devices, whose number divides the rows.
 
     Raises:
         ValueError: lengths that do not ascend, or too short to hold a token between BOS and EOS.

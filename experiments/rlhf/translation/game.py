@@ -39,9 +39,8 @@ RULES = partition.prefixed('(?:speaker|listener)', seq2seq.PARTITION_RULES)
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
     check(config)
-    shards = mesh_lib.batch_shards(mesh)
-    unit = shards * config.accumulate
-    game = TranslationGame(config, make_method(config), shards)
+    unit = mesh_lib.batch_shards(mesh)
+    game = TranslationGame(config, make_method(config))
 
     def hooks(writer):
         generations = [imitation.Generations(config, game.model, mesh)] if imitation.wanted(config) else []
@@ -58,6 +57,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises a ValueError for settings out of range."""
+    agents.whole_batches(config)
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f'algorithm={config.algorithm!r} is not one of {ALGORITHMS}')
     message = config.message
@@ -100,14 +100,13 @@ class TranslationGame:
     Args:
         config: of the run.
         method: of resets and KL reference; None: neither.
-        shards: devices that a batch is laid out over.
 
     Attributes:
         model: of both agents.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, method: elastic_reset.ElasticReset | None, shards: int):
-        self._config, self._method, self._shards = config, method, shards
+    def __init__(self, config: ml_collections.ConfigDict, method: elastic_reset.ElasticReset | None):
+        self._config, self._method = config, method
         self.model = agents.make_agent(config)
         shapes = jax.eval_shape(self.init_params, jax.random.key(0))
         self._optimizer = optim.adamw(config.optimizer, shapes, config.num_steps)
@@ -237,8 +236,7 @@ class TranslationGame:
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update of both agents; it is one rollout and one update, so also an iteration of Elastic Reset."""
         rng = jax.random.fold_in(state.rng, state.step)
-        (value, metrics), grads = optim.value_and_grad(
-            lambda p, b, r: self.loss(p, state, b, r), state.params, batch, rng, self._config.accumulate, self._shards)
+        (value, metrics), grads = jax.value_and_grad(self.loss, has_aux=True)(state.params, state, batch, rng)
         params, opt_state, norm = optim.apply(self._optimizer, grads, state)
         extra = dict(state.extra)
         if self._method:

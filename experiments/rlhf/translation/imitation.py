@@ -72,8 +72,7 @@ class Generations:
 
     def __init__(self, config: ml_collections.ConfigDict, model: seq2seq.Seq2Seq, mesh: Mesh):
         self._config, self._model = config, model
-        unit = mesh_lib.batch_shards(mesh) * config.accumulate
-        self._batches = agents.open_batches(config, ('fr', 'de'), unit, placement.share_of(mesh))
+        self._batches = agents.open_batches(config, ('fr', 'de'), mesh_lib.batch_shards(mesh), placement.share_of(mesh))
         self._place = functools.partial(placement.place_batch, sharding=mesh_lib.batch_sharding(mesh))
         self._whole = mesh_lib.replicated(mesh)
         self._learn = {'speaker': self._step('speaker', self.speaker_loss),

@@ -49,8 +49,8 @@ def logprobs_of(model: lstm.LSTMLanguageModel, params: Any, tokens: Array, lengt
 
 
 def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
-    model = make_model(config)
-    unit = mesh_lib.batch_shards(mesh) * config.accumulate
+    agents.whole_batches(config)
+    model, unit = make_model(config), mesh_lib.batch_shards(mesh)
 
     def loss(params, state, batch, rng):
         logprobs, mask = logprobs_of(model, params, batch['en'], batch['en_length'],
