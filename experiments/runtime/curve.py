@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.runtime import metrics, storage
+from experiments.runtime import metrics, processes, storage
 
 # Flags that say where and how fast, not what is measured.
 _NOT_OF_THE_MEASUREMENT = (
@@ -41,8 +41,9 @@ class Curve:
             raise ValueError(f'--json={path}: is there already and holds no curve; choose another file')
 
     def missing(self, steps: Sequence[int]) -> list[int]:
-        """Those of `steps` that have no row yet."""
-        return [step for step in steps if step not in self._rows]
+        """Those of `steps` that have no row yet. The processes of a job call it together and get what process 0 finds,
+        which writes the rows: a shared disk may show them to the others later, and measuring takes all of them."""
+        return processes.agreed([step for step in steps if step not in self._rows])
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the row of `step`; of nested `values` the names are joined by dots."""

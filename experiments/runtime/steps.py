@@ -67,9 +67,15 @@ def of_places(step: str, places: Sequence[str]) -> list[int]:
     """The steps that `--step` means of `places` to read, which have `PLACE` in their names: those that are there,
     oldest first.
 
+    The processes of a job call it together and get the steps that process 0 finds, for more may still be written.
+
     Raises:
         FileNotFoundError: there is none, or not all places have that of `step`.
     """
+    return processes.agreed(_of_places(step, places) if jax.process_index() == 0 else None)
+
+
+def _of_places(step: str, places: Sequence[str]) -> list[int]:
     there = set.intersection(*(set(_steps_at(place)) for place in places))
     if step not in ('all', 'last'):
         there &= {int(step)}

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.runtime import curve, metrics, steps
+from experiments.runtime import curve, metrics, processes, steps
 from experiments.runtime.checkpoint import Checkpointer
 from experiments.runtime.hooks import Metrics
 from experiments.runtime.retention import Retention, best_by
@@ -78,6 +78,20 @@ def test_metrics_of_a_state_are_those_measured_of_it():
     measured.note(7, {'loss': 2.0})
     assert measured.measured(8) == {'loss': 2.0} and measured.measured(4) == {'eval_reward': 1.0}
     assert measured.measured(6) == {}  # of a later state
+
+
+def test_what_is_measured_is_what_process_0_finds(tmp_path, monkeypatch):
+    """Another process, whose disk shows other rows and samples, leaves none of the steps out and adds none."""
+    curve.Curve(tmp_path / 'curve.jsonl', 'a').add(2, {'loss': 1.0})
+    (tmp_path / '2.npz').touch()
+    places = [f'{tmp_path}/{{step}}.npz']
+    assert curve.Curve(tmp_path / 'curve.jsonl', 'a').missing([2, 4]) == [4]
+    assert steps.of_places('all', places) == [2]
+    monkeypatch.setattr(processes, 'agreed', lambda value: [2, 4])
+    monkeypatch.setattr(jax, 'process_index', lambda: 1)
+    assert curve.Curve(tmp_path / 'curve.jsonl', 'a').missing([2, 4]) == [2, 4]
+    assert steps.of_places('all', places) == [2, 4]
+    assert steps.of_places('all', [f'{tmp_path}/late/{{step}}.npz']) == [2, 4]
 
 
 def test_a_curve_goes_on_and_mixes_nothing(tmp_path):
