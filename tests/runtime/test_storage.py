@@ -151,16 +151,20 @@ def test_parts_of_a_store_are_put_together_by_whoever_reads_it(bucket, tmp_path)
     assert not storage.resolve(path + '.shards').exists()
 
 
-def test_an_upload_that_breaks_off_is_no_store(bucket, monkeypatch):
+def test_an_upload_that_breaks_off_is_no_store_and_is_made_anew(bucket, monkeypatch, tmp_path):
     real = storage.epath.Path.copy
     def failing(self, target, **options):
         if self.name == 'names.txt':
             raise OSError('connection lost')
         return real(self, target, **options)
-    monkeypatch.setattr(type(storage.epath.Path('x')), 'copy', failing)
-    with pytest.raises(OSError, match='connection lost'):
-        fill(bucket + '/codes')
+    with monkeypatch.context() as broken:
+        broken.setattr(type(storage.epath.Path('x')), 'copy', failing)
+        with pytest.raises(OSError, match='connection lost'):
+            fill(bucket + '/codes')
     assert not (storage.resolve(bucket) / 'codes' / 'meta.json').exists()
+    assert fill(bucket + '/codes') == 6
+    storage.remove(tmp_path / 'cache')  # another machine
+    np.testing.assert_array_equal(codestore.open_code_store(bucket + '/codes').array('codes')[:, 0], range(6))
 
 
 def test_a_store_that_has_changed_is_copied_again(bucket, tmp_path):

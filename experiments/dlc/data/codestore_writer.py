@@ -2,7 +2,7 @@
 
 Rows are streamed into `<path>.partial`, which is renamed when all are there; interrupted, writing continues after the
 last rows known to be on disk. Without `num_codes` in its meta it is a store of other rows, such as images. A store at a
-URL (`gs://...`) is written to a local cache and copied there when it is complete.
+URL (`gs://...`) is written to a local cache and copied there when it is complete; a copy that broke off is made anew.
 """
 import errno
 import io
@@ -57,7 +57,9 @@ class writer:
 
     def __enter__(self) -> 'writer':
         if self._remote and (storage.resolve(self._remote) / 'meta.json').exists():
-            return self._finished_before(storage.resolve(self._remote) / 'meta.json', self._remote)
+            self._finished_before(storage.resolve(self._remote) / 'meta.json', self._remote)
+            self._remote = None  # nothing to upload
+            return self
         if (self.path / 'meta.json').exists():
             return self._finished_before(self.path / 'meta.json', self.path)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -83,7 +85,7 @@ class writer:
         """Takes the finished store at `where` for this one, or raises."""
         before = read_meta(meta, of_codes=False)
         self._claim({'items': before['num']} | before, where)
-        self.done, self._finished, self._remote = self.meta['items'], True, None
+        self.done, self._finished = self.meta['items'], True
         return self
 
     def _claim(self, before: Mapping[str, Any], where: str | pathlib.Path) -> None:
