@@ -4,6 +4,7 @@ Work directories, checkpoints and results are read and written in place. What ha
 library that knows local files only, comes through `local_copy`.
 """
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -144,6 +145,7 @@ def cached(path: str | os.PathLike) -> pathlib.Path:
 
 def local_copy(path: str | os.PathLike) -> pathlib.Path:
     """`path` itself where it is local; else a copy of that file or flat folder, made again when sizes or dates change.
+    Of several processes of a machine one makes it, and the others wait for it.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -159,24 +161,37 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
     signature = {name: [stat.length, stat.mtime] for name, stat in sorted(stats.items())}
     target = cached(path)
     note = target.with_name('copied.json')
-    if target.exists() and note.exists() and json.loads(note.read_text()) == signature:
+    if _is_copied(target, note, signature):
         return target
     partial = target.with_name(f'{target.name}.{os.getpid()}')
-    log.info('%s: copying %.2f GB to %s', path, sum(size for size, _ in signature.values()) / 1e9, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            partial.mkdir()
-        for file in files:
-            file.copy(partial / file.name if source.is_dir() else partial, overwrite=True)
-        remove(target)
-        partial.replace(target)
-        note.write_text(json.dumps(signature))
+        with open(target.with_name('copied.lock'), 'wb') as lock:
+            with contextlib.suppress(OSError):  # of a disk without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_copied(target, note, signature):  # by another process, while this one waited
+                return target
+            log.info('%s: copying %.2f GB to %s', path, sum(size for size, _ in signature.values()) / 1e9, target)
+            if source.is_dir():
+                partial.mkdir()
+            for file in files:
+                file.copy(partial / file.name if source.is_dir() else partial, overwrite=True)
+            remove(target)
+            partial.replace(target)
+            write_json(note, signature)
     except OSError as error:
         remove(partial)
         raise OSError(f'{path}: could not be copied to {target} ({error.strerror or error}); make room or set '
                       'EXPERIMENTS_CACHE to another disk') from None
     return target
+
+
+def _is_copied(target: pathlib.Path, note: pathlib.Path, signature: Mapping[str, Any]) -> bool:
+    """Whether `target` is there and `note` says that it is a copy of what has that signature."""
+    try:
+        return target.exists() and json.loads(note.read_text()) == signature
+    except (OSError, ValueError):  # not there, or damaged
+        return False
 
 
 def upload(folder: pathlib.Path, path: str | os.PathLike, *, last: str) -> None:

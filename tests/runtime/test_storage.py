@@ -1,6 +1,8 @@
 """Runs at a URL, on fsspec's file system in memory in place of a bucket: the same calls as for `gs://`, no network."""
 import json
 import sys
+import threading
+import time
 
 import ml_collections
 import numpy as np
@@ -177,6 +179,40 @@ def test_a_store_that_has_changed_is_copied_again(bucket, tmp_path):
     storage.epath.Path(tmp_path / 'codes.npy').copy(storage.resolve(path) / 'codes.npy', overwrite=True)
     (storage.resolve(path) / 'meta.json').write_text(json.dumps(meta))
     assert (codestore.open_code_store(path).array('codes') == 5).all()
+
+
+def test_a_note_of_a_copy_that_was_cut_short_costs_a_copy(bucket):
+    (storage.resolve(bucket) / 'w').mkdir(parents=True)
+    (storage.resolve(bucket) / 'w' / 'a.txt').write_text('x')
+    copy = storage.local_copy(bucket + '/w')
+    copy.with_name('copied.json').write_text('{"a.t')
+    (copy / 'a.txt').write_text('changed')
+    assert storage.local_copy(bucket + '/w') == copy and (copy / 'a.txt').read_text() == 'x'
+    assert json.loads(copy.with_name('copied.json').read_text()).keys() == {'a.txt'}
+
+
+def test_processes_of_a_machine_do_not_take_copies_away_from_each_other(bucket, monkeypatch):
+    """One copies; another, which looked before that was done, waits and takes the same copy."""
+    (storage.resolve(bucket) / 'w').mkdir(parents=True)
+    for name in 'ab':
+        (storage.resolve(bucket) / 'w' / f'{name}.txt').write_text('x')
+    real, copied = type(storage.resolve(bucket)).copy, []
+
+    def slow(self, target, **options):
+        copied.append(self.name)
+        begun.set()
+        time.sleep(0.2)
+        return real(self, target, **options)
+    begun, found = threading.Event(), []
+    monkeypatch.setattr(type(storage.resolve(bucket)), 'copy', slow)
+    threads = [threading.Thread(target=lambda: found.append(storage.local_copy(bucket + '/w'))) for _ in range(2)]
+    threads[0].start()
+    begun.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert sorted(copied) == ['a.txt', 'b.txt'] and len(set(found)) == 1 and len(found) == 2
+    assert sorted(file.name for file in found[0].iterdir()) == ['a.txt', 'b.txt']
 
 
 def test_samples_and_reports(bucket):
