@@ -1,5 +1,6 @@
 """Which checkpoints of a run stay on disk: the newest, one every so many steps, and the best by a metric."""
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +46,8 @@ class Retention:
                     best_mode='min' if self.lowest else 'max')  # without `best_fn` Orbax stores no metrics
 
     def value(self, measured: Mapping[str, float]) -> float:
-        return measured[self.metric]
+        """The metric of a step; one that was saved while another metric was kept the best by is the worst."""
+        return measured.get(self.metric, math.inf if self.lowest else -math.inf)
 
 
 def best_by(keep: str) -> tuple[str, bool]:

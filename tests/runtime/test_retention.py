@@ -40,6 +40,16 @@ def test_a_step_without_its_metric_is_no_candidate_and_said_once(tmp_path, caplo
     assert len(lines) == 2 and 'at step 1 (there are loss)' in lines[0] and 'at step 4' in lines[1]  # one a start
 
 
+@pytest.mark.parametrize('lowest, best', [(False, 5), (True, 6)])
+def test_steps_kept_by_another_metric_are_the_worst(tmp_path, lowest, best):
+    assert fill(tmp_path, Retention(1, metric='loss', lowest=True), lambda step: {'loss': 1 / step}, last=4) == [4]
+    checkpointer = Checkpointer(tmp_path / 'checkpoints', keep=Retention(1, metric='eval_reward', lowest=lowest))
+    for step, reward in ((5, -1.0), (6, -3.0), (7, -2.0)):
+        checkpointer.save(step, {'w': jnp.full(2, step)}, measured={'eval_reward': reward})
+    assert checkpointer.steps() == [best, 7]
+    checkpointer.close()
+
+
 def test_how_keep_is_written():
     assert best_by('') == ('', False)
     assert best_by('best:eval_reward') == ('eval_reward', False)
