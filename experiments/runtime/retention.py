@@ -8,8 +8,10 @@ from typing import Any
 import ml_collections
 from orbax.checkpoint import checkpoint_managers
 
-# Metrics whose name has one of these parts are better when lower; of others the highest value is the best.
-LOWER_IS_BETTER = ('loss', 'perplexity', 'nats', 'kl', 'fid', 'frechet', 'drift')
+# Metrics whose name has one of these parts, between underscores, are better when lower; of others the highest value is
+# the best. Fluency is measured in nats a token.
+LOWER_IS_BETTER = ('loss', 'losses', 'perplexity', 'nats', 'nll', 'ce', 'fluency', 'kl', 'fid', 'sfid', 'frechet',
+                   'drift', 'median_rank')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,4 +65,5 @@ def best_by(keep: str) -> tuple[str, bool]:
         raise ValueError(f"keep={keep!r}: write 'best:METRIC', such as best:eval_reward, or 'best:METRIC:min' and "
                          "'best:METRIC:max' to say which is better")
     metric, mode = match.groups()
-    return metric, mode == 'min' if mode else any(part in metric for part in LOWER_IS_BETTER)
+    name = f'_{re.sub(r"[^0-9A-Za-z]", "_", metric)}_'
+    return metric, mode == 'min' if mode else any(f'_{part}_' in name for part in LOWER_IS_BETTER)

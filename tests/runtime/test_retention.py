@@ -55,6 +55,11 @@ def test_how_keep_is_written():
     assert best_by('best:eval_reward') == ('eval_reward', False)
     assert best_by('best:heldout_loss') == ('heldout_loss', True)
     assert best_by('best:eval_kl:max') == ('eval_kl', False) and best_by('best:accuracy:min') == ('accuracy', True)
+    for metric in ('nll_en', 'ce_de', 'ce_pairs', 'fluency_en', 'image_median_rank', 'eval_kl_per_token', 'loss_ibot',
+                   'nats_per_token', 'drift_perplexity', 'samples.frechet', 'sfid', 'judge_losses'):
+        assert best_by(f'best:{metric}') == (metric, True)
+    for metric in ('bleu_de', 'image_recall_1', 'image_first_of_20', 'eval_accuracy', 'eval_confidence'):
+        assert best_by(f'best:{metric}') == (metric, False)
     for wrong in ('best', 'best:', 'newest:loss', 'best:loss:least'):
         with pytest.raises(ValueError, match="write 'best:METRIC'"):
             best_by(wrong)
