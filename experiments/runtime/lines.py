@@ -71,11 +71,16 @@ def _write_part(place: str, rows: range, unit: int, settings: str, make: Callabl
     written, done = b'', 0
     if growing.exists():
         before = growing.read_bytes()
-        if not before.startswith(head):
+        if not before.startswith(head) and not head.startswith(before):  # a part of the head: nothing was begun
             raise ValueError(f'{growing}: was begun with other flags; delete it, or choose another place')
         written, done = _up_to_mark(before[len(head):])
-    with open(growing, 'wb') if not storage.is_remote(place) else growing.open('wb') as file:
-        file.write(head + written + (f'#{done}\n'.encode() if done else b''))
+    begun = head + written + (f'#{done}\n'.encode() if done else b'')
+    local = not storage.is_remote(place)
+    if local:  # whoever is killed finds what was there before (an object store keeps it until all is written)
+        with storage.write_whole(growing) as file:
+            file.write(begun)
+    with open(growing, 'ab') if local else growing.open('wb') as file:
+        file.write(b'' if local else begun)
         for start in range(rows.start + done, rows.stop, unit):
             items = range(start, min(start + unit, rows.stop))
             lines = b''.join(json.dumps(row, ensure_ascii=False).encode() + b'\n' for row in make(items))

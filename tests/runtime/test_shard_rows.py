@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.runtime import modules, shards
+from experiments.runtime import lines, modules, shards
 from experiments.runtime.prefetch import ahead
 from experiments.runtime.shards import Shard
 
@@ -44,6 +44,32 @@ def test_what_was_begun_is_finished_as_it_was_begun(tmp_path, monkeypatch):
     assert shards.begun(out) == 4 and shards.of_this_process(None, out, 20, 4) == [Shard(1, 4), Shard(3, 4)]
     as_job(0, 1)
     assert shards.of_this_process(None, out, 20, 4) == [Shard(i, 4) for i in range(4)]
+
+
+def test_lines_survive_a_kill_before_the_first_block_of_a_start(tmp_path):
+    """What is on the disk while a block is made is what a kill then leaves, and it is gone on from."""
+    out, on_disk = tmp_path / 'out.jsonl', []
+    growing = shards.partial(out)
+
+    def write(last=0, settings='abc'):
+        def make(items):
+            on_disk.append(growing.read_bytes())
+            if len(on_disk) == last:
+                raise KeyboardInterrupt
+            return [{'i': i} for i in items]
+        return lines.write(str(out), 8, 2, None, settings, make)
+    for last, kept in ((3, 2), (4, 2), (6, 3)):
+        with pytest.raises(KeyboardInterrupt):
+            write(last)
+        assert on_disk[-1].startswith(b'#abc 0 8\n') and on_disk[-1].count(b'{"i"') == 2 * kept
+        growing.write_bytes(on_disk[-1])
+    with pytest.raises(ValueError, match='was begun with other flags'):
+        write(settings='other')
+    for head in (b'', b'#abc 0'):  # of a kill in the middle of one
+        growing.write_bytes(head)
+        with pytest.raises(KeyboardInterrupt):
+            write(len(on_disk) + 1)
+    assert write() and out.read_bytes() == b''.join(b'{"i": %d}\n' % i for i in range(8)) and not growing.exists()
 
 
 def test_devices_get_whole_units():
