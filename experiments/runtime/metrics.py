@@ -74,7 +74,9 @@ class MetricsWriter:
             self._try(lambda: self._wandb.log({'step': step} | values), f'step {step} to Weights & Biases')
 
     def flush(self) -> None:
-        """Hands what has been written to the system: a process that is killed later leaves it in the files."""
+        """Hands what has been written to the system, or to the object store: a process that is killed later leaves it
+        in the files."""
+        self._try(self._flush, 'metrics')
         if self._board:
             self._try(self._board.flush, 'TensorBoard events')
 

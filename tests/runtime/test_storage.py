@@ -93,6 +93,8 @@ def test_config_and_metrics(bucket, monkeypatch):
     assert [row['step'] for row in metrics.read_metrics(bucket + '/metrics.jsonl')] == [1, 2, 3]
     writer = metrics.MetricsWriter(bucket, from_step=2, tensorboard=False)
     writer.write(3, {'loss': 1.0})
+    writer.flush()  # before a checkpoint, which a run that is killed afterwards is resumed from
+    assert [row['loss'] for row in metrics.read_metrics(bucket + '/metrics.jsonl')] == [3.0, 2.0, 1.0]
     writer.close()
     assert [row['loss'] for row in metrics.read_metrics(bucket + '/metrics.jsonl')] == [3.0, 2.0, 1.0]
 
