@@ -3,6 +3,7 @@ import collections
 import logging
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def job_of(run: Run, workdir: pathlib.Path, *, common: Sequence[str] = (), train
         common: flags of every command, such as `--compilation_cache`.
         training: flags of `experiments.train` beside those of the run.
         evaluation: flags of `experiments.evaluate` for the trained policy; None: it is not measured.
-        alphas: at which its weights are interpolated with those it started from, and measured with the same flags.
+        alphas: at which its weights are interpolated with those it started from, and measured with the same flags: the
+            newest ones, also where every checkpoint is measured.
     """
     folder = workdir / run.name
     start = run.config.get('weights', '')
@@ -51,15 +53,21 @@ def job_of(run: Run, workdir: pathlib.Path, *, common: Sequence[str] = (), train
                *(evaluation or ())]
     stages = [Stage(module('experiments.train', *run.flags, *training, f'--workdir={folder}', *common),
                     lambda: is_finished(folder, run.config.num_steps))]
+    every = measures_every(evaluation or ())
     if evaluation is not None:
-        every = '--step=all' in evaluation
         stages.append(Stage(module(*measure, f'--json={folder / EVALUATION}', *common),
                             lambda: is_measured(folder, every)))
     if alphas:
-        stages.append(Stage(module(*measure, f'--interpolate={",".join(f"{alpha:g}" for alpha in alphas)}',
+        stages.append(Stage(module(*measure, *(['--step=last'] if every else []),
+                                   f'--interpolate={",".join(f"{alpha:g}" for alpha in alphas)}',
                                    f'--json={folder / INTERPOLATION}', *common),
                             lambda: (folder / INTERPOLATION).exists()))
     return Job(run.name, tuple(stages), folder / LOG)
+
+
+def measures_every(evaluation: Sequence[str]) -> bool:
+    """Whether these flags of `experiments.evaluate` ask for every checkpoint; the last of one name counts."""
+    return re.findall(r'--step[= ](\S+)', ' '.join(evaluation))[-1:] == ['all']
 
 
 def is_measured(folder: pathlib.Path, every: bool) -> bool:

@@ -133,6 +133,15 @@ def test_stages_of_a_run(tmp_path):
     assert [stage.finished() for stage in job.stages] == [True, True, False]
 
 
+@pytest.mark.parametrize('step', [['--step=all'], ['--step', 'all'], ['--step=3', '--step=all']])
+def test_where_every_checkpoint_is_measured_the_newest_is_interpolated(tmp_path, step):
+    run, = runs_of('--config=configs/rlhf/arithmetic.py:ppo', '--config.num_steps=7')
+    job = here.job_of(run, tmp_path, evaluation=['--num=3', *step], alphas=(0.0, 0.5))
+    flags = [stage.command[stage.command.index('--num=3') + 1:-1] for stage in job.stages[1:]]
+    assert flags == [tuple(step), (*step, '--step=last', '--interpolate=0,0.5')]
+    assert not here.measures_every(['--step=all', '--step=3']) and not here.measures_every(['--num=3'])
+
+
 @pytest.mark.parametrize('name', sorted(named.SWEEPS))
 def test_named_sweeps_are_ones(name, monkeypatch):
     arguments = command.expand_name([f'--name={name}', '--workdir=w'])
