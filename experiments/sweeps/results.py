@@ -1,8 +1,9 @@
 """What finished runs measured, read from their work directories."""
 import dataclasses
+import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.runtime import config_files
@@ -87,9 +88,11 @@ def find_runs(root: pathlib.Path, depth: int = DEPTH) -> list[pathlib.Path]:
 
 
 def read_loose(folders: Sequence[pathlib.Path]) -> list[Result]:
-    """Runs that no sweep recorded, labelled by the fields in which they differ."""
+    """Runs that no sweep recorded, labelled by the fields in which they differ; by those of `PLACES` where no others
+    tell them apart."""
     configs = [config_files.read(folder).to_dict() for folder in folders]
     fields = differing_fields(configs, ignore=('seed', *PLACES))
+    fields += swept_places(configs, fields)
     labels = dict(zip(fields, short_names(fields)))
     results = []
     for folder, config in zip(folders, configs):
@@ -97,6 +100,23 @@ def read_loose(folders: Sequence[pathlib.Path]) -> list[Result]:
         setting = ', '.join(f'{labels[field]}={flat.get(field)}' for field in fields) or 'all'
         results.append(read(folder, setting, config.get('seed', 0), config))
     return results
+
+
+def swept_places(configs: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
+    """The fewest of `PLACES` that, with `fields` and the seed, tell all runs apart; all that differ where none do.
+
+    One that is another for every seed was not tried, but goes with the seed.
+    """
+    flat = [config_files.flat_fields(config) for config in configs]
+    values = lambda names: [tuple(str(config.get(name)) for name in names) for config in flat]
+    seeds = [seed for seed, in values(['seed'])]
+    swept = [field for field in differing_fields(configs, ignore=('seed', 'workdir', *fields))
+             if len(set(seeds)) == 1 or len(set(zip(values([field]), seeds))) > len(set(values([field])))]
+    for count in range(len(swept)):
+        for some in itertools.combinations(swept, count):
+            if len(set(zip(values([*fields, *some]), seeds))) == len(configs):
+                return list(some)
+    return swept
 
 
 def read(folder: pathlib.Path, setting: str, seed: int, config: dict[str, Any]) -> Result:

@@ -165,6 +165,20 @@ def test_loose_runs_are_labelled_by_what_differs(tmp_path):
         results.collect([str(tmp_path)])
 
 
+def test_loose_runs_are_labelled_by_places_where_nothing_else_tells_them_apart(tmp_path):
+    """A scripted sweep over reward models, whose seeds each start from weights of their own."""
+    for seed in (0, 1):
+        for size in ('small', 'large'):
+            write_run(tmp_path / f'{size}_{seed}', seed, [{'reward': 1.0}], reward={'model': size},
+                      weights=f'place{seed}')
+    found = results.collect([str(tmp_path)])
+    assert [(r.setting, r.seed) for r in found] == [(f'model={size}', seed) for size in ('large', 'small')
+                                                    for seed in (0, 1)]
+    write_run(tmp_path / 'again', 0, [{'reward': 1.0}], reward={'model': 'small'}, weights='place0')
+    with pytest.raises(ValueError, match='again and .*small_0 have the same setting and seed; leave one out'):
+        results.collect([str(tmp_path)])
+
+
 def test_runs_of_different_kinds_are_not_compared(tmp_path):
     write_run(tmp_path / 'a', 0, [{'reward': 1.0}])
     write_run(tmp_path / 'b', 0, [{'reward': 1.0}], experiment='sft')
