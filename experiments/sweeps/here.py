@@ -1,5 +1,6 @@
 """Runs of a sweep on this machine, in turn or side by side, each in a process of its own."""
 import collections
+import json
 import logging
 import os
 import pathlib
@@ -61,7 +62,7 @@ def job_of(run: Run, workdir: pathlib.Path, *, common: Sequence[str] = (), train
         stages.append(Stage(module(*measure, *(['--step=last'] if every else []),
                                    f'--interpolate={",".join(f"{alpha:g}" for alpha in alphas)}',
                                    f'--json={folder / INTERPOLATION}', *common),
-                            lambda: (folder / INTERPOLATION).exists()))
+                            lambda: is_interpolated(folder, alphas)))
     return Job(run.name, tuple(stages), folder / LOG)
 
 
@@ -77,6 +78,15 @@ def is_measured(folder: pathlib.Path, every: bool) -> bool:
         return path.exists()
     kept = {int(place.name) for place in (folder / 'checkpoints').iterdir() if place.name.isdigit()}
     return kept <= {row['step'] for row in read_metrics(path)}
+
+
+def is_interpolated(folder: pathlib.Path, alphas: Sequence[float]) -> bool:
+    """Whether the run in `folder` has been measured at all of `alphas`."""
+    try:
+        rows = json.loads((folder / INTERPOLATION).read_text())
+        return {f'{alpha:g}' for alpha in alphas} <= {f'{row["alpha"]:g}' for row in rows}
+    except (FileNotFoundError, ValueError, TypeError, KeyError):  # not there, or something else
+        return False
 
 
 def module(name: str, *flags: str) -> tuple[str, ...]:

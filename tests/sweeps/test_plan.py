@@ -131,6 +131,10 @@ def test_stages_of_a_run(tmp_path):
     (folder / 'checkpoints' / '7').mkdir()
     (folder / 'evaluation.json').touch()
     assert [stage.finished() for stage in job.stages] == [True, True, False]
+    for content, finished in (('[{"alpha": 0.0}, {"alpha": 0.25}, {"alpha": 0.5}]', True), ('[{"alpha": 0.0}]', False),
+                              ('[{"al', False), ('{"step": 1, "alpha_0.alpha": 0.0}', False)):
+        (folder / 'interpolation.json').write_text(content)
+        assert job.stages[2].finished() is finished, content
 
 
 @pytest.mark.parametrize('step', [['--step=all'], ['--step', 'all'], ['--step=3', '--step=all']])
