@@ -111,10 +111,10 @@ def of_trade_off(finished: Mapping[str, Mapping[int, Result]], baseline: str, ta
     drifts, tasks = (np.array([point[name] for point in points.values()]) for name in ('drift', 'task'))
     best = [setting for setting, keep in zip(points, stats.undominated(drifts, tasks)) if keep] if points else []
     out: dict[str, Any] = {'task': task, 'drift': drift, 'points': points, 'front': best}
-    lines = {seed: front_of(result.interpolation, task, drift) for seed, result in finished[baseline].items()
-             if result.interpolation}
+    lines = {seed: line for seed, result in finished[baseline].items()
+             if any(line := front_of(result.interpolation, task, drift))}  # those that were measured in both
     if lines:
-        alphas = sorted({row['alpha'] for seed in lines for row in finished[baseline][seed].interpolation})
+        alphas = sorted({alpha for line in lines.values() for alpha in line[2]})
         out['interpolation'] = {f'{alpha:g}': spread({
             'drift': [line[0][line[2].index(alpha)] for line in lines.values() if alpha in line[2]],
             'task': [line[1][line[2].index(alpha)] for line in lines.values() if alpha in line[2]]})

@@ -222,6 +222,16 @@ def test_gains_over_interpolation_are_at_the_same_drift_and_paired(tmp_path):
                                                  'task_std': pytest.approx(0.5 ** 0.5)}
     assert trade_off['front'] == ['beta=0.3', 'beta=0.1']  # 'on' has less reward and more drift than 'above'
     assert 'Gain over that interpolation' in report.markdown(summary)
+    # What was interpolated without the drift, or at some shares alone, counts where it was measured.
+    for seed, rows in ((0, [{'alpha': 0.75, 'reward': 0.5}]), (1, [{'alpha': a, 'reward': a + 1} for a in (0.0, 1.0)])):
+        path = tmp_path / f'plain_{seed}' / 'interpolation.json'
+        path.write_text(json.dumps((json.loads(path.read_text()) if seed == 0 else []) + rows))
+    trade_off = report.summarize(results.collect([str(tmp_path)]), baseline='beta=0.1')['trade_off']
+    assert trade_off['interpolation'].keys() == {'0', '0.5', '1'}
+    assert trade_off['gains_over_interpolation']['beta=0.3']['pairs'] == 1
+    (tmp_path / 'plain_0' / 'interpolation.json').unlink()
+    summary = report.summarize(results.collect([str(tmp_path)]), baseline='beta=0.1')
+    assert 'interpolation' not in summary['trade_off'] and 'Gain over' not in report.markdown(summary)
 
 
 def test_evaluations_of_every_checkpoint_are_curves_and_are_finished(tmp_path):
