@@ -214,8 +214,11 @@ def cell(row: Mapping[str, Any] | None, config: ml_collections.ConfigDict) -> st
     worst = max(programs, key=lambda name: programs[name]['total'] / programs[name]['usable_bytes'])
     gib, usable = programs[worst]['total'] / GIB, programs[worst]['usable_bytes'] / GIB
     text = f'{gib:.1f} of {usable:.1f} ({worst})'
+    mesh = programs['step']['mesh']
+    dealt = divided(config, mesh['data'] * mesh['fsdp']).accumulate
+    note = f'; accumulate={dealt}' if dealt != config.accumulate else ''
     if not all(program['fits'] for program in programs.values()):
-        return f'**no**: {text}'
+        return f'**no**: {text}{note}'
     seconds = {name: program['times'] * least(program) for name, program in programs.items()
                if 'seconds' in program}
     step = f'{seconds["step"]:.3g} s'
@@ -224,7 +227,7 @@ def cell(row: Mapping[str, Any] | None, config: ml_collections.ConfigDict) -> st
         generating = sum(s for name, s in seconds.items() if name not in ('step', 'publish'))
         whole = max(learning, generating) if config.rollout.devices else learning + generating
         step = f'{whole:.3g} s, of it step {seconds["step"]:.3g}'
-    return f'{text}; {step}'
+    return f'{text}; {step}{note}'
 
 
 def table(rows: Mapping[str, Any]) -> str:
@@ -260,8 +263,9 @@ its traffic is 9 and 56 % less, at 2.8b within 5 % of what weights and cache of 
 where it changes the memory by more, are compiled with full effort. For GPUs a decoder's sampler
 is extrapolated from two and four blocks, which gave 11 % too much at 2.8b on v5e-16 (`blocks` in the rows).
 
-"batch": the batch cannot be dealt out to so many chips; take a mesh with `tensor`. "layout": the mesh of the config is
-for fewer chips, or it divides a slice that cannot be divided (v5e of more than 16). H100: 75 % of the memory is JAX's
+"accumulate": the config's own does not divide the batch over so many chips, and the most below it that does was taken:
+the same recipe, which a run takes with `--config.accumulate` of that number. "batch": the batch cannot be dealt out to
+so many chips; take a mesh with `tensor`. "layout": the mesh of the config is for fewer or more chips, or it divides a slice that cannot be divided (v5e of more than 16). H100: 75 % of the memory is JAX's
 pool, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
 '''

@@ -27,6 +27,7 @@ DEAR = ('configs/dlc/generator_imagenet.py:L512 v5p-8', 'configs/dlc/code_model_
 def row(**changes):
     program = {'bytes': 100, 'total': 120, 'usable_bytes': 200, 'flops': 1e12, 'times': 2, 'fits': True,
                'seconds': dict(matmul=1.0, memory=2.5, network=0.1, cycles=9.0),
+               'mesh': dict(data=1, fsdp=8, tensor=1),
                'collectives': {'all-gather': {'runs': 7, 'bytes': 40}}}
     return {'programs': {'step': program | changes}}
 
@@ -67,6 +68,8 @@ def test_cells():
     assert readiness.cell(row(total=gib(17), usable_bytes=gib(16), fits=False), config).startswith('**no**: 17.0 of')
     assert readiness.cell({'refused': 'batch_size=16 is not divisible by 64 batch shards'}, config) == 'no: batch'
     assert readiness.cell(None, config) == ''
+    divided = readiness.cell(row(), readiness.config_files.load('configs/rlhf/sft_tldr.py:2.8b'))  # 32 rows in 8s
+    assert divided.endswith('; 5 s; accumulate=4')
 
 
 def test_a_sweep_compiles_the_rows_that_are_asked_for_and_missing(tmp_path):
