@@ -123,7 +123,7 @@ def import_codes(src: str | os.PathLike, out: str | os.PathLike, vocab_size: int
         raise ValueError(f'--src={src}: no rows in its {len(files)} files')
     first = next(file for file, count in zip(files, rows) if count)
     length = next(read(first, 0))[0].shape[1]
-    meta = dict(num_codes=length, vocab_size=vocab_size, class_names=(), stored='latents',
+    meta = dict(num_codes=length, vocab_size=vocab_size, class_names=(), stored='latents', origin='image',
                 files=[[file.name, count] for file, count in zip(files, rows)])
     with codestore_writer.writer(out, num=sum(rows), meta=meta) as store, \
             tqdm(total=sum(rows), initial=store.done, desc='import', unit='image', dynamic_ncols=True) as bar:

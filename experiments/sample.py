@@ -139,7 +139,7 @@ def save(conditions: Conditions, place: str, shard: shards.Shard | None, unit: m
     (length, vocab_size), draw = conditions.codes, conditions.draw or (
         lambda part: np.asarray(conditions.rows[part.start:part.stop]))
     meta = with_captions(dict(num_codes=length, vocab_size=vocab_size, num_samples=conditions.num, seed=seed,
-                              **conditions.made), conditions.texts)
+                              origin=conditions.origin, **conditions.made), conditions.texts)
     if codestore_shards.is_finished_for_all(place):
         codestore_writer.writer(place, num=conditions.num, meta=meta).check_finished()
         return True
@@ -193,8 +193,9 @@ def sampler_of(args: argparse.Namespace, generator: Generator, conditions: Condi
     given = dict(name=args.sampler, ddim_eta=args.ddim_eta, num_steps=args.steps, guidance=args.guidance,
                  guidance_channels=args.guidance_channels,
                  guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None)
-    drawn = args.unconditional or conditions.made.get('drawn')
-    use = 'unconditional' if drawn else 'classes' if args.classes else 'images'  # or texts
+    drawn = args.unconditional or conditions.origin == 'drawn'
+    by_class = generator.config.model.condition == 'class'  # those of --classes, or the labels of a store
+    use = 'classes' if by_class else 'unconditional' if drawn else 'images'  # or texts
     recipe = generator.config.get('recipes', {}).get(use, {})
     return dict(recipe) | {name: value for name, value in given.items() if value is not None}
 

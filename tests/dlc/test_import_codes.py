@@ -33,6 +33,7 @@ def test_rows_are_theirs_in_order_and_continue(tmp_path, monkeypatch):
     np.testing.assert_array_equal(store.array('codes'), codes)
     np.testing.assert_array_equal(store.array('latents'), latents.transpose(0, 2, 3, 1).astype(np.float16))
     assert store.names[-1] == '0000008'
+    assert store.meta['origin'] == 'image'  # for the recipe that their images are made by
 
     from experiments import import_codes as module
     monkeypatch.setattr(module, 'ROWS', 2)

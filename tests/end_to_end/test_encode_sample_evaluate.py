@@ -257,6 +257,41 @@ def test_composed_codes_come_from_their_sources(monkeypatch, tmp_path, encoder, 
         assert 0.3 < match[:, 0, differ].mean() < 0.7
 
 
+def test_saved_codes_are_sampled_by_the_recipe_of_their_origin(monkeypatch, tmp_path, encoder, pictures, latent_store):
+    """In two commands as in one; labels of a store as those of --classes."""
+    config = quickstart.get_config('tiny').code_model.copy_and_resolve_references()
+    m, seen = config.model, {}
+    drawing = CodeModel(config, random_params(code_model.make_model(config), jnp.zeros((1, m.num_codes), jnp.int32),
+                                              jnp.ones(1)))
+    monkeypatch.setattr(CodeModel, 'load', lambda path: drawing)
+    monkeypatch.setattr(Generator, 'sample', lambda self, key, cond, num, **kw: seen.update(kw) or np.zeros(
+        (len(cond), 16, 16, 1), np.float32))
+
+    def guidance(*arguments, condition='code'):
+        model, place = make_generator(condition), tmp_path / str(len(list(tmp_path.iterdir())))
+        config = model.config.copy_and_resolve_references().unlock()
+        config.recipes = dict(unconditional=dict(guidance=1.7), classes=dict(guidance=3.0))
+        place.mkdir()
+        seen.clear()
+        run_sample(monkeypatch, place, arguments, Generator(config, model.params), encoder)
+        return seen.get('guidance')
+
+    paths = write_digits(tmp_path, pictures)
+    for arguments, want in ((['--from_images', *paths, '--encoder=x'], None),
+                            (['--compose', *paths, '--encoder=x'], None),
+                            (['--unconditional', '--code_model=x', '--num=2', '--code_steps=2'], 1.7)):
+        codes, copy = (str(tmp_path / f'{arguments[0]}{name}') for name in ('', '_copy'))
+        assert guidance(*arguments, f'--save_codes={codes}') == want
+        assert guidance(f'--codes={codes}', f'--save_codes={copy}') == guidance(f'--codes={copy}') == want
+        meta = json.loads((tmp_path / arguments[0] / 'meta.json').read_text())
+        del meta['origin']  # a store of before: still there, and taken for drawn
+        (tmp_path / arguments[0] / 'meta.json').write_text(json.dumps(meta))
+        assert guidance(*arguments, f'--save_codes={codes}') == want and guidance(f'--codes={codes}') == 1.7
+    assert guidance(f'--codes={latent_store.path}') is None  # of encode
+    for arguments in ([f'--codes={latent_store.path}'], ['--classes', '1']):
+        assert guidance(*arguments, condition='class') == 3.0
+
+
 @pytest.mark.parametrize('condition, arguments, cls', [
     ('code', ['--unconditional', '--code_model=x'], CodeModel),
     ('code', ['--from_images', 'a.png', '--encoder=x'], Encoder),

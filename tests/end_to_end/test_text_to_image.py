@@ -19,7 +19,7 @@ from dlc_jax.convert import llada
 from dlc_jax.models import dit
 from dlc_jax.text_to_code import Sampling, Words
 from experiments import encode, sample, train
-from experiments.dlc.data import codestore_writer
+from experiments.dlc.data import codestore, codestore_writer
 from experiments.dlc.generator import Generator
 from experiments.dlc.text_to_code import TextToCode, make_model
 from experiments.dlc.weights import kinds, reading, writing
@@ -198,12 +198,13 @@ def test_texts_become_images_by_the_published_recipe(at, run, monkeypatch, tmp_p
     flags = ('--text_steps=4', '--text_temperature=1', '--remasking=low_confidence', '--block_length=4',
              '--text_guidance=0.5')
     status, error = run(sample, '--text_file={at}/texts', '--llada={at}/llada', '--dit={at}/generator',
-                        f'--out={tmp_path}/two.npz', '--seed=4', *flags)
+                        f'--out={tmp_path}/two.npz', f'--save_codes={tmp_path}/codes', '--seed=4', *flags)
     assert status == 0, error
     want = direct_codes(['red fox in blue', 'blue fox in snow'], 1, key, steps=4, temperature=1.0, block_length=4,
                         remasking='low_confidence', guidance=0.5)
     np.testing.assert_array_equal(seen['cond'], want)
     assert np.load(tmp_path / 'two.npz')['arr_0'].shape == (2, 4, 4, 1)
+    assert codestore.open_code_store(tmp_path / 'codes').meta['origin'] == 'text'
 
 
 def test_codes_do_not_depend_on_the_layout(at):

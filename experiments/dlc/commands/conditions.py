@@ -35,6 +35,8 @@ class Conditions:
         draw: rows of the set -> their codes int32 [n, L].
         codes: L and V of codes; None for conditions of another kind.
         texts: one a sample, where the samples show texts.
+        origin: of codes or embeddings: 'drawn' by a model, of an 'image' or of a 'text'; '' where there are none. It
+            is kept with saved codes: released generators have a recipe of their own for drawn ones.
     """
     num: int
     made: Mapping[str, Any]
@@ -42,6 +44,7 @@ class Conditions:
     draw: Callable[[range], np.ndarray] | None = None
     codes: tuple[int, int] | None = None
     texts: Sequence[str] = ()
+    origin: str = ''
 
 
 def conditions_of(args: argparse.Namespace, generator: Generator | None, texts: Sequence[str], key: jax.Array,
@@ -87,7 +90,7 @@ def conditions_of(args: argparse.Namespace, generator: Generator | None, texts: 
     num, sampler = args.num or 16, dict(name=args.code_sampler, num_steps=args.code_steps, eta=args.eta,
                                         window=tuple(args.window) if args.window else None)
     made = dict(code_model=fingerprint(model.params), sampler=dict(modules.with_sampler(model.config, sampler).sampler))
-    return Conditions(num, made, codes=(m.num_codes, m.vocab_size), draw=lambda part: model.sample(
+    return Conditions(num, made, codes=(m.num_codes, m.vocab_size), origin='drawn', draw=lambda part: model.sample(
         key, num, part=part, batch_size=args.batch_size, **sampler))
 
 
@@ -110,7 +113,7 @@ def _drawn_embeddings(args: argparse.Namespace, generator: Generator, key: jax.A
     sampler = dict(num_steps=args.embedding_steps)
     made = dict(embedding_model=fingerprint(model.params),
                 sampler=dict(modules.with_sampler(model.config, sampler).sampler))
-    return Conditions(num, made, model.sample(key, num, batch_size=args.batch_size, **sampler))
+    return Conditions(num, made, model.sample(key, num, batch_size=args.batch_size, **sampler), origin='drawn')
 
 
 def check_embeddings(generator: Generator, size: int, of: str) -> None:
@@ -159,7 +162,7 @@ def _texts(args: argparse.Namespace, generator: Generator | None, texts: Sequenc
     model.checked(texts, **sampler)
     made = dict(text_model=fingerprint(model.params), texts=hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16],
                 per_text=count, sampler=dict(modules.with_sampler(model.config, sampler).sampler))
-    return Conditions(len(texts) * count, made, codes=(m.num_codes, m.vocab_size),
+    return Conditions(len(texts) * count, made, codes=(m.num_codes, m.vocab_size), origin='text',
                       texts=[text for text in texts for _ in range(count)], draw=lambda part: model.sample(
                           key, texts, num_per_prompt=count, part=part, batch_size=args.batch_size, **sampler))
 
@@ -180,8 +183,9 @@ def _stored(args: argparse.Namespace, generator: Generator | None, condition: st
     if condition == 'embedding':
         check_embeddings(generator, rows.shape[1], f'--codes={args.codes}')
     codes = (store.num_codes, store.vocab_size) if condition == 'code' else None
-    return Conditions(num, dict(rows=fingerprint(rows[:num]), drawn='encoder' not in store.meta), rows[:num],
-                      codes=codes)
+    # A store that does not say: of an encoder, or else what --save_codes wrote before it kept the origin.
+    origin = store.meta.get('origin') or ('image' if 'encoder' in store.meta else 'drawn')
+    return Conditions(num, dict(rows=fingerprint(rows[:num])), rows[:num], codes=codes, origin=origin)
 
 
 def _images(args: argparse.Namespace, generator: Generator | None, condition: str, key: jax.Array) -> Conditions:
@@ -201,7 +205,7 @@ def _images(args: argparse.Namespace, generator: Generator | None, condition: st
             rows = np.asarray(codes_lib.compose(key, sems, num, method=args.composition))
         else:
             rows = np.resize(encoder.encode_images(images, outputs=('codes',))['codes'], (num, m.num_codes))
-    return Conditions(num, dict(rows=fingerprint(rows)), rows, codes=codes)
+    return Conditions(num, dict(rows=fingerprint(rows)), rows, codes=codes, origin='image')
 
 
 def embeddings(generator: Generator, encoder: Encoder, images: list[np.ndarray], num: int, *,

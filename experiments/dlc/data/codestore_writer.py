@@ -91,6 +91,8 @@ class writer:
     def _claim(self, before: Mapping[str, Any], where: str | pathlib.Path) -> None:
         """Raises unless the store found is the one that is to be written."""
         for key, value in self.meta.items():
+            if key == 'origin' and key not in before:  # a store of before it was kept; the rest says what it is
+                continue
             if before.get(key) != value:
                 raise ValueError(f'{where}: holds a store with {key}={shortened(before.get(key))}, not '
                                  f'{shortened(value)}; choose another place or delete it')
