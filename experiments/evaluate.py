@@ -36,7 +36,7 @@ from experiments.dlc import evaluation
 from experiments.dlc.commands import features
 from experiments.dlc.data import codestore, memory
 from experiments.dlc.data import samples as samples_lib
-from experiments.dlc.data.decode import FORMATS, SUFFIXES, Decoding, read_image
+from experiments.dlc.data.decode import DECODE_ERRORS, FORMATS, SUFFIXES, Decoding, read_image
 from experiments.dlc.data.image_files import list_images
 from experiments.dlc.data.npz_images import npz_names, open_npz
 from experiments.dlc.data.printable import printable
@@ -82,20 +82,19 @@ def load_images(path: str) -> np.ndarray:
 
 
 def load_folder(path: str) -> np.ndarray:
-    """uint8 [N, H, W, C] of the image files of a folder, as `experiments.sample` writes them; grey ones have C = 1.
+    """uint8 [N, H, W, C] of the image files of a folder, as `experiments.sample` writes them; C = 1 where all are grey,
+    else 3.
 
     Raises:
-        ValueError, OSError: an image is unreadable, of another size or of other channels than the first.
+        ValueError, OSError: an image is unreadable or of another size than the first.
     """
     root = pathlib.Path(path).expanduser()
     files = list_images(root)
     if not files:
         raise FileNotFoundError(f'{path}: holds neither a code store nor images ({", ".join(SUFFIXES)})')
-    read_image(root / files[0])  # an unreadable file is named
-    with Image.open(root / files[0], formats=FORMATS) as first:
-        channels = 1 if first.mode in ('1', 'L') else 3
-        memory.check(len(files) * first.width * first.height * channels, f'{path}: {len(files)} images',
-                     'measure fewer of them')
+    height, width = read_image(root / files[0]).shape[:2]
+    channels = 1 if all(is_grey(root / file) for file in files) else 3
+    memory.check(len(files) * height * width * channels, f'{path}: {len(files)} images', 'measure fewer of them')
     images = []
     for file in files:
         images.append(read_image(root / file, Decoding(channels)))
@@ -103,6 +102,20 @@ def load_folder(path: str) -> np.ndarray:
             raise ValueError(f'{path}: {printable(file)} is {images[-1].shape} but {printable(files[0])} '
                              f'{images[0].shape}; all images must have one size')
     return np.stack(images)
+
+
+def is_grey(path: pathlib.Path) -> bool:
+    """Whether an image file holds levels of grey alone; its pixels are not read.
+
+    Raises:
+        OSError: it is unreadable.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            return picture.mode in ('1', 'L')
+    except DECODE_ERRORS:
+        read_image(path)  # the error of one line that names it
+        raise
 
 
 def load_statistics(path: str) -> dict[str, frechet.Statistics]:

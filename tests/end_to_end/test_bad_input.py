@@ -530,6 +530,20 @@ def test_evaluate_reads_what_sample_writes(call, generator, places, tmp_path):
     np.testing.assert_array_equal(evaluate.load_images(f'{tmp_path}/rgb'), np.full((1, 4, 6, 3), 7))
 
 
+@pytest.mark.parametrize('grey, colour', [('0.png', '1.png'), ('1.png', '0.png')])
+def test_one_image_in_colour_makes_a_folder_one_of_colour(tmp_path, grey, colour):
+    """Data sets of photographs have grey ones among them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / grey)
+    Image.fromarray(pixels).save(tmp_path / colour)
+    want = {grey: np.repeat(pixels[..., :1], 3, -1), colour: pixels}
+    np.testing.assert_array_equal(evaluate.load_images(str(tmp_path)), [want['0.png'], want['1.png']])
+    (tmp_path / '1.png').write_bytes(b'no image')
+    Image.fromarray(pixels[..., 0]).save(tmp_path / '0.png')
+    with pytest.raises(OSError, match='1.png: not a readable image'):
+        evaluate.load_images(str(tmp_path))
+
+
 def test_texts_in_a_file(tmp_path):
     (tmp_path / 'x.txt').write_bytes('\ufeffa fox\u2028 in snow\r\n\n a hare \n'.encode())
     args = sample_flags.parser('').parse_args(['--text_file', str(tmp_path / 'x.txt'), '--generator=x', '--out=x'])
