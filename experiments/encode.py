@@ -147,6 +147,8 @@ def data_config(trained_on: ml_collections.ConfigDict, args: argparse.Namespace)
     for field in ('layout', *OPTIONS):
         if getattr(args, field) is not None:
             data[field] = getattr(args, field)
+    # Each image is read once, and may be of any size: it keeps the name that captions know it by, and is cropped here.
+    data.in_memory = False
     return data
 
 

@@ -4,6 +4,7 @@ import logging
 import lzma
 import types
 
+import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from configs.dlc import text_to_code_digits
 from dlc_jax import text_to_code
 from experiments import encode
 from experiments.dlc.data import captions, codestore, codestore_writer, digit_pairs, sources
+from experiments.dlc.data.decode import OPTIONS
 from experiments.dlc.text_to_code import make_words
 from experiments.runtime.stream import Share
 
@@ -105,6 +107,18 @@ def test_a_jsonl_that_is_not_utf8_is_named(tmp_path, content):
 def test_only_folders_have_files_beside_images():
     with pytest.raises(ValueError, match='give a jsonl file'):
         captions.attach(sources.image_source(dict(name='digits', channels=1), 'train'), 'txt')
+
+
+def test_images_of_an_encoder_trained_in_memory_are_encoded_one_by_one(folder):
+    """They have the names that captions know them by, and any size."""
+    Image.fromarray(np.zeros((9, 12), np.uint8)).save(folder / 'a' / '0.png')
+    trained_on = ml_collections.ConfigDict(dict(name='npz', path='x.npz', in_memory=True, image_size=0, heldout=0.5))
+    args = types.SimpleNamespace(data='folder', path=str(folder), layout=None, **dict.fromkeys(OPTIONS))
+    images = sources.image_source(encode.data_config(trained_on, args), 'train')
+    captions.attach(images, 'txt')
+    assert len(images.captions) == len(images) == images.held_back == 2
+    assert sources.image_source(dict(name='folder', path=str(folder), image_size=8, in_memory=True, heldout=0.5),
+                                'train').held_back == 2
 
 
 def test_encoded_images_keep_their_captions(folder, tmp_path):

@@ -245,6 +245,7 @@ def in_memory(source: ImageSource) -> ArrayImages:
         rows.append(i)
     out = ArrayImages(np.stack(images), np.array(labels), source.class_names, prefix=type(source).__name__)
     out._rows = np.array(rows)  # images are named by their place in `source`
+    out.held_back = source.held_back
     for name, reason in source.skipped.items():
         out.skip(name, reason)
     return out
