@@ -312,7 +312,10 @@ class DiscreteDiffusion:
 
         x = jax.lax.fori_loop(0, num_steps, body, x)
         t = self.final_time
-        move = self.jumps(self._scores(score_fn, x, t), x, t, t)
+        # All noise is taken away. Geometric noise is sigma_min at time 0 and none only at time -inf; to the absorbing
+        # process, where every mask jumps, it does not matter.
+        dt = math.inf if (self.process, self.noise) == ('uniform', 'geometric') else t
+        move = self.jumps(self._scores(score_fn, x, t), x, t, dt)
         if self.process == 'absorbing':
             move = move._replace(stay=jnp.zeros_like(move.stay))
         return self._step(row_keys.fold_in(key, num_steps), x, move, 0.0, temperature)

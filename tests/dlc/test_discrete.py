@@ -280,6 +280,17 @@ def test_every_sampler_draws_the_known_joint(process, sampler, options):
     assert chi_square(codes, np.outer(JOINT.sum(1), JOINT.sum(0))) < 1e-30  # the test could tell independent tokens
 
 
+@pytest.mark.parametrize('noise', [dict(), dict(noise='geometric', sigma_min=0.3)])
+def test_the_last_step_of_the_uniform_process_takes_all_the_noise(noise):
+    """Geometric noise is not over at time 0; what is left of it would stay in every sample."""
+    d, first = DiscreteDiffusion(V, process='uniform', **noise), jnp.arange(V) == 0
+
+    def score(tokens, sigma):  # of codes that are all zeros
+        log_p = jnp.log(jnp.exp(-sigma)[:, None] * first - jnp.expm1(-sigma)[:, None] / V)
+        return log_p[:, None] - jnp.take_along_axis(log_p, tokens, 1)[..., None]
+    assert not optimized(lambda k: d.sample(score, k, (4000, 1), num_steps=8))(FAST).any()
+
+
 def test_tokens_drawn_together_are_independent():
     """What first_hitting gives up when it reveals both tokens in one call."""
     d = DiscreteDiffusion(V)
