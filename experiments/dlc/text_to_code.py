@@ -2,6 +2,7 @@
 
 No average of the weights is kept, as the original keeps none.
 """
+import collections
 import dataclasses
 import functools
 import logging
@@ -317,7 +318,7 @@ class TextToCode:
         fields of `config.sampler`; `batch_size` rows are sampled at once on a device.
 
         A code is a function of its prompt, its number among those of that prompt and `key`, whatever else is asked for
-        beside it and in whatever batches.
+        beside it and in whatever batches. A prompt that stands in `prompts` again has further ones.
 
         Raises:
             ValueError: a prompt of no words, or longer than the model has room for; or a sampler that makes no sense.
@@ -327,6 +328,12 @@ class TextToCode:
         part = range(num) if part is None else part
         which, copies = np.divmod(np.asarray(part), num_per_prompt)
         words = np.array([zlib.crc32(prompts[i].encode()) for i in which], np.uint32)
+        met: collections.Counter[str] = collections.Counter()
+        times = np.zeros(len(prompts), copies.dtype)  # that each prompt stands before, in the whole list
+        for i, prompt in enumerate(prompts):
+            times[i] = met[prompt]
+            met[prompt] += 1
+        copies = times[which] * num_per_prompt + copies
         fold = jax.vmap(jax.random.fold_in)
         keys = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, words), copies)
         rows = {'captions': tokens[which], 'mask': mask[which], 'keys': np.asarray(jax.random.key_data(keys))}

@@ -218,6 +218,17 @@ def test_codes_do_not_depend_on_the_layout(at):
     np.testing.assert_array_equal(got, direct_codes(prompts, 2, jax.random.key(0)))
 
 
+def test_a_text_that_is_given_again_has_codes_of_its_own(at):
+    """They are those of more codes of it, in whatever parts the list is sampled."""
+    model, key = reading.load(TextToCode, at / 'llada', num_codes=L), jax.random.key(0)
+    prompts = ['blue', 'snow', 'blue']
+    got = model.sample(key, prompts, num_per_prompt=2)
+    blue, snow = direct_codes(['blue'], 4, key), direct_codes(['snow'], 2, key)
+    np.testing.assert_array_equal(got, np.concatenate([blue[:2], snow, blue[2:]]))
+    assert (got[:2] != got[4:]).any(1).all()
+    np.testing.assert_array_equal(model.sample(key, prompts, num_per_prompt=2, part=range(3, 6)), got[3:])
+
+
 def test_published_settings():
     config = config_files.load(kinds.published_config('llada'))
     assert dict(config.sampler) == dict(steps=0, block_length=0, remasking='random', temperature=0.2, guidance=0.0)
