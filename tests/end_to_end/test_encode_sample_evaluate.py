@@ -1,12 +1,14 @@
 """What surrounds training: the code store with latents, every way to sample, the published scores. Untrained models."""
 import functools
 import json
+import types
 
 import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs.dlc import quickstart
 from dlc_jax.metrics import frechet
@@ -18,6 +20,7 @@ from experiments.dlc.code_model import CodeModel
 from experiments.dlc.commands import conditions, sample_flags
 from experiments.dlc.commands import features as features_lib
 from experiments.dlc.data import codestore, codestore_writer, sources
+from experiments.dlc.data.decode import ORIENTATION
 from experiments.dlc.embedding_model import EmbeddingModel
 from experiments.dlc.encoder import Encoder, make_model
 from experiments.dlc.generator import Generator
@@ -257,6 +260,30 @@ def test_composed_codes_come_from_their_sources(monkeypatch, tmp_path, encoder, 
         assert 0.3 < match[:, 0, differ].mean() < 0.7
 
 
+@pytest.mark.parametrize('what', ['--from_images', '--compose'])
+def test_images_that_are_named_are_decoded_as_flags_say_and_what_is_lost_is_said(monkeypatch, tmp_path, encoder, caplog,
+                                                                                 what):
+    exif, seen = Image.Exif(), []
+    exif[ORIENTATION] = 6
+    Image.fromarray(np.full((8, 16), 9, np.uint8)).save(tmp_path / 'turned.jpg', exif=exif)
+    Image.fromarray(np.zeros((8, 16, 4), np.uint8)).save(tmp_path / 'hidden.png')
+    encode_images = encoder.encode_images
+    spy = types.SimpleNamespace(config=encoder.config, encode_images=lambda images, **kw: seen.extend(images)
+                                or encode_images(images, **kw))
+    monkeypatch.setattr(Generator, 'sample', lambda self, key, cond, num, **kw: np.zeros((len(cond), 16, 16, 1)))
+
+    def run(*options):
+        seen.clear(), caplog.clear(), (tmp_path / 'out.npz').unlink(missing_ok=True)
+        run_sample(monkeypatch, tmp_path, [what, *(str(tmp_path / name) for name in ('turned.jpg', 'hidden.png')),
+                                           '--num=2', '--encoder=x', *options], make_generator('code'), spy)
+        return [x.shape[:2] for x in seen], int(seen[1].max())
+    assert run() == ([(8, 16), (8, 16)], 0)
+    assert 'turned.jpg) carry an EXIF orientation that is not applied' in caplog.text
+    assert 'hidden.png) are transparent in places and lose their alpha' in caplog.text
+    assert run('--exif_orientation=apply', '--transparency=white') == ([(16, 8), (8, 16)], 255)
+    assert '(the first:' not in caplog.text
+
+
 def test_saved_codes_are_sampled_by_the_recipe_of_their_origin(monkeypatch, tmp_path, encoder, pictures, latent_store):
     """In two commands as in one; labels of a store as those of --classes."""
     config = quickstart.get_config('tiny').code_model.copy_and_resolve_references()
@@ -316,6 +343,7 @@ def test_processes_of_a_job_take_the_step_that_the_first_finds(monkeypatch, cond
     ('code', ['--unconditional', '--embedding_model=x'], "conditioned on 'code', not on embeddings"),
     ('embedding', ['--from_images', 'a.png', '--encoder=x', '--embedding_model=x'], 'only with --unconditional'),
     ('embedding', ['--unconditional', '--embedding_steps=4'], 'only with --embedding_model'),
+    ('class', ['--classes', '1', '--transparency=white'], '--transparency: only with --from_images or --compose'),
     ('code', ['--unconditional'], '--code_model=RUN'), ('code', ['--from_images', 'a.png'], '--encoder=RUN'),
     ('code', ['--compose', 'a.png', '--encoder=x'], 'two images'),
     ('code', ['--classes', '1'], "conditioned on 'code'"),

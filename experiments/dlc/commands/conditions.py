@@ -13,7 +13,7 @@ from dlc_jax import codes as codes_lib
 from experiments.dlc.code_model import CodeModel
 from experiments.dlc.commands.sample_flags import TEXT_SAMPLER
 from experiments.dlc.data.codestore import open_code_store
-from experiments.dlc.data.decode import Decoding, read_image
+from experiments.dlc.data.decode import OPTIONS, Decoding, read_images
 from experiments.dlc.embedding_model import EmbeddingModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import CONDITION_ARRAY, Generator
@@ -193,7 +193,8 @@ def _images(args: argparse.Namespace, generator: Generator | None, condition: st
     paths = args.from_images or args.compose
     encoder = open_model(Encoder, args.encoder)
     num = args.num or (len(paths) if args.from_images else 16)
-    images = [read_image(path, Decoding.of(encoder.config.data)) for path in paths]
+    given = {option: getattr(args, option) for option in OPTIONS if getattr(args, option) is not None}
+    images = read_images(paths, Decoding.of(dict(encoder.config.data) | given))
     m, codes = encoder.config.model, None
     if condition == 'embedding':
         rows = embeddings(generator, encoder, images, num, compose=bool(args.compose))

@@ -5,6 +5,7 @@ import math
 import ml_collections
 
 from dlc_jax.diffusion.remasking import REMASKING
+from experiments.dlc.data.decode import OPTIONS
 from experiments.runtime import launch, shards, steps, storage
 
 # Flag -> field of a text model's sampler.
@@ -30,6 +31,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument('--code_model', '--sedd', metavar='RUN')
     p.add_argument('--embedding_model', metavar='RUN', help='draws the embeddings of a generator that takes these')
     p.add_argument('--encoder', '--sem', metavar='RUN')
+    for option, choices in OPTIONS.items():
+        p.add_argument(f'--{option}', choices=choices, help='of --from_images and --compose (default: as the encoder '
+                       'was trained)')
     p.add_argument('--text_model', '--llada', metavar='RUN')
     p.add_argument('--vae', metavar='DIR',
                    help='released autoencoder weights (directory or file), for generators of latents')
@@ -120,6 +124,9 @@ def check_flags(args: argparse.Namespace) -> None:
         for name in ('per_text', *TEXT_SAMPLER):
             if getattr(args, name) is not None:
                 raise ValueError(f'--{name}: only with --text or --text_file')
+    for option in OPTIONS:
+        if getattr(args, option) and not (args.from_images or args.compose):
+            raise ValueError(f'--{option}: only with --from_images or --compose, whose images are read so')
     if args.embedding_model and not args.unconditional:
         raise ValueError(f'--embedding_model={args.embedding_model}: only with --unconditional, whose embeddings it '
                          'draws')

@@ -5,14 +5,19 @@ the formats of `FORMATS` are opened here, so that a stranger's file starts no pr
 """
 import dataclasses
 import io
+import logging
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from experiments.dlc.data.printable import printable
+
+log = logging.getLogger(__name__)
 
 # Pillow's names, and the suffixes that such files go by.
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'DIB', 'GIF', 'TIFF', 'PPM')
@@ -139,11 +144,23 @@ def read_image(path: str | os.PathLike, decoding: Decoding = Decoding()) -> np.n
     Raises:
         OSError: of one line; no such file, or not a readable image.
     """
-    path = os.fspath(path)
+    return _read(os.fspath(path), decoding)[0]
+
+
+def read_images(paths: Sequence[str | os.PathLike], decoding: Decoding = Decoding()) -> list[np.ndarray]:
+    """As `read_image` reads each of them; what `NOTES` says of some is logged."""
+    read = {os.fspath(path): _read(os.fspath(path), decoding) for path in paths}
+    for kind, said in NOTES.items():
+        if noted := [path for path, (_, notes) in read.items() if kind in notes]:
+            log.warning('%d image(s) (the first: %s) %s', len(noted), printable(noted[0]), said)
+    return [read[os.fspath(path)][0] for path in paths]
+
+
+def _read(path: str, decoding: Decoding) -> tuple[np.ndarray, tuple[str, ...]]:
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f'{path}: not a file; name one image')
     try:
-        return decode_image(path, decoding)[0]
+        return decode_image(path, decoding)
     except FileNotFoundError:
         raise FileNotFoundError(f'{path}: no such file') from None
     except Unreadable as error:
