@@ -265,7 +265,8 @@ is extrapolated from two and four blocks, which gave 11 % too much at 2.8b on v5
 
 "accumulate": the config's own does not divide the batch over so many chips, and the most below it that does was taken:
 the same recipe, which a run takes with `--config.accumulate` of that number. "batch": the batch cannot be dealt out to
-so many chips; take a mesh with `tensor`. "layout": the mesh of the config is for fewer or more chips, or it divides a slice that cannot be divided (v5e of more than 16). H100: 75 % of the memory is JAX's
-pool, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+so many chips; take a mesh with `tensor`. "layout": the mesh of the config is for fewer or more chips, or it divides a
+slice that cannot be divided (v5e of more than 16). H100: 75 % of the memory is JAX's pool, unless
+XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
 '''
