@@ -47,7 +47,7 @@ def open_scorer(config: ml_collections.ConfigDict, rows: Any, shape: tuple[int, 
 
     Args:
         rows: with `fields`, see `captions`.
-        mesh: of the devices that an encoder runs on.
+        mesh: of the devices that generate; an encoder runs on those of this process.
 
     Raises:
         ValueError, FileNotFoundError: a reward that is not there or cannot score these images and rows.
@@ -102,13 +102,16 @@ def encoder_reward(field: str, name: str, rows: Any, shape: tuple[int, int, int]
     if encoder.config.data.channels != shape[-1]:
         raise ValueError(f'{field}: {name} reads images of {encoder.config.data.channels} channels, but the generator '
                          f'makes {shape}')
+    # Each process embeds the images that it rewards, by itself: their number differs between processes, and may be 0.
+    mesh = mesh_lib.make_mesh({'data': -1}, mesh.local_devices)
     transform, params = encoder.transform, jax.device_put(encoder.params, mesh_lib.replicated(mesh))
     run = jax.jit(lambda params, x: encoder_lib.encode(encoder.config, params, x, outputs=('sem',))['sem'])
 
     def embed(images: Sequence[np.ndarray]) -> np.ndarray:
         x = np.stack([transform(image) for image in images])
-        x = jax.device_put(x, mesh_lib.replicated(mesh))
-        sem = np.asarray(run(params, x)).reshape(len(images), -1).astype(np.float64)
+        with jax.set_mesh(mesh):  # in place of the one that sampling has set
+            sem = np.asarray(run(params, jax.device_put(x, mesh_lib.replicated(mesh))))
+        sem = sem.reshape(len(images), -1).astype(np.float64)
         return sem / np.linalg.norm(sem, axis=1, keepdims=True)
 
     def score(pictures: Pictures) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 
 from configs.dlc import base
 from dlc_jax.models import dit
+from experiments.dlc import encoder
 from experiments.dlc.weights import kinds, writing
 from experiments.runtime import config_files
 from experiments.runtime import mesh as mesh_lib
@@ -34,6 +35,19 @@ def write_generator(folder, num_codes=L):
     config.data.target, config.weights_only = 'images', True
     config.diffusion.beta_end = 0.002  # with more noise, two steps of a random network leave black and white alone
     writing.write_run('dit', config, params, folder)
+
+
+def write_encoder(folder):
+    """Work directory of an encoder of random weights."""
+    config = config_files.load(kinds.published_config('sem')).unlock()
+    config.model.update(dict(width=16, depth=1, num_heads=2, patch_size=2, pos_grid=2, num_codes=4, vocab_size=8))
+    config.data.update(dict(global_size=SIDE, local_size=2, channels=1, mean=(0.5,), std=(0.5,)))
+    config.weights_only = True
+    rng = np.random.default_rng(0)
+    shapes = param_shapes(encoder.make_model(config), jnp.zeros((1, SIDE, SIDE, 1)))
+    params = unflatten({name: rng.normal(float(name.endswith(('scale', 'gamma'))), 0.5, x.shape).astype(np.float32)
+                        for name, x in flatten(shapes).items()})
+    writing.write_run('sem', config, params, folder)
 
 
 def write_captions(path, **fields):

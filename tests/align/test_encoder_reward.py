@@ -1,17 +1,10 @@
 """The reward by an encoder: how near the soft code of a picture is to that of the image in its row."""
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_runs import devices
+from align_runs import SIDE, devices, write_encoder
 from experiments.align import rewards
-from experiments.dlc import encoder as encoder_lib
 from experiments.dlc.encoder import Encoder
-from experiments.dlc.weights import kinds, writing
-from experiments.runtime import config_files
-from rlhf_jax.weights.rules import flatten, param_shapes, unflatten
-
-SIDE = 4
 
 
 class Rows(list):
@@ -22,16 +15,8 @@ class Rows(list):
 @pytest.fixture(scope='module')
 def encoder(tmp_path_factory):
     """Work directory of an encoder of random weights."""
-    config = config_files.load(kinds.published_config('sem')).unlock()
-    config.model.update(dict(width=16, depth=1, num_heads=2, patch_size=2, pos_grid=2, num_codes=4, vocab_size=8))
-    config.data.update(dict(global_size=SIDE, local_size=2, channels=1, mean=(0.5,), std=(0.5,)))
-    config.weights_only = True
-    rng = np.random.default_rng(0)
-    shapes = param_shapes(encoder_lib.make_model(config), jnp.zeros((1, SIDE, SIDE, 1)))
-    params = unflatten({name: rng.normal(float(name.endswith(('scale', 'gamma'))), 0.5, x.shape).astype(np.float32)
-                        for name, x in flatten(shapes).items()})
     folder = tmp_path_factory.mktemp('encoder') / 'run'
-    writing.write_run('sem', config, params, folder)
+    write_encoder(folder)
     return folder
 
 
