@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from experiments.runtime import config_files
+from experiments.runtime import config_files, fitting
 from experiments.runtime.programs import Program, Report, bytes_on_device
 from experiments.runtime.report_cache import ReportCache
 from experiments.runtime.slices import GIB, Slice
@@ -71,8 +71,7 @@ def paths() -> list[str]:
 
 def divided(config: ml_collections.ConfigDict, shards: int) -> ml_collections.ConfigDict:
     """`config` with the most microbatches up to its own that its batch can be dealt out in: the same recipe."""
-    minibatches = config.algorithm.num_minibatches if 'algorithm' in config and 'rollout' in config else 1
-    each, rest = divmod(config.batch_size, shards * minibatches)
+    each, rest = divmod(config.batch_size, shards * fitting.minibatches(config))
     if rest or not config.accumulate:
         return config
     config = config.copy_and_resolve_references()

@@ -56,11 +56,15 @@ def step_program(experiment: Experiment, mesh: Mesh, devices: Sequence[jax.Devic
                    knobs=STEP, options=options)
 
 
+def minibatches(config: Config) -> int:
+    """Updates that a step makes, each of a part of the batch: those of a policy, of texts or of codes."""
+    return config.algorithm.num_minibatches if 'algorithm' in config and 'rollout' in config else 1
+
+
 def microbatches(config: Config, mesh: Mesh) -> list[int]:
     """Numbers of microbatches into which the batch can be dealt out over `mesh`, the least first; [] if there is
     none."""
-    minibatches = config.algorithm.num_minibatches if config.experiment == 'policy' else 1
-    each, rest = divmod(config.batch_size, mesh_lib.batch_shards(mesh) * minibatches)
+    each, rest = divmod(config.batch_size, mesh_lib.batch_shards(mesh) * minibatches(config))
     return [] if rest else [n for n in range(1, each + 1) if each % n == 0]
 
 

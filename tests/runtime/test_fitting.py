@@ -2,7 +2,8 @@
 import jax
 import pytest
 
-from configs.rlhf import sft_arithmetic
+from configs.dlc import align_digits
+from configs.rlhf import arithmetic, sft_arithmetic
 from experiments import train
 from experiments.runtime import config_files, fitting
 from experiments.runtime import mesh as mesh_lib
@@ -45,6 +46,14 @@ def test_the_least_that_fits_and_divides_is_found_in_few_compilations(activation
     found = fitting.accumulated(config_of(), mesh, builder(tried), compiler(activations, 100, tried))
     assert tried == expected and found.accumulate == expected[-1]
     assert fitting.accumulated(config_of(3), mesh, builder(tried), None).accumulate == 3  # what is set stays
+
+
+@pytest.mark.parametrize('recipe', [arithmetic, align_digits])
+def test_microbatches_of_a_policy_divide_its_minibatches(recipe, mesh):
+    """48 prompts over 4 shards in 2 minibatches: 6 at once, of texts or of codes."""
+    config = recipe.get_config().copy_and_resolve_references()
+    config.batch_size, config.algorithm.num_minibatches = 48, 2
+    assert fitting.microbatches(config, mesh) == [1, 2, 3, 6]
 
 
 @pytest.mark.parametrize('usable, expected', [(1000, 'none'), (500, 'dots_no_batch'), (100, 'full')])
