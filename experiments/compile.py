@@ -218,10 +218,12 @@ def describe_run(path: str, config: ml_collections.ConfigDict, reports: Mapping[
     line = (f'{path} on {target.name}: at most {total / GIB:.2f} GiB a chip of {target.usable_bytes / GIB:.2f}, while '
             f'its {worst} runs')
     if 'publish' in reports and all('seconds' in report for report in reports.values()):
-        seconds = iteration(reports, overlaps=bool(config.rollout.devices))
+        elsewhere = config.rollout.transport != 'devices'
+        seconds = iteration(reports, overlaps=bool(config.rollout.devices) or elsewhere)
         line += (f'; an iteration takes {seconds["all"]:.2f} s: ' +
                  ', '.join(f'{name} {seconds[name]:.2f}' for name in ('step', 'publish', 'sampler', 'reward'))
-                 + (', generating beside learning' if config.rollout.devices else ', one after another'))
+                 + (', generating on as many chips elsewhere' if elsewhere else
+                    ', generating beside learning' if config.rollout.devices else ', one after another'))
     return line
 
 

@@ -1,6 +1,7 @@
 """Paper-size programs through the real TPU compiler, and what reads its answer. The former need libtpu, not a TPU."""
 import importlib.util
 import re
+import types
 
 import flax.linen as nn
 import jax
@@ -310,6 +311,20 @@ def test_an_iteration_adds_up_or_overlaps():
     assert aot.iteration(reports, overlaps=True)['all'] == 10.0  # generating takes longer than 3.5 of learning
     assert programs.expected({'seconds': seconds(3.0, 3.2)}) == (3.2, 'matmul')
     assert programs.expected({'seconds': seconds(3.0, 9.0)}) == (9.0, 'latency')
+
+
+@pytest.mark.parametrize('rollout, said', [
+    ({}, '3.00 s: step 1.00, publish 1.00, sampler 1.00, reward 0.00, one after another'),
+    (dict(devices=2), '2.00 s: step 1.00, publish 1.00, sampler 1.00, reward 0.00, generating beside learning'),
+    (dict(transport='files'), '2.00 s: step 1.00, publish 1.00, sampler 1.00, reward 0.00, generating on as many chips '
+                              'elsewhere')])
+def test_a_run_says_where_it_generates(rollout, said):
+    config = gsm8k.get_config().copy_and_resolve_references()
+    config.rollout.update(rollout)
+    seconds = dict(matmul=1.0, memory=0.0, network=0.0, cycles=0.0)
+    reports = {name: {'seconds': seconds, 'times': 1, 'total': 0} for name in ('step', 'publish', 'sampler')}
+    line = aot.describe_run('a config', config, reports, types.SimpleNamespace(name='a slice', usable_bytes=2 ** 30))
+    assert line.endswith(said)
 
 
 def test_the_memory_that_a_gpu_offers_is_jaxs_pool(monkeypatch):

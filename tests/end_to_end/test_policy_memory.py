@@ -80,6 +80,21 @@ def test_residents_are_what_is_live_at_every_moment(apart, reward_model, tmp_pat
     assert max(seen['step']) == pytest.approx(state + beside['step'], abs=small)
 
 
+@pytest.mark.parametrize('transport, held', [('devices', 2), ('files', 0), ('transfer', 2)])
+def test_what_generators_elsewhere_have_is_not_charged_to_the_learner(transport, held, reward_model):
+    """Nor the learner's state to them. Of a transfer the learner holds the versions that nobody has pulled yet."""
+    config = config_of(reward__kind='model', reward__model=reward_model, rollout__max_staleness=2,
+                       rollout__transport=transport)
+    everything, here = jax.devices()[:1], transport == 'devices'
+    run = train.build(config, devices(1))
+    beside = run.beside_step(everything)
+    programs = {program.name: program for program in run.programs(everything, 2 ** 40)}
+    assert len(beside.get('weights for decoding', [])) == held and ('reward models' in beside) == here
+    for name in ('sampler', 'reward'):
+        assert ('learner' in programs[name].beside) == here
+        assert len(programs[name].beside['weights of other versions']) == 2
+
+
 def test_a_reward_model_in_the_dtype_that_it_computes_in_scores_the_same():
     config = config_of()
     config.model.dtype = 'bfloat16'

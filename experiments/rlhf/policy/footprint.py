@@ -4,7 +4,7 @@
                          models and weights for decoding of an evaluation
     generating devices   the weights of as many versions as may be in flight, the reward models; a wave's cache
 
-They are the same devices where `rollout.devices` is 0.
+They are the same devices where `rollout.devices` is 0 and `rollout.transport` is 'devices'.
 """
 import functools
 from collections.abc import Mapping
@@ -42,14 +42,15 @@ class Footprint:
         rules: partition rules of its parameters.
 
     Attributes:
-        shared: whether both meshes have the same devices.
+        shared: whether both meshes are the same devices. Generators in processes of their own (`rollout.transport`)
+            have devices of their own, here as many as the learner.
         state, weights, models: what is resident: the learner's state; one version's weights for decoding; the frozen
             models of the kind. The latter two on the generating devices.
     """
 
     def __init__(self, kind: Kind, config: Config, learner: Mesh, generating: Mesh, state: Any, rules: partition.Rules):
         self._kind, self._config, self.learner, self.generating = kind, config, learner, generating
-        self.shared = not config.rollout.devices
+        self.shared = not config.rollout.devices and config.rollout.transport == 'devices'
         self.state = placed(state, partition.state_shardings(state, rules, self.learner))
         self.decoding = kind.decoding(config, self.generating)
         self.weights = placed(self.decoding.shapes, self.decoding.shardings)
@@ -65,6 +66,8 @@ class Footprint:
             beside = {self._kind.models_are: self.models, 'weights for decoding': self._in_flight()}
         elif self._config.eval_every:
             beside = {self._kind.models_are: self._kind.models(self._config, self.learner)}
+        if self._config.rollout.transport == 'transfer':  # versions are held until they have been pulled
+            beside['weights for decoding'] = self._in_flight()
         return {name: tree for name, tree in beside.items() if jax.tree.leaves(tree)}
 
     def beside_sampler(self) -> Mapping[str, Placed]:
@@ -104,7 +107,9 @@ class Footprint:
         others = {name: tree for name, tree in self.state.params.items() if name != 'policy'}
         extra = {name: tree for name, tree in self.state.extra.items() if name != 'mask'}
         beside = dict(self.beside_step()) | {'learner': [others, self.state.opt_state, extra]}
-        convert = rollouts.snapshots(self.decoding, self.generating, self.learner)
+        convert = self.decoding.convert
+        if self._config.rollout.transport == 'devices':
+            convert = rollouts.snapshots(self.decoding, self.generating, self.learner)
         return Program('publish', convert, (rollouts.sampler_params(self.state),), self.learner, beside, knobs=PUBLISH)
 
 
