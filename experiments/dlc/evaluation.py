@@ -47,7 +47,7 @@ def representation(train: Mapping[str, np.ndarray], heldout: Mapping[str, np.nda
     """k-NN and linear-probe accuracy of soft codes, bare codes and the continuous embedding, held out.
 
     Args:
-        train, heldout: `codes` [N, L], `embeddings` [N, D], `labels` [N], and `sem` [N, L, V] where it was stored.
+        train, heldout: `codes` [N, L] and `labels` [N]; `embeddings` [N, D] and `sem` [N, L, V] where both stored them.
         probe: the method of `probes.linear_probe_accuracy`.
         get: of `runtime.blocks.Blocks` where the accuracies that are known already are to be read.
     """
@@ -55,7 +55,8 @@ def representation(train: Mapping[str, np.ndarray], heldout: Mapping[str, np.nda
     if 'sem' in train and 'sem' in heldout:
         views['sem'] = tuple(s['sem'].reshape(len(s['sem']), -1).astype(np.float32) for s in (train, heldout))
     views['codes'] = tuple(np.asarray(s['codes'], np.int32) for s in (train, heldout))
-    views['embedding'] = (np.asarray(train['embeddings'], np.float32), np.asarray(heldout['embeddings'], np.float32))
+    if 'embeddings' in train and 'embeddings' in heldout:
+        views['embedding'] = tuple(np.asarray(s['embeddings'], np.float32) for s in (train, heldout))
 
     def accuracy(view: str, method: str) -> float:
         a, b = views[view]

@@ -472,6 +472,20 @@ def test_samples_and_what_they_are_nearest_to(monkeypatch, tmp_path, encoder, pi
             neighbours.main()
 
 
+def test_codes_without_embeddings_are_probed_alone(monkeypatch, tmp_path, capsys):
+    """Imported codes (`experiments.import_codes`) have none."""
+    rng = np.random.default_rng(0)
+    for name, num in (('train', 60), ('heldout', 30)):
+        with codestore_writer.writer(tmp_path / name, num=num, meta=dict(num_codes=4, vocab_size=8)) as store:
+            store.append({'codes': rng.integers(0, 8, (num, 4)), 'labels': (np.arange(num) % 3).astype(np.int32)},
+                         names=[str(i) for i in range(num)])
+    monkeypatch.setattr(evaluate.evaluation.probes, 'linear_probe_accuracy', lambda *args, **settings: 0.5)
+    monkeypatch.setattr('sys.argv', ['evaluate', f'--train={tmp_path}/train', f'--heldout={tmp_path}/heldout'])
+    evaluate.main()
+    out = json.loads(capsys.readouterr().out)
+    assert out['representation'].keys() == {'codes'} and out['representation']['codes']['linear'] == 0.5
+
+
 def test_representation_leaves_images_on_disk(monkeypatch, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name, num in (('train', 60), ('heldout', 30)):
