@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +20,8 @@ IMAGES_A_DEVICE = 16  # at 256 pixels the decoder's widest features take a gigab
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentDecoder:
-    """The frozen autoencoder, over all devices, in float32. Latents are scaled to about unit variance on this side."""
+    """The frozen autoencoder, over all devices, in float32, products included where the hardware would round them.
+    Latents are scaled to about unit variance on this side."""
     module: Any
     params: Any
 
@@ -64,4 +66,8 @@ class LatentDecoder:
 
         def decode(params, latents):
             return to_uint8(self.module.apply({'params': params}, latents / SCALING_FACTOR, method='decode'))
-        return modules.Batched({'posterior': posterior, 'decode': decode}[what], self.params, unit)
+
+        def run(params, rows):
+            with jax.default_matmul_precision('highest'):
+                return {'posterior': posterior, 'decode': decode}[what](params, rows)
+        return modules.Batched(run, self.params, unit)

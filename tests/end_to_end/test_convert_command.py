@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 import tokenizers
+from jax.extend.core import jaxprs_in_params
 from PIL import Image
 
 from dlc_jax import convert
@@ -27,7 +28,7 @@ from experiments.dlc.latents import LatentDecoder
 from experiments.dlc.text_to_code import TextToCode
 from experiments.dlc.weights import kinds, reading
 from experiments.dlc.weights import llada as llada_weights
-from experiments.runtime import config_files, launch
+from experiments.runtime import config_files, launch, modules
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.weights import files
@@ -160,6 +161,34 @@ def test_networks_used_as_they_are_released(run, weights, tmp_path):
     noted = json.loads((tmp_path / 'sd_vae' / 'config.json').read_text())
     assert noted['_class_name'] == 'AutoencoderKL' and noted['block_out_channels'] == [32, 32]
     chex.assert_trees_all_equal(LatentDecoder.load(tmp_path / 'sd_vae').params, weights[1]['sd_vae'])
+
+
+@pytest.mark.parametrize('what', ['dinov2', 'decode', 'posterior'])
+def test_products_of_frozen_networks_are_not_rounded(what, weights, monkeypatch):
+    """Whatever a GPU or TPU does with float32 by default."""
+    highest, found = (jax.lax.Precision.HIGHEST,) * 2, []
+
+    def batched(one, params, unit):
+        def run(x, num, progress=None):
+            found.extend(precisions(jax.make_jaxpr(one)(params, x).jaxpr))
+            return jax.tree.map(np.asarray, one(params, x))
+        return run
+    monkeypatch.setattr(modules, 'Batched', batched)
+    if what == 'dinov2':
+        assert features.encoder(weights[0] / 'dinov2', 2)(np.zeros((2, 28, 28, 3), np.uint8)).shape == (2, 64)
+    else:
+        shape = (1, 8, 8, 4) if what == 'decode' else (1, 16, 16, 3)
+        getattr(LatentDecoder(MODULES['sd_vae'], weights[1]['sd_vae']), what)(np.zeros(shape, np.float32))
+    assert len(found) > 5 and set(found) == {highest}
+
+
+def precisions(jaxpr):
+    """Of all products in `jaxpr`."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ('dot_general', 'conv_general_dilated'):
+            yield eqn.params['precision']
+        for inner in jaxprs_in_params(eqn.params):
+            yield from precisions(inner)
 
 
 def test_backbone_of_an_encoder_is_a_dinov2(run, weights, tmp_path):

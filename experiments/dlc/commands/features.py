@@ -120,7 +120,10 @@ def encoder(path: str | os.PathLike, batch_size: int) -> Network:
         module, params = reading.read('dinov2', path)
         size = DINOV2_SIZE // module.patch_size * module.patch_size
         crop = CenterCrop(size, IMAGENET_MEAN, IMAGENET_STD)
-        one = lambda params, x: module.apply({'params': params}, x).cls
+
+        def one(params: Any, x: Any) -> Any:
+            with jax.default_matmul_precision('highest'):  # products that the hardware rounds would move distances
+                return module.apply({'params': params}, x).cls
         return _network(one, params, batch_size, crop, 3)
     model = reading.load(Encoder, path, step=steps.agreed_newest(path))
     one = lambda params, x: encode(model.config, params, x, outputs=('embeddings',))['embeddings']
