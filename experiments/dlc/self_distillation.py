@@ -87,20 +87,23 @@ class SelfDistillation:
         """Weighted sum of the four terms, and metrics.
 
         Each of the 2 n + 2 (student view, teacher view) pairs of the DINO terms counts the same; a view is never its
-        own target.
+        own target. Without local crops (n = 0) their term is 0.
         """
         weights, (images, num_local) = self.settings, batch['local_crops'].shape[:2]
         global_key, local_key = jax.random.split(rng, 2)
         whole = self.see(params, batch['global_crops'], batch['masks'], global_key)
-        small = self.see(params, batch['local_crops'], None, local_key)
-
-        cls = whole.cls.reshape(images, 2, -1)
+        views = cls = whole.cls.reshape(images, 2, -1)
+        if num_local:
+            small = self.see(params, batch['local_crops'], None, local_key)
+            views = jnp.concatenate([cls, small.cls.reshape(images, num_local, -1)], 1)
         # [B, 2 + n, K]: views side by side, so that an image's rows stay on its device.
-        scores = self.score(params, 0, jnp.concatenate([cls, small.cls.reshape(images, num_local, -1)], 1))
+        scores = self.score(params, 0, views)
         pairs = 2 * num_local + 2
         entropy = lambda scores, probs: dino.cross_entropy(scores, probs, weights.student_temperature).mean()
         # Linear in the targets: a local view has both globals for one.
-        local_term = entropy(scores[:, 2:], targets.cls.sum(1, keepdims=True)) * num_local / pairs
+        local_term = jnp.zeros(())
+        if num_local:
+            local_term = entropy(scores[:, 2:], targets.cls.sum(1, keepdims=True)) * num_local / pairs
         global_term = entropy(scores[:, :2], targets.cls[:, ::-1]) * 2 / pairs
         koleo_term = sum(koleo.koleo_loss(cls[:, view], groups=self.groups) for view in range(2))
         masked = gather_masked(whole.patches, batch['mask_indices'])

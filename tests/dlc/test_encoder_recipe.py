@@ -101,11 +101,14 @@ def test_collapse_shows_in_its_metrics():
         assert float(values['teacher_entropy']) == pytest.approx(np.log(8), rel=1e-5)
 
 
-def test_loss_is_the_sum_over_pairs_of_views():
-    """Term by term and view by view, on two globals and two locals: 2 x 2 local and 2 global pairs, each a sixth."""
+@pytest.mark.parametrize('num_local', [2, 0])
+def test_loss_is_the_sum_over_pairs_of_views(num_local):
+    """Term by term and view by view, on two globals and two locals: 2 x 2 local and 2 global pairs, each a sixth. On
+    the globals alone they are halves."""
     config = quickstart.get_config('tiny').encoder.copy_and_resolve_references()
     config.batch_size, config.loss.centering, config.model.depth = 4, 'center', 1
     config.loss.teacher_temperature.update(dict(init=0.04, peak=0.04))
+    config.data.num_local, pairs = num_local, 2 * num_local + 2
     experiment = encoder.build(config, mesh_lib.make_mesh({}, jax.devices()[:1]))
     shapes = jax.eval_shape(experiment.init, jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -126,9 +129,9 @@ def test_loss_is_the_sum_over_pairs_of_views():
     teacher = [see(state.ema, batch['global_crops'][:, v]) for v in range(views)]
     student = [see(state.params, batch['global_crops'][:, v], batch['masks'][:, v]) for v in range(views)]
     targets = [soft(score(state.ema, t.cls), 'dino') for t in teacher]
-    glimpses = [score(state.params, see(state.params, batch['local_crops'][:, v]).cls) for v in range(2)]
-    local = sum(cross(g, t).mean() for g in glimpses for t in targets) / 6
-    across = sum(cross(score(state.params, student[v].cls), targets[1 - v]).mean() for v in range(2)) / 6
+    glimpses = [score(state.params, see(state.params, batch['local_crops'][:, v]).cls) for v in range(num_local)]
+    local = sum(cross(g, t).mean() for g in glimpses for t in targets) / pairs
+    across = sum(cross(score(state.params, student[v].cls), targets[1 - v]).mean() for v in range(2)) / pairs
     masked = 0.0
     for v in range(views):
         each = cross(score(state.params, student[v].patches), soft(score(state.ema, teacher[v].patches), 'ibot'))
