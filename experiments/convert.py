@@ -154,10 +154,10 @@ def convert_one(args: argparse.Namespace, config: ml_collections.ConfigDict, dst
     to_run = '' if args.reverse else kinds.KINDS[args.kind].experiment  # what the work directory will be of
     if to_run and config.get('experiment') != to_run:
         raise ValueError(f'--config: experiment={config.get("experiment")!r}, but a {args.kind} makes {to_run!r}')
-    noise = 'loglinear'
+    diffusion = None
     if args.reverse and not reading.is_released(args.src):
         module, params, of_run = writing.read_run(args.kind, args.src, step)
-        noise = of_run.diffusion.noise if args.kind == 'sedd' else noise
+        diffusion = of_run.diffusion if args.kind == 'sedd' else None
     else:
         if args.reverse and args.kind in kinds.CONFIGURED:
             raise ValueError(f'--src={args.src}: released weights already; --reverse takes a work directory')
@@ -173,7 +173,7 @@ def convert_one(args: argparse.Namespace, config: ml_collections.ConfigDict, dst
         with storage.local_folder(dst, last='config.json') as folder:
             files.save(folder, convert.tensors('dinov2', module, params, hf=True), dinov2.config_of(module))
     else:
-        writing.write_released(args.kind, module, params, dst, noise=noise)
+        writing.write_released(args.kind, module, params, dst, diffusion=diffusion)
     print(summary(args.kind, module, params, dst))
 
 

@@ -152,6 +152,16 @@ def test_work_directory_and_back(run, weights, bare, tmp_path, kind):
     assert again.config.model.to_dict() == loaded.config.model.to_dict()
 
 
+def test_the_noise_of_a_code_model_goes_along(run, weights, tmp_path):
+    settings = dict(noise='geometric', eps=2e-4, sigma_min=3e-5, sigma_max=7.5)
+    given = ' '.join(f'--config.diffusion.{name}={value}' for name, value in settings.items())
+    assert run(command, f'--kind=sedd --src={weights[0]}/sedd --dst={tmp_path}/run {given}')[0] == 0
+    assert run(command, f'--reverse --kind=sedd --src={tmp_path}/run --dst={tmp_path}/out')[0] == 0
+    published = config_files.load(kinds.published_config('sedd')).diffusion.to_dict()
+    assert reading.load(CodeModel, tmp_path / 'out').config.diffusion.to_dict() == published | settings
+    assert reading.load(CodeModel, weights[0] / 'sedd').config.diffusion.to_dict() == published  # which says nothing
+
+
 def test_networks_used_as_they_are_released(run, weights, tmp_path):
     for kind in ('sd_vae', 'dinov2'):
         status, said, error = run(command, f'--kind={kind} --src={weights[0]}/{kind} --dst={tmp_path}/{kind}')

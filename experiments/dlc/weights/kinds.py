@@ -26,6 +26,7 @@ KINDS = {  # the first whose sign is among a file's tensors is what it holds
     'inception': Kind('', 'model.safetensors', 'Mixed_7c.branch_pool.conv.weight'),
     'dinov2': Kind('', 'model.safetensors', 'cls_token'),
 }
+NOISE = ('eps', 'sigma_min', 'sigma_max')  # settings of the noise of a sedd, here and in its config.json
 CONFIGURED = tuple(name for name, kind in KINDS.items() if kind.experiment)  # make work directories
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from dlc_jax import convert
 from dlc_jax.models import dit
 from experiments.dlc.weights import llada
-from experiments.dlc.weights.kinds import KINDS, published_config
+from experiments.dlc.weights.kinds import KINDS, NOISE, published_config
 from experiments.runtime import config_files, folders, storage
 from rlhf_jax.weights.files import load_state_dict
 
@@ -71,14 +71,15 @@ def load(cls: type[T], path: str | os.PathLike, *, step: int | None = None, **se
 
 
 def noted_settings(kind: str, path: str | os.PathLike) -> list[str]:
-    """Overrides of a config from the config.json beside released weights: the process of a sedd."""
+    """Overrides of a config from the config.json beside released weights: process and noise of a sedd."""
     if kind != 'sedd':
         return []
     folder = storage.resolve(path) if storage.resolve(path).is_dir() else storage.resolve(path).parent
     noted = _settings_beside(folder)
-    graph, noise = _table(noted, 'graph').get('type'), _table(noted, 'noise').get('type')
+    graph, noise = _table(noted, 'graph').get('type'), _table(noted, 'noise')
     return [f'--config.diffusion.{name}={value}' for name, value in
-            (('process', {'absorb': 'absorbing'}.get(graph, graph)), ('noise', noise)) if value]
+            (('process', {'absorb': 'absorbing'}.get(graph, graph)), ('noise', noise.get('type')),
+             *((name, noise.get(name)) for name in NOISE)) if value is not None]
 
 
 def kind_of(path: str | os.PathLike) -> str:

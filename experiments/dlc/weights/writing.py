@@ -11,7 +11,7 @@ import numpy as np
 from dlc_jax import convert
 from dlc_jax.models import vit
 from dlc_jax.models.vae import SCALING_FACTOR
-from experiments.dlc.weights.kinds import KINDS
+from experiments.dlc.weights.kinds import KINDS, NOISE
 from experiments.runtime import config_files, runs, storage
 from experiments.runtime.checkpoint import Checkpointer
 from rlhf_jax.weights.files import save_state_dict
@@ -59,23 +59,26 @@ def read_run(kind: str, workdir: str | os.PathLike,
 
 
 def write_released(kind: str, module: Any, params: Mapping[str, Any], folder: str | os.PathLike, *,
-                   noise: str = 'loglinear') -> None:
+                   diffusion: Mapping[str, Any] | None = None) -> None:
     """`folder` with the tensors under their released names, and a config.json of what they do not tell.
 
     Args:
-        noise: of a sedd.
+        diffusion: of the config of a sedd, for its noise; None: as published.
     """
-    config = _released_config(kind, module, noise)
+    config = _released_config(kind, module, diffusion)
     with storage.local_folder(folder, last='config.json') as local:
         save_state_dict(local / KINDS[kind].file, convert.tensors(kind, module, params))
         storage.write_json(local / 'config.json', config)
 
 
-def _released_config(kind: str, m: Any, noise: str) -> dict[str, Any]:
-    """The fields of the originals' config.json, as far as it says what the tensors are."""
+def _released_config(kind: str, m: Any, diffusion: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields of the originals' config.json, as far as it says what the tensors are; and `eps`, which the originals
+    do not set, in the noise of a sedd."""
     if kind == 'sedd':
+        noise = {'type': 'loglinear'} if diffusion is None else {'type': diffusion['noise']} | {
+            name: diffusion[name] for name in NOISE}
         graph = 'absorb' if m.process == 'absorbing' else m.process
-        return dict(tokens=m.vocab_size, graph=dict(type=graph), noise=dict(type=noise), model=dict(
+        return dict(tokens=m.vocab_size, graph=dict(type=graph), noise=noise, model=dict(
             hidden_size=m.width, cond_dim=m.cond_dim, length=m.length, n_blocks=m.depth, n_heads=m.num_heads,
             scale_by_sigma=m.scale_by_sigma, dropout=m.dropout, shared_embedding=m.shared_embedding))
     if kind == 'sd_vae':
