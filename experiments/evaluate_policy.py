@@ -119,7 +119,7 @@ def evaluate(args: argparse.Namespace, given: ml_collections.ConfigDict | None, 
     data = data_of(args, config)
     task = tasks.get(data, policy.encode)
     candidates = tasks.require(task, 'prompts', data)(data, args.split or data['heldout'])
-    how = flags.sampling(policy, args, config)
+    how = flags.sampling(policy, args, config, own_task=config is not None and data['task'] == config.data.task)
     prompts, rows = fitting(policy, candidates, task, how.max_new_tokens, args.max_prompt or (
         (config or {}).get('sampling') or {}).get('max_prompt', 0))
     prompts, rows = prompts[:args.num], rows[:args.num]

@@ -18,7 +18,7 @@ from experiments.rlhf.models import adapters, inference, loading
 from experiments.rlhf.models.inference import Policy
 from experiments.rlhf.policy import evaluation, reward_model
 from experiments.rlhf.policy.evaluation import HeldOutPrompts
-from experiments.runtime import launch, lines
+from experiments.runtime import config_files, launch, lines
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import read_metrics
 from experiments.train import build, train
@@ -185,6 +185,27 @@ def test_every_checkpoint_is_a_row_of_a_curve_that_goes_on(runs, tmp_path, monke
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(first, last))
 
 
+def test_the_least_length_of_a_run_is_for_its_own_task(runs, tmp_path, monkeypatch):
+    """Else its answers to other tasks could not be compared with those of the model that it started from."""
+    shutil.copytree(runs / 'policy', tmp_path / 'policy')
+    config = config_files.read(tmp_path / 'policy')
+    config.sampling.min_new_tokens = 4
+    config_files.save(config, tmp_path / 'policy')
+    (tmp_path / 'questions.jsonl').write_text('{"question": "Why?", "response_j": "Because."}\n')
+    other, asked = ('--task=stackexchange', f'--path={tmp_path}/questions.jsonl', '--split=train'), ('--prompt=3+4=',)
+    found = []
+
+    def seen(self, **how):
+        found.append(how['min_new_tokens'])
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Policy, 'sampling', seen)
+    for main, flags in ((evaluate_command.main, ()), (evaluate_command.main, other), (sample_command.main, asked)):
+        for least in ((), ('--min_new_tokens=2',)):
+            with pytest.raises(KeyboardInterrupt):
+                command(main, monkeypatch, f'--policy={tmp_path}/policy', *flags, *least)
+    assert found == [4, 2, 0, 2, 0, 2]
+
+
 @pytest.mark.parametrize('main, args, message', [
     (evaluate_command.main, ('--policy={policy}', '--step=all'), 'say with --json=FILE where its rows go'),
     (evaluate_command.main, ('--policy={policy}', '--step=7'), 'holds steps 1; what is kept of a run'),
@@ -201,6 +222,7 @@ def test_every_checkpoint_is_a_row_of_a_curve_that_goes_on(runs, tmp_path, monke
     (evaluate_command.main, ('--policy={policy}', '--gold=nothing'), '--gold: nothing is neither a folder'),
     (evaluate_command.main, ('--policy={reward}',), 'holds a reward model, not a policy'),
     (evaluate_command.main, ('--policy={policy}', '--max_prompt=3'), 'none of 8 prompts has at most 3 tokens'),
+    (sample_command.main, ('--policy={policy}', '--prompt=a', '--min_new_tokens=-1'), 'must be at least 0'),
     (sample_command.main, ('--policy={policy}',), 'give either --prompt=TEXT or --prompts=FILE'),
     (sample_command.main, ('--policy={policy}', '--prompts={sft}/config.json'), 'holds a dict, expected a list'),
     (sample_command.main, ('--policy={policy}', '--prompt=a', '--max_new_token=3'), 'did you mean --max_new_tokens?'),

@@ -24,6 +24,8 @@ def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser
     p.add_argument('--top_k', type=int, default=0, help='0: all')
     p.add_argument('--top_p', type=float, default=1.0)
     p.add_argument('--max_new_tokens', type=int, help="default: as in the run, else 128")
+    p.add_argument('--min_new_tokens', type=int, help='no end before so many (default: as in the run where prompts of '
+                   'its own task are measured, by evaluate; else 0)')
     p.add_argument('--batch_size', type=int, default=64, help='prompts at once')
     p.add_argument('--seed', type=int, default=0)
     return p
@@ -34,6 +36,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ('tensor', 'num_samples', 'batch_size', 'max_new_tokens', 'num'):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise ValueError(f'--{name}={getattr(args, name)} must be at least 1')
+    if (args.min_new_tokens or 0) < 0:
+        raise ValueError(f'--min_new_tokens={args.min_new_tokens} must be at least 0')
     if args.num_samples > 1 and not args.temperature:
         raise ValueError(f'--num_samples={args.num_samples} with --temperature=0: all samples of a prompt would be the '
                          'same; set --temperature')
@@ -48,12 +52,21 @@ def load(path: str, args: argparse.Namespace, config: Mapping[str, Any] | None =
                        adapter=args.adapter or '', mesh=mesh, step=step)
 
 
-def sampling(policy: Policy, args: argparse.Namespace, config: Mapping[str, Any] | None) -> Any:
-    """How the flags say to sample; lengths that they leave out are those of `config`, the run's."""
+def sampling(policy: Policy, args: argparse.Namespace, config: Mapping[str, Any] | None, *,
+             own_task: bool = False) -> Any:
+    """How the flags say to sample; what they leave out of the lengths is as in `config`, the run's.
+
+    Args:
+        own_task: whether the prompts are of the run's own task, which is what its least length is for. Answers to
+            others may end at once, as those of the model that it began with may.
+    """
     settings = (config or {}).get('sampling') or {}
+    least = args.min_new_tokens
+    if least is None:
+        least = settings.get('min_new_tokens', 0) if own_task else 0
     return policy.sampling(max_new_tokens=args.max_new_tokens or settings.get('max_new_tokens', 128),
                            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                           min_new_tokens=settings.get('min_new_tokens', 0))
+                           min_new_tokens=least)
 
 
 def response_lines(rows: list[dict[str, Any]], responses: Responses) -> list[dict[str, Any]]:
