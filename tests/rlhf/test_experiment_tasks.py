@@ -183,6 +183,13 @@ def test_stackexchange_and_pairs(tmp_path):
     d = data('stackexchange', write(tmp_path / 's.jsonl', [dict(question='q', response_j='j', response_k='k')]))
     assert tasks.get(d).preferences(d, 'train') == [('Question: q\n\nAnswer: ', 'j', 'k')]
     assert tasks.get(d).demonstrations(d, 'train') == [('Question: q\n\nAnswer: ', 'j')]
+    d = data('stackexchange', write(tmp_path / 'q.jsonl', [dict(question='q', response_j='two words', response_k='k'),
+                                                           dict(question='q'), dict(question='q', response_j=None)]))
+    task = tasks.get(d)
+    rows = [prompt.row for prompt in task.prompts(d, 'train')]
+    assert [row.get('reference') for row in rows] == ['two words', None, None]  # nothing to win over
+    assert task.metrics(['a'] * 3, rows) == {'words': 1, 'reference_words': 2}
+    assert task.metrics(['a'] * 2, rows[1:]) == {'words': 1}
     d = data('pairs', write(tmp_path / 'p.jsonl', [dict(prompt='q', chosen='j', rejected='k'), dict(
         prompt='q', chosen='j', rejected='k', response='r')]))
     assert tasks.get(d).demonstrations(d, 'train') == [('q', 'j'), ('q', 'r')]
