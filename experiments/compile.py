@@ -219,11 +219,12 @@ def describe_run(path: str, config: ml_collections.ConfigDict, reports: Mapping[
             f'its {worst} runs')
     if 'publish' in reports and all('seconds' in report for report in reports.values()):
         elsewhere = config.rollout.transport != 'devices'
-        seconds = iteration(reports, overlaps=bool(config.rollout.devices) or elsewhere)
-        line += (f'; an iteration takes {seconds["all"]:.2f} s: ' +
-                 ', '.join(f'{name} {seconds[name]:.2f}' for name in ('step', 'publish', 'sampler', 'reward'))
-                 + (', generating on as many chips elsewhere' if elsewhere else
-                    ', generating beside learning' if config.rollout.devices else ', one after another'))
+        overlaps = bool(config.rollout.max_staleness) and (elsewhere or bool(config.rollout.devices))
+        seconds = iteration(reports, overlaps=overlaps)
+        line += f'; an iteration takes {seconds["all"]:.2f} s: ' + ', '.join(
+            f'{name} {seconds[name]:.2f}' for name in ('step', 'publish', 'sampler', 'reward'))
+        line += ', generating on as many chips elsewhere' if elsewhere else ''
+        line += ', generating beside learning' if overlaps else ', one after another'
     return line
 
 

@@ -224,7 +224,8 @@ def cell(row: Mapping[str, Any] | None, config: ml_collections.ConfigDict) -> st
     if 'publish' in programs:
         learning = seconds['step'] + seconds['publish']
         generating = sum(s for name, s in seconds.items() if name not in ('step', 'publish'))
-        whole = max(learning, generating) if config.rollout.devices else learning + generating
+        overlaps = config.rollout.devices and config.rollout.max_staleness
+        whole = max(learning, generating) if overlaps else learning + generating
         step = f'{whole:.3g} s, of it step {seconds["step"]:.3g}'
     return f'{text}; {step}{note}'
 

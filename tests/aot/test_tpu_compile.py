@@ -315,9 +315,11 @@ def test_an_iteration_adds_up_or_overlaps():
 
 @pytest.mark.parametrize('rollout, said', [
     ({}, '3.00 s: step 1.00, publish 1.00, sampler 1.00, reward 0.00, one after another'),
-    (dict(devices=2), '2.00 s: step 1.00, publish 1.00, sampler 1.00, reward 0.00, generating beside learning'),
-    (dict(transport='files'), '2.00 s: step 1.00, publish 1.00, sampler 1.00, reward 0.00, generating on as many chips '
-                              'elsewhere')])
+    (dict(devices=2), '3.00 s: step 1.00, publish 1.00, sampler 1.00, reward 0.00, one after another'),
+    (dict(devices=2, max_staleness=1), '2.00 s: step 1.00, publish 1.00, sampler 1.00, reward 0.00, generating beside '
+                                       'learning'),
+    (dict(transport='files', max_staleness=1), '2.00 s: step 1.00, publish 1.00, sampler 1.00, reward 0.00, generating '
+                                               'on as many chips elsewhere, generating beside learning')])
 def test_a_run_says_where_it_generates(rollout, said):
     config = gsm8k.get_config().copy_and_resolve_references()
     config.rollout.update(rollout)
