@@ -137,6 +137,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
             online = experiment.open_rollouts is not None
             batches = (experiment.open_rollouts(workdir) if online else
                        Prefetch(experiment.open_batches(), mesh_lib.batch_sharding(mesh)))
+            if not restored and experiment.check:  # what it refuses has not started: the directory stays nobody's
+                experiment.check()
+                exchange.everywhere(mesh, True)
             if jax.process_index() == 0:
                 config_files.save(config, workdir)
             metrics = Metrics()
@@ -147,8 +150,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, mesh
                 batches.set_state(position)
                 log.info('%s: continuing from step %d of %d', workdir, start, config.num_steps)
             else:
-                if experiment.check:
-                    experiment.check()
                 start, state = 0, jax.jit(experiment.init, out_shardings=shardings)(jax.random.key(config.seed))
                 if experiment.warm_start:
                     state = placement.place_tree(experiment.warm_start(state), shardings)

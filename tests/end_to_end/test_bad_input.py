@@ -366,6 +366,7 @@ def test_one_line_that_names_the_thing(command, arguments, says, call, places, n
     assert len(lines) == 1 and lines[0].startswith('error: '), said
     assert re.search(says, lines[0]), said
     assert not list(places.glob('new*/checkpoints/*')) and not list(places.glob('new*.partial'))
+    assert not list(places.glob('new*/config.json')), 'a run that did not start has claimed the work directory'
 
 
 # ---- Around a run: stand-ins for the networks, everything else is real ---------------------------------------------

@@ -143,6 +143,7 @@ BAD = {
     'field missing': ('seed=0', "sums.jsonl: row 3: .*answer.*data.skip_bad_rows=True leaves such rows out"),
     'no path': ('data.path=', "data.path is empty: data.task='gsm8k' needs a file"),
     'split': ('data.split=dev', "split 'dev' of arithmetic is not one of"),
+    'weights absent': ('weights={at}/nowhere', 'weights=.*nowhere: no config.json there'),
     # ---- Rewards -----------------------------------------------------------------------------------------------------
     'model not given': ('reward.kind=model', "reward.model is empty, but reward.kind='model' needs it"),
     'model absent': ('reward.kind=model --config.reward.model={at}/nowhere', 'nowhere is neither a folder'),
@@ -169,6 +170,7 @@ def test_one_line_before_anything_is_computed(case, call, places, nothing_comput
     policy = POLICY.replace('.py', f'.py:{TASKS[case]}') if case in TASKS else POLICY
     status, said = call('train', policy + arguments)
     one_line(status, said, message)
+    assert not (places / 'new' / 'config.json').exists(), 'a run that did not start has claimed the work directory'
 
 
 @pytest.mark.parametrize('arguments,message', [
