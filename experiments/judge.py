@@ -42,7 +42,10 @@ def main() -> None:
             raise ValueError(f'--{name}={getattr(args, name)} must be at least {least}')
     template = judge.TEMPLATE
     if args.template:
-        template = pathlib.Path(args.template).read_text()
+        try:
+            template = pathlib.Path(args.template).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f'--template={args.template}: cannot be read ({error}); give a text file') from None
         judge.check_template(template)
     endpoint = args.endpoint and judge.Endpoint(args.endpoint, key=os.environ.get(args.key, ''), timeout=args.timeout)
     pairs = pairs_of(args.responses, args.against)[:args.num]

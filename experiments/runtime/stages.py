@@ -46,6 +46,7 @@ def claim(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> pat
 
     Raises:
         ValueError: it holds the stages of another config, or is not on this machine.
+        OSError: it cannot be written.
     """
     if storage.is_remote(workdir):
         raise ValueError(f'--workdir={workdir}: needs a local folder; copy it afterwards')
@@ -55,6 +56,7 @@ def claim(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> pat
             _check_same(config_files.read(workdir), config, workdir)
     except config_files.DamagedConfig as error:
         log.warning('%s (this command does)', error)
+    storage.check_writable(workdir, '--workdir')
     config_files.save(config, workdir)
     return workdir
 

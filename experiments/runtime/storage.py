@@ -96,8 +96,13 @@ def read_json_lines(flag: str, path: str, fields: Sequence[str], written_by: str
     Raises:
         ValueError, OSError: nothing there, or a line that is no such row.
     """
+    try:
+        content = resolve(path).read_bytes()
+    except OSError as error:
+        raise OSError(f'{flag}={path}: cannot be read ({error.strerror or error}); write the file with '
+                      f'{written_by}') from None
     rows = []
-    for number, line in enumerate(io.BytesIO(resolve(path).read_bytes()), 1):
+    for number, line in enumerate(io.BytesIO(content), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -139,7 +139,7 @@ def test_programs_of_a_policy(tmp_path, monkeypatch, capsys):
     ('', '', 'holds no row'), ('x', '', 'line 1 is no JSON object'),
     (json.dumps(PROBLEM), '', 'line 1 has no completion'), ('{}', '', 'line 1 has no task_id'),
     ('', '--seconds=0', '--seconds=0.0 must be at least 0.1'), ('', '--parallel=0', '--parallel=0 must be at least 1'),
-    ('', '--json=samples.jsonl/x', '--json')])
+    ('', '--json=samples.jsonl/x', '--json'), ('', '--samples=none', '--samples=none: cannot be read (No such file')])
 def test_bad_input_is_one_line(content, argument, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pathlib.Path('samples.jsonl').write_text(content)

@@ -29,6 +29,12 @@ def test_another_config_is_refused_by_the_names_of_its_fields(other, says, tmp_p
     assert config_files.read(tmp_path).seed == 1
 
 
+def test_a_place_that_cannot_be_written_is_named_with_its_flag(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError, match='--workdir: .*file/run cannot be written .*; choose another place'):
+        stages.claim(config_of(seed=1), tmp_path / 'file' / 'run')
+
+
 def test_a_field_that_was_not_there_yet_is_said_and_taken(tmp_path, caplog):
     stages.claim(config_of(seed=1), tmp_path)
     with caplog.at_level(logging.WARNING):
