@@ -1,4 +1,6 @@
-"""Groups of fields that the configs of images and of language share, with their units."""
+"""What the configs of images and of language share: groups of fields, with their units, and the check of a name."""
+import difflib
+from collections.abc import Iterable
 
 
 def runner() -> dict:
@@ -104,3 +106,11 @@ def learning() -> dict:
         eval_prompts=256,  # of it, the first so many
         lr_per='step',  # the learning rate moves each update | batch: each rollout batch, ahead of it (published runs)
     )
+
+
+def check_name(what: str, given: str, names: Iterable[str]) -> None:
+    """Raises a ValueError with the nearest of `names` where `given`, of `--config=FILE:GIVEN`, is none of them."""
+    names = tuple(names)
+    if given not in names:
+        near = difflib.get_close_matches(given, names, 1)
+        raise ValueError(f'{what} {given!r} is not one of {names}' + (f'; did you mean {near[0]!r}?' if near else ''))

@@ -10,14 +10,14 @@ trained on; the reward is how sure a judge is of both digits, one that was train
 judge whose opinion is logged beside it.
 """
 from configs.dlc import base, text_to_code_digits
+from configs.parts import check_name
 
 METHODS = ('online_dpo', 'best_of_n', 'rloo', 'grpo', 'elastic_reset')
 NAMES = (*METHODS, *(f'{method}_async' for method in METHODS))
 
 
 def get_config(name: str = 'online_dpo', at: str = 'runs/quickstart_align'):
-    if name not in NAMES:
-        raise ValueError(f'align_digits: {name!r} is not one of {NAMES}')
+    check_name('align_digits:', name, NAMES)
     method = name.removesuffix('_async')
     text, config = text_to_code_digits.get_config(), base.align()
     for section in ('model', 'words'):

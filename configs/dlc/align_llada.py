@@ -21,13 +21,13 @@ An iteration takes at least 44 seconds on 8 H100, 37 of them to write codes (doc
 """
 from configs.dlc import base
 from configs.dlc.encoder_imagenet import CODES
+from configs.parts import check_name
 
 NAMES = ('full', 'full_async', 'lora', 'lora_async')
 
 
 def get_config(name: str = 'full'):
-    if name not in NAMES:
-        raise ValueError(f'align_llada: {name!r} is not one of {NAMES}')
+    check_name('align_llada:', name, NAMES)
     config = base.align()
     config.num_steps, config.batch_size, config.accumulate = 500, 64, 4
     config.log_every, config.checkpoint_every, config.eval_every, config.eval_prompts = 5, 50, 50, 64

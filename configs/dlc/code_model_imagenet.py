@@ -11,12 +11,14 @@ step 3.5 GiB a chip of 16, sampler 2.2.
 """
 from configs.dlc import base
 from configs.dlc.encoder_imagenet import CODES
+from configs.parts import check_name
+
+NAMES = tuple(size + codes for size in ('', 'small_', 'medium_') for codes in CODES)
 
 
 def get_config(name: str = 'L512'):
+    check_name('code_model_imagenet:', name, NAMES)
     size, _, codes = name.rpartition('_')
-    if codes not in CODES or size not in ('', 'small', 'medium'):
-        raise ValueError(f'code_model_imagenet: {name!r} is not one of {tuple(CODES)}, or small_ or medium_ before one')
     config = base.code_model()
     config.num_steps, config.batch_size = 500_000, 512
     config.model.size = size or 'medium'

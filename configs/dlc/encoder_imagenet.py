@@ -11,13 +11,13 @@ probe of the codes 85.3 % (DINOv2: 85.9 %). Batch 256 is four of the original's 
 --fast`): step 4.2 GiB a chip of 16, encoding 256 images 4.4.
 """
 from configs.dlc import base
+from configs.parts import check_name
 
 CODES = {'L512': (512, 256), 'L128': (128, 1024), 'L32': (32, 4096)}
 
 
 def get_config(codes: str = 'L512'):
-    if codes not in CODES:
-        raise ValueError(f'encoder_imagenet: {codes!r} is not one of {tuple(CODES)}')
+    check_name('encoder_imagenet:', codes, CODES)
     config = base.encoder()
     config.num_steps, config.batch_size = 125_000, 256
     config.model.num_codes, config.model.vocab_size = CODES[codes]

@@ -13,6 +13,7 @@ the 10,000 test images by 20 nearest neighbours and by a linear probe: soft code
 and 0.744, embedding 0.764 and 0.742. Perplexity a position 7.5 of 64, 98 % of the codes distinct.
 """
 from configs.dlc import base
+from configs.parts import check_name
 
 # name: (TFDS name, pixels, channels, patch, flip)
 DATA = {'fashion_mnist': ('fashion_mnist', 28, 1, 4, 0.5), 'cifar10': ('cifar10', 32, 3, 4, 0.5),
@@ -20,8 +21,7 @@ DATA = {'fashion_mnist': ('fashion_mnist', 28, 1, 4, 0.5), 'cifar10': ('cifar10'
 
 
 def get_config(data: str = 'fashion_mnist'):
-    if data not in DATA:
-        raise ValueError(f'encoder_small: {data!r} is not one of {tuple(DATA)}')
+    check_name('encoder_small:', data, DATA)
     name, pixels, channels, patch, flip = DATA[data]
     config = base.encoder()
     config.num_steps, config.batch_size = 20_000, 256

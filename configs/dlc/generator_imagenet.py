@@ -19,18 +19,17 @@ GiB. Sampler: 3.3 GiB. Table 1 reports FID 1.59 (guided) and 2.00 (not) for code
 """
 from configs.dlc import base
 from configs.dlc.encoder_imagenet import CODES
+from configs.parts import check_name
 
 
 def get_config(condition: str = 'L512'):
+    check_name('generator_imagenet:', condition, (*CODES, 'class', 'embedding', 'none'))
     config = base.generator()
     config.num_steps, config.batch_size = 6_000_000, 256
     if condition in CODES:
         config.model.num_codes, config.model.vocab_size = CODES[condition]
-    elif condition in ('class', 'embedding', 'none'):
-        config.model.condition = condition
     else:
-        raise ValueError(f'generator_imagenet: {condition!r} is not one of '
-                         f"{tuple(CODES) + ('class', 'embedding', 'none')}")
+        config.model.condition = condition
     config.model.dtype = 'bfloat16'
     config.model.remat = 'dots_no_batch'
     config.checkpoint_every, config.log_every = 5000, 100

@@ -12,11 +12,11 @@ a small code model (width 96, depth 3, 2000 steps); precision 0.68 and 0.78, rec
 """
 from configs.dlc import base
 from configs.dlc.encoder_small import DATA
+from configs.parts import check_name
 
 
 def get_config(data: str = 'fashion_mnist'):
-    if data not in DATA:
-        raise ValueError(f'generator_small: {data!r} is not one of {tuple(DATA)}')
+    check_name('generator_small:', data, DATA)
     _, pixels, channels, _, _ = DATA[data]
     config = base.generator()
     config.num_steps, config.batch_size = 50_000, 256

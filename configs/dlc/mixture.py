@@ -10,12 +10,13 @@ other condition, the index that a fitted mixture gives a draw, is not here.
 """
 import ml_collections
 
+from configs.parts import check_name
+
 SIZES = ('small', 'paper', 'tiny')
 
 
 def get_config(size: str = 'small') -> ml_collections.ConfigDict:
-    if size not in SIZES:
-        raise ValueError(f'mixture: size {size!r} is not one of {SIZES}')
+    check_name('mixture: size', size, SIZES)
     config = ml_collections.ConfigDict(dict(
         modes=(1, 16, 64, 256),  # numbers of them, each a square number
         variance=0.1, spacing=1.0,  # of a mode along each axis; between neighbours

@@ -35,6 +35,7 @@ from configs.dlc import (
     generator_digits,
     generator_small,
 )
+from configs.parts import check_name
 
 METHODS = ('code', 'none', 'embedding')
 PAIRS = {'pairs': 'whole', 'pairs_halves': 'halves'}  # how the encoder reads a picture of two digits
@@ -44,8 +45,7 @@ SIZES = ('full', 'tiny', *LENGTHS, *(f'{name}{size}' for name in (*PICTURES, *PA
 
 
 def get_config(size: str = 'full'):
-    if size not in SIZES:
-        raise ValueError(f'quickstart: size {size!r} is not one of {SIZES}')
+    check_name('quickstart: size', size, SIZES)
     name = size.removesuffix('_tiny')
     config = pictures(name) if name in PICTURES else pairs(PAIRS[name]) if name in PAIRS else digits()
     if name in LENGTHS:

@@ -5,13 +5,13 @@
 What the tensors tell (widths, depths, L and V) replaces what stands here; the rest says how the model was trained.
 """
 from configs.dlc import code_model_imagenet, encoder_imagenet, generator_imagenet, text_to_code_llada
+from configs.parts import check_name
 
 CONFIGS = {'sem': encoder_imagenet, 'dit': generator_imagenet, 'sedd': code_model_imagenet, 'llada': text_to_code_llada}
 
 
 def get_config(kind: str):
-    if kind not in CONFIGS:
-        raise ValueError(f'released: {kind!r} is not one of {tuple(CONFIGS)}')
+    check_name('released:', kind, CONFIGS)
     config = CONFIGS[kind].get_config()
     config.model.dtype, config.model.remat = 'float32', 'none'
     with config.unlocked():

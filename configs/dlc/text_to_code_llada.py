@@ -18,14 +18,14 @@ import dataclasses
 
 from configs.dlc import base
 from configs.dlc.encoder_imagenet import CODES
+from configs.parts import check_name
 from dlc_jax.text_to_code import AUTHORS, AUTHORS_BEFORE_WEIGHTING
 
 OBJECTIVES = {'L512': AUTHORS, 'L128': AUTHORS_BEFORE_WEIGHTING}
 
 
 def get_config(codes: str = 'L512'):
-    if codes not in OBJECTIVES:
-        raise ValueError(f'text_to_code_llada: {codes!r} is not one of {tuple(OBJECTIVES)}')
+    check_name('text_to_code_llada:', codes, OBJECTIVES)
     config = base.text_to_code()
     config.num_steps, config.batch_size, config.accumulate = (600_000 if codes == 'L512' else 70_300), 128, 8
     config.model.num_codes, config.model.vocab_size = CODES[codes]

@@ -9,6 +9,7 @@ Starts from `sft_arithmetic.py`; the reward is 1 for the right answer, the gold 
 Nothing here has been tuned. The gold reward of held-out sums goes from 0.86 to about 1.2 in 96 updates; docs/papers.md
 has it for each algorithm, for N updates from a batch and for two more sizes (--config.model.width).
 """
+from configs.parts import check_name
 from configs.rlhf import base, sft_arithmetic
 
 ALGORITHMS = ('online_dpo', 'ppo', 'rloo', 'proximal_rloo', 'grpo', 'best_of_n')
@@ -17,8 +18,7 @@ NAMES = (*ALGORITHMS, *(f'{name}_async' for name in ALGORITHMS), *FAMILY)
 
 
 def get_config(name: str = 'online_dpo'):
-    if name not in NAMES:
-        raise ValueError(f'arithmetic: {name!r} is not one of {NAMES}')
+    check_name('arithmetic:', name, NAMES)
     algorithm = 'ppo' if name in FAMILY else name.removesuffix('_async')
     config = base.policy()
     config.num_steps, config.batch_size = 100, 64

@@ -20,6 +20,7 @@ a response that does not end.
 Hardware: one GPU of 80 GB or more devices; asynchronously four, three of which train with all weights on each. The
 accuracy on the test set: `experiments.evaluate --policy=RUN --split=test`.
 """
+from configs.parts import check_name
 from configs.rlhf import base
 
 # algorithm, prompts a step, completions of each, microbatches, steps, learning rate
@@ -35,8 +36,7 @@ RUNS = {
 
 
 def get_config(name: str = 'online_dpo'):
-    if name not in RUNS:
-        raise ValueError(f'gsm8k: {name!r} is not one of {tuple(RUNS)}')
+    check_name('gsm8k:', name, RUNS)
     algorithm, config = RUNS[name][0], base.policy()
     _, config.batch_size, num_samples, config.accumulate, config.num_steps, rate = RUNS[name]
     config.log_every, config.checkpoint_every = 10, config.num_steps // 4

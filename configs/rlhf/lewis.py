@@ -15,12 +15,13 @@ tiny        to see that everything runs; its numbers mean nothing.
 """
 import ml_collections
 
+from configs.parts import check_name
+
 SIZES = ('quickstart', 'a2c', 'reinforce', 'gumbel', 'tiny')
 
 
 def get_config(size: str = 'quickstart') -> ml_collections.ConfigDict:
-    if size not in SIZES:
-        raise ValueError(f'lewis: size {size!r} is not one of {SIZES}')
+    check_name('lewis: size', size, SIZES)
     config = _quickstart()
     if size == 'tiny':
         config.game.update(properties=2, types=3, supervised=0.3, self_play=0.3, held_out=0)

@@ -12,6 +12,7 @@ repeated its first prompts; this does neither.
 Hardware: eight GPUs of 80 GB, the parameters over all of them. Asynchronous: the published run trained on seven and
 generated on one; seven split no width of the model, so here four train and four generate, each sharing one copy.
 """
+from configs.parts import check_name
 from configs.rlhf import base
 
 NAMES = ('online_dpo', 'online_dpo_async')
@@ -19,8 +20,7 @@ EPISODES = 100_000
 
 
 def get_config(name: str = 'online_dpo'):
-    if name not in NAMES:
-        raise ValueError(f'no_robots: {name!r} is not one of {NAMES}')
+    check_name('no_robots:', name, NAMES)
     config = base.policy()
     config.seed = 3
     config.batch_size, config.accumulate = 256, 32

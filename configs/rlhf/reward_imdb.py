@@ -12,6 +12,7 @@ million parameters.
 `:small` and `:small_gold` are the two reward models of `imdb.py:small_ARM` (docs/papers.md has the commands), on the
 model of `sft_imdb.py:small`: the one that is trained on sees 1000 reviews, the gold one 6000 others.
 """
+from configs.parts import check_name
 from configs.rlhf import base, sft_imdb
 
 SIZES = ('124M', 'small', 'small_gold')
@@ -20,8 +21,7 @@ SPLITS = {'small': 'train[:1000]', 'small_gold': 'train[8000:14000]'}
 
 
 def get_config(size: str = '124M'):
-    if size not in SIZES:
-        raise ValueError(f'reward_imdb: {size!r} is not one of {SIZES}')
+    check_name('reward_imdb:', size, SIZES)
     config = base.reward_model()
     config.num_steps, config.batch_size, config.accumulate = 1000, 32, 0  # microbatches: the least that fit
     config.model.update(dict(kind='gpt2', size='124M', vocab_size=50257, dtype='bfloat16'))

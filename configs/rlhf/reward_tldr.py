@@ -8,6 +8,7 @@ model (`rlhf_jax.tasks.tldr.relabel`). One epoch; the head has no bias and is re
 of the published scripts, which do not say how many there were. Texts have at most 638 tokens, the longest of that data;
 the scripts allow 640. 16 bytes a parameter, as in `sft_tldr.py`.
 """
+from configs.parts import check_name
 from configs.rlhf import base
 
 PAIRS = 92_858
@@ -15,8 +16,7 @@ BATCH = {'410m': 64, '1b': 16, '2.8b': 16}  # pairs a step
 
 
 def get_config(size: str = '410m'):
-    if size not in BATCH:
-        raise ValueError(f'reward_tldr: {size!r} is not one of {tuple(BATCH)}')
+    check_name('reward_tldr:', size, BATCH)
     config = base.reward_model()
     config.batch_size, config.accumulate = BATCH[size], 0  # microbatches: the least that fit
     config.num_steps = PAIRS // config.batch_size

@@ -25,6 +25,7 @@ review). Its vocabulary is learnt from the reviews (needs the package `tokenizer
     tokenizer.save(str(folder / 'tokenizer.json'))
     (folder / 'tokenizer_config.json').write_text('{"eos_token": "%s"}' % end)
 """
+from configs.parts import check_name
 from configs.rlhf import base
 
 SIZES = ('124M', 'small')
@@ -33,8 +34,7 @@ STRETCH = 32  # words
 
 
 def get_config(size: str = '124M'):
-    if size not in SIZES:
-        raise ValueError(f'sft_imdb: {size!r} is not one of {SIZES}')
+    check_name('sft_imdb:', size, SIZES)
     config = base.sft()
     config.num_steps, config.batch_size, config.accumulate = 1000, 16, 2
     config.model.update(dict(kind='gpt2', size='124M', vocab_size=50257, dtype='bfloat16'))

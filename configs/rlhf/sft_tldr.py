@@ -13,6 +13,7 @@ packed, each by itself, which leaves the batch and its loss what they are.
 Without the released folders, `experiments.train --dry_run` still says what a run needs: every parameter costs 16 bytes
 (weight, two moments, gradient), spread over the devices of mesh axis fsdp.
 """
+from configs.parts import check_name
 from configs.rlhf import base
 
 ROWS = 116_722
@@ -20,8 +21,7 @@ BATCH = {'410m': (16, 1), '1b': (32, 4), '2.8b': (32, 8)}  # texts a step, micro
 
 
 def get_config(size: str = '410m'):
-    if size not in BATCH:
-        raise ValueError(f'sft_tldr: {size!r} is not one of {tuple(BATCH)}')
+    check_name('sft_tldr:', size, BATCH)
     config = base.sft()
     config.batch_size, config.accumulate = BATCH[size]
     config.num_steps = ROWS // config.batch_size

@@ -21,14 +21,14 @@ others have, so that they can be compared.
 
 Hardware: four GPUs of 80 GB, the base over all of them. Drift: `experiments.evaluate --policy=RUN --drift=4000`.
 """
+from configs.parts import check_name
 from configs.rlhf import base
 
 ARMS = ('ppo', 'reset_to_init', 'reset_to_ema', 'elastic_reset')
 
 
 def get_config(name: str = 'elastic_reset'):
-    if name not in ARMS:
-        raise ValueError(f'stackexchange: {name!r} is not one of {ARMS}')
+    check_name('stackexchange:', name, ARMS)
     config = base.policy()
     config.num_steps, config.batch_size, config.accumulate = 600, 64, 8
     config.log_every, config.checkpoint_every = 10, 100

@@ -34,6 +34,7 @@ to the initial policy, after each 34 % of the updates, and KL costs 0.001 instea
 """
 import math
 
+from configs.parts import check_name
 from configs.rlhf import base
 
 EPISODES, BATCH, BATCH_ASYNC = 131_072, 512, 504
@@ -47,8 +48,7 @@ NAMES = (*(f'{name}_{size}{end}' for name in ALGORITHMS if name != 'ppo_elastic'
 
 
 def get_config(name: str = 'online_dpo_410m'):
-    if name not in NAMES:
-        raise ValueError(f'tldr: {name!r} is not one of {NAMES}')
+    check_name('tldr:', name, NAMES)
     asynchronous = name.endswith('_async')
     kind, _, size = name.removesuffix('_async').rpartition('_')
     algorithm, num_samples = ALGORITHMS[kind]

@@ -37,7 +37,7 @@ cut to the length of the reference unless `message.reference_length` says so.
 """
 import ml_collections
 
-from configs.parts import adamw, runner, schedule
+from configs.parts import adamw, check_name, runner, schedule
 
 ConfigDict = ml_collections.ConfigDict
 PAIRS = {'speaker': ('fr', 'en'), 'listener': ('en', 'de')}
@@ -230,10 +230,12 @@ CONFIGS = {'speaker': lambda: agent('speaker'), 'listener': lambda: agent('liste
            'game_gumbel': lambda: game('gumbel'), 'language_model': language_model, 'ranker': ranker}
 
 
+SMALLER = {'': lambda config: config, 'medium_': _medium, 'small_': _small, 'tiny_': _tiny}
+NAMES = {f'{prefix}{kind}': (prefix, kind) for prefix in SMALLER for kind in CONFIGS}
+
+
 def get_config(name: str = 'tiny_speaker') -> ConfigDict:
     """`name`: one of `CONFIGS`, alone (as published) or after 'medium_', 'small_' or 'tiny_'."""
-    for prefix, smaller in (('medium_', _medium), ('small_', _small), ('tiny_', _tiny), ('', lambda config: config)):
-        rest = name.removeprefix(prefix)
-        if name.startswith(prefix) and rest in CONFIGS:
-            return smaller(CONFIGS[rest]()).lock()
-    raise ValueError(f'{name!r} is not one of {tuple(CONFIGS)}, nor one of them after medium_, small_ or tiny_')
+    check_name('translation:', name, NAMES)
+    prefix, kind = NAMES[name]
+    return SMALLER[prefix](CONFIGS[kind]()).lock()

@@ -3,6 +3,7 @@ import ast
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -82,6 +83,8 @@ def _run_config_file(path: str) -> ml_collections.ConfigDict:
         with _first_on_path(CHECKOUT):
             spec.loader.exec_module(module)
             get_config = getattr(module, 'get_config', None)
+            if colon and get_config and not inspect.signature(get_config).parameters:
+                raise ValueError(f'--config={path}: this config has no sizes to choose among; leave out :{argument}')
             config = get_config and (get_config(argument) if colon else get_config())
     except ValueError:
         raise

@@ -24,6 +24,11 @@ DIGITS = 'configs/dlc/generator_digits.py'
     (DIGITS, ['--config.batch_size=3.5'], r'config.batch_size=3.5.*invalid literal for int'),
     (DIGITS, ['--config.model=3'], r'config.model is a group'),
     (DIGITS, ['--config.batch_size.x=3'], r'config.batch_size is a value'),
+    ('configs/rlhf/arithmetic.py:onlne_dpo', [], r"arithmetic: 'onlne_dpo' is not .*; did you mean 'online_dpo'\?"),
+    ('configs/rlhf/translation.py:smal_game', [], r"'smal_game' is not one of .*; did you mean 'small_game'\?"),
+    ('configs/dlc/code_model_imagenet.py:smal_L32', [], r"'smal_L32' is not one of .*; did you mean 'small_L32'\?"),
+    ('configs/dlc/generator_imagenet.py:clas', [], r"'clas' is not one of .*; did you mean 'class'\?"),
+    ('configs/rlhf/sft_gsm8k.py:foo', [], r'gsm8k.py:foo: this config has no sizes to choose .*; leave out :foo'),
 ])
 def test_config_errors_name_the_field_and_the_fix(path, overrides, message):
     with pytest.raises(ValueError, match=message) as error:
