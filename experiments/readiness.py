@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from experiments.runtime import config_files, fitting
+from experiments.runtime import config_files, fitting, launch
 from experiments.runtime.programs import Program, Report, bytes_on_device
 from experiments.runtime.report_cache import ReportCache
 from experiments.runtime.slices import GIB, Slice
@@ -270,3 +270,12 @@ slice that cannot be divided (v5e of more than 16). H100: 75 % of the memory is 
 XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
 '''
+
+
+def main() -> None:
+    raise ValueError('experiments.readiness is no command; python -m experiments.compile --all makes the table, and '
+                     '--help there lists the flags')
+
+
+if __name__ == '__main__':
+    launch.main(main)

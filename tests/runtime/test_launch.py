@@ -109,6 +109,12 @@ def test_every_command_has_help(command, monkeypatch, capsys):
     assert stop.value.code == 0 and 'usage' in capsys.readouterr().out
 
 
+def test_what_is_no_command_names_the_one_there_is():
+    done = subprocess.run([sys.executable, '-m', 'experiments.readiness', '--help'], capture_output=True, text=True,
+                          cwd=config_files.CHECKOUT)
+    assert done.returncode == 2 and 'python -m experiments.compile --all' in done.stderr, done.stderr
+
+
 def test_commands_start_without_what_takes_seconds_to_import():
     slow = ('sklearn', 'matplotlib', 'grain', 'tensorboardX', 'tensorflow', 'tensorflow_datasets', 'torch')
     modules = ', '.join(f'experiments.{c}' for c in COMMANDS)
