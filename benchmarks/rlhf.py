@@ -12,8 +12,9 @@ Rows:
     roofline, learner, iteration    (GPU) sampling, DPO step and a whole Online-DPO iteration at real sizes
 
 Both sides of a row hold the same weights (moved by `rlhf_jax.convert`) and are first shown to compute the same. All
-works of a row take turns; figures are of medians, in brackets the least and the greatest of a turn. Figures of the GPU
-rows have not been measured yet.
+works of a row take turns; figures are of medians, in brackets the least and the greatest of a turn. The GPU rows are
+ours alone, against the card's peaks; what the tables of GPUs in docs/performance.md say is measured by
+benchmarks/gpu.sh, which has PyTorch beside them.
 """
 import argparse
 import dataclasses
