@@ -2,8 +2,8 @@
 
 Both sides of a row hold the same weights (moved by `dlc_jax.convert`) and are first shown to compute the same; then
 they take turns, ours, eager, compiled, ours, ..., and the table gives medians. PyTorch is needed here only. Sizes:
-DiT-S/2 in float32 on a CPU; with --device gpu, DiT-XL/2, SEDD-medium and ViT-L/14 in bfloat16, the two sides sharing the
-GPU. What the tables of GPUs in docs/performance.md say is measured by benchmarks/gpu.sh, where each side has all of it.
+DiT-S/2 in float32 on a CPU; with --device gpu, DiT-XL/2, SEDD-medium and ViT-L/14 in bfloat16, the two sides sharing
+the GPU. What the tables of GPUs in docs/performance.md say is measured by benchmarks/gpu.sh, where each has all of it.
 """
 import argparse
 import json
