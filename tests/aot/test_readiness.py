@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -216,6 +217,18 @@ def test_waves_are_small_enough_wherever_a_prompt_at_a_time_is():
             config = readiness.config_files.load(key.rpartition(' ')[0])
             shards = sampler['mesh']['data'] * sampler['mesh']['fsdp']
             assert config.batch_size // sampler['times'] // shards == 1, key
+
+
+@pytest.mark.tpu_compile
+def test_the_flags_that_the_page_has_for_asynchronous_runs_on_v5e_16_are_accepted():
+    page = ' '.join((readiness.CHECKOUT / 'docs' / 'accelerators.md').read_text().split())
+    flags = re.search(r'on v5e-16, of whose hosts [^`]*`([^`]+)`', page)[1].split()
+    target = slices.named('v5e-16')
+    for name in ('online_dpo_410m', 'online_dpo_2.8b', 'ppo_410m', 'rloo_1b'):
+        config = readiness.config_files.load(f'configs/rlhf/tldr.py:{name}_async', flags)
+        mesh = aot.mesh_of(config, target.devices)
+        assert mesh.devices.size == 12
+        aot.build(aot.fitting.fitted(config, mesh, aot.build, None), mesh)  # which compiles nothing
 
 
 def assert_row_is_what_it_was(key):
