@@ -6,8 +6,8 @@
 arXiv 2507.12318 table 5: batch 512, AdamW 3e-4, warm-up 2500, clip 1, EMA 0.9999, 200 epochs (500 000 steps), about two
 days on four H100. The published configuration files say 1.3 to 1.5 M iterations with two microbatches; the paper's 500
 000 in one are kept (--config.num_steps, --config.accumulate). Sampling: 4096 steps with remasking (eta 0.01, window 0.3
-to 0.55) for unguided images, 1024 analytic steps for guided ones. Compiled for v5e-16 (`experiments.compile --fast`):
-step 3.5 GiB a chip of 16, sampler 2.2.
+to 0.55) for unguided images, 1024 analytic steps for guided ones. Memory and time of a step on v5e-16 and other slices:
+docs/readiness.md.
 """
 from configs.dlc import base
 from configs.dlc.encoder_imagenet import CODES

@@ -7,8 +7,8 @@ arXiv 2507.12318 section 5 and appendix E: from released DINOv2 weights, 125 000
 probe of the codes 85.3 % (DINOv2: 85.9 %). Batch 256 is four of the original's GPUs at 64; the learning rate follows
 1e-4 sqrt(batch / 1024). The published script (`vitl14_sem_L512.yaml`) computes in float16 and writes a checkpoint every
 6250 steps; here it is bfloat16, which needs no loss scale, and every 2500, the newest two of which stay. Without
---config.pretrained it trains from scratch, which the paper does not report. Compiled for v5e-16 (`experiments.compile
---fast`): step 4.2 GiB a chip of 16, encoding 256 images 4.4.
+--config.pretrained it trains from scratch, which the paper does not report. Memory and time of a step on v5e-16 and
+other slices: docs/readiness.md.
 """
 from configs.dlc import base
 from configs.parts import check_name
