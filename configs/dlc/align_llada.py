@@ -3,11 +3,13 @@ Diffusion autoencoder make of them, inside the rollout: full, full_async, lora o
 
     python -m experiments.train --config=configs/dlc/align_llada.py:full_async --workdir=runs/align_llada \\
         --config.weights=RUN --config.generator.path=DLC_DiT_L512/ --config.generator.vae=sd-vae-ft-ema/ \\
-        --config.data.path=captions.jsonl --config.reward.function=my_rewards:score
+        --config.data.path=captions.jsonl --config.data.heldout=heldout.jsonl \\
+        --config.reward.function=my_rewards:score --config.tokenizer=LLaDA-8B-Base/
 
-RUN: the work directory of configs/dlc/text_to_code_llada.py; of the released DLC_LLADA_L512 instead
---config.pretrained=DLC_LLADA_L512/. captions.jsonl: a line {"caption": "...", ...} each, of which `score(images, rows)`
-gets the rows and the images, float32 [N, 256, 256, 3] in [0, 1].
+RUN: the work directory of configs/dlc/text_to_code_llada.py, the tokenizer as it was given there, in `pretrained`; of
+the released DLC_LLADA_L512 instead --config.pretrained=DLC_LLADA_L512/, whose tokenizer lies beside it. captions.jsonl:
+a line {"caption": "...", ...} each, of which `score(images, rows)` gets the rows and the images, float32
+[N, 256, 256, 3] in [0, 1]; heldout.jsonl: the same, not trained on, for measurements (--config.eval_every=0: none).
 
 64 captions a step, 4 codes of each written in 128 network calls and drawn in 25 steps of DDIM, guided as the DiT's own
 settings say; Online DPO on the bound at 8 sets of masked positions. Asynchronous: one version behind; say with

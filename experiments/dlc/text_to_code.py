@@ -249,7 +249,9 @@ def check_weights(config: Config) -> None:
     for name in ('num_codes', 'vocab_size'):
         if config.model[name] != theirs.model[name]:
             raise ValueError(f'model.{name}={config.model[name]}, but {field} has {theirs.model[name]}')
-    spelled = lambda c: {'words': dict(c.words), 'tokenizer': c.tokenizer, 'vocabulary': tuple(c.vocabulary)}
+    spelled = lambda c: {  # an empty tokenizer is the one beside the released weights
+        'words': dict(c.words), 'tokenizer': (c.tokenizer or c.pretrained).rstrip('/'),
+        'vocabulary': tuple(c.vocabulary)}
     for name, ours in spelled(config).items():
         if ours != spelled(theirs)[name]:
             raise ValueError(f'{name}={ours}, but {field} has {spelled(theirs)[name]}; its captions were read so')

@@ -3,13 +3,16 @@ files."""
 import importlib
 import pathlib
 import re
+import shlex
 
 import jax
 import pytest
 
 from experiments import train
+from experiments.align import rollouts
 from experiments.runtime import config_files, partition
 from experiments.runtime import mesh as mesh_lib
+from rlhf_jax import tokenizers
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ARGUMENTS = {
@@ -56,6 +59,46 @@ def test_docstring_commands_name_real_files(name):
         assert importlib.util.find_spec(module), module
     for path in re.findall(r'--config=(configs/[\w/]+\.py)', text):
         assert (ROOT / path).is_file(), path
+
+
+class LladaTokenizer(tokenizers.JsonTokenizer):
+    """As large as LLaDA's, without its file."""
+
+    def __init__(self, path):
+        self.path, self.vocab_size, self.tokens = path, 126349, {}
+
+    def id_of(self, token):
+        return None
+
+
+def train_commands(text):
+    """{work directory: config} of the commands of `experiments.train` in `text`."""
+    found = {}
+    for command in re.findall(r'^ *python -m experiments\.train (.+)$', text.replace('\\\n', ' '), re.MULTILINE):
+        flags = dict(flag.removeprefix('--').split('=', 1) for flag in shlex.split(command))
+        found[flags['workdir']] = config_files.load(
+            flags['config'], [f'--{name}={value}' for name, value in flags.items() if name.startswith('config.')])
+    return found
+
+
+@pytest.mark.parametrize('page', ['docs/align.md', 'configs/dlc/align_llada.py'])
+def test_a_writer_is_improved_by_the_commands_that_the_page_gives(page, tmp_path, monkeypatch):
+    """Everything that they start from is looked at but the released weights."""
+    commands = train_commands((ROOT / 'docs/align.md').read_text())
+    first, aligned = commands['runs/text_to_code'], commands['runs/aligned']
+    if page != 'docs/align.md':
+        text = importlib.import_module('configs.dlc.align_llada').__doc__
+        aligned = train_commands(text.replace('weights=RUN', 'weights=runs/text_to_code'))['runs/align_llada']
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tokenizers, 'JsonTokenizer', LladaTokenizer)
+    monkeypatch.setattr(rollouts.Painter, 'load', lambda config: None)
+    config_files.save(first, aligned.weights)
+    for file in re.findall(r'=(\w+\.jsonl)', (ROOT / page).read_text()):
+        (tmp_path / file).write_text('{"caption": "a red fox in the snow"}')
+    rollouts.check_inputs(aligned)
+    aligned.tokenizer = 'another'
+    with pytest.raises(ValueError, match='tokenizer=another, but weights=.* has LLaDA-8B-Base;'):
+        rollouts.check_inputs(aligned)
 
 
 def test_unknown_argument_is_named():
