@@ -58,7 +58,7 @@ SWEEPS: dict[str, tuple[str, ...]] = {
                                                       for end in ('', '_async'))),
     # Elastic Reset on TL;DR, against PPO at the same price of KL and at the published one: of the authors' branch.
     'tldr_elastic': (TLDR, '--variants=ppo_410m,ppo_elastic_410m', '--sweep.algorithm.kl_coefficient=0.001,0.05',
-                     '--seeds=3', "--baseline=variant=ppo_410m"),
+                     '--seeds=3', '--baseline=variant=ppo_410m, kl_coefficient=0.05'),
     # ---- Asynchronous RLHF, chat and mathematics ---------------------------------------------------------------------
     'no_robots_asynchronous': ('--config=configs/rlhf/no_robots.py', '--variants=online_dpo,online_dpo_async'),
     'gsm8k': ('--config=configs/rlhf/gsm8k.py', '--variants=online_dpo,online_dpo_async,rloo,rloo_async,ppo'),

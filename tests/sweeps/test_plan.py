@@ -149,9 +149,11 @@ def test_where_every_checkpoint_is_measured_the_newest_is_interpolated(tmp_path,
 @pytest.mark.parametrize('name', sorted(named.SWEEPS))
 def test_named_sweeps_are_ones(name, monkeypatch):
     arguments = command.expand_name([f'--name={name}', '--workdir=w'])
-    command.check(command.parser().parse_args(command.split_flags(arguments).rest))
+    args = command.parser().parse_args(command.split_flags(arguments).rest)
+    command.check(args)
     runs = runs_of(*arguments)
     assert len(runs) >= 2
+    assert args.baseline in {'', *(run.setting for run in runs)}
     if name.startswith(('tldr_minibatches', 'arithmetic_minibatches')):
         updates = {run.config.num_steps * run.config.algorithm.num_minibatches for run in runs}
         prompts = {run.config.batch_size // run.config.algorithm.num_minibatches for run in runs}
