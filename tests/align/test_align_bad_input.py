@@ -58,6 +58,7 @@ BAD = {
     'a damaged line': (dict(data__path='{root}/damaged.jsonl'), 'line 2 is not'),
     'an empty caption': (dict(data__path='{root}/blank.jsonl'), 'line 1 has an empty caption'),
     'a critic': (dict(algorithm__name='ppo', likelihood__kind='exact'), "algorithm.name='ppo': it needs a critic"),
+    'a critic beside a bound': (dict(algorithm__name='ppo'), "algorithm.name='ppo': it needs a critic"),
     'ratios of a bound': (dict(algorithm__name='grpo'), "algorithm.name='grpo': .*set likelihood.kind=exact"),
     'stale ratios with low confidence': (
         dict(algorithm__name='rloo', sampler__remasking='low_confidence', rollout__max_staleness=1),

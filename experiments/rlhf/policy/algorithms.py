@@ -74,9 +74,9 @@ class Algorithm(NamedTuple):
 
 
 def uses(algorithm: Algorithm, settings: Any) -> tuple[str, ...]:
-    """All that `algorithm` with `settings` does with the scores of a policy."""
+    """All that `algorithm` with `settings` does with the scores of a policy; first what no setting of it can change."""
     of_sequences = settings.name == 'rloo' and settings.correction in ('truncate', 'mask')
-    return (algorithm.use, *((SEQUENCE_RATIOS,) if of_sequences else ()), *((VALUES,) if algorithm.critic else ()))
+    return (*((VALUES,) if algorithm.critic else ()), algorithm.use, *((SEQUENCE_RATIOS,) if of_sequences else ()))
 
 
 def with_rewards(batch: Rows) -> Rows:
