@@ -1,6 +1,6 @@
 """Text to image on pairs of digits, improved by reward: `python -m experiments.quickstart --which=align`.
 
-Starts from the stages of the text quickstart, which it trains where `text` names no work directory that has them.
+Starts from the stages of the text quickstart in the work directory `text`, or where that is empty trains them itself.
 `:tiny` takes the same path in a few steps, to see that everything runs; its numbers mean nothing.
 """
 from configs.dlc import align_digits, base, quickstart_text
@@ -20,7 +20,9 @@ def get_config(size: str = 'full'):
         policy.sampler.steps, policy.generator.sampler.num_steps, policy.likelihood.num = 4, 4, 2
         policy.algorithm.num_samples = 2
     return base.ConfigDict(dict(
-        text='',  # a finished text quickstart to start from; '': it is run below this one's work directory
+        # A finished text quickstart to start from (one that was stopped is gone on with); '': it is run below this
+        # one's work directory.
+        text='',
         text_to_image=text,
         policy=policy,  # settings that all methods share; what a method differs in is in align_digits.py
         methods=tuple(METHODS),

@@ -47,7 +47,11 @@ SPLITS = {'proxy': 'heldout', 'gold': 'train'}  # judge -> the handwritten digit
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises a ValueError for methods or shares of the way that mean nothing."""
+    """Raises a ValueError for methods or shares of the way that mean nothing, or a `text` that is no text quickstart,
+    finished or begun."""
+    if config.text and not (storage.resolve(config.text) / 'config.json').exists():
+        raise ValueError(f'text={config.text}: holds no text quickstart; give the --workdir of one, or leave it empty '
+                         'to train what it trains')
     if not config.methods:
         raise ValueError(f'methods=(): name some of {tuple(METHODS)}')
     for method in config.methods:
@@ -227,7 +231,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     """Runs every stage that `workdir` does not hold yet and returns what `metrics.json` says.
 
     Raises:
-        ValueError: unknown methods, shares of the way that are none, or a `workdir` of another config.
+        ValueError: unknown methods, shares of the way that are none, a `text` that is no text quickstart, or a
+            `workdir` of another config.
     """
     check(config)
     mesh = mesh_lib.make_mesh({}, jax.devices()[:1])

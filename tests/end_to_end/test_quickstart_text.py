@@ -130,10 +130,13 @@ def test_report_and_metrics_of_learning_from_pictures(aligned):
     (dict(methods=()), r'methods=\(\): name some of'),
     (dict(methods=('Best-of-M',)), "methods='Best-of-M' is not one of .*; did you mean 'Best-of-N'"),
     (dict(interpolate=(0.5, 1.5)), 'interpolate=0.5,1.5: shares of the way from start to end, between 0 and 1'),
+    (dict(text='mistyped'), 'text=mistyped: holds no text quickstart; give the --workdir of one, or leave it empty'),
 ])
-def test_what_means_nothing_is_refused_before_anything_is_trained(fields, message, tmp_path):
+def test_what_means_nothing_is_refused_before_anything_is_trained(fields, message, tmp_path, monkeypatch):
     config = quickstart_align.get_config('tiny').copy_and_resolve_references()
     config.update(fields)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, 'train_models', None)
     with pytest.raises(ValueError, match=message):
         align.run(config, tmp_path)
     assert not list(tmp_path.iterdir())
