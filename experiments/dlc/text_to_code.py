@@ -90,8 +90,9 @@ def build(config: Config, mesh: Mesh) -> Experiment:
 
     def open_batches():
         if config.eval_every:
-            codestore.check_one_encoder({f'data.{name}': codestore.open_code_store(config.data[name])
-                                         for name in ('path', 'heldout')})
+            codestore.check_one_encoder({
+                f'data.{name}': codestore.open_code_store(config.data[name], field=f'data.{name}')
+                for name in ('path', 'heldout')})
         return captions_lib.open_batches(config.data.path, config, words, share)
 
     def hooks(writer):

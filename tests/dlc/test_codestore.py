@@ -196,6 +196,8 @@ def test_length_and_vocabulary_are_checked(tmp_path):
 def test_missing_store(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere: no code store there.*experiments.encode'):
         open_code_store(tmp_path / 'nowhere')
+    with pytest.raises(ValueError, match='data.heldout is empty: give a code store written by experiments.encode'):
+        open_code_store('', field='data.heldout')
 
 
 def change_meta(path, **fields):

@@ -138,16 +138,21 @@ class Lines:
             raise ValueError(f'{self._path}: line {i + 1} is not UTF-8 text; encode the data set again') from None
 
 
-def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None,
-                    vocab_size: int | None = None) -> CodeStore:
+def open_code_store(path: str | os.PathLike, *, num_codes: int | None = None, vocab_size: int | None = None,
+                    field: str = 'data.path') -> CodeStore:
     """Opens a store and checks it against the L x V that a model expects.
+
+    Args:
+        field: what gave the path, a field of the config or a flag, for the message where it is empty.
 
     Raises:
         OSError: there is no store, it is unfinished, or an array is missing or truncated.
-        ValueError: its codes are of another L x V.
+        ValueError: no path, or its codes are of another L x V.
     """
     from experiments.dlc.data import codestore_shards  # deferred: it opens the parts of a store as stores
     shown = os.fspath(path)
+    if not shown:
+        raise ValueError(f'{field} is empty: give a code store written by experiments.encode')
     if not (storage.resolve(path) / 'meta.json').exists() and not codestore_shards.merge(path):
         if missing := codestore_shards.describe_missing(path):
             raise FileNotFoundError(f'{shown}: unfinished, {missing}; run the same command again for them')
