@@ -16,7 +16,7 @@ from experiments.runtime import launch, report, storage
 def main() -> None:
     p = launch.parser(__doc__, config='game, budget and methods (default: configs/rlhf/lewis.py)')
     p.add_argument('--workdir', default='runs/lewis')
-    args, config = launch.parse(p, default_config='configs/rlhf/lewis.py')
+    args, config = launch.parse(p, default_config='configs/rlhf/lewis.py', fields=('game', 'methods'))
     launch.initialize(args)
     launch.check_alone('experiments.lewis')
     comparison = compare(config, args.workdir)

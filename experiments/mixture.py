@@ -17,7 +17,7 @@ NAMES = {'none': 'without a condition', 'index': 'on the index of the mode', 'fl
 def main() -> None:
     p = launch.parser(__doc__, config='mixtures and budget (default: configs/dlc/mixture.py)')
     p.add_argument('--workdir', default='runs/mixture')
-    args, config = launch.parse(p, default_config='configs/dlc/mixture.py')
+    args, config = launch.parse(p, default_config='configs/dlc/mixture.py', fields=('modes',))
     launch.initialize(args)
     launch.check_alone('experiments.mixture')
     metrics = compare(config, args.workdir)

@@ -18,23 +18,26 @@ from experiments.runtime import launch
 
 
 class Quickstart(NamedTuple):
-    """A module of `experiments.quickstarts`, its config below configs/, and where it works unless --workdir says."""
+    """A module of `experiments.quickstarts`, its config below configs/, fields that no other's has, and where it works
+    unless --workdir says."""
     module: str
     config: str
+    fields: tuple[str, ...]
     workdir: str
 
 
-WHICH = {'dlc': Quickstart('dlc', 'dlc/quickstart', 'runs/quickstart'),
-         'text': Quickstart('text_to_image', 'dlc/quickstart_text', 'runs/quickstart_text'),
-         'align': Quickstart('align', 'dlc/quickstart_align', 'runs/quickstart_align'),
-         'rlhf': Quickstart('rlhf', 'rlhf/quickstart', 'runs/quickstart_rlhf')}
+WHICH = {'dlc': Quickstart('dlc', 'dlc/quickstart', ('generators',), 'runs/quickstart'),
+         'text': Quickstart('text_to_image', 'dlc/quickstart_text', ('text_to_code',), 'runs/quickstart_text'),
+         'align': Quickstart('align', 'dlc/quickstart_align', ('text_to_image',), 'runs/quickstart_align'),
+         'rlhf': Quickstart('rlhf', 'rlhf/quickstart', ('sft', 'lewis'), 'runs/quickstart_rlhf')}
 
 
 def main() -> None:
     p = launch.parser(__doc__, config='sizes and budgets (default: configs/dlc/quickstart.py, or that of --which)')
     p.add_argument('--which', choices=tuple(WHICH), default='dlc', help='which method (default: dlc)')
     p.add_argument('--workdir', help='default: ' + ', '.join(which.workdir for which in WHICH.values()))
-    args, config = launch.parse(p, default_config=lambda args: f'configs/{WHICH[args.which].config}.py')
+    args, config = launch.parse(p, default_config=lambda args: f'configs/{WHICH[args.which].config}.py',
+                                fields=lambda args: WHICH[args.which].fields)
     launch.initialize(args)
     launch.check_alone('experiments.quickstart')
     chosen = WHICH[args.which]

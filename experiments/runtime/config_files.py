@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -60,6 +61,19 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(' '.join(str(error).strip('"').split())) from error
     return values.config
+
+
+def check_command(config: ml_collections.ConfigDict, path: str, fields: Sequence[str]) -> None:
+    """Raises a ValueError where the config of the file `path` lacks one of the `fields` that a command reads: it is
+    another command's, the first that the file's docstring names."""
+    missing = [name for name in fields if name not in config]
+    if not missing:
+        return
+    text = ast.get_docstring(ast.parse(pathlib.Path(_find_config_file(path.partition(':')[0])).read_bytes())) or ''
+    named = re.search(r'python -m experiments\.\w+(?: --which=\w+)?', text)
+    theirs = 'python -m experiments.train' if 'experiment' in config else named and named[0]
+    raise ValueError(f'--config={path} has no field {missing[0]!r}, which this command reads' +
+                     (f'; it is for {theirs}' if theirs else ''))
 
 
 def _literal(text: str) -> Any:

@@ -56,14 +56,18 @@ def parser(description: str, *, config: str | None = None) -> argparse.ArgumentP
 
 
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
-          default_config: str | Callable[[argparse.Namespace], str] | None = None,
-          optional: bool = False) -> tuple[argparse.Namespace, ml_collections.ConfigDict | None]:
+          default_config: str | Callable[[argparse.Namespace], str] | None = None, optional: bool = False,
+          fields: Sequence[str] | Callable[[argparse.Namespace], Sequence[str]] = ('experiment',)
+          ) -> tuple[argparse.Namespace, ml_collections.ConfigDict | None]:
     """Parses flags and, where the command has `--config`, loads the file and applies its overrides.
 
-    `optional`: a command line without any config gives None.
+    Args:
+        optional: a command line without any config gives None.
+        fields: of the config, by which one for this command is told from those of others.
 
     Raises:
-        ValueError: missing file, unknown field (with the nearest name) or a value of the wrong type.
+        ValueError: missing file, unknown field (with the nearest name), a value of the wrong type, or the config of
+            another command.
     """
     overrides, rest = [], []
     for arg in sys.argv[1:] if argv is None else argv:
@@ -81,7 +85,9 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
         return args, None
     if path is None:
         raise ValueError('--config is missing: give a file such as configs/dlc/encoder_digits.py')
-    return args, config_files.load(path, overrides)
+    config = config_files.load(path, overrides)
+    config_files.check_command(config, path, fields(args) if callable(fields) else fields)
+    return args, config
 
 
 def given(flag: str) -> bool:

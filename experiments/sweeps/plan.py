@@ -102,7 +102,8 @@ def runs_of(config: str, fixed: Sequence[str], axes: Sequence[Axis], seeds: Sequ
         fixed: overrides `--config.FIELD=VALUE` that all runs have.
 
     Raises:
-        ValueError: a field or value that the config refuses, or one that is fixed and swept.
+        ValueError: a field or value that the config refuses, one that is fixed and swept, or the config of another
+            command than `experiments.train`.
     """
     swept = {field for axis in axes for field in axis.fields}
     for override in fixed:
@@ -131,8 +132,9 @@ def runs_of(config: str, fixed: Sequence[str], axes: Sequence[Axis], seeds: Sequ
                     flags.append(f'--config.{field}={value}')
         parts = [f'{name}={values[0]}' for name, values in zip(names, points)]
         folder = ','.join(re.sub(r'[^\w.+=-]+', '_', part) for part in parts) or 'all'
-        settings.append((', '.join(parts) or 'all', folder, (f'--config={file}', *flags),
-                         config_files.load(file, flags)))
+        loaded = config_files.load(file, flags)
+        config_files.check_command(loaded, file, ('experiment',))
+        settings.append((', '.join(parts) or 'all', folder, (f'--config={file}', *flags), loaded))
     folders = [folder for _, folder, _, _ in settings]
     for folder in folders:
         if folders.count(folder) > 1:

@@ -115,6 +115,32 @@ def test_what_is_no_command_names_the_one_there_is():
     assert done.returncode == 2 and 'python -m experiments.compile --all' in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize('command, config, says', [
+    ('train', 'dlc/quickstart', "no field 'experiment', which this command reads; it is for python -m "
+                                'experiments.quickstart'),
+    ('train', 'dlc/mixture', 'for python -m experiments.mixture'),
+    ('compile', 'rlhf/lewis', 'for python -m experiments.lewis'),
+    ('sweep --workdir=w', 'rlhf/quickstart', 'for python -m experiments.quickstart --which=rlhf'),
+    ('lewis', 'dlc/quickstart_align', "no field 'game', which this command reads; it is for python -m "
+                                      'experiments.quickstart --which=align'),
+    ('mixture', 'rlhf/lewis', 'for python -m experiments.lewis'),
+    ('quickstart', 'dlc/encoder_digits', 'for python -m experiments.train'),
+    ('quickstart', 'dlc/quickstart_text', 'for python -m experiments.quickstart --which=text'),
+    ('quickstart --which=rlhf', 'dlc/quickstart', "no field 'sft', which this command reads; it is for python -m "
+                                                  'experiments.quickstart'),
+    ('convert --kind=sem --src=x --dst=y', 'dlc/quickstart', 'for python -m experiments.quickstart'),
+])
+def test_the_config_of_another_command_is_refused_with_its_name(command, config, says, tmp_path, monkeypatch, capsys):
+    command, *flags = command.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', [command, *flags, f'--config=configs/{config}.py'])
+    with pytest.raises(SystemExit) as stop:
+        launch.main(importlib.import_module(f'experiments.{command}').main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f'error: --config=configs/{config}.py has no field')
+    assert error.endswith(f'{says}\n') and error.count('\n') == 1 and not list(tmp_path.iterdir())
+
+
 def test_commands_start_without_what_takes_seconds_to_import():
     slow = ('sklearn', 'matplotlib', 'grain', 'tensorboardX', 'tensorflow', 'tensorflow_datasets', 'torch')
     modules = ', '.join(f'experiments.{c}' for c in COMMANDS)
