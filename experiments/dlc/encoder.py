@@ -119,10 +119,14 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Experiment:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises a ValueError for an unknown centering, or crops that cannot be divided into patches."""
+    """Raises a ValueError for an unknown centering, images without pixels or channels, or crops that cannot be divided
+    into patches."""
     centering, patch_size = config.loss.centering, config.model.patch_size
     if centering not in ('center', 'sinkhorn_knopp'):
         raise ValueError(f"loss.centering={centering!r} is not 'center' or 'sinkhorn_knopp'")
+    for field in ('channels', 'global_size'):
+        if config.data[field] < 1:
+            raise ValueError(f'data.{field}={config.data[field]} must be at least 1')
     for field in ('global_size', 'local_size'):
         if config.data[field] % patch_size:
             raise ValueError(f'data.{field}={config.data[field]} is not divisible by model.patch_size={patch_size}')

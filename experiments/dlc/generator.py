@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dlc_jax.diffusion import gaussian
 from dlc_jax.models import dit
 from experiments.dlc.data.codestore import open_code_store
-from experiments.runtime import modules, placement, runs
+from experiments.runtime import checks, modules, placement, runs
 from experiments.runtime.experiment import Experiment
 from experiments.runtime.stream import ArrayBatches
 from experiments.runtime.training import training
@@ -37,8 +37,13 @@ def sample_shape(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
 
 
 def condition_spec(config: ml_collections.ConfigDict, batch: int) -> jax.ShapeDtypeStruct | None:
-    """Shape and dtype of the conditioning array, or None for an unconditional model."""
+    """Shape and dtype of the conditioning array, or None for an unconditional model.
+
+    Raises:
+        ValueError: an unknown condition.
+    """
     model = config.model
+    checks.choice('model.condition', model.condition, dit.CONDITIONS)
     return {'code': jax.ShapeDtypeStruct((batch, model.num_codes), jnp.int32),
             'class': jax.ShapeDtypeStruct((batch,), jnp.int32),
             'embedding': jax.ShapeDtypeStruct((batch, model.embedding_dim), jnp.float32),

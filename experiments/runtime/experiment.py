@@ -10,7 +10,7 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from experiments.runtime import loop, partition, retention
+from experiments.runtime import loop, modules, partition, retention
 from experiments.runtime import mesh as mesh_lib
 from experiments.runtime.metrics import MetricsWriter
 from experiments.runtime.programs import Program
@@ -65,13 +65,25 @@ class Experiment:
 
 LEAST = {'num_steps': 1, 'batch_size': 1, 'accumulate': 1, 'log_every': 1, 'checkpoint_every': 0, 'keep_checkpoints': 1,
          'keep_every': 0}
+# Whole numbers of `model` that may be 0, in a model that has the field before: its size says them, or its condition
+# does without them (and the model looks at those that it needs), or there are none of them.
+MAY_BE_ZERO = {'size': (*modules.FROM_SIZE, 'head_dim', 'text_vocab_size', 'num_registers'),
+               'condition': ('num_codes', 'num_classes', 'embedding_dim')}
+SIGNED = ('window',)  # 0: the size says it, -1: none
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
-    """Rejects, with a ValueError, runner settings below their minimum (`LEAST`)."""
+    """Rejects, with a ValueError, runner settings below their minimum (`LEAST`) and sizes of networks that are none."""
     for name, least in LEAST.items():
         if config[name] < least:
             raise ValueError(f'{name}={config[name]} must be at least {least}; set --config.{name}')
+    for group in ('model', 'head'):
+        section = config.get(group) or {}
+        may_be_zero = [name for field, names in MAY_BE_ZERO.items() if field in section for name in names]
+        for name, value in section.items():
+            least = int(name not in may_be_zero)
+            if type(value) is int and value < least and name not in SIGNED:
+                raise ValueError(f'{group}.{name}={value} must be at least {least}; set --config.{group}.{name}')
     if config.keep_every and (not config.checkpoint_every or config.keep_every % config.checkpoint_every):
         raise ValueError(f'keep_every={config.keep_every} must be a multiple of '
                          f'checkpoint_every={config.checkpoint_every}: only checkpoints that are written can be kept')

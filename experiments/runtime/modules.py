@@ -14,24 +14,29 @@ from experiments.runtime import mesh as mesh_lib
 
 T = TypeVar('T')
 
-_FROM_SIZE = ('width', 'depth', 'num_heads', 'num_kv_heads', 'hidden', 'vocab_size', 'max_length')
+FROM_SIZE = ('width', 'depth', 'num_heads', 'num_kv_heads', 'hidden', 'vocab_size', 'max_length')
 _DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
 def build(cls: type[nn.Module], sizes: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> Any:
     """A module from its named size and the other fields of a `model` config.
 
-    Fields of `_FROM_SIZE` that are 0 mean "as the size says"; `dtype` is a name.
+    Fields of `FROM_SIZE` that are 0 mean "as the size says"; `dtype` is a name.
 
     Raises:
-        ValueError: an unknown size, field or dtype, with the nearest right name where there is one.
+        ValueError: an unknown size, field or dtype, with the nearest right name where there is one; or a 0 that the
+            size does not replace.
     """
     fields = dict(config)
     size = fields.pop('size')
     if size not in sizes:
         raise ValueError(f'model.size={size!r} is not one of {tuple(sizes)}')
-    fields = dict(sizes[size]) | {k: v for k, v in fields.items() if k not in _FROM_SIZE or v}
+    fields = dict(sizes[size]) | {k: v for k, v in fields.items() if k not in FROM_SIZE or v}
     fields['dtype'] = dtype(fields)
+    for field in dataclasses.fields(cls):
+        if field.name in config and field.name not in fields and field.default is dataclasses.MISSING:
+            raise ValueError(f'model.{field.name}={config[field.name]} must be at least 1: model.size={size!r} does '
+                             'not say it')
     return build_dataclass(cls, 'model', fields)
 
 

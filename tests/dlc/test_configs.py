@@ -104,3 +104,29 @@ def test_a_writer_is_improved_by_the_commands_that_the_page_gives(page, tmp_path
 def test_unknown_argument_is_named():
     with pytest.raises(ValueError, match="'L64' is not one of"):
         config_files.load('configs/dlc/encoder_imagenet.py:L64')
+
+
+@pytest.mark.parametrize('file, field, value, says', [
+    ('encoder_digits', 'model.patch_size', 0, 'model.patch_size=0 must be at least 1; set --config.model.patch_size'),
+    ('encoder_digits', 'model.num_codes', 0, 'model.num_codes=0 must be at least 1'),
+    ('encoder_digits', 'model.pos_grid', 0, 'model.pos_grid=0 must be at least 1'),
+    ('encoder_digits', 'model.num_registers', -1, 'model.num_registers=-1 must be at least 0'),
+    ('encoder_digits', 'head.prototypes', 0, 'head.prototypes=0 must be at least 1'),
+    ('encoder_digits', 'data.channels', 0, 'data.channels=0 must be at least 1'),
+    ('generator_digits', 'model.width', -1, 'model.width=-1 must be at least 0'),
+    ('generator_digits', 'model.condition', 'codes', "model.condition='codes' is not one of .*; did you mean 'code'"),
+    ('code_model_digits', 'model.cond_dim', 0, 'model.cond_dim=0 must be at least 1'),
+    ('code_model_digits', 'model.vocab_size', 0, "model.vocab_size=0 must be at least 1: model.size='small' does not"),
+    ('embedding_model_digits', 'model.time_dim', 0, 'model.time_dim=0 must be at least 1'),
+    ('text_to_code_digits', 'model.vocab_multiple', 0, 'model.vocab_multiple=0 must be at least 1'),
+])
+def test_sizes_that_are_none_and_names_of_nothing_are_refused(file, field, value, says):
+    config = config_files.load(f'configs/dlc/{file}.py', [f'--config.{field}={value}'])
+    with pytest.raises(ValueError, match=says) as raised:
+        train.build(config, mesh_lib.make_mesh(dict(data=-1), jax.devices()[:1]))
+    assert '\n' not in str(raised.value)
+
+
+def test_what_a_condition_does_without_may_be_0():
+    config = config_files.load('configs/dlc/generator_digits.py:class', ['--config.model.num_codes=0'])
+    train.build(config, mesh_lib.make_mesh(dict(data=-1), jax.devices()[:1]))

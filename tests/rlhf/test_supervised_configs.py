@@ -64,6 +64,17 @@ def test_a_batch_of_pairs_divides_any_slice_up_to_its_size(size, devices):
     assert config.accumulate == 1 and train.build(config, mesh)
 
 
+@pytest.mark.parametrize('file, field, value, says', [
+    ('sft_arithmetic', 'model.activation', 'rellu', "model.activation='rellu' is not one of .*; did you mean 'relu'"),
+    ('sft_arithmetic', 'model.depth', -1, 'model.depth=-1 must be at least 0; set --config.model.depth'),
+    ('translation', 'model.width', 0, 'model.width=0 must be at least 1; set --config.model.width'),
+])
+def test_sizes_that_are_none_and_names_of_nothing_are_refused(file, field, value, says):
+    config = config_files.load(f'configs/rlhf/{file}.py', [f'--config.{field}={value}'])
+    with pytest.raises(ValueError, match=says):
+        train.build(config, mesh_lib.make_mesh(dict(data=-1), jax.devices()[:1]))
+
+
 def test_what_is_not_published_has_to_be_given():
     with pytest.raises(ValueError, match='num_steps=0 must be at least 1'):
         train.build(config_files.load('configs/rlhf/reward_no_robots.py'), mesh_lib.make_mesh({}, jax.devices()[:1]))

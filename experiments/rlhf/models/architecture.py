@@ -49,7 +49,7 @@ def decoder(model: Mapping[str, Any]) -> Any:
     """The decoder that a `model` config describes.
 
     Raises:
-        ValueError: an unknown kind, size or field, or fields that are yet to be read from `weights`.
+        ValueError: an unknown kind, size, activation or field, or fields that are yet to be read from `weights`.
     """
     file, cls = family(model)
     fields = {name: value for name, value in dict(model).items() if name != 'kind' and name not in unset(model)}
@@ -59,6 +59,8 @@ def decoder(model: Mapping[str, Any]) -> Any:
         if name in cls.__dataclass_fields__ and cls.__dataclass_fields__[name].type is bool and isinstance(value, str):
             checks.choice(f'model.{name}', value, _SWITCHES)
             fields[name] = _SWITCHES[value]
+    if 'activation' in fields:
+        checks.choice('model.activation', fields['activation'], layers.ACTIVATIONS)
     if fields.get('window') == _ALL_TOKENS:
         fields['window'] = 0
     if 'rope_scaling' in fields:
