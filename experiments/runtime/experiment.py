@@ -64,7 +64,7 @@ class Experiment:
 
 
 LEAST = {'num_steps': 1, 'batch_size': 1, 'accumulate': 1, 'log_every': 1, 'checkpoint_every': 0, 'keep_checkpoints': 1,
-         'keep_every': 0}
+         'keep_every': 0, 'seed': 0}
 # Whole numbers of `model` that may be 0, in a model that has the field before: its size says them, or its condition
 # does without them (and the model looks at those that it needs), or there are none of them.
 MAY_BE_ZERO = {'size': (*modules.FROM_SIZE, 'head_dim', 'text_vocab_size', 'num_registers'),

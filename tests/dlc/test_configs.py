@@ -119,8 +119,9 @@ def test_unknown_argument_is_named():
     ('code_model_digits', 'model.vocab_size', 0, "model.vocab_size=0 must be at least 1: model.size='small' does not"),
     ('embedding_model_digits', 'model.time_dim', 0, 'model.time_dim=0 must be at least 1'),
     ('text_to_code_digits', 'model.vocab_multiple', 0, 'model.vocab_multiple=0 must be at least 1'),
+    ('generator_digits', 'seed', -1, 'seed=-1 must be at least 0; set --config.seed'),
 ])
-def test_sizes_that_are_none_and_names_of_nothing_are_refused(file, field, value, says):
+def test_numbers_that_are_none_and_names_of_nothing_are_refused(file, field, value, says):
     config = config_files.load(f'configs/dlc/{file}.py', [f'--config.{field}={value}'])
     with pytest.raises(ValueError, match=says) as raised:
         train.build(config, mesh_lib.make_mesh(dict(data=-1), jax.devices()[:1]))
