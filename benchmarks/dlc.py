@@ -19,7 +19,18 @@ import jax
 
 from benchmarks import loader
 from benchmarks.dlc_sizes import SIZES, Sizes
-from benchmarks.measure import Disagreement, Row, Times, in_turns, matmul_peak, ratio, sides, spread, versions
+from benchmarks.measure import (
+    Disagreement,
+    Row,
+    Times,
+    check_device,
+    in_turns,
+    matmul_peak,
+    ratio,
+    sides,
+    spread,
+    versions,
+)
 
 TARGETS = {  # PyTorch's time over ours, at least
     'dit_forward': 1.5, 'dit_sampling': 1.5, 'dit_training': 1.0, 'sedd_sampling': 1.5, 'encoder_training': 1.0,
@@ -106,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         import torch  # noqa: F401
     except ImportError:
         raise SystemExit("error: PyTorch, the other side, is missing: pip install -e '.[parity]'") from None
+    check_device(args.device, args.sizes)
     names = args.rows or [name for name in TARGETS if args.device == 'gpu' or name != 'encoder_training']
     sizes, dtype = SIZES[args.sizes or args.device], 'bfloat16' if args.device == 'gpu' else 'float32'
     about, peak = versions(args.device), matmul_peak(sizes.gemm, dtype)

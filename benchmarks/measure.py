@@ -160,6 +160,12 @@ def transformer_flops(depth: int, tokens: int, width: int) -> float:
     return depth * (24 * tokens * width ** 2 + 4 * tokens ** 2 * width)
 
 
+def check_device(device: str, sizes: str | None) -> None:
+    """Ends the command where rows of a GPU, at its sizes, are asked for and there is none."""
+    if device == 'gpu' and sizes != 'tiny' and jax.default_backend() != 'gpu':
+        raise SystemExit(f'error: JAX runs on {jax.default_backend()}, not on a GPU; --sizes tiny runs anywhere')
+
+
 def versions(device: str) -> dict[str, str]:
     try:
         import torch

@@ -27,9 +27,7 @@ from typing import Any
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch wants room on the same GPU
 
-import jax
-
-from benchmarks.measure import Disagreement, Figure, Times, versions
+from benchmarks.measure import Disagreement, Figure, Times, check_device, versions
 
 FILES = {'decode': 'rlhf_rows', 'dpo_step': 'rlhf_rows', 'overhead': 'rlhf_rollout', 'overlap': 'rlhf_rollout',
          'publish': 'rlhf_rollout', 'processes': 'rlhf_rollout', 'roofline': 'rlhf_large', 'learner': 'rlhf_large',
@@ -93,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument('--eager', action='store_true', help='leave torch.compile out')
     p.add_argument('--json', metavar='FILE', help='also write every time there')
     args = p.parse_args(argv)
-    if args.device == 'gpu' and args.sizes != 'tiny' and jax.default_backend() != 'gpu':
-        raise SystemExit(f'error: JAX runs on {jax.default_backend()}, not on a GPU; --sizes tiny runs anywhere')
+    check_device(args.device, args.sizes)
     names = args.rows or DEFAULT[args.device]
     if any(FILES[name] == 'rlhf_rows' for name in names):
         try:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import measure, rlhf, rlhf_policy
+from benchmarks import dlc, measure, rlhf, rlhf_policy
 
 FIGURES = {'decode': 3, 'dpo_step': 1, 'overhead': 7, 'overlap': 4, 'publish': 4, 'processes': 2, 'roofline': 1,
            'learner': 1, 'iteration': 1}
@@ -83,6 +83,7 @@ def test_bytes_of_decoding_by_hand():
     assert rlhf_policy.decode_bytes(half, 5, 3, 3) == rlhf_policy.decode_bytes(module, 5, 3, 3) / 2
 
 
-def test_a_gpu_is_asked_for_where_there_is_none():
+@pytest.mark.parametrize('half', [dlc, rlhf])
+def test_a_gpu_is_asked_for_where_there_is_none(half):
     with pytest.raises(SystemExit, match='not on a GPU'):
-        rlhf.main(['--device=gpu'])
+        half.main(['--device=gpu'])

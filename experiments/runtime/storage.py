@@ -177,6 +177,7 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
             if _is_copied(target, note, signature):  # by another process, while this one waited
                 return target
             log.info('%s: copying %.2f GB to %s', path, sum(size for size, _ in signature.values()) / 1e9, target)
+            remove(partial)  # of a process that was killed
             if source.is_dir():
                 partial.mkdir()
             for file in files:

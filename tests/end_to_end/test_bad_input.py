@@ -164,6 +164,8 @@ BAD = {
                                   'nothing.py: the file has no get_config'),
     'config without argument': ('train', ENCODER.replace('.py', '.py:big'),
                                 'encoder_digits.py:big: this config has no sizes .*; leave out :big'),
+    'config without name': ('train', '--config=configs/dlc/released.py --workdir=x',
+                            'released.py: give one of its names, as in configs/dlc/released.py:NAME'),
     'config given to encode': ('encode', ENCODE + ' --config.seed=1', '--config.seed=1: this command has no --config'),
     'key': ('train', TRAIN + ' --config.batch_sise=3',
             'config.batch_sise is not a field; did you mean config.batch_size'),

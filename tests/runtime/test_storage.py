@@ -1,5 +1,6 @@
 """Runs at a URL, on fsspec's file system in memory in place of a bucket: the same calls as for `gs://`, no network."""
 import json
+import os
 import sys
 import threading
 import time
@@ -189,6 +190,7 @@ def test_a_note_of_a_copy_that_was_cut_short_costs_a_copy(bucket):
     copy = storage.local_copy(bucket + '/w')
     copy.with_name('copied.json').write_text('{"a.t')
     (copy / 'a.txt').write_text('changed')
+    copy.with_name(f'w.{os.getpid()}').mkdir()  # left by a process of this number that was killed while it copied
     assert storage.local_copy(bucket + '/w') == copy and (copy / 'a.txt').read_text() == 'x'
     assert json.loads(copy.with_name('copied.json').read_text()).keys() == {'a.txt'}
 
