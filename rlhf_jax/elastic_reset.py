@@ -160,8 +160,8 @@ def method(name: str, period: int, **settings: Any) -> ElasticReset:
         raise ValueError(f'method={name!r} is not one of {tuple(METHODS)}')
     fixed = METHODS[name](period)
     if name == 'reference_reset':
-        fixed |= {f'tick_{when}': settings[f'reset_{when}'] for when in ('on', 'offset', 'skip_first')
-                  if f'reset_{when}' in settings}
+        fixed |= {f'tick_{when}': settings.get(f'reset_{when}', getattr(ElasticReset, f'reset_{when}'))
+                  for when in ('on', 'offset', 'skip_first')}
     return ElasticReset(**(dict(settings) | fixed))
 
 

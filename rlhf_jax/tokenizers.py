@@ -277,6 +277,8 @@ def set_bos(folder: pathlib.Path, tokenizer: JsonTokenizer, bos: bool) -> None:
         'special_tokens': {token: {'id': token, 'ids': [tokenizer.bos], 'tokens': [token]}}} if bos else None
     path.write_text(json.dumps(saved, ensure_ascii=False), encoding='utf-8')
     settings = _read_object(folder / 'tokenizer_config.json') | {'add_bos_token': bos}
+    if str(settings.get('tokenizer_class', '')).startswith('GPTNeoX'):  # transformers 5 gives it no BOS, come what may
+        settings['tokenizer_class'] = 'PreTrainedTokenizerFast'
     (folder / 'tokenizer_config.json').write_text(json.dumps(settings, indent=1), encoding='utf-8')
 
 

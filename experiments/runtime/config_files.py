@@ -97,10 +97,12 @@ def _run_config_file(path: str) -> ml_collections.ConfigDict:
         with _first_on_path(CHECKOUT):
             spec.loader.exec_module(module)
             get_config = getattr(module, 'get_config', None)
-            names = inspect.signature(get_config).parameters.values() if get_config else ()
-            if colon and get_config and not names:
+            kinds = inspect.Parameter
+            takes = [x for x in inspect.signature(get_config).parameters.values()
+                     if x.kind is not kinds.VAR_KEYWORD] if get_config else []
+            if colon and get_config and not takes:
                 raise ValueError(f'--config={path}: this config has no sizes to choose among; leave out :{argument}')
-            if not colon and any(name.default is inspect.Parameter.empty for name in names):
+            if not colon and any(x.default is kinds.empty and x.kind is not kinds.VAR_POSITIONAL for x in takes):
                 raise ValueError(f'--config={path}: give one of its names, as in {path}:NAME; a wrong one lists them')
             config = get_config and (get_config(argument) if colon else get_config())
     except ValueError:

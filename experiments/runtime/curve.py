@@ -12,6 +12,7 @@ from experiments.runtime import metrics, processes, storage
 _NOT_OF_THE_MEASUREMENT = (
     'json', 'out', 'step', 'shard', 'batch_size', 'tensor', 'trust', 'traceback', 'compilation_cache', 'distributed',
     'coordinator', 'num_processes', 'process_id', 'join_timeout')
+_NEW = ('min_new_tokens',)  # flags that earlier files do not know: not given, they leave the measurement what it was
 
 
 class Curve:
@@ -54,7 +55,8 @@ class Curve:
 
 def settings_of(args: argparse.Namespace, *more: Any) -> str:
     """A digest of the flags that decide what is measured, and of what `more` does (JSON values)."""
-    flags = {name: value for name, value in sorted(vars(args).items()) if name not in _NOT_OF_THE_MEASUREMENT}
+    left_out = {*_NOT_OF_THE_MEASUREMENT, *(name for name in _NEW if getattr(args, name, None) is None)}
+    flags = {name: value for name, value in sorted(vars(args).items()) if name not in left_out}
     return hashlib.sha256(json.dumps([flags, *more], default=str).encode()).hexdigest()[:16]
 
 

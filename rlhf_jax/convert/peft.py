@@ -21,7 +21,7 @@ from rlhf_jax.weights.rules import Rule, linear
 from rlhf_jax.weights.state_dict import Renamed
 
 _OUTER = 'base_model.model.'
-_CHANGES_BASE = ('pissa', 'olora', 'corda', 'loftq')  # ways to initialise that subtract the start from the base
+_CHANGES_BASE = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')  # initialisations that subtract the start from the base
 _SCORE = Rule('score.weight', 'score_head/kernel', linear())
 
 
@@ -131,7 +131,8 @@ def _short_name(name: str, prefix: str) -> str:
 
 def _check_config(config: Mapping[str, Any]) -> None:
     for name, only in (('peft_type', 'LORA'), ('use_dora', False), ('bias', 'none'), ('lora_bias', False),
-                       ('rank_pattern', {}), ('alpha_pattern', {}), ('layer_replication', None)):
+                       ('rank_pattern', {}), ('alpha_pattern', {}), ('layer_replication', None),
+                       ('alora_invocation_tokens', None)):
         if (config.get(name) or only) != only:
             raise ValueError(f'convert: adapter_config has {name}={config[name]!r:.60}, but only {only!r} is supported')
     start = config.get('init_lora_weights', True)

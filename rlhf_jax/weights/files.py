@@ -100,7 +100,7 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
 def _only_file(directory: pathlib.Path) -> pathlib.Path:
     """The file of weights in `directory`: an index of shards, or the only file of the first suffix there is. What lies
     beside weights counts where there is nothing else, such as an adapter alone."""
-    patterns = ('*.safetensors' + _INDEX_SUFFIX, '*' + _INDEX_SUFFIX, '*.safetensors', '*.bin', '*.pth', '*.pt')
+    patterns = ('*.safetensors' + _INDEX_SUFFIX, '*.safetensors', '*' + _INDEX_SUFFIX, '*.bin', '*.pth', '*.pt')
     for beside, pattern in [(beside, pattern) for beside in (False, True) for pattern in patterns]:
         candidates = sorted(file for file in directory.glob(pattern)
                             if bool(_BESIDE_WEIGHTS.fullmatch(file.name)) == beside)

@@ -162,6 +162,17 @@ def test_a_process_reads_its_own_part(tmp_path, monkeypatch):
     assert nbytes(reward._params) < most < nbytes(params) / 4
 
 
+def test_labels_that_a_text_may_have_together_are_rewarded_each_by_itself(tmp_path):
+    model = saved(tmp_path, 'bert', num_labels=3, names=('toxic', 'insult', 'threat'))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'problem_type': 'multi_label_classification'}))
+    with torch.no_grad():
+        expected = model(torch.tensor([[2, 4, 5, 3]])).logits[0].sigmoid()
+    for i, name in enumerate(('toxic', 'insult', 'threat')):
+        reward = classifier.TextClassifier(str(tmp_path), one_device(), label=name)
+        np.testing.assert_allclose(reward(completions(['the '], ['film'])), [expected[i]], atol=1e-5)
+
+
 def test_one_output_is_the_reward_itself(tmp_path):
     model = saved(tmp_path, 'distilbert', num_labels=1, names=('LABEL_0',))
     reward = classifier.TextClassifier(str(tmp_path), one_device())

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from rlhf_jax import chat
-from rlhf_jax.tokenizers import JsonTokenizer
+from rlhf_jax.tokenizers import JsonTokenizer, set_bos
 from tests.rlhf.tiny_tokenizers import CHATML, INST, byte_level, sentencepiece
 
 transformers = pytest.importorskip('transformers')
@@ -98,6 +98,18 @@ def test_plain_texts_and_whether_they_get_a_bos(folder):
         decoded = tokenizer.decode(ids)
         assert decoded == theirs.decode(ids, clean_up_tokenization_spaces=False)
         assert decoded == text or text[0] == ' '  # Metaspace puts no second space in front
+
+
+@pytest.mark.parametrize('theirs', ['PreTrainedTokenizerFast', 'GPTNeoXTokenizer', 'GPTNeoXTokenizerFast'])
+@pytest.mark.parametrize('bos', [True, False])
+def test_whoever_reads_an_export_begins_with_bos_as_it_says(tmp_path, theirs, bos):
+    folder = byte_level(tmp_path)
+    settings = json.loads((folder / 'tokenizer_config.json').read_text())
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings | {'tokenizer_class': theirs}))
+    tokenizer = JsonTokenizer(folder)
+    set_bos(folder, tokenizer, bos)
+    ids = transformers.AutoTokenizer.from_pretrained(folder)('what is').input_ids
+    assert ids == [tokenizer.bos] * bos + tokenizer.encode('what is')
 
 
 def test_a_special_token_that_swallows_the_space_beside_it(tmp_path):

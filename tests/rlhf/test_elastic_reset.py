@@ -298,6 +298,8 @@ def test_compared_methods_differ_where_they_should():
     renewing, resetting = (er.method(name, period, **settings) for name in ('reference_reset', 'reset_to_init'))
     assert [k for k in range(13) if renewing.due('iteration', k).tick] == resetting.resets(13) == [4, 8, 12]
     assert not any(renewing.due(event, k).tick for event in ('step', 'epoch') for k in range(13))
+    config = er.method('reference_reset', period, tick_offset=0)  # the Lewis game's, which says nothing of resets
+    assert [k for k in range(9) if config.due('step', k).tick] == [3, 7]
     with pytest.raises(ValueError, match="method='warp'"):
         er.method('warp', period)
 

@@ -121,6 +121,9 @@ def test_busy_endpoints_are_asked_again(serve):
     server, waited = serve(lambda _: replies.pop(0)), []
     assert judge.Endpoint(server.url, sleep=waited.append)({'messages': [{'content': ''}]}) == 'tie'
     assert waited == [7, 2]
+    replies, waited = [(200, {'Content-Length': '500'}, b'{"cho'), says('tie')], []  # an answer that breaks off
+    assert judge.Endpoint(server.url, sleep=waited.append)({'messages': [{'content': ''}]}) == 'tie'
+    assert waited == [1]
     server, waited = serve(lambda _: (500, {}, b'')), []
     with pytest.raises(OSError, match='no answer after 6 tries .status 500.; run the same command to go on'):
         judge.Endpoint(server.url, sleep=waited.append)({'messages': [{'content': ''}]})
@@ -142,6 +145,7 @@ def test_other_answers_are_errors(serve, reply, message):
 
 @pytest.mark.parametrize('answer, score', [
     ('A', 1), ('B', 0), (' b.', 0), ('**A**', 1), ('Response A is better', 1), ('Tie', 0.5), ('tie.', 0.5),
+    ('A tie.', 0.5), ('a tie', 0.5), ('A and B are equal', None), ('B/A', None), ('a good question', None), ('a', 1),
     ('Both are good', None), ('As I see it', None), ('', None), ('(B)', 0)])
 def test_answers(answer, score):
     assert judge.score_of(answer, 'A') == score

@@ -158,6 +158,8 @@ def test_an_adapter_of_peft_is_merged(adapted):
 @pytest.mark.parametrize('changed, message', [
     ({'peft_type': 'IA3'}, "has peft_type='IA3', but only 'LORA'"), ({'use_dora': True}, 'use_dora=True'),
     ({'init_lora_weights': 'pissa_niter_4'}, 'init_lora_weights=.* changes the base model'),
+    ({'init_lora_weights': 'lora_ga'}, 'init_lora_weights=.* changes the base model'),
+    ({'alora_invocation_tokens': [1, 2]}, r'has alora_invocation_tokens=\[1, 2\], but only None'),
     ({'r': 'x'}, "r='x', not a positive integer"), ({'lora_alpha': None}, 'lora_alpha=None, not a positive number'),
     ({'r': 3}, r'has shape \(2, 16\), expected \(3, 16\)'),
 ])

@@ -87,6 +87,7 @@ def test_saved_files_open_again(tmp_path):
     ('pytorch_model.bin', ('adapter_model.safetensors', 'training_args.bin', 'optimizer.pt', 'scheduler.pt',
                            'rng_state_0.pth')),
     ('model.safetensors', ('adapter_model.safetensors', 'consolidated.safetensors', 'pytorch_model.bin')),
+    ('model.safetensors', ('pytorch_model.bin.index.json', 'pytorch_model-00001-of-00002.bin')),
     ('model.safetensors.index.json', ('consolidated.safetensors', 'training_args.bin')),
 ])
 def test_a_folder_as_trainers_leave_it(tmp_path, weights, beside):

@@ -52,6 +52,10 @@ def test_configs_are_found_beside_the_runner_from_any_folder(tmp_path, monkeypat
     base = config_files.CHECKOUT / 'configs' / 'dlc' / 'base.py'
     assert done.stdout.split() == [str(expected['num_steps']), str(base)], done.stderr
     monkeypatch.chdir(tmp_path)
+    for takes in ('*args', '*args, **fields', '**fields', 'size="a"'):  # none of which has to be given
+        (tmp_path / 'own.py').write_text(f'import ml_collections\ndef get_config({takes}): '
+                                         'return ml_collections.ConfigDict({"a": 1})')
+        assert config_files.load('own.py').a == 1
     assert config_files.load(DIGITS).to_dict() == expected
     with pytest.raises(ValueError, match='did you mean configs/dlc/generator_digits.py'):
         config_files.load('configs/dlc/generator_digit.py')

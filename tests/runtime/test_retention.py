@@ -1,4 +1,6 @@
 """Which checkpoints stay, and reading one that is not the newest."""
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,14 @@ def test_what_is_measured_is_what_process_0_finds(tmp_path, monkeypatch):
     assert curve.Curve(tmp_path / 'curve.jsonl', 'a').missing([2, 4]) == [2, 4]
     assert steps.of_places('all', places) == [2, 4]
     assert steps.of_places('all', [f'{tmp_path}/late/{{step}}.npz']) == [2, 4]
+
+
+def test_a_flag_that_came_later_leaves_earlier_curves_what_they_are():
+    flags = argparse.Namespace(temperature=1.0, json='a', min_new_tokens=None)
+    before = curve.settings_of(argparse.Namespace(temperature=1.0, json='b'))
+    assert curve.settings_of(flags) == before
+    flags.min_new_tokens = 0
+    assert curve.settings_of(flags) != before
 
 
 def test_a_curve_goes_on_and_mixes_nothing(tmp_path):

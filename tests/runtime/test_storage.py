@@ -156,6 +156,19 @@ def test_parts_of_a_store_are_put_together_by_whoever_reads_it(bucket, tmp_path)
     assert not storage.resolve(path + '.shards').exists()
 
 
+def test_parts_of_before_and_after_stores_said_where_codes_come_from(bucket):
+    said = [dict(drawn=False), dict(origin='image'), dict(origin='drawn')]
+    for name, metas in (('codes', said[:2]), ('others', said[1:])):
+        for i, more in enumerate(metas):
+            part, meta = shards.Shard(i, 2), dict(num_codes=2, vocab_size=9) | more
+            with codestore_writer.writer(shards.place(f'{bucket}/{name}', part), num=1,
+                                         meta=codestore_shards.part_meta(meta, part, range(i, i + 1))) as store:
+                store.append({'codes': np.full((1, 2), i)}, names=[str(i)])
+    np.testing.assert_array_equal(codestore.open_code_store(bucket + '/codes').array('codes')[:, 0], [0, 1])
+    with pytest.raises(ValueError, match="has origin='drawn', other parts 'image'"):
+        codestore.open_code_store(bucket + '/others')
+
+
 def test_an_upload_that_breaks_off_is_no_store_and_is_made_anew(bucket, monkeypatch, tmp_path):
     real = storage.epath.Path.copy
     def failing(self, target, **options):

@@ -95,7 +95,10 @@ def open_parts(path: str | os.PathLike) -> list[codestore.CodeStore] | None:
     parts = [codestore.open_rows(place) for place in places]
     first, items = common(parts[0]), 0
     for part in parts:
-        for field in first.keys() | common(part).keys():
+        fields = first.keys() | common(part).keys()
+        if not all('origin' in meta for meta in (first, common(part))):  # one is of before there was that
+            fields -= {'origin', 'drawn'}
+        for field in fields:
             if common(part).get(field) != first.get(field):
                 theirs, ours = (printable(repr(meta.get(field)), 80) for meta in (first, part.meta))
                 raise ValueError(f'{part.path}: has {field}={ours}, other parts {theirs}; delete it and run its '

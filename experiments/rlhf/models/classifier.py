@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import scipy.special
 from jax.sharding import Mesh
 
 from experiments.rlhf.data import lengths
@@ -35,9 +36,11 @@ def texts_of(completions: Scored) -> list[str]:
 
 
 class Labels(NamedTuple):
-    """Names of a classifier's outputs, and the one that is rewarded; None: the only output, as it is."""
+    """Names of a classifier's outputs; the one that is rewarded, None: the only output, as it is; and whether a text
+    has each label or not by itself (multi-label), rather than one of them."""
     names: tuple[str, ...]
     rewarded: int | None
+    independent: bool = False
 
 
 def is_classifier(path: str) -> bool:
@@ -60,11 +63,12 @@ def labels_of(path: str, config: dict[str, Any], num_labels: int, wanted: str) -
     names = tuple(str(given.get(str(i), f'LABEL_{i}')) for i in range(num_labels))
     if num_labels == 1 and not wanted:
         return Labels(names, None)
+    independent = config.get('problem_type') == 'multi_label_classification'
     if wanted not in names:
         near = difflib.get_close_matches(wanted.lower(), [name.lower() for name in names], 1)
         hint = next((f'; did you mean {name!r}?' for name in names if [name.lower()] == near), '')
         raise ValueError(f'reward.label={wanted!r}: the labels of {path} are {names}{hint or "; choose one of them"}')
-    return Labels(names, names.index(wanted))
+    return Labels(names, names.index(wanted), independent)
 
 
 class TextClassifier:
@@ -117,8 +121,9 @@ class TextClassifier:
         logits = self.logits(texts_of(completions))
         if self.labels.rewarded is None:
             return logits[:, 0]
-        shifted = np.exp(logits - logits.max(1, keepdims=True))
-        return shifted[:, self.labels.rewarded] / shifted.sum(1)
+        if self.labels.independent:
+            return scipy.special.expit(logits[:, self.labels.rewarded])
+        return scipy.special.softmax(logits, 1)[:, self.labels.rewarded]
 
     def logits(self, texts: list[str]) -> np.ndarray:
         """float32 [N, labels] of this process's texts, in batches that are as long as their longest text needs."""

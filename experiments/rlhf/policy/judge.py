@@ -6,6 +6,7 @@ the whole question; what is recorded is never asked again, and the record alone 
 """
 import concurrent.futures
 import hashlib
+import http.client
 import json
 import pathlib
 import re
@@ -74,11 +75,16 @@ def question(template: str, prompt: str, a: str, b: str) -> str:
 
 
 def score_of(answer: str, ours: str) -> float | None:
-    """1, 0 or 0.5 for an answer that begins with A, B or tie; `ours` is the letter of ours. None: it is neither."""
-    match = re.match(r'[\s*"\'(\[]*(?:response\s+)?(A|B|tie)\b', answer, re.IGNORECASE)
-    if match is None:
+    """1, 0 or 0.5 for an answer that begins with A, B or tie; `ours` is the letter of ours. None: it is neither, such
+    as a word after the article or both letters."""
+    answer = answer.lstrip(' \t\r\n*"\'([')
+    if re.match(r'(?:an?\s+)?tie\b', answer, re.IGNORECASE):
+        return 0.5
+    match = re.match(r'(?:response\s+)?([AB])\b(?!\s*(?:and|or|&|/|,)\s*(?:response\s+)?[AB]\b)', answer,
+                     re.IGNORECASE)
+    if match is None or match[0] == 'a' and re.match(r'\s+\w', answer[1:]):
         return None
-    return 0.5 if match[1].lower() == 'tie' else float(match[1].upper() == ours)
+    return float(match[1].upper() == ours)
 
 
 # ---- Record ----------------------------------------------------------------------------------------------------------
@@ -173,7 +179,7 @@ class Endpoint:
                 wait = float(named) if named.isdigit() else wait
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise OSError(f'{self._url}: answered something else than a chat completion ({error!r:.100})') from None
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:  # the latter: an answer that broke off
                 reason = str(getattr(error, 'reason', error))
             if attempt + 1 < TRIES:
                 self._sleep(min(wait, LONGEST_WAIT))
