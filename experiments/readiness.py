@@ -238,7 +238,8 @@ def table(rows: Mapping[str, Any]) -> str:
         cells = [cell(rows.get(f'{path} {name}'), config) for name in SLICES]
         lines.append(f'| `{path.removeprefix("configs/")}` | ' + ' | '.join(cells) + ' |')
     done = sum(len([key for key in rows if key.rpartition(' ')[0] == path]) for path in paths())
-    return HEAD.format(done=done, all=len(paths()) * len(SLICES)) + '\n'.join(lines) + '\n'
+    hours = sum(row['seconds'] for row in rows.values()) / 3600
+    return HEAD.format(done=done, all=len(paths()) * len(SLICES), hours=hours) + '\n'.join(lines) + '\n'
 
 
 HEAD = '''# Readiness
@@ -250,8 +251,9 @@ python -m experiments.compile --all                # goes on where it was stoppe
 ```
 
 from [readiness.json](readiness.json), which has every program's bytes, FLOPs, traffic and collectives. {done} of {all}
-rows are compiled so far; an empty cell is one that is not. The same command may run several times side by side: they
-share the rows that are left, and a program that rows have in common is compiled once.
+rows are compiled; an empty cell is one that is not. All of them took {hours:.0f} hours of one process on two cores. The
+same command may run several times side by side: they share the rows that are left, and a program that rows have in
+common is compiled once.
 
 A cell has the memory a chip at the worst moment of the whole run, of what the chip offers (in brackets, the program
 that runs then), and the least time of a step, or of an iteration of a policy: the slowest of matrix products, memory
