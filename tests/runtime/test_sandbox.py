@@ -42,6 +42,10 @@ def test_leaving_early_is_no_success():
     forged = ('import os\nfor fd in range(3, 64):\n    try:\n        os.write(fd, b\'["", "passed", ""]\\n\')\n'
               '    except OSError:\n        pass\n')
     assert detail(forged + 'os._exit(0)') == 'ended before its last line'
+    assert detail('import os, sys\nsys._getframe(1).f_globals["say"]("passed")\nos._exit(0)').startswith('OSError')
+    forked = 'import os\nif os.fork():\n    os.wait()\n    os._exit(0)'  # the child does get to the last line
+    assert detail(forked) == 'ended before its last line'
+    assert detail('import os; os.kill(0, 9)') == 'ended before its last line'
 
 
 def test_time_and_memory_are_bounded():
@@ -76,7 +80,7 @@ def test_there_is_no_network():
 def test_the_environment_and_other_processes_are_out_of_reach(monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'key')
     assert sandbox.run_python('import os; assert "OPENAI_API_KEY" not in os.environ').outcome == 'passed'
-    assert sandbox.run_python('import os; assert os.getpid() == 1').outcome == 'passed'
+    assert sandbox.run_python('import os; assert os.getpid() == 2').outcome == 'passed'
     assert detail(f'import os; os.kill({os.getpid()}, 0)').startswith('ProcessLookupError')
 
 
@@ -87,9 +91,40 @@ def test_what_a_program_starts_dies_with_it(tmp_path):
               f'os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60) # {mark}"])\n'
               'time.sleep(1)')
     assert sandbox.run_python(source).outcome == 'passed'
-    time.sleep(0.2)
-    listed = subprocess.run(['ps', '-eo', 'args'], capture_output=True, text=True).stdout
-    assert mark not in listed
+    assert not running(mark)
+
+
+def test_a_program_that_gave_up_its_parent_ends_in_time():
+    mark = f'left_behind_{os.getpid()}_{threading.get_ident()}'
+    source = ('import ctypes, os, sys\nos.setsid()\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n'
+              f'os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", "import time; time.sleep(30) # {mark}"])')
+    assert sandbox.run_python(source, seconds=1).outcome == 'timed out'
+    assert not running(mark)
+
+
+def test_a_program_dies_with_the_process_that_runs_it():
+    mark = f'left_behind_{os.getpid()}_{threading.get_ident()}'
+    source = ('import os, sys\n'
+              f'os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", "import time; time.sleep(30) # {mark}"])')
+    code = 'import sys; from experiments.runtime import sandbox; sandbox.run_python(sys.stdin.read(), seconds=30)'
+    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE) as process:
+        process.stdin.write(source.encode())
+        process.stdin.close()
+        wait_until(lambda: running(mark))
+        process.kill()
+    wait_until(lambda: not running(mark))
+
+
+def running(mark):
+    """Whether a process has `mark` in its command line; -ww, or ps cuts the line at 80 columns."""
+    return mark in subprocess.run(['ps', '-wweo', 'args'], capture_output=True, text=True, check=True).stdout
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_where_the_kernel_refuses_nothing_is_run(monkeypatch, tmp_path):
