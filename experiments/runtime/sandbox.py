@@ -6,6 +6,13 @@ that it starts dies with it (a process namespace of its own, whose first process
 the kernel refuses any of this, nothing is run. It is made against mistakes and mischief, not against an attack on the
 kernel. Nor can the verdict be held against a program that means to forge it: tests and program share a process, and one
 that searches the frames above it for the status of success, or answers with objects that equal everything, passes.
+
+What is bounded: the address space and the processor time of each process; the number of processes and threads, which
+are counted for all of them; the folder's files, together (a file system of its own in memory); the memory of all
+processes together, at twenty looks a second, a page that two share counted for both. What is not: the memory that all
+may take between two looks, or have in no process's pages (memfd, System V shared memory), and, on a kernel without
+/proc/PID/task/TID/children, the memory of all together, which then is that of one process times their number.
+Where the caller is root, a program that means to can have its processes uncounted.
 """
 import functools
 import json
@@ -16,6 +23,9 @@ import sys
 import sysconfig
 import tempfile
 from typing import NamedTuple
+
+FILES = 2 ** 24  # bytes, of all files together
+PROCESSES = 32  # and threads, together with the two that wait for the program
 
 # Read by a Python that starts without site-packages. Its first line of standard input is the settings, the rest the
 # source. It stays outside and waits; its child is the first process of the namespace, whose end is everybody's; that
@@ -67,10 +77,38 @@ def run(status, words):
         os._exit(1)
     os._exit(status)
 
+def in_memory():
+    pages, found = 0, [os.readlink('/proc/self')]   # in the numbers of this /proc, which is the one outside
+    for process in found:
+        try:
+            for task in os.listdir('/proc/%s/task' % process):
+                with open('/proc/%s/task/%s/children' % (process, task)) as file:
+                    found += file.read().split()
+            with open('/proc/%s/statm' % process) as file:
+                _, resident, shared = map(int, file.read().split()[:3])
+        except OSError:
+            continue   # it ended meanwhile
+        pages += resident - shared
+    return pages * resource.getpagesize()
+
 signals = {signal.SIGTERM, signal.SIGCHLD}
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # a caller may have ignored it
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-call('unshare', 0x10000000 | 0x40000000 | 0x20000000 | 0x08000000)   # user, network, processes, IPC
+user, group = os.geteuid(), os.getegid()
+if user == 0:
+    try:
+        os.setresuid(65534, 0, 0)   # the kernel does not count the processes of whose real user is root
+    except OSError:
+        pass   # a root that knows no other users, of a namespace: its processes are counted
+call('unshare', 0x10000000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x20000)   # user, network, processes, IPC, mounts
+try:
+    for name, text in ('setgroups', 'deny'), ('uid_map', '65534 %d 1' % user), ('gid_map', '65534 %d 1' % group):
+        with open('/proc/self/' + name, 'w') as file:
+            file.write(text)   # without a user of its own the namespace makes no file in what it mounts
+except OSError as error:
+    say('refused', name + ': ' + str(error.strerror))
+    os._exit(1)
+call('mount', b'tmpfs', os.fsencode(settings['folder']), b'tmpfs', 6, settings['tmpfs'].encode())   # no suid or devices
 call('prctl', 1, 9, 0, 0, 0)   # dies with its parent
 first = os.fork()
 if first:
@@ -79,16 +117,20 @@ if first:
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)   # returns when the whole namespace has ended
     os._exit(0)
-signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 call('prctl', 1, 9, 0, 0, 0)
 passed = 2 + int.from_bytes(os.urandom(4), 'big') % 254
 reader, words = os.pipe()
 child = os.fork()
 if child:
     os.close(words)
-    ended = 0
-    while ended != child:   # orphans of the namespace are waited for as well
-        ended, status = os.wait()
+    ended, most = 0, settings['limits']['RLIMIT_AS']
+    while ended != child:
+        ended, status = os.waitpid(-1, os.WNOHANG)   # orphans of the namespace are waited for as well
+        if not ended:
+            if in_memory() > most:
+                say('failed', 'MemoryError: its processes hold more than %d bytes' % most)
+                os._exit(0)
+            signal.sigtimedwait({signal.SIGCHLD}, 0.05)
     status = os.waitstatus_to_exitcode(status)
     os.set_blocking(reader, False)
     try:
@@ -101,6 +143,7 @@ if child:
         say('failed', detail or 'ended before its last line')
     os._exit(0)
 os.close(reader)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 landlock()
 for name, value in settings['limits'].items():
     resource.setrlimit(getattr(resource, name), (value, value))
@@ -126,7 +169,7 @@ def run_python(source: str, *, seconds: float = 10.0, memory: int = 2 ** 30) -> 
 
     Args:
         seconds: it may take.
-        memory: bytes of address space.
+        memory: bytes of address space of each process, and of what all of them hold together.
 
     Raises:
         Unavailable: the kernel refused a part of the sandbox.
@@ -136,8 +179,9 @@ def run_python(source: str, *, seconds: float = 10.0, memory: int = 2 ** 30) -> 
     reader, writer = os.pipe()
     with tempfile.TemporaryDirectory() as folder:
         settings = {'pipe': writer, 'folder': folder, 'paths': [*_readable(), (folder, True)],
-                    'limits': {'RLIMIT_CPU': int(seconds) + 1, 'RLIMIT_AS': memory, 'RLIMIT_FSIZE': 2 ** 24,
-                               'RLIMIT_NOFILE': 64, 'RLIMIT_CORE': 0}}
+                    'limits': {'RLIMIT_CPU': int(seconds) + 1, 'RLIMIT_AS': memory, 'RLIMIT_FSIZE': FILES,
+                               'RLIMIT_NOFILE': 64, 'RLIMIT_NPROC': PROCESSES, 'RLIMIT_CORE': 0},
+                    'tmpfs': f'mode=700,size={FILES},nr_inodes=1024'}
         process = subprocess.Popen(
             [sys.executable, '-I', '-S', '-c', _LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, pass_fds=(writer,), start_new_session=True, cwd=folder,

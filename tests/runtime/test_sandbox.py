@@ -57,6 +57,19 @@ def test_time_and_memory_are_bounded():
     assert sandbox.run_python('x = bytearray(2 ** 29)').outcome == 'passed'
 
 
+def test_memory_processes_and_files_are_bounded_together():
+    held = ('import os, time\nr, w = os.pipe()\nfor i in range(4):\n    if os.fork() == 0:\n        '
+            'b = bytearray(%d * 2 ** 20)\n        for i in range(0, len(b), 4096):\n            b[i] = 1\n        '
+            'os.write(w, b"x")\n        time.sleep(2)\n        os._exit(0)\n'
+            'while i >= 0:\n    i -= len(os.read(r, 1))\ntime.sleep(0.3)')
+    assert detail(held % 150, memory=2 ** 28) == f'MemoryError: its processes hold more than {2 ** 28} bytes'
+    assert sandbox.run_python(held % 30, memory=2 ** 28) == ('passed', '')
+    many = 'import os, time\nfor i in range(50):\n    if os.fork() == 0:\n        time.sleep(1)\n        os._exit(0)'
+    assert detail(many).startswith('BlockingIOError')
+    assert detail('for i in range(4):\n    open(f"f{i}", "wb").write(bytes(2 ** 23))').startswith('OSError: [Errno 28]')
+    assert sandbox.run_python('for i in range(3):\n    open(f"f{i}", "wb").write(bytes(2 ** 22))') == ('passed', '')
+
+
 def test_files_outside_are_neither_read_nor_written(tmp_path):
     secret, at = tmp_path / 'secret', str(tmp_path)
     secret.write_text('key')
