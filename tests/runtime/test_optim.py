@@ -16,6 +16,10 @@ def config(**fields):
 def test_schedule_by_hand():
     cosine = optim.schedule(dict(peak=1.0, final=0.0, warmup_steps=10, decay='cosine'), 110)
     assert [float(cosine(s)) for s in (0, 5, 10, 60, 110, 500)] == pytest.approx([0, 5 / 9, 1, 0.5, 0, 0], abs=1e-6)
+    linear = optim.schedule(dict(peak=1.0, final=0.2, warmup_steps=10, decay='linear'), 110)
+    assert [float(linear(s)) for s in (10, 60, 110, 500)] == pytest.approx([1, 0.6, 0.2, 0.2])
+    short = optim.schedule(dict(peak=1.0, decay='cosine', decay_steps=50), 100)  # ends before the run does
+    assert [float(short(s)) for s in (25, 50, 99)] == pytest.approx([0.5, 0, 0], abs=1e-6)
     sedd = optim.schedule(dict(peak=3e-4, warmup_steps=2500, first_step=1), 10_000)
     assert float(sedd(0)) == pytest.approx(3e-4 / 2500) and float(sedd(9999)) == pytest.approx(3e-4)
     assert float(sedd(2498)) == pytest.approx(3e-4 * 2499 / 2500) and float(sedd(2499)) == pytest.approx(3e-4)
@@ -94,6 +98,14 @@ def test_accumulated_gradient_is_the_mean_over_the_whole_batch():
     np.testing.assert_allclose(g1, g2, rtol=1e-5)
 
 
+def test_microbatches_draw_by_themselves():
+    loss = lambda w, b, rng: (w * b['x'].mean(), {'u': jax.random.uniform(rng)})
+    key, batch = jax.random.key(1), {'x': jnp.ones(4)}
+    (_, metrics), _ = optim.value_and_grad(loss, jnp.float32(1), batch, key, accumulate=2)
+    drawn = [float(jax.random.uniform(jax.random.fold_in(key, index))) for index in (0, 1)]
+    assert drawn[0] != drawn[1] and float(metrics['u']) == pytest.approx(np.mean(drawn))
+
+
 def test_microbatches_keep_each_devices_rows():
     split = optim.split_microbatches({'x': jnp.arange(8)}, parts=2, shards=2)['x']
     np.testing.assert_array_equal(split, [[0, 1, 4, 5], [2, 3, 6, 7]])  # shard 0 holds rows 0-3, shard 1 rows 4-7
@@ -107,5 +119,7 @@ def test_ema_stays_float32_and_schedules():
     np.testing.assert_allclose(ema['w'], 0.9)
     ramp = optim.ema_decay(dict(decay=0.9999, ramp=True), 100)
     assert float(ramp(1)) == pytest.approx(2 / 11)
+    assert float(ramp(10 ** 6)) == pytest.approx(0.9999, abs=1e-6)  # where the ramp is 0.999991
     teacher = optim.ema_decay(dict(decay=0.992, final=1.0), 100)
     assert float(teacher(1)) == pytest.approx(0.992) and float(teacher(101)) == pytest.approx(1.0)
+    assert float(teacher(26)) == pytest.approx(1 - 0.008 * 0.5 * (1 + np.cos(np.pi / 4)), abs=1e-6)
