@@ -135,6 +135,15 @@ def test_switches():
     same(after.ema, er.tick(elastic, params, to_init.decay).ema)
 
 
+@pytest.mark.parametrize('tx', [optax.sgd(.1, momentum=.9), optax.rmsprop(.1), optax.rmsprop(.1, momentum=.9),
+                                optax.rmsprop(.1, centered=True), optax.adam(.1)])
+def test_moments_of_any_optimizer_are_forgotten(tx):
+    params = {'x': jnp.ones(2)}
+    _, state = tx.update(params, tx.init(params), params)
+    assert all(np.all(x != 0) for x in jax.tree.leaves(state))
+    same(er.forget_moments(state), jax.tree.map(jnp.zeros_like, state))
+
+
 def test_decay_zero_keeps_the_policy_and_decay_one_returns_to_the_start():
     for decay, expected in ((0.0, 1), (1.0, 3)):
         config = er.ElasticReset(period=5, decay=decay)
@@ -360,6 +369,7 @@ def test_boundary_of_accumulated_gradients():
     assert er.at_boundary(state)
     _, state = tx.update(params, state, params)
     assert not er.at_boundary(state)
+    assert not er.at_boundary((tx.init(params), state)) and not er.at_boundary((state, tx.init(params)))
     _, state = tx.update(params, state, params)
     assert er.at_boundary((state, optax.EmptyState()))
 

@@ -112,6 +112,12 @@ def test_published_version_table():
         assert all((s['version'] == s['version'][0, 0, 0]).all() and s['version'].shape == (2, 2, 3) for s in seen)
 
 
+def test_staleness_is_that_of_counted_tokens():
+    versions = np.array([[[4, -1]]])
+    assert batch_lib.staleness({'mask': np.array([[[1, 0]]]), 'policy_version': versions}, 5) == 1
+    assert batch_lib.staleness({'mask': np.zeros((1, 1, 2)), 'policy_version': versions + 1}, 5) == 5  # none counts
+
+
 def test_staleness_in_optimizer_steps():
     steps = lambda lag, n, t: [batch_lib.optimizer_steps_behind(lag, n, t, m, e) for e in range(t) for m in range(n)]
     assert steps(0, 4, 1) == [0, 1, 2, 3]
