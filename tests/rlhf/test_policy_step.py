@@ -14,6 +14,7 @@ from experiments.rlhf.policy import step as policy_step
 from experiments.rlhf.policy.kind import Networks
 from experiments.runtime import optim
 from rlhf_jax import elastic_reset as er
+from rlhf_jax import kl
 
 
 def test_metrics_of_updates_are_means_but_for_the_gap_before_the_first():
@@ -56,20 +57,23 @@ class Table(Networks):
         return jax.nn.log_softmax(params['policy']['logits'])[rows['tokens'][..., -length:]], None
 
 
-def one_step(optimizer=None, **algorithm):
-    """State and metrics after one batch of 4 prompts with 2 samples of 3 tokens."""
+ELASTIC = er.method('elastic_reset', 2, decay=0.5, tick_on='epoch', reset_on='iteration', policy=r'policy/.*')
+
+
+def one_step(optimizer=None, elastic=ELASTIC, begun_at=0, drawn=1 / 5, **algorithm):
+    """State and metrics after one batch of 4 prompts with 2 samples of 3 tokens, each `drawn` with this probability."""
     config = base.policy()
     config.batch_size = 4
     config.algorithm.update(dict(name='rloo', num_samples=2, kl_coefficient=0.0) | algorithm)
-    elastic = er.method('elastic_reset', 2, decay=0.5, tick_on='epoch', reset_on='iteration', policy=r'policy/.*')
     step = policy_step.PolicyStep(config, algorithms.get(config.algorithm), Table(config), elastic,
                                   optimizer or optax.adam(0.3), 1)
     tokens = np.random.default_rng(0).integers(0, 5, (4, 2, 3))
     batch = {'tokens': tokens, 'prompt_mask': np.ones((4, 2, 0), bool), 'mask': np.ones((4, 2, 3), bool),
-             'logprobs': np.full((4, 2, 3), -math.log(5)), 'rewards': (tokens == 2).sum(-1).astype(float),
+             'logprobs': np.full((4, 2, 3), math.log(drawn)), 'rewards': (tokens == 2).sum(-1).astype(float),
              'ended': np.ones((4, 2), bool), 'replaced': np.zeros((4, 2), bool),
              'policy_version': np.zeros((4, 2, 3), int)}
-    state, metrics = jax.jit(step)(step.init(jax.random.key(0)), {name: jnp.asarray(x) for name, x in batch.items()})
+    state = step.init(jax.random.key(0)).replace(step=jnp.int32(begun_at))
+    state, metrics = jax.jit(step)(state, {name: jnp.asarray(x) for name, x in batch.items()})
     return jax.device_get(state.replace(rng=None)), jax.device_get(metrics)
 
 
@@ -105,6 +109,34 @@ def test_schedules_go_on_where_updates_stop():
 
 def is_adam(x):
     return isinstance(x, optax.ScaleByAdamState)
+
+
+# ---- Resets and the coefficient --------------------------------------------------------------------------------------
+
+def test_resets_count_all_updates_of_the_run():
+    resets = []
+    for begun_at, period in ((0, 4), (0, 5), (1, 8), (1, 9)):  # updates 0-3 and 4-7
+        elastic = er.method('elastic_reset', period, decay=0.5, policy=r'policy/.*')
+        state, metrics = one_step(elastic=elastic, begun_at=begun_at, num_epochs=2, num_minibatches=2)
+        resets.append((metrics['reset'], not state.extra['elastic'].ema['policy']['logits'].any()))
+    assert resets == [(1, True), (0, False)] * 2
+
+
+def test_of_several_resets_of_a_batch_the_first_is_reported():
+    elastic = er.method('reset_to_ema', 1, decay=0.5, policy=r'policy/.*')
+    _, once = one_step(elastic=elastic, num_epochs=1)
+    _, twice = one_step(elastic=elastic, num_epochs=2)
+    assert (once['reset'], twice['reset']) == (1, 1)
+    np.testing.assert_allclose([once['kept'], twice['kept']], 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize('unit, measure, moved', [('token', 'kl_per_token', 0.98), ('sequence', 'kl', 1.02)])
+def test_the_coefficient_seeks_a_kl_of_its_unit(unit, measure, moved):
+    drawn = math.exp(0.05) / 5  # 0.05 nats a token and 0.15 a response above the reference
+    state, metrics = one_step(drawn=drawn, kl_target=0.1, kl_rate=0.1, kl_unit=unit, kl_coefficient=0.1)
+    np.testing.assert_allclose([metrics['kl_per_token'], metrics['kl']], [0.05, 0.15], rtol=1e-4)
+    want = kl.AdaptiveController(0.1, 0.1).update(0.1, metrics[measure])
+    np.testing.assert_allclose([state.extra['kl_coefficient'], want], 0.1 * moved, rtol=1e-6)
 
 
 def test_a_bound_on_updates_needs_scores_of_what_was_drawn():
