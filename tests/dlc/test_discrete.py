@@ -237,9 +237,12 @@ def test_analytic_step_of_one_token_is_the_posterior(process, noise):
     np.testing.assert_allclose(d.transition_probs(log_score, x, t, t - s)[:, 0], posterior, atol=2e-5)
 
 
-def test_temperature_changes_which_token_and_not_when():
-    d = DiscreteDiffusion(V)
-    steps = dict(sampler='analytic', num_steps=1)  # both tokens of nearly every code at once, from their marginals
+@pytest.mark.parametrize('final_time, steps', [
+    (1e-5, dict(sampler='analytic', num_steps=1)), (0.99, dict(sampler='analytic', num_steps=1)),  # the last step's
+    (1e-5, dict(sampler='first_hitting', tokens_per_call=2))])
+def test_temperature_changes_which_token_and_not_when(final_time, steps):
+    """Both tokens of nearly every code are drawn at once, from their marginals."""
+    d = DiscreteDiffusion(V, final_time=final_time)
     sample = optimized(lambda k: d.sample(exact_score('absorbing'), k, (4000, L), temperature=0.25, **steps))
     cold = np.asarray(sample(FAST))
     for position in range(L):
@@ -366,6 +369,21 @@ def test_remasking_keeps_the_share_of_masks_on_its_course(eta, window, parity):
     for position in range(L):
         share = np.bincount(codes[:, position], minlength=V) / codes_of
         np.testing.assert_allclose(share, JOINT.sum(1 - position), atol=0.05)
+
+
+def test_tokens_are_remasked_inside_the_window_and_nowhere_else():
+    d, seen = DiscreteDiffusion(V), []
+
+    def score(tokens, sigma):
+        jax.debug.callback(lambda now: seen.append(np.asarray(now)), tokens, ordered=True)
+        return ignorant_score(tokens, sigma)
+
+    options = dict(sampler='remasking', num_steps=32, eta=0.2, window=(0.3, 0.4))
+    codes = np.asarray(jax.jit(lambda k: d.sample(score, k, (200, L), **options))(jax.random.key(0)))
+    jax.effects_barrier()
+    remasked = [((now != V) & (then == V)).any() for now, then in zip(seen, [*seen[1:], codes], strict=True)]
+    times = np.append(np.linspace(1.0, d.final_time, 33), 0.0)[:-1]
+    np.testing.assert_array_equal(remasked, (times > 0.3) & (times < 0.4))
 
 
 def test_same_key_same_codes():

@@ -98,6 +98,9 @@ def test_condition_null_and_dropout(condition):
     np.testing.assert_allclose(mixed, jnp.stack([null[0], plain[1], null[2], plain[3]]), rtol=1e-5, atol=1e-6)
     always = run(module.clone(cond_dropout=1.0), params, cond, train=True)
     np.testing.assert_allclose(always, null, rtol=1e-5, atol=1e-6)
+    # In training, rows that the caller drops are dropped too.
+    both = run(module.clone(cond_dropout=1e-9), params, cond, jnp.array([True, False, True, False]), train=True)
+    np.testing.assert_allclose(both, mixed, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_takes_whole_samples_at_its_rate():

@@ -116,6 +116,16 @@ def test_fixed_variance_has_no_variational_term():
     assert set(metrics) == {'mse'} and jnp.isfinite(loss)
 
 
+def test_fixed_variances_are_the_bounds_of_the_learned_one():
+    x, index = normal(0), jnp.full(4, 1)
+    processes = [GaussianDiffusion(variance=v).respaced(10) for v in ('fixed_large', 'fixed_small')]
+    large, small = (p.posterior(jnp.zeros(SHAPE), x, index).log_variance for p in processes)
+    betas, kept = processes[0].betas, np.cumprod(1 - processes[0].betas)
+    np.testing.assert_allclose(large, np.full(SHAPE, np.log(betas[1])), rtol=1e-5)
+    np.testing.assert_allclose(small, np.full(SHAPE, np.log(betas[1] * betas[0] / (1 - kept[1]))), rtol=1e-5)
+    assert (small < large - 0.1).all()
+
+
 # --- the samplers ---
 
 MEAN, STD = 0.7, 0.4

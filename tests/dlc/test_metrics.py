@@ -239,6 +239,57 @@ def test_linear_probe_reads_codes(method, options):
     assert elsewhere < 0.5  # the other positions say nothing
 
 
+@pytest.fixture
+def spy(monkeypatch):
+    """Lists of the arguments that functions of `probes` are called with, by name."""
+    calls = {name: [] for name in ('_fit_lbfgs', '_fit_sgd', '_scores')}
+    for name, log in calls.items():
+        real = getattr(probes, name)
+        monkeypatch.setattr(probes, name, lambda *args, real=real, log=log: log.append(args) or real(*args))
+    return calls
+
+
+@pytest.mark.parametrize('method', probes.METHODS)
+def test_settings_are_chosen_on_rows_that_were_not_trained_on(spy, method):
+    (x, y), (tx, ty) = clusters(50, 2.0), clusters(10, 2.0)
+    probes.linear_probe_accuracy(x, y, tx, ty, num_classes=3, method=method, validation=0.2, num_steps=10,
+                                 batch_size=10, learning_rates=(0.1, 1.0), penalties=(1e-2, 1e-1), max_iterations=2)
+    if method == 'sgd':  # 10 steps of 10 are two rounds and a half of 40 rows, and two of 50
+        fits = [np.unique(order) for _, _, order, *_ in spy['_fit_sgd']]
+    else:
+        fits = [np.flatnonzero(weights) for _, _, weights, *_ in spy['_fit_lbfgs']][1:]
+    assert [len(rows) for rows in fits] == [40, 50]
+    held_out = spy['_scores'][0][1]
+    trained = np.asarray((spy['_fit_sgd'] or spy['_fit_lbfgs'])[0][0])
+    left = {row.tobytes() for row in trained} - {row.tobytes() for row in trained[fits[0]]}
+    assert {row.tobytes() for row in np.asarray(held_out)} == left and len(left) == 10
+
+
+def test_learning_rates_are_scaled_by_the_batch(spy):
+    (x, y), (tx, ty) = clusters(20, 2.0), clusters(10, 2.0)
+    probes.linear_probe_accuracy(x, y, tx, ty, num_classes=3, method='sgd', selection='test', num_steps=2,
+                                 batch_size=64, learning_rates=(0.1, 1.0))
+    np.testing.assert_allclose(spy['_fit_sgd'][0][3], [0.025, 0.25], rtol=1e-6)
+
+
+def test_sgd_by_hand():
+    """Momentum 0.9 without decay, at a rate that falls as a cosine to 0: of four steps 1, 0.854, 0.5 and 0.146."""
+    x, y = clusters(8, 2.0)
+    order, rates = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 0], [5, 1, 3]]), (0.2, 0.01)
+    got = probes._fit_sgd(jnp.asarray(x), jnp.asarray(y), jnp.asarray(order), jnp.asarray(rates), jax.random.key(3),
+                          (10, 3))
+    for i, rate in enumerate(rates):
+        kernel, bias = 0.01 * np.asarray(jax.random.normal(jax.random.key(3), (10, 3)), np.float64), np.zeros(3)
+        speed = [0.0, 0.0]
+        for rows, share in zip(order, (1.0, (2 + 2 ** 0.5) / 4, 0.5, (2 - 2 ** 0.5) / 4)):
+            logits = np.exp(x[rows] @ kernel + bias)
+            error = (logits / logits.sum(1, keepdims=True) - np.eye(3)[y[rows]]) / 3
+            speed = [0.9 * v + g for v, g in zip(speed, (x[rows].T @ error, error.sum(0)))]
+            kernel, bias = kernel - rate * share * speed[0], bias - rate * share * speed[1]
+        np.testing.assert_allclose(got.kernel[i], kernel, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(got.bias[i], bias, rtol=1e-3, atol=1e-5)
+
+
 def test_linear_map_of_codes_is_that_of_their_one_hot_encoding():
     codes = RNG.integers(0, 4, (9, 3))
     kernel, bias = RNG.normal(size=(3, 4, 5)).astype(np.float32), RNG.normal(size=5).astype(np.float32)

@@ -197,6 +197,14 @@ def test_koleo_pushes_apart_and_stays_finite_on_collapse():
         assert np.isfinite(value) and np.isfinite(grad).all()
 
 
+def test_koleo_moves_a_row_and_its_neighbour():
+    """Its gradient is that of finite differences, for which neighbours are not fixed."""
+    x = draw(6, 5)
+    step = 1e-5 * np.eye(x.size).reshape(-1, *x.shape)
+    want = [(naive_koleo(x + s) - naive_koleo(x - s)) / 2e-5 for s in step]
+    np.testing.assert_allclose(np.ravel(koleo_grad(x)[1]), want, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize('groups', [3, 8])
 def test_koleo_refuses_groups_without_neighbours(groups):
     with pytest.raises(ValueError, match=f'8 rows in {groups} groups'):

@@ -194,6 +194,16 @@ def test_dropped_captions_leave_rows_that_do_not_depend_on_them(params):
     assert f(CAPTIONS, objective) == f(others, objective) and f(CAPTIONS, Objective()) != f(others, Objective())
 
 
+def test_a_dropped_caption_leaves_the_code_to_be_seen(params):
+    """What is predicted depends on the tokens of the code that are not masked."""
+    key = jax.random.key(3)
+    tokens, _ = text_to_code.lay_out(CODES, CAPTIONS, CAPTION_MASK, WORDS)
+    masked = np.asarray(corrupt(jax.random.split(key)[0], tokens, np.tile(np.arange(11) < LENGTH, (3, 1)), WORDS)[1])
+    assert (masked.any(1) & ~masked[:, :LENGTH].all(1)).any()
+    f = lambda codes: loss(MODULE, params, key, codes, CAPTIONS, CAPTION_MASK, WORDS, Objective(drop_caption=0.999))[0]
+    assert abs(f(CODES) - f(np.where(masked[:, :LENGTH], CODES, (CODES + 1) % 7))) > 1e-3
+
+
 # ---- Sampler ---------------------------------------------------------------------------------------------------------
 
 def direct_step(logits, u, priority, codes, count, temperature, remasking):
