@@ -101,6 +101,26 @@ def test_collapse_shows_in_its_metrics():
         assert float(values['teacher_entropy']) == pytest.approx(np.log(8), rel=1e-5)
 
 
+@pytest.mark.parametrize('centering', ['center', 'sinkhorn_knopp'])
+def test_patches_without_a_weight_do_not_change_the_targets_of_others(centering):
+    config = quickstart.get_config('tiny').encoder.copy_and_resolve_references()
+    config.loss.centering, config.model.depth = centering, 1
+    objective = encoder.make_objective(config, 1)
+    side, channels = config.data.global_size, config.data.channels
+    teacher = optimized(objective.init_params, static_argnums=1)(jax.random.key(0), (side, side, channels))
+    real = np.arange(6) < 4
+    batch = dict(global_crops=jax.random.normal(jax.random.key(1), (2, 2, side, side, channels)),
+                 mask_weights=jnp.where(real, 0.25, 0.0)[None])
+    see = optimized(lambda indices: objective.targets(
+        teacher, objective.init_centers(), batch | dict(mask_indices=indices), jnp.int32(0)))
+    indices = jnp.array([[1, 5, 2, 7, 0, 0]])
+    got, other = see(indices), see(jnp.where(real, indices, jnp.array([3, 6, 4, 0, 8, 9])))
+    np.testing.assert_allclose(got.patches[:4], other.patches[:4], rtol=1e-5)
+    np.testing.assert_allclose(got.means['ibot'], other.means['ibot'], rtol=1e-5, atol=1e-7)
+    exchanged = see(indices.at[0, 0].set(9))  # one with a weight does
+    assert jnp.abs(got.means['ibot'] - exchanged.means['ibot']).max() > 1e-4
+
+
 @pytest.mark.parametrize('num_local', [2, 0])
 def test_loss_is_the_sum_over_pairs_of_views(num_local):
     """Term by term and view by view, on two globals and two locals: 2 x 2 local and 2 global pairs, each a sixth. On
