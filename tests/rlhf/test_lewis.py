@@ -175,6 +175,20 @@ def test_pretraining_teaches_the_language(trained):
     assert lewis.evaluate(start, GAME, OBJECTS)['language'] > .9
 
 
+def test_each_agent_is_pretrained_for_its_own_number_of_steps(agents):
+    learnt = lewis.pretrain(jax.random.key(0), agents, GAME, OBJECTS, speaker_steps=0, listener_steps=3)
+    jax.tree.map(np.testing.assert_array_equal, learnt['speaker'], agents['speaker'])
+    assert (learnt['listener']['types']['kernel'] != agents['listener']['types']['kernel']).any()
+
+
+def test_the_baseline_is_the_mean_of_all_rewards_so_far(agents):
+    training = lewis.Training('reinforce', num_steps=6, batch_size=8, learning_rate=.02, log_every=1)
+    config = er.method('fixed_reference', 20)
+    carry, history = lewis.advance(lewis.begin(agents, training, config), jax.random.key(1), agents['speaker'], GAME,
+                                   OBJECTS, OBJECTS, training, config, 6)
+    np.testing.assert_allclose(carry.mean_reward, np.mean(history['reward']), rtol=1e-5)
+
+
 def test_methods_share_their_path_until_they_differ(trained):
     start, runs = trained
     history = {name: h['kl'] for name, (_, h) in runs.items()}

@@ -54,6 +54,17 @@ def test_update_by_hand():
 
 
 @pytest.mark.parametrize('name', MODELS)
+def test_every_layer_draws_its_own_a_within_one_over_the_root_of_all_its_inputs(name):
+    _, fresh, _ = adapted(name, EVERYWHERE)
+    drawn = {path: np.asarray(x) for path, x in flatten(fresh).items() if path.endswith('lora_a')}
+    assert 'blocks/attn/o/lora_a' in drawn
+    for path, a in drawn.items():
+        fan_in = np.prod(a.shape[1:-1])  # without blocks and rank
+        assert .8 < np.abs(a).max() * fan_in ** .5 <= 1 + 1e-6, path
+    assert len({a.tobytes() for a in drawn.values()}) == len(drawn)
+
+
+@pytest.mark.parametrize('name', MODELS)
 def test_default_targets(name):
     _, params, _ = adapted(name, FILES[name].LORA_TARGETS)
     layers = {path.rpartition('/')[0] for path in flatten(params) if path.endswith('lora_a')}
@@ -100,6 +111,8 @@ def test_dropout_by_hand():
     kept = np.stack([layers.dropped(jnp.ones((40, 50)), made['lora_key'][i], made['lora_keep'][i]) for i in range(2)])
     assert {*np.unique(kept).tolist()} == {0.0, 1.25} and kept.mean() == pytest.approx(1, abs=0.05)
     assert (kept[0] != kept[1]).any()
+    two = lora.with_dropout(jax.random.key(3), {'blocks': {'attn': {'q': layer, 'v': layer}}}, 0.2)['blocks']['attn']
+    assert len({tuple(x) for name in ('q', 'v') for x in np.asarray(two[name]['lora_key']).tolist()}) == 4
 
 
 @pytest.mark.parametrize('change, message', [

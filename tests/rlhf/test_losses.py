@@ -330,6 +330,12 @@ def test_on_policy_ppo_has_the_policy_gradient():
     close(jax.grad(f)(jnp.asarray(NEW)), -WIDE * MASK / MASK.sum())
 
 
+def test_advantages_and_what_values_are_compared_with_get_no_gradient():
+    assert not jax.grad(lambda a: losses.ppo(NEW, OLD, a, MASK)[0])(WIDE).any()
+    for grad in jax.grad(lambda old, returns: losses.value_loss(NEW, old, returns, MASK)[0], (0, 1))(OLD, REF):
+        np.testing.assert_array_equal(grad, 0)
+
+
 def test_value_loss_by_hand():
     values, old, returns = (jnp.array([x]) for x in ([1.0, 0, 2, 9], [.5, 0, 2.1, 9], [0.0, 1, 2, 9]))
     mask = jnp.array([[1, 1, 1, 0]])
@@ -342,6 +348,8 @@ def test_value_loss_by_hand():
     free, _ = losses.value_loss(jnp.array([[.1, 0, 2, 9]]), old, returns, mask, clip=None)
     close(free, .5 * (.01 + 1 + 0) / 3)
     close(losses.value_loss(returns, old, returns, mask, clip=None)[1]['explained_variance'], 1)
+    of, to = NEW[MASK].astype(np.float64), REF[MASK].astype(np.float64)
+    close(losses.value_loss(NEW, OLD, REF, MASK)[1]['explained_variance'], 1 - np.var(to - of) / np.var(to))
 
 
 # Stale samples
@@ -365,7 +373,8 @@ def test_decoupled_ppo_by_hand():
     loss, metrics = losses.decoupled_ppo(NEW, OLD, BEHAVIOUR, WIDE, MASK, cap=1.2)
     close(loss, (np.minimum(w, 1.2) * surrogate(WIDE, ratio))[MASK].mean())
     close(metrics['weight'], np.minimum(w, 1.2)[MASK].mean())
-    assert metrics['behaviour_kl'] > 0
+    d = np.float64(BEHAVIOUR) - OLD
+    close(metrics['behaviour_kl'], (np.exp(-d) - 1 + d)[MASK].mean())
 
 
 def test_decoupled_ppo_is_ppo_where_the_sampler_is_the_proximal_policy():

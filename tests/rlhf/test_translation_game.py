@@ -16,6 +16,7 @@ from experiments import evaluate_translation, train
 from experiments.rlhf.translation import agent as translation_agent
 from experiments.rlhf.translation import data
 from experiments.rlhf.translation import evaluation as translation_evaluation
+from experiments.rlhf.translation import game as translation_game
 from experiments.rlhf.translation.synthetic import rows as synthetic
 from experiments.runtime import config_files, partition
 from experiments.runtime import mesh as mesh_lib
@@ -307,6 +308,23 @@ def test_gumbel_trains_the_speaker_through_the_listener_and_pairs_come_every_sec
         for name, x in partition.flatten(second.params[agent]).items():
             moved = bool((x != partition.flatten(first.params[agent])[name]).any())
             assert moved != name.startswith('value_'), (agent, name)
+
+
+def test_a_relaxed_message_pays_half_the_square_of_its_log_ratios():
+    config = game_config({}, algorithm='gumbel', elastic__method='')
+    played = translation_game.TranslationGame(config, translation_game.make_method(config))
+    state, other = played.init(jax.random.key(0)), played.init_params(jax.random.key(1))['speaker']
+    batch = next(train.build(config, one_device()).open_batches())
+    source = translation_agent.source(batch, 'fr')
+
+    @jax.jit
+    def priced(speaker):
+        message = played.send(speaker, source, batch, jax.random.key(2))
+        reference = played.score(state.params['speaker'], source, message.tokens)[0]
+        return played.speaker_loss(speaker, state, source, message, None)[0], message, reference
+    value, message, reference = priced(other)
+    d = np.float64(message.logprobs) - np.float64(reference)
+    np.testing.assert_allclose(value, .1 * (.5 * d ** 2 * message.drawn).sum(-1).mean(), rtol=1e-4)
 
 
 def test_streams_side_by_side_have_one_position(pretrained):
