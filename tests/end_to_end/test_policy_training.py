@@ -150,7 +150,7 @@ def kind(name, **fields):
 GOLDEN = {
     'online_dpo': {'loss': 0.598277, 'grad_norm': 0.9629555, 'kl': 0.3392363, 'margin': 0.2214789, 'pairs': 3.0,
         'logprob_gap': 0.3592465},
-    'online_dpo_ipo_of_4': {'loss': 16.02018, 'grad_norm': 177.9108, 'kl': 0.2685725, 'margin': 0.2957286,
+    'online_dpo_ipo_of_4': {'loss': 16.02018, 'grad_norm': 177.9108, 'kl': 0.3738322, 'margin': 0.2957286,
         'pairs': 4.0, 'logprob_gap': 0.4528554},
     'ppo': {'loss': -0.03755603, 'grad_norm': 1.316578, 'kl': 0.3392363, 'old_kl': 0.1484609,
         'clip_fraction': 0.5728921, 'value_loss': 0.5359805, 'return': 0.1776381, 'explained_variance': -1.781175,
@@ -162,8 +162,8 @@ GOLDEN = {
         'sequence_logprob': -26.33681, 'logprob_gap': 0.3592465},
     'proximal_rloo': {'loss': 0.0006930158, 'grad_norm': 2.776472, 'kl': 0.3392363, 'old_kl': 28.72341,
         'clip_fraction': 0.625, 'logprob_gap': 0.3592465},
-    'grpo': {'loss': 0.002682619, 'grad_norm': 1.043507, 'kl': 0.3392363, 'old_kl': 0.144993,
-        'clip_fraction': 0.2722616, 'weight': 0.8578994, 'ref_kl': 0.1461187, 'logprob_gap': 0.3592465},
+    'grpo': {'loss': -0.01791772, 'grad_norm': 0.9769329, 'kl': 0.3392363, 'old_kl': 0.1185996,
+        'clip_fraction': 0.2257683, 'weight': 0.8578994, 'ref_kl': 0.1881405, 'logprob_gap': 0.3592465},
     'best_of_n': {'loss': 28.32774, 'grad_norm': 15.27473, 'kl': 0.3392363, 'logprob_gap': 0.3988169},
 }
 
