@@ -126,8 +126,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not 2 <= config.sample_steps <= GaussianDiffusion().num_timesteps:
         raise ValueError(f'config.sample_steps={config.sample_steps} must lie in '
                          f'2..{GaussianDiffusion().num_timesteps}')
-    if len(config.seeds) < 2 or len({*config.seeds}) < len(config.seeds):
-        raise ValueError(f'config.seeds={tuple(config.seeds)}: two or more, each once, for a spread')
+    if len(config.seeds) < 2 or len({*config.seeds}) < len(config.seeds) or min(config.seeds) < 0:
+        raise ValueError(f'config.seeds={tuple(config.seeds)}: two or more, each once and none negative, for a spread')
 
 
 def compare(config: ml_collections.ConfigDict, workdir: str | pathlib.Path,

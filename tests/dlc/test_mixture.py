@@ -90,7 +90,7 @@ def test_the_command_writes_a_report(compared, monkeypatch, capsys):
     (dict(modes=(4, 5)), '5 is not a square number'), (dict(modes=()), 'one number or more'),
     (dict(modes=(4, 4)), 'each once'), (dict(variance=0.0), 'variance=0.0 must be positive'),
     (dict(num_steps=0), 'num_steps=0 must be at least 1'), (dict(sample_steps=1), 'sample_steps=1 must lie in 2..1000'),
-    (dict(seeds=(3,)), 'two or more, each once')])
+    (dict(seeds=(3,)), 'two or more, each once'), (dict(seeds=(3, -1)), 'none negative')])
 def test_settings_that_mean_nothing_are_named(tmp_path, change, match):
     config = config_lib.get_config('tiny')
     config.update(change)

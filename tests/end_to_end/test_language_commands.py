@@ -204,6 +204,8 @@ def test_the_least_length_of_a_run_is_for_its_own_task(runs, tmp_path, monkeypat
             with pytest.raises(KeyboardInterrupt):
                 command(main, monkeypatch, f'--policy={tmp_path}/policy', *flags, *least)
     assert found == [4, 2, 0, 2, 0, 2]
+    with pytest.raises(ValueError, match='--max_new_tokens=3 is less than the 4 before which no response ends; raise'):
+        command(evaluate_command.main, monkeypatch, f'--policy={tmp_path}/policy', '--max_new_tokens=3')
 
 
 @pytest.mark.parametrize('main, args, message', [

@@ -160,6 +160,7 @@ def test_another_config_in_the_same_workdir_is_refused(compared):
 
 
 @pytest.mark.parametrize('field, value, message', [
+    ('seeds', (0, -1), r'config.seeds=\(0, -1\): none may be negative'),
     ('elastic.period', 80, r'elastic.period=80 is longer than the run of 40 steps: it would never reset'),
     ('elastic.period', 15, 'log_every=10 must divide elastic.period=15'),
     ('elastic.period', 30, r'config.elastic.period=30 must divide training.num_steps=40'),

@@ -80,6 +80,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raises a ValueError for what would fail, or mean nothing, once the runs have begun."""
     checks.fields('config.methods', config.methods, METHODS)
     checks.choice('config.elastic.agents', config.elastic.agents, AGENTS)
+    if any(seed < 0 for seed in config.seeds):
+        raise ValueError(f'config.seeds={tuple(config.seeds)}: none may be negative')
     training = lewis.Training(**config.training)
     split_objects(config, config.seeds[0] if config.seeds else 0)
     for name, method in config.methods.items():

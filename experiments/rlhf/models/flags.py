@@ -64,8 +64,11 @@ def sampling(policy: Policy, args: argparse.Namespace, config: Mapping[str, Any]
     least = args.min_new_tokens
     if least is None:
         least = settings.get('min_new_tokens', 0) if own_task else 0
-    return policy.sampling(max_new_tokens=args.max_new_tokens or settings.get('max_new_tokens', 128),
-                           temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+    most = args.max_new_tokens or settings.get('max_new_tokens', 128)
+    if least > most:
+        raise ValueError(f'--max_new_tokens={most} is less than the {least} before which no response ends; raise it or '
+                         'lower --min_new_tokens')
+    return policy.sampling(max_new_tokens=most, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                            min_new_tokens=least)
 
 
