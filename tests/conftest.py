@@ -1,4 +1,5 @@
 """Shared fixtures. The whole suite runs on eight fake CPU devices, so that every sharded path is exercised."""
+import importlib.metadata
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -10,9 +11,11 @@ os.environ.setdefault('PJRT_NPROC', '32')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 # Tracing and compiling for the CPU take most of the time. Unoptimized programs, with fusions made by the older of XLA's
-# two ways and not split over threads that the two workers do not have, compile in a fifth of it and compute the same.
+# two ways (which jaxlib has until 0.10) and not split over threads that the two workers do not have, compile in a fifth
+# of it and compute the same.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
-                                   '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
+                                   '--xla_cpu_parallel_codegen_split_count=1' +
+                      ' --xla_cpu_use_fusion_emitters=false' * importlib.metadata.version('jaxlib').startswith('0.10.'))
 os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')  # the Python line of every operation, for profiles
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
