@@ -251,9 +251,9 @@ python -m experiments.compile --all                # goes on where it was stoppe
 ```
 
 from [readiness.json](readiness.json), which has every program's bytes, FLOPs, traffic and collectives. {done} of {all}
-rows are compiled; an empty cell is one that is not. All of them took {hours:.0f} hours of one process on two cores. The
-same command may run several times side by side: they share the rows that are left, and a program that rows have in
-common is compiled once.
+rows are compiled; an empty cell is one that is not. All of them took {hours:.0f} hours of processes that shared two
+cores with others. The same command may run several times side by side: they share the rows that are left, and a program
+that rows have in common is compiled once.
 
 A cell has the memory a chip at the worst moment of the whole run, of what the chip offers (in brackets, the program
 that runs then), and the least time of a step, or of an iteration of a policy: the slowest of matrix products, memory
