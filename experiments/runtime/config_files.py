@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -97,13 +97,8 @@ def _run_config_file(path: str) -> ml_collections.ConfigDict:
         with _first_on_path(CHECKOUT):
             spec.loader.exec_module(module)
             get_config = getattr(module, 'get_config', None)
-            kinds = inspect.Parameter
-            takes = [x for x in inspect.signature(get_config).parameters.values()
-                     if x.kind is not kinds.VAR_KEYWORD] if get_config else []
-            if colon and get_config and not takes:
-                raise ValueError(f'--config={path}: this config has no sizes to choose among; leave out :{argument}')
-            if not colon and any(x.default is kinds.empty and x.kind is not kinds.VAR_POSITIONAL for x in takes):
-                raise ValueError(f'--config={path}: give one of its names, as in {path}:NAME; a wrong one lists them')
+            if get_config:
+                _check_name(get_config, path)
             config = get_config and (get_config(argument) if colon else get_config())
     except ValueError:
         raise
@@ -112,6 +107,17 @@ def _run_config_file(path: str) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(f'--config={path}: the file has no get_config() that returns a ConfigDict')
     return config
+
+
+def _check_name(get_config: Callable[..., Any], path: str) -> None:
+    """Raises a ValueError where FILE:NAME has a name that `get_config` does not take, or lacks one that it wants."""
+    _, colon, name = path.partition(':')
+    kinds = inspect.Parameter
+    takes = [x for x in inspect.signature(get_config).parameters.values() if x.kind is not kinds.VAR_KEYWORD]
+    if colon and not takes:
+        raise ValueError(f'--config={path}: this config has no sizes to choose among; leave out :{name}')
+    if not colon and any(x.default is kinds.empty and x.kind is not kinds.VAR_POSITIONAL for x in takes):
+        raise ValueError(f'--config={path}: give one of its names, as in {path}:NAME; a wrong one lists them')
 
 
 def _find_config_file(file: str) -> str:

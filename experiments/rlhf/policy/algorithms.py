@@ -160,12 +160,16 @@ def _with_proximal(settings, rows, scorers):
     return rows if settings.correction == 'none' else rows | {'proximal': scorers.policy(rows)}
 
 
+def _bounds(settings):
+    """How the weights of a correction are bounded; PPO's decoupled form cuts them down."""
+    return dict(cap=settings.correction_cap, beyond='mask' if settings.correction == 'mask' else 'truncate')
+
+
 def _correction(settings, rows):
     """Importance weights of the tokens of `rows`, None without a correction."""
     if 'proximal' not in rows:
         return None
-    return losses.importance_weights(rows['proximal'], rows['logprobs'], rows['mask'], cap=settings.correction_cap,
-                                     beyond='mask' if settings.correction == 'mask' else 'truncate')
+    return losses.importance_weights(rows['proximal'], rows['logprobs'], rows['mask'], **_bounds(settings))
 
 
 # ---- RLOO, GRPO ------------------------------------------------------------------------------------------------------
@@ -183,8 +187,7 @@ def _prepare_rloo(settings, batch, scorers, coefficient):
     rows, metrics = _left_out(settings, batch, scorers, coefficient)
     if settings.correction != 'none':
         rows['weights'] = losses.importance_weights(
-            scorers.policy(rows), rows['logprobs'], rows['mask'], cap=settings.correction_cap, level='sequence',
-            beyond=settings.correction)
+            scorers.policy(rows), rows['logprobs'], rows['mask'], level='sequence', **_bounds(settings))
     return rows, metrics
 
 
@@ -236,13 +239,12 @@ def _prepare_ppo(settings, batch, scorers, coefficient):
 
 def _ppo(settings, logprobs, values, rows):
     mask, advantages = rows['mask'], rows['advantages']
-    bounds = dict(clip=settings.clip, clip_high=settings.clip_high or None)
+    clips = dict(clip=settings.clip, clip_high=settings.clip_high or None)
     if settings.correction == 'none':
-        loss, metrics = losses.ppo(logprobs, rows['logprobs'], advantages, mask, **bounds)
+        loss, metrics = losses.ppo(logprobs, rows['logprobs'], advantages, mask, **clips)
     else:
-        loss, metrics = losses.decoupled_ppo(
-            logprobs, rows['proximal'], rows['logprobs'], advantages, mask, cap=settings.correction_cap,
-            beyond='mask' if settings.correction == 'mask' else 'truncate', **bounds)
+        loss, metrics = losses.decoupled_ppo(logprobs, rows['proximal'], rows['logprobs'], advantages, mask,
+                                             **clips, **_bounds(settings))
     critic, more = losses.value_loss(values, rows['old_values'], rows['returns'], rows['values_mask'],
                                      clip=settings.value_clip or None)
     return loss + settings.value_coefficient * critic, metrics | more | {'value_loss': critic}
