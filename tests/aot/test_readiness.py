@@ -71,6 +71,12 @@ def test_cells():
     assert readiness.cell(None, config) == ''
     divided = readiness.cell(row(), readiness.config_files.load('configs/rlhf/sft_tldr.py:2.8b'))  # 32 rows in 8s
     assert divided.endswith('; 5 s; accumulate=4')
+    config = readiness.config_files.load('configs/rlhf/tldr.py:online_dpo_410m_async')
+    one = row()['programs']['step']
+    programs = {'programs': {name: one for name in ('step', 'publish', 'sampler')}}
+    assert '; 10 s, of it step 5' in readiness.cell(programs, config)  # learning, while the next batch is generated
+    config.rollout.max_staleness = 0
+    assert '; 15 s, of it step 5' in readiness.cell(programs, config)
 
 
 def test_a_sweep_compiles_the_rows_that_are_asked_for_and_missing(tmp_path):
