@@ -14,13 +14,13 @@ do the pictures' size and channels, `--config.encoder.data.image_size` (with `gl
 
 `:fashion_mnist` (28 pixels, grey) and `:cifar10` (32 pixels, colour) read an .npz, of whose forms
 `experiments/dlc/data/npz_images.py` tells; another source is one of `--config.encoder.data.name`. They are cut to
-minutes of a GPU of one's own. On an H200 that 24 other programs shared, `:fashion_mnist` had trained every model and
-drawn every sample after 386 s, `:cifar10` its encoder and the models of codes and embeddings after 413 s; neither has
-been measured. `encoder_small.py` and `generator_small.py` have sizes for hours.
+minutes of a GPU: twelve each on an H100 that seven programs shared. Three trainings of each are in docs/papers.md:
+drawing a code first is better than drawing an embedding first or nothing, on both. `encoder_small.py` and
+`generator_small.py` have sizes for hours.
 
 `:pairs` and `:pairs_halves` are pictures of two digits, where a composition can show both of its sources: codes of
 whole pictures, and codes of which each half speaks of one digit. 20 of the 100 pairs of digits are in no training set,
-and compositions ask for those. Measured: digits and `:pairs_halves` in docs/images.md, lengths in docs/papers.md.
+and compositions ask for those. Measured: digits and pairs in docs/images.md, lengths in docs/papers.md.
 
 `:tiny`, `:fashion_mnist_tiny` and `:cifar10_tiny` are the same in a few steps, to see that everything runs; their
 numbers mean nothing.
