@@ -48,7 +48,8 @@ def encoder() -> ConfigDict:
         freeze_last_layer=1250,  # steps
         pretrained='',  # released DINOv2 weights, .safetensors or .pth; '': from scratch
         data=dict(
-            name='digits', split='train', path='',  # name: digits | fake | folder | npz | a TFDS name
+            name='digits',  # digits | digit_pairs | emoji | fake | folder | npz | a TFDS name
+            split='train', path='',
             layout='auto',  # auto | classes | splits: what the folders of a folder are
             image_size=0,  # pixels; 0: as stored
             channels=3,

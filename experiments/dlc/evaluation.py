@@ -8,9 +8,10 @@ from dlc_jax import codes as codes_lib
 from dlc_jax.metrics import frechet, nearest, prdc, probes
 from experiments.dlc.convolutional_judge import ConvolutionalJudge
 from experiments.dlc.judge import Judge, PictureJudge
+from experiments.dlc.nearest_judge import NearestJudge
 from experiments.runtime.blocks import Arrays, Blocks
 
-AnyJudge = Judge | ConvolutionalJudge | PictureJudge
+AnyJudge = Judge | ConvolutionalJudge | PictureJudge | NearestJudge
 
 
 def compare(features: np.ndarray, reference: np.ndarray, *, k: int = 3) -> dict[str, float]:
@@ -77,7 +78,7 @@ def code_usage(codes: np.ndarray, vocab_size: int) -> dict[str, float]:
             'dead_entries': float(np.mean(stats['dead'])), 'distinct': float(stats['distinct'] / len(codes))}
 
 
-def composition(judge: AnyJudge, images: np.ndarray, first: np.ndarray, second: np.ndarray,
+def composition(judge: Judge | ConvolutionalJudge, images: np.ndarray, first: np.ndarray, second: np.ndarray,
                 train: np.ndarray) -> dict[str, float]:
     """How often the judge sees each source in composed images [N, ...] whose sources have classes `first`, `second`
     [N], and how far they are from the training images `train`.
@@ -93,18 +94,18 @@ def composition(judge: AnyJudge, images: np.ndarray, first: np.ndarray, second: 
     return _sources_seen(top, first, second) | {'both': float(both.mean())} | _novelty(judge, images, train)
 
 
-def composition_of_parts(judge: PictureJudge, images: np.ndarray, first: np.ndarray, second: np.ndarray,
-                         train: np.ndarray) -> dict[str, float]:
-    """`composition` of pictures of two parts, where both sources can be seen at once: one part from each.
+def composition_of_attributes(judge: PictureJudge | NearestJudge, images: np.ndarray, first: np.ndarray,
+                              second: np.ndarray, train: np.ndarray) -> dict[str, float]:
+    """`composition` of pictures of two attributes, where both sources can be seen at once: an attribute of each.
 
-    `first`, `second`: share that shows both parts of that source; `either`: their sum; `crossed`: share that shows the
-    first part of `first` and the second part of `second`; `both`: that, or the other way round; `nearest_train`,
-    `nearest_features`: as in `composition`.
+    `first`, `second`: share that shows both attributes of that source; `either`: their sum; `crossed`: share that shows
+    the first attribute of `first` and the second attribute of `second`; `both`: that, or the other way round;
+    `nearest_train`, `nearest_features`: as in `composition`.
     """
     seen = judge.predict(images)
-    (upper, lower), (other_upper, other_lower) = (judge.classes_of(labels).T for labels in (first, second))
-    label = lambda upper, lower: upper * judge.num_classes + lower
-    crossed, swapped = seen == label(upper, other_lower), seen == label(other_upper, lower)
+    of_seen, of_first, of_second = (judge.classes_of(labels) for labels in (seen, first, second))
+    crossed, swapped = ((of_seen == np.stack([a[:, 0], b[:, 1]], 1)).all(1)
+                        for a, b in ((of_first, of_second), (of_second, of_first)))
     return _sources_seen(seen, first, second) | {
         'crossed': float(crossed.mean()), 'both': float((crossed | swapped).mean())} | _novelty(judge, images, train)
 

@@ -24,7 +24,9 @@ from experiments.dlc.data.images import ArrayImages, ImageSource
 from experiments.dlc.embedding_model import EmbeddingModel
 from experiments.dlc.encoder import Encoder
 from experiments.dlc.generator import Generator
+from experiments.dlc.grids import DIGITS, EMOJI, grid_of
 from experiments.dlc.judge import Judge, PictureJudge
+from experiments.dlc.nearest_judge import NearestJudge
 from experiments.dlc.parts import PartsEncoder
 from experiments.quickstarts import compositions
 from experiments.runtime import report, stages, storage
@@ -45,6 +47,7 @@ METHODS = {
 JUDGES = ('perceptron', 'convolutional')
 ENCODED = ('whole', 'halves')
 
+PATHS = {'npz': '.npz', 'emoji': 'folder'}  # name of a source -> what its path is
 LEAST_IMAGES = 20  # neighbours that `evaluation.representation` asks for
 
 # Column of a table in metrics.json -> its heading on the page, where they differ by more than underscores.
@@ -120,15 +123,19 @@ def picture_source(config: ml_collections.ConfigDict, split: str, **changes: Any
     return sources.image_source(data, split)
 
 
-def fit_judge(config: ml_collections.ConfigDict, images: np.ndarray, labels: np.ndarray) -> evaluation.AnyJudge:
+def fit_judge(config: ml_collections.ConfigDict, train_set: dict[str, np.ndarray],
+              heldout: dict[str, np.ndarray]) -> evaluation.AnyJudge:
     """The classifier that `config.judge` names, trained on pixels; of pairs of digits, one that reads digit by digit,
-    trained on those that the training images are made of."""
-    if compositions.of_pairs(config):
-        data = config.encoder.data
+    trained on those that the training images are made of; of emoji, one that names the nearest real emoji."""
+    data, grid, images, labels = config.encoder.data, grid_of(config), train_set['images'], train_set['labels']
+    if grid is DIGITS:
         digits = digit_pairs.single_digits('train', heldout=data.heldout, seed=data.split_seed)
         return PictureJudge(Judge.fit(*digits), images.shape[1:], digit_pairs.REGIONS)
+    if grid is EMOJI:
+        return NearestJudge.of(grid, *(np.concatenate([s[name] for s in (train_set, heldout)])
+                                       for name in ('images', 'labels')))
     if config.judge == 'convolutional':
-        return ConvolutionalJudge.fit(images, labels, flip=config.encoder.data.flip > 0)
+        return ConvolutionalJudge.fit(images, labels, flip=data.flip > 0)
     return Judge.fit(images, labels)
 
 
@@ -139,7 +146,7 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
         {name: np.asarray(store.array(name)) for name in ('images', 'labels', 'codes', 'embeddings', 'sem')}
         for store in (stores['train'], stores['heldout']))
     vocab = config.encoder.model.vocab_size
-    judge = fit_judge(config, train_set['images'], train_set['labels'])
+    judge = fit_judge(config, train_set, heldout)
     opinion = judge.predict(heldout['images'])
 
     methods = {}
@@ -165,7 +172,8 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
         'heldout_nearest_train': evaluation.sample_set(
             judge, heldout['images'], heldout['images'], train_set['images'])['nearest_train'],
         'representation': evaluation.representation(
-            train_set, heldout, len(stores['train'].meta['class_names']), vocab),
+            *(s | {'labels': classes_of_probes(config, s['labels'])} for s in (train_set, heldout)),
+            len(stores['train'].meta['class_names']), vocab),
         'codes': {
             'training images': evaluation.code_usage(train_set['codes'], vocab) | {'nearest_train_code': None},
             'held-out images': evaluation.code_usage(heldout['codes'], vocab) | {
@@ -174,34 +182,44 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
                 evaluation.code_usage(codes, vocab) | {'nearest_train_code': nearest_code(codes)}
                 for codes in drawn]),
         },
-        'composition': compositions.measure(config, judge, composed, heldout, train_set['images']),
+        'composition': compositions.measure(config, judge, composed, stores),
     }
 
 
+def classes_of_probes(config: ml_collections.ConfigDict, labels: np.ndarray) -> np.ndarray:
+    """What probes are asked of pictures of `labels` [N]: these, or their first attribute where no held-out label has
+    been trained on."""
+    grid = grid_of(config)
+    return grid.attributes(labels)[:, 0] if grid is EMOJI else labels
+
+
 def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metrics: dict[str, Any],
-                 seconds: dict[str, float], heldout: codestore.CodeStore,
+                 seconds: dict[str, float], stores: dict[str, codestore.CodeStore],
                  sets: dict[str, list[dict[str, np.ndarray]]], composed: compositions.Draws) -> None:
     page = report.Report(f'Discrete Latent Codes on {config.pictures}',
                          'Every number on this page was measured in this run. ± is the standard deviation over '
                          f'{len(config.sample_seeds)} sample sets.')
+    images = np.asarray(stores['heldout'].array('images'))
     page.heading('Methods')
     page.table(report.rows_with_spread(metrics['methods'], HEADINGS))
-    page.text(f'Fréchet distance, precision, recall, density and coverage against {len(heldout)} held-out images, '
-              f'in the last hidden layer of a separate pixel classifier ({metrics["judge_accuracy"]:.1%} correct on '
-              'held-out images) that none of the generators or the encoder was trained in. '
+    space = ('the largest principal components of the real images, of which there is one a class. ' if
+             grid_of(config) is EMOJI else
+             f'the last hidden layer of a separate pixel classifier ({metrics["judge_accuracy"]:.1%} correct on '
+             'held-out images) that none of the generators or the encoder was trained in. ')
+    page.text(f'Fréchet distance, precision, recall, density and coverage against {len(images)} held-out images, in '
+              f'{space}'
               'Nearest train: median distance of a sample to its closest training image, in grey levels; '
               f'held-out images are at {metrics["heldout_nearest_train"]:.3g}, so a value far below that means copies. '
-              'Same class: how often the classifier gives a sample the label of the image its code came from.')
+              'Same class: how often the judge gives a sample the label of the image its code came from.')
     page.heading('Samples')
-    images = np.asarray(heldout.array('images'))
     scale = max(24 // images.shape[1], 1)
     shown = np.random.default_rng(0).permutation(len(images))[:64]  # they may come sorted by class
     for method, draws in sets.items():
         page.images(draws[0]['images'][shown], 16, method, scale=scale)
     page.images(images[shown], 16, 'the held-out images themselves', scale=scale)
 
-    compositions.write(page, config, report.rows_with_spread(metrics['composition'], HEADINGS), composed[0], images,
-                       scale=scale)
+    compositions.write(page, config, report.rows_with_spread(metrics['composition'], HEADINGS), composed[0],
+                       stores, scale=scale)
 
     page.heading('Codes and representation')
     page.table(report.rows_with_spread(metrics['codes'], HEADINGS))
@@ -239,9 +257,9 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f'generators.{condition}.model.patch_size={patch_size} does not divide images of {size} '
                              'pixels (encoder.data.image_size)')
     data = config.encoder.data
-    if data.name == 'npz' and not data.path:
-        raise ValueError(f'encoder.data.path is missing: give the .npz of {config.pictures}, '
-                         '--config.encoder.data.path=FILE')
+    if data.name in PATHS and not data.path:
+        raise ValueError(f'encoder.data.path is missing: give the {PATHS[data.name]} of {config.pictures}, '
+                         '--config.encoder.data.path=PATH')
     for split in ('train', 'heldout'):
         source = picture_source(config, split, channels=0, in_memory=False)
         if isinstance(source, ArrayImages) and source.images.shape[-1] != data.channels:
@@ -293,7 +311,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     metrics = clock.stage('evaluation', lambda: measure(config, stores, sets, composed))
     storage.write_json(workdir / 'metrics.json', metrics)
     clock.stage('report', lambda: write_report(
-        config, workdir, metrics, clock.seconds, stores['heldout'], sets, composed))
+        config, workdir, metrics, clock.seconds, stores, sets, composed))
     return metrics
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from configs.dlc import quickstart as config_lib
 from experiments import train
-from experiments.dlc import encoder
+from experiments.dlc import encoder, grids
 from experiments.dlc.convolutional_judge import ConvolutionalJudge
 from experiments.dlc.data import codestore, digit_pairs
 from experiments.quickstarts import compositions
@@ -41,10 +41,16 @@ def files(tmp_path_factory):
         encoded.append(np.frombuffer(buffer.getvalue(), np.uint8))
     np.savez(root / 'cifar10.npz', jpeg_bytes=np.concatenate(encoded),
              offsets=np.cumsum([0, *map(len, encoded)]), **rest)
-    return {name: str(root / f'{name}.npz') for name in config_lib.PICTURES}
+    (root / 'emoji').mkdir()
+    for label in range(7 * 18):
+        role, gender, tone = label // 18, label // 6 % 3, label % 6
+        sign = ('', '_200d_2642', '_200d_2640')[gender]
+        name = f'emoji_u1f93{role}{f"_1f3f{0xa + tone:x}" if tone else ""}{sign}.png'
+        Image.new('RGB', (40, 40), (30 * role, 100 * gender, 40 * tone)).save(root / 'emoji' / name)
+    return {name: str(root / f'{name}.npz') for name in config_lib.PICTURES} | {'emoji': str(root / 'emoji')}
 
 
-@pytest.mark.parametrize('size', ['fashion_mnist', 'cifar10', 'L8', 'pairs', 'pairs_halves'])
+@pytest.mark.parametrize('size', ['fashion_mnist', 'cifar10', 'L8', 'pairs', 'pairs_halves', 'emoji'])
 def test_the_stages_fit_each_other_and_the_pictures(size, files):
     config = config_lib.get_config(size)
     if size in files:
@@ -63,7 +69,7 @@ def test_the_stages_fit_each_other_and_the_pictures(size, files):
             side = data.global_size * (2 if config.encoded == 'halves' else 1)
             assert experiment.batch['x'].shape[1:] == (side, side, data.channels)
     lengths = {stage.model.num_codes for stage in stages}
-    assert lengths == {{'L8': 8, 'pairs': 32, 'pairs_halves': 32}.get(size, 16)}
+    assert lengths == {{'L8': 8, 'pairs': 32, 'pairs_halves': 32, 'emoji': 32}.get(size, 16)}
     assert config.encoder.model.num_codes == (16 if size == 'pairs_halves' else stages[0].model.num_codes)
 
 
@@ -99,7 +105,7 @@ def test_compositions_of_pairs_of_digits(size, tmp_path):
         stage.num_steps, stage.model.depth = 2, 1
     metrics = quickstart.run(config.lock(), tmp_path)
     rows = metrics['composition']
-    assert set(rows) == {*compositions.WAYS_OF_PAIRS, compositions.REAL}
+    assert set(rows) == {*compositions.WAYS_OF_GRIDS, compositions.REAL}
     for row in rows.values():
         assert row['first'] + row['second'] == pytest.approx(row['either']) and row['crossed'] <= row['both']
     assert rows[compositions.REAL]['crossed'] > 0.8  # whatever was trained: the judge reads what is asked for
@@ -124,14 +130,34 @@ def test_compositions_of_pairs_of_digits(size, tmp_path):
     assert (same_codes, same_embeddings) == (size == 'pairs_halves',) * 2
 
 
+def test_compositions_of_emoji(files, tmp_path):
+    config = config_lib.get_config('emoji_tiny').unlock()
+    config.encoder.data.path, config.sample_batch = files['emoji'], 24
+    for stage in (config.encoder, config.code_model, config.embedding_model, *config.generators.values()):
+        stage.num_steps, stage.model.depth = 2, 1
+    metrics = quickstart.run(config.lock(), tmp_path)
+    rows = metrics['composition']
+    assert set(rows) == {*compositions.WAYS_OF_GRIDS, compositions.REAL}
+    real = rows[compositions.REAL]
+    assert real['crossed'] == real['both'] == metrics['judge_accuracy'] == 1 and real['either'] == 0
+    assert real['nearest_train'] > 0  # what is asked for is no training image
+    assert max(row['knn'] for row in metrics['representation'].values()) > 0  # of figures: no label has been seen
+    assert 'the figure and the tone of the first source' in (tmp_path / 'report.html').read_text()
+    stores = {split: codestore.open_code_store(tmp_path / 'codes' / split) for split in ('train', 'heldout')}
+    train, heldout = (np.asarray(stores[split].array('labels')) for split in ('train', 'heldout'))
+    with np.load(tmp_path / 'samples' / 'compositions_0.npz') as drawn:
+        (a, c), (b, d) = (of.T for of in np.divmod(train[drawn['sources']], 6))
+    assert np.isin([6 * a + d, 6 * c + b], heldout).all() and len(train) == 105 and len(heldout) == 21
+
+
 def test_crossed_pairs_are_unseen_ones_of_four_digits():
     labels = np.array([44, 99, 1, 83, 20])  # pairs that are trained on
-    rows = digit_pairs.crossed(labels, 50, seed=1)
+    rows = grids.DIGITS.crossed(labels, 50, seed=1)
     (a, c), (b, d) = (of.T for of in np.divmod(labels[rows], 10))
     assert digit_pairs.is_unseen(a, d).all() and digit_pairs.is_unseen(c, b).all()
     assert (a != c).all() and (b != d).all() and not digit_pairs.is_unseen(*np.divmod(labels, 10)).any()
     with pytest.raises(ValueError, match='2 pictures, no two of which cross to unseen pairs'):
-        digit_pairs.crossed(labels[:2], 1)
+        grids.DIGITS.crossed(labels[:2], 1)
     first, second = (np.full((1, 16, 16, 1), value) for value in (3, 5))
     np.testing.assert_array_equal(digit_pairs.cross(first, second)[0, :, 0, 0], [3] * 8 + [5] * 8)
 

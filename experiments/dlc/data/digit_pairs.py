@@ -67,25 +67,6 @@ def halves(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return upper, lower
 
 
-def crossed(labels: np.ndarray, num: int, *, seed: int = 0) -> np.ndarray:
-    """int [num, 2]: rows of pictures (a, b) and (c, d) of four digits that make unseen pairs when they are crossed.
-
-    Neither (a, d) nor (c, b) is in the training set, a is not c, and b is not d.
-
-    Args:
-        labels: of pictures, [N].
-
-    Raises:
-        ValueError: no two of them are such.
-    """
-    upper, lower = np.divmod(np.asarray(labels), 10)
-    unseen = is_unseen(upper[:, None], lower)  # [N, N]: the upper digit of one above the lower digit of another
-    rows = np.argwhere(unseen & unseen.T & (upper[:, None] != upper) & (lower[:, None] != lower))
-    if not len(rows):
-        raise ValueError(f'{len(upper)} pictures, no two of which cross to unseen pairs; give more')
-    return rows[np.random.default_rng(seed).integers(len(rows), size=num)]
-
-
 def cross(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Pictures [N, 16, 16, C] of the upper digits of `first` and the lower digits of `second`."""
     half = SIDE // 2

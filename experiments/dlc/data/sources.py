@@ -2,6 +2,7 @@
 
     digits      scikit-learn's handwritten digits, 1797 of 8x8, shipped with the package
     digit_pairs pictures of two of them, 16x16; splits train, heldout, and unseen, of pairs that are in neither
+    emoji       people of Noto Emoji, files below `path`; held out is one tone of each
     fake        coloured noise of any size, for dry runs and benchmarks
     folder      image files below `path` (`decode.SUFFIXES`); its folders are the classes, or all files are one class
     npz         `path` is an .npz or .npz.xz of uint8 arrays, or of encoded images
@@ -18,6 +19,7 @@ import numpy as np
 
 from experiments.dlc.data.decode import OPTIONS, Decoding
 from experiments.dlc.data.digit_pairs import DigitPairs
+from experiments.dlc.data.emoji import Emoji
 from experiments.dlc.data.image_files import folder
 from experiments.dlc.data.images import ArrayImages, FakeImages, ImageSource, in_memory, split_rows
 from experiments.dlc.data.npz_images import npz
@@ -61,7 +63,7 @@ def image_source(data: Mapping[str, Any], split: str) -> ImageSource:
         raise ValueError(f"data.heldout={parts['heldout']}: must be in [0, 1)")
     if parts['seed'] < 0:
         raise ValueError(f"data.split_seed={parts['seed']}: must not be negative")
-    if name in ('folder', 'npz') and not path:
+    if name in ('folder', 'npz', 'emoji') and not path:
         raise ValueError(f'data.name={name!r} needs data.path')
     if name in ('digits', 'digit_pairs', 'fake') and path:
         raise ValueError(f"data.path={path}: data.name={name!r} reads no files; set data.name to 'folder' or 'npz', or "
@@ -71,6 +73,8 @@ def image_source(data: Mapping[str, Any], split: str) -> ImageSource:
     elif name == 'digit_pairs':
         num = data.get('num_images', 4096)
         source = DigitPairs(split, num if split == 'train' else round(num * parts['heldout']), **shape, **parts)
+    elif name == 'emoji':
+        source = Emoji(path, split, **stored)
     elif name == 'fake':
         source = FakeImages(image_size or 224, data.get('num_images', 4096), channels=decoding.channels,
                             seed=parts['seed'], split=split)
