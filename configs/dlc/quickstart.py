@@ -98,7 +98,7 @@ def emoji():
     config = whole('emoji of people', encoder, generators, code_model_digits.get_config(),
                    embedding_model_digits.get_config())
     encoder = config.encoder
-    encoder.num_steps, encoder.batch_size, encoder.log_every, encoder.checkpoint_every = 800, 64, 20, 200
+    encoder.num_steps, encoder.batch_size, encoder.log_every, encoder.checkpoint_every = 500, 64, 20, 100
     encoder.data.update(dict(name='emoji', in_memory=True, transparency='white', num_local=2, local_scale=(0.2, 0.6),
                              flip=0.0, jitter=0.0, grayscale=0.0, solarize=0.0))
     encoder.model.update(dict(width=128, depth=3, num_heads=4, num_codes=32, vocab_size=16, init_std=0.09,
@@ -107,7 +107,7 @@ def emoji():
     encoder.loss.teacher_temperature.update(dict(peak=0.03, init=0.03, warmup_steps=0))
     encoder.ema.decay, encoder.freeze_last_layer = 0.98, 0
     encoder.optimizer.learning_rate.update(dict(peak=1.5e-3, warmup_steps=50))
-    heed_conditions(config.generators, num_steps=2500, width=128, num_heads=4)
+    heed_conditions(config.generators, num_steps=1500, width=128, num_heads=4)
     return config
 
 

@@ -236,11 +236,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> dict[
     """
     check(config)
     mesh = mesh_lib.make_mesh({}, jax.devices()[:1])
+    text = pathlib.Path(config.text or pathlib.Path(workdir) / 'text')
+    if config.text:  # refused before `workdir` is claimed
+        stages.claim(config.text_to_image, text)
     workdir = stages.claim(config, workdir)
     clock = stages.Clock(workdir / 'seconds.json')
 
     # ---- What RL starts from -----------------------------------------------------------------------------------------
-    text = pathlib.Path(config.text) if config.text else workdir / 'text'
     stages.claim(config.text_to_image, text)
     stores = clock.stage('text to image', lambda: text_to_image.train_models(
         config.text_to_image, text, stages.Clock(text / 'seconds.json')))

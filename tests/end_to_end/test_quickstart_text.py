@@ -16,7 +16,7 @@ from configs.dlc import quickstart_text as config_lib
 from experiments.dlc.text_to_code import TextToCode
 from experiments.quickstarts import align
 from experiments.quickstarts import text_to_image as quickstart
-from experiments.runtime import signals
+from experiments.runtime import signals, stages
 from experiments.runtime.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('on_one_device')]
@@ -187,6 +187,17 @@ def test_interrupted_while_a_policy_learns_from_pictures_the_numbers_are_the_sam
             align.run(config, again)
     assert not (again / 'metrics.json').exists()
     assert align.run(config, again) == metrics
+
+
+def test_a_text_quickstart_of_another_config_leaves_the_work_directory_alone(tmp_path):
+    config = quickstart_align.get_config('tiny').copy_and_resolve_references()
+    config.text = str(tmp_path / 'text')
+    other = config.text_to_image.copy_and_resolve_references()
+    other.sample_batch += 1
+    stages.claim(other, config.text)
+    with pytest.raises(ValueError, match='text holds a run with another config: sample_batch'):
+        align.run(config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_stages_that_are_not_given_are_trained(tmp_path, monkeypatch):
