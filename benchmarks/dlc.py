@@ -113,11 +113,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument('--eager', action='store_true', help='leave torch.compile out')
     p.add_argument('--json', metavar='FILE', help='also write every time there')
     args = p.parse_args(argv)
+    check_device(args.device, args.sizes)
     try:
         import torch  # noqa: F401
     except ImportError:
         raise SystemExit("error: PyTorch, the other side, is missing: pip install -e '.[parity]'") from None
-    check_device(args.device, args.sizes)
     names = args.rows or [name for name in TARGETS if args.device == 'gpu' or name != 'encoder_training']
     sizes, dtype = SIZES[args.sizes or args.device], 'bfloat16' if args.device == 'gpu' else 'float32'
     about, peak = versions(args.device), matmul_peak(sizes.gemm, dtype)

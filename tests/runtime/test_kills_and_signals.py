@@ -182,7 +182,7 @@ def test_the_command_itself_leaves_the_compiler(tmp_path):
 
 
 def test_the_second_of_two_is_told(processes, tmp_path):
-    first = Run(processes, tmp_path / 'run', '--slow=0.3')
+    first = Run(processes, tmp_path / 'run', '--slow=3')  # there for longer than the second takes to start
     first.until_mark('step-1')
     second = Run(processes, tmp_path / 'run')
     assert second.status() == 2
