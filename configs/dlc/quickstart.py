@@ -24,7 +24,7 @@ and compositions ask for those. Measured: digits and pairs in docs/images.md, le
 
 `:emoji` shows people of Noto Emoji at 32 pixels: 79 roles, each a person, a man and a woman, in no tone of skin and in
 five. One tone of each is in no training set, and compositions ask for those: the figure of one picture in the tone of
-another.
+another. Sizes are those of `:cifar10`, at which it has not been run; a trial at half of them is in docs/papers.md.
 
     python -m experiments.quickstart --config=configs/dlc/quickstart.py:emoji --workdir=runs/emoji \\
         --config.encoder.data.path=noto-emoji/png/128           # github.com/googlefonts/noto-emoji
@@ -87,41 +87,29 @@ def pairs(encoded: str):
         config.encoder.data.update(dict(name='digit_pairs', image_size=16, global_size=16, local_size=12))
         config.encoder.model.update(dict(patch_size=4, num_codes=32))
         config.encoder.num_steps = 800
-    heed_conditions(config.generators, num_steps=3000, width=96, num_heads=3)
+    for generator in config.generators.values():
+        generator.num_steps = 3000
+        generator.model.update(dict(width=96, num_heads=3, patch_size=4))
+        generator.diffusion.beta_end = 0.01
+        generator.sampler.update(dict(num_steps=25, guidance=2.5))
+    code = config.generators.code
+    code.model.code_init_std = 3.0
+    code.optimizer.learning_rate.peak = 5e-3
+    code.optimizer.groups = ((r'cond_embed/.*', dict(learning_rate=10.0)), (r'.*', {}))  # of codes alone
     return config
 
 
 def emoji():
-    """Who and in which tone; nothing that the encoder is shown twice differs in colour or in direction."""
-    encoder = encoder_small.get_config('cifar10')
-    generators = {condition: generator_digits.get_config(condition) for condition in ('code', 'embedding')}
-    config = whole('emoji of people', encoder, generators, code_model_digits.get_config(),
-                   embedding_model_digits.get_config())
-    encoder = config.encoder
-    encoder.num_steps, encoder.batch_size, encoder.log_every, encoder.checkpoint_every = 500, 64, 20, 100
-    encoder.data.update(dict(name='emoji', in_memory=True, transparency='white', num_local=2, local_scale=(0.2, 0.6),
-                             flip=0.0, jitter=0.0, grayscale=0.0, solarize=0.0))
-    encoder.model.update(dict(width=128, depth=3, num_heads=4, num_codes=32, vocab_size=16, init_std=0.09,
-                              drop_path=0.0))
-    encoder.head.update(dict(hidden=256, bottleneck=64, prototypes=512, init_std=0.06))
-    encoder.loss.teacher_temperature.update(dict(peak=0.03, init=0.03, warmup_steps=0))
-    encoder.ema.decay, encoder.freeze_last_layer = 0.98, 0
-    encoder.optimizer.learning_rate.update(dict(peak=1.5e-3, warmup_steps=50))
-    heed_conditions(config.generators, num_steps=1500, width=128, num_heads=4)
+    """Who and in which tone: no two views of a picture differ in colour or in direction. Sizes as of photographs."""
+    config = pictures('cifar10')
+    config.pictures = 'emoji of people'
+    config.encoder.model.num_codes = 32
+    config.encoder.data.update(dict(name='emoji', transparency='white', flip=0.0, jitter=0.0, grayscale=0.0,
+                                    solarize=0.0))
+    config.generators = {condition: config.generators[condition] for condition in ('code', 'embedding')}
+    for generator in config.generators.values():
+        generator.num_steps = 4000
     return config
-
-
-def heed_conditions(generators, *, num_steps: int, width: int, num_heads: int) -> None:
-    """Sizes of the generators, and what makes them look at a condition that says much of the picture in few steps."""
-    for generator in generators.values():
-        generator.num_steps = num_steps
-        generator.model.update(dict(width=width, num_heads=num_heads, patch_size=4))
-        generator.diffusion.beta_end = 0.01
-        generator.sampler.update(dict(num_steps=25, guidance=2.5))
-    code = generators.code
-    code.model.code_init_std = 3.0
-    code.optimizer.learning_rate.peak = 5e-3
-    code.optimizer.groups = ((r'cond_embed/.*', dict(learning_rate=10.0)), (r'.*', {}))  # of codes alone
 
 
 def pictures(name: str):
