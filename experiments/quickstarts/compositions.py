@@ -133,13 +133,20 @@ def what_explains(config: ml_collections.ConfigDict, features: np.ndarray, store
 
 def asked_for(config: ml_collections.ConfigDict, stores: Stores, sources: np.ndarray) -> np.ndarray:
     """Real pictures [P, H, W, C] of the first attribute of the first of `sources` [P, 2] and the second of the second:
-    two digits put together, or one of the held-out pictures."""
+    two digits put together, or one of the held-out pictures.
+
+    Raises:
+        ValueError: that picture is not among them.
+    """
     grid, images = grid_of(config), of_sources(config, stores, 'images')
     if grid is DIGITS:
         return digit_pairs.cross(images[sources[:, 0]], images[sources[:, 1]])
     shown = grid.attributes(of_sources(config, stores, 'labels'))
     wanted = grid.label(shown[sources[:, 0], 0], shown[sources[:, 1], 1])
     row_of = {label: row for row, label in enumerate(np.asarray(stores['heldout'].array('labels')).tolist())}
+    if missing := sorted({*wanted.tolist()} - row_of.keys()):
+        raise ValueError(f"encoder.data.path={config.encoder.data.path}: the held-out picture of "
+                         f"{stores['heldout'].meta['class_names'][missing[0]]!r} could not be read; fetch it again")
     return np.asarray(stores['heldout'].array('images'))[[row_of[label] for label in wanted.tolist()]]
 
 

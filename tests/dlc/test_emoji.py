@@ -3,9 +3,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.dlc import quickstart
 from experiments.dlc import evaluation, grids
 from experiments.dlc.data import emoji, sources
 from experiments.dlc.nearest_judge import NearestJudge
+from experiments.quickstarts import compositions
 
 # Names of one role's pictures: with a person's code point, and with a sign that follows the role.
 FARMER = [f'emoji_u{person}{tone}_200d_1f33e.png' for person in ('1f9d1', '1f468', '1f469')
@@ -103,3 +105,26 @@ def test_the_judge_names_the_nearest_real_picture(folder):
         dict(first=1 / 3, second=0, crossed=1 / 3, both=2 / 3))
     with pytest.raises(ValueError, match='37 images of 36 labels; give one of each'):
         NearestJudge.of(grids.EMOJI, every.images[[*range(36), 0]], every.labels[[*range(36), 0]])
+
+
+class Store(dict):
+    """Arrays by name, as a code store gives them."""
+    meta = dict(class_names=[f'class {i}' for i in range(36)])
+    array = dict.__getitem__
+
+
+def test_what_is_asked_for_is_a_held_out_picture(folder):
+    config = quickstart.get_config('emoji')
+    config.encoder.data.path = str(folder)
+    data = dict(name='emoji', path=str(folder), in_memory=True)
+    stores = {split: Store(images=source.images, labels=source.labels)
+              for split in ('train', 'heldout') for source in [sources.image_source(data, split)]}
+    labels = stores['train']['labels']
+    rows = grids.EMOJI.crossed(labels, 20)
+    asked = compositions.asked_for(config, stores, rows)
+    held = {image.tobytes(): label for image, label in zip(stores['heldout']['images'], stores['heldout']['labels'])}
+    (figures, _), (_, tones) = (np.divmod(labels[of], 6) for of in rows.T)
+    np.testing.assert_array_equal([held[image.tobytes()] for image in asked], 6 * figures + tones)
+    stores['heldout'] = Store(images=stores['heldout']['images'][:0], labels=labels[:0])
+    with pytest.raises(ValueError, match="the held-out picture of 'class [0-9]+' could not be read; fetch it again"):
+        compositions.asked_for(config, stores, rows)

@@ -1,4 +1,4 @@
-"""Emoji of people: who they are by the tone of their skin, some combinations kept out of training.
+"""Emoji of people: who, and in which tone of skin; some combinations are kept out of training.
 
 What a picture shows is read from its file's name, which is the emoji's code points, as Noto Emoji has them
 (googlefonts/noto-emoji on GitHub, png/128): `emoji_u1f469_1f3fd_200d_1f33e.png` is a woman of the third tone, a farmer.
@@ -8,7 +8,7 @@ import collections
 import os
 import pathlib
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -84,18 +84,14 @@ class Emoji(FolderImages):
             raise ValueError(f'data.path={path}: of no role are there all {len(GENDERS) * len(TONES)} emoji, named by '
                              'their code points (emoji_u1f469_1f3fd_200d_1f33e.png); give png/128 of Noto Emoji')
         roles = {role: number for number, role in enumerate(sorted({what.role for what in shown}))}
-        labels = {(roles[what.role] * len(GENDERS) + what.gender) * len(TONES) + what.tone: file
-                  for what, file in shown.items()}
+        files = {(roles[what.role] * len(GENDERS) + what.gender) * len(TONES) + what.tone: file
+                 for what, file in shown.items()}
         self.class_names = tuple(f'{_in_words(role)}, {gender}, {tone}'
                                  for role in roles for gender in GENDERS for tone in TONES)
-        self.held_back = 0
-        self._choose(labels, split)
-
-    def _choose(self, labels: Mapping[int, str], split: str) -> None:
-        every = np.array(sorted(labels), np.int32)
+        chosen = np.array(sorted(files), np.int32)
         if split != 'all':
-            every = every[is_unseen(*np.divmod(every, len(TONES))) == (split == 'heldout')]
-        self._files, self.labels = np.array([os.fsencode(labels[label]) for label in every.tolist()]), every
+            chosen = chosen[is_unseen(*np.divmod(chosen, len(TONES))) == (split == 'heldout')]
+        self._files, self.labels = np.array([os.fsencode(files[label]) for label in chosen.tolist()]), chosen
 
 
 def _in_words(role: tuple[int, ...]) -> str:
