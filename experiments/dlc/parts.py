@@ -62,8 +62,18 @@ class PartsEncoder:
 def belonging(features: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """bool [parts, P]: which part each place of `features` [N, P, F] belongs to: the one that explains most of it.
 
+    From what a part explains is taken what as many classes would by chance, which counts where one part has hundreds
+    and another has six: shares are of estimates of variances, as in the adjusted coefficient of determination.
+
     Args:
         classes: int [N, parts], what each part of a picture shows.
+
+    Raises:
+        ValueError: a part shows something else in every picture, which explains everything and says nothing.
     """
+    counts = np.array([[len(np.unique(of_part))] for of_part in classes.T])
+    if counts.max() == len(features):
+        raise ValueError(f'{len(features)} pictures of as many classes; give several of each')
     shares = np.stack([codes_lib.explained(features, of_part) for of_part in classes.T])
+    shares = 1 - (1 - shares) * (len(features) - 1) / (len(features) - counts)
     return np.arange(len(shares))[:, None] == shares.argmax(0)

@@ -79,6 +79,19 @@ def test_places_belong_to_the_part_that_explains_them():
                                   [[False, True, True], [True, False, False]])
 
 
+def test_many_classes_explain_no_more_than_they_know():
+    """A hundred classes explain a quarter of any noise of 400 pictures, which two classes do not."""
+    rng = np.random.default_rng(0)
+    classes = np.stack([np.arange(400) // 4, rng.integers(0, 2, 400)], 1)
+    features = rng.normal(size=(400, 20, 1))
+    features[:, :10, 0] += classes[:, 1:]  # a fifth of the variance
+    shares = np.stack([codes_lib.explained(features, of_part) for of_part in classes.T])
+    assert (shares[0, :10] > shares[1, :10]).any()
+    assert parts.belonging(features, classes)[1, :10].all()
+    with pytest.raises(ValueError, match='400 pictures of as many classes'):
+        parts.belonging(features, np.stack([np.arange(400), classes[:, 1]], 1))
+
+
 def test_a_folder_that_holds_no_judge(fitted, tmp_path):
     fitted.save(tmp_path)
     (tmp_path / 'judge.npz').write_bytes(b'nothing')
