@@ -22,9 +22,9 @@ drawing a code first is better than drawing an embedding first or nothing, on bo
 whole pictures, and codes of which each half speaks of one digit. 20 of the 100 pairs of digits are in no training set,
 and compositions ask for those. Measured: digits and pairs in docs/images.md, lengths in docs/papers.md.
 
-`:emoji` shows people of Noto Emoji at 32 pixels: 79 roles, each a person, a man and a woman, in no tone of skin and in
+`:emoji` shows people of Noto Emoji at 16 pixels: 79 roles, each a person, a man and a woman, in no tone of skin and in
 five. One tone of each is in no training set, and compositions ask for those: the figure of one picture in the tone of
-another. Sizes are those of `:cifar10`, at which it has not been run; a trial at half of them is in docs/papers.md.
+another. On two CPU cores; measured in docs/images.md.
 
     python -m experiments.quickstart --config=configs/dlc/quickstart.py:emoji --workdir=runs/emoji \\
         --config.encoder.data.path=noto-emoji/png/128           # github.com/googlefonts/noto-emoji
@@ -100,15 +100,18 @@ def pairs(encoded: str):
 
 
 def emoji():
-    """Who and in which tone: no two views of a picture differ in colour or in direction. Sizes as of photographs."""
-    config = pictures('cifar10')
-    config.pictures = 'emoji of people'
-    config.encoder.model.num_codes = 32
-    config.encoder.data.update(dict(name='emoji', transparency='white', flip=0.0, jitter=0.0, grayscale=0.0,
-                                    solarize=0.0))
-    config.generators = {condition: config.generators[condition] for condition in ('code', 'embedding')}
+    """Who and in which tone, at 16 pixels: no two views of a picture differ in colour or in direction."""
+    generators = {condition: generator_digits.get_config(condition) for condition in ('code', 'embedding')}
+    config = whole('emoji of people', encoder_digits.get_config(), generators, code_model_digits.get_config(),
+                   embedding_model_digits.get_config())
+    config.encoder.num_steps, config.code_model.num_steps = 1200, 1500
+    config.encoder.model.update(dict(width=128, num_heads=4, patch_size=4, num_codes=32))
+    config.encoder.data.update(dict(name='emoji', in_memory=True, transparency='white', jitter=0.0, image_size=16,
+                                    global_size=16, local_size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3))
     for generator in config.generators.values():
         generator.num_steps = 4000
+        generator.model.update(dict(width=128, depth=4, num_heads=4, patch_size=4))
+        generator.optimizer.learning_rate.peak = 2e-3
     return config
 
 
