@@ -147,6 +147,7 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
         for store in (stores['train'], stores['heldout']))
     vocab = config.encoder.model.vocab_size
     judge = fit_judge(config, train_set, heldout)
+    kinds = EMOJI.values if grid_of(config) is EMOJI else 1  # no held-out label was trained on: probes ask for figures
     opinion = judge.predict(heldout['images'])
 
     methods = {}
@@ -172,8 +173,8 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
         'heldout_nearest_train': evaluation.sample_set(
             judge, heldout['images'], heldout['images'], train_set['images'])['nearest_train'],
         'representation': evaluation.representation(
-            *(s | {'labels': classes_of_probes(config, s['labels'])} for s in (train_set, heldout)),
-            len(stores['train'].meta['class_names']), vocab),
+            *(s | {'labels': s['labels'] // kinds} for s in (train_set, heldout)),
+            len(stores['train'].meta['class_names']) // kinds, vocab),
         'codes': {
             'training images': evaluation.code_usage(train_set['codes'], vocab) | {'nearest_train_code': None},
             'held-out images': evaluation.code_usage(heldout['codes'], vocab) | {
@@ -184,13 +185,6 @@ def measure(config: ml_collections.ConfigDict, stores: dict[str, codestore.CodeS
         },
         'composition': compositions.measure(config, judge, composed, stores),
     }
-
-
-def classes_of_probes(config: ml_collections.ConfigDict, labels: np.ndarray) -> np.ndarray:
-    """What probes are asked of pictures of `labels` [N]: these, or their first attribute where no held-out label has
-    been trained on."""
-    grid = grid_of(config)
-    return grid.attributes(labels)[:, 0] if grid is EMOJI else labels
 
 
 def write_report(config: ml_collections.ConfigDict, workdir: pathlib.Path, metrics: dict[str, Any],
