@@ -112,6 +112,7 @@ def emoji():
         generator.num_steps = 4000
         generator.model.update(dict(width=128, depth=4, num_heads=4, patch_size=4))
         generator.optimizer.learning_rate.peak = 2e-3
+        generator.sampler.guidance = 2.5
     return config
 
 

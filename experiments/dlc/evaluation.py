@@ -98,16 +98,18 @@ def composition_of_attributes(judge: PictureJudge | NearestJudge, images: np.nda
                               second: np.ndarray, train: np.ndarray) -> dict[str, float]:
     """`composition` of pictures of two attributes, where both sources can be seen at once: an attribute of each.
 
-    `first`, `second`: share that shows both attributes of that source; `either`: their sum; `crossed`: share that shows
-    the first attribute of `first` and the second attribute of `second`; `both`: that, or the other way round;
-    `nearest_train`, `nearest_features`: as in `composition`.
+    `first`, `second`: share that shows both attributes of that source; `either`: their sum; `of_first`: share that
+    shows the first attribute of `first`; `of_second`: the second attribute of `second`; `crossed`: both of these;
+    `both`: that, or the other way round; `nearest_train`, `nearest_features`: as in `composition`.
     """
     seen = judge.predict(images)
     of_seen, of_first, of_second = (judge.classes_of(labels) for labels in (seen, first, second))
-    crossed, swapped = ((of_seen == np.stack([a[:, 0], b[:, 1]], 1)).all(1)
+    crossed, swapped = (of_seen == np.stack([a[:, 0], b[:, 1]], 1)
                         for a, b in ((of_first, of_second), (of_second, of_first)))
     return _sources_seen(seen, first, second) | {
-        'crossed': float(crossed.mean()), 'both': float((crossed | swapped).mean())} | _novelty(judge, images, train)
+        'of_first': float(crossed[:, 0].mean()), 'of_second': float(crossed[:, 1].mean()),
+        'crossed': float(crossed.all(1).mean()),
+        'both': float((crossed.all(1) | swapped.all(1)).mean())} | _novelty(judge, images, train)
 
 
 def _sources_seen(seen: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:

@@ -194,9 +194,9 @@ def write(page: Any, config: ml_collections.ConfigDict, rows: list[dict[str, obj
     page.table(rows)
     if grid:
         page.text(f'Share of composed images that show, to the judge, the {grid.first} and the {grid.second} of the '
-                  f'first source, of the second, of either; crossed: the {grid.first} of the first and the '
-                  f'{grid.second} of the second; both: that, or the other way round. No such combination was in the '
-                  'training set. ')
+                  f'first source, of the second, of either; of first: the {grid.first} of the first; of second: the '
+                  f'{grid.second} of the second; crossed: both of these; both: that, or the other way round. No such '
+                  'combination was in the training set. ')
     else:
         page.text('Share of composed images whose most likely class, to the separate classifier, is that of the first '
                   'source, of the second, of either; both: its two most likely classes are the two sources.')
