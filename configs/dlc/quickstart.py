@@ -104,6 +104,7 @@ def emoji():
     generators = {condition: generator_digits.get_config(condition) for condition in ('code', 'embedding')}
     config = whole('emoji of people', encoder_digits.get_config(), generators, code_model_digits.get_config(),
                    embedding_model_digits.get_config())
+    config.judge = 'nearest'
     config.encoder.num_steps, config.code_model.num_steps = 1200, 1500
     config.encoder.model.update(dict(width=128, num_heads=4, patch_size=4, num_codes=32))
     config.encoder.data.update(dict(name='emoji', in_memory=True, transparency='white', jitter=0.0, image_size=16,
@@ -178,7 +179,7 @@ def whole(pictures: str, encoder, generators: dict, code_model, embedding_model,
         sample_seeds=(0, 1, 2),  # every sample set is drawn once a seed; tables give mean and standard deviation
         composition=dict(pairs=48, samples=4, temperature=0.001),  # pairs of held-out images of different classes
         sample_batch=512,
-        judge='perceptron',  # perceptron | convolutional: the classifier that everything is measured by
+        judge='perceptron',  # perceptron | convolutional | nearest (emoji): what everything is measured by
     ))
 
 

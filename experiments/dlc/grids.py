@@ -16,12 +16,14 @@ class Grid(NamedTuple):
         values: how many values the second has.
         is_unseen: (first, second) -> which combinations are kept out of training.
         sources: the split whose pictures are composed: one of combinations that are trained on.
+        judge: the classifier that reads both attributes; no other of the quickstart's does.
     """
     first: str
     second: str
     values: int
     is_unseen: Callable[[np.ndarray, np.ndarray], np.ndarray]
     sources: str
+    judge: str
 
     def attributes(self, labels: np.ndarray) -> np.ndarray:
         """int [N, 2] of labels [N]."""
@@ -49,8 +51,8 @@ class Grid(NamedTuple):
         return rows[np.random.default_rng(seed).integers(len(rows), size=num)]
 
 
-DIGITS = Grid('upper digit', 'lower digit', 10, digit_pairs.is_unseen, 'heldout')
-EMOJI = Grid('figure', 'tone', len(emoji.TONES), emoji.is_unseen, 'train')
+DIGITS = Grid('upper digit', 'lower digit', 10, digit_pairs.is_unseen, 'heldout', 'perceptron')
+EMOJI = Grid('figure', 'tone', len(emoji.TONES), emoji.is_unseen, 'train', 'nearest')
 
 
 def grid_of(config: ml_collections.ConfigDict) -> Grid | None:

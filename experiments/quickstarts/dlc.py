@@ -44,7 +44,7 @@ METHODS = {
     'embeddings of held-out images': ('embedding', 'heldout'),
 }
 
-JUDGES = ('perceptron', 'convolutional')
+JUDGES = ('perceptron', 'convolutional', 'nearest')
 ENCODED = ('whole', 'halves')
 
 PATHS = {'npz': '.npz', 'emoji': 'folder'}  # name of a source -> what its path is
@@ -125,13 +125,13 @@ def picture_source(config: ml_collections.ConfigDict, split: str, **changes: Any
 
 def fit_judge(config: ml_collections.ConfigDict, train_set: dict[str, np.ndarray],
               heldout: dict[str, np.ndarray]) -> evaluation.AnyJudge:
-    """The classifier that `config.judge` names, trained on pixels; of pairs of digits, one that reads digit by digit,
-    trained on those that the training images are made of; of emoji, one that names the nearest real emoji."""
+    """The classifier that `config.judge` names, trained on pixels. Of pairs of digits, a perceptron that reads digit by
+    digit, trained on those that the training images are made of; `nearest` names the nearest real picture."""
     data, grid, images, labels = config.encoder.data, grid_of(config), train_set['images'], train_set['labels']
     if grid is DIGITS:
         digits = digit_pairs.single_digits('train', heldout=data.heldout, seed=data.split_seed)
         return PictureJudge(Judge.fit(*digits), images.shape[1:], digit_pairs.REGIONS)
-    if grid is EMOJI:
+    if config.judge == 'nearest':
         return NearestJudge.of(grid, *(np.concatenate([s[name] for s in (train_set, heldout)])
                                        for name in ('images', 'labels')))
     if config.judge == 'convolutional':
@@ -245,6 +245,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     for field, choices in (('judge', JUDGES), ('encoded', ENCODED)):
         if config[field] not in choices:
             raise ValueError(f'{field}={config[field]!r} is not one of {choices}')
+    grid = grid_of(config)
+    judge = grid.judge if grid else 'perceptron' if config.judge == 'nearest' else config.judge
+    if config.judge != judge:
+        raise ValueError(f'judge={config.judge!r} cannot read {config.pictures}; set --config.judge={judge}')
     for condition, generator in config.generators.items():
         size, patch_size = generator.model.input_size, generator.model.patch_size
         if size % patch_size:

@@ -178,7 +178,8 @@ def test_the_convolutional_judge_names_classes_as_they_were_given():
     (dict(channels=3), 'images have 1 channels but encoder.data.channels=3'),
     ('encoded', "encoded='quarters' is not one of"),
     (dict(image_size=30), 'patch_size=4 does not divide images of 30 pixels'),
-    ('judge', "judge='human' is not one of"),
+    ('human', "judge='human' is not one of"),
+    ('nearest', "judge='nearest' cannot read pictures of clothes; set --config.judge=perceptron"),
     ('code', "generators: must have 'code'"),
     ('one class', "one class alone in split 'train'"),
     ('few', "4 images in split 'heldout'; give at least 20"),
@@ -188,8 +189,8 @@ def test_what_does_not_fit_is_said_before_anything_is_written(change, says, file
     config.encoder.data.path = files['fashion_mnist']
     if isinstance(change, dict):
         config.encoder.data.update(change)
-    elif change == 'judge':
-        config.judge = 'human'
+    elif change in ('human', 'nearest'):
+        config.judge = change
     elif change == 'encoded':
         config.encoded = 'quarters'
     elif change == 'code':
@@ -200,5 +201,14 @@ def test_what_does_not_fit_is_said_before_anything_is_written(change, says, file
         np.savez(config.encoder.data.path, images=images, labels=labels * (change != 'one class'),
                  is_test=np.arange(64) >= (60 if change == 'few' else 40))
     with pytest.raises((ValueError, OSError), match=says):
+        quickstart.run(config.lock(), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('size, needs', [('emoji', 'nearest'), ('pairs_halves', 'perceptron')])
+def test_pictures_of_two_attributes_have_a_judge_of_their_own(size, needs, files, tmp_path):
+    config = config_lib.get_config(f'{size}_tiny').unlock()
+    config.encoder.data.path, config.judge = files['emoji'], 'convolutional'
+    with pytest.raises(ValueError, match=f'cannot read {config.pictures}; set --config.judge={needs}'):
         quickstart.run(config.lock(), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
