@@ -8,6 +8,7 @@ from experiments.runtime import statistics
 def test_spread_is_the_deviation_of_a_sample():
     rows = [{'a': 1.0, 'b': 5.0}, {'a': 3.0, 'b': 5.0}]
     assert statistics.mean_and_spread(rows) == {'a': 2.0, 'a_std': pytest.approx(2 ** 0.5), 'b': 5.0, 'b_std': 0.0}
+    assert statistics.mean_and_spread([{'a': 107.404453}] * 5) == {'a': 107.404453, 'a_std': 0.0}  # not 1e-14
     assert statistics.mean_and_spread(rows[:1]) == {'a': 1.0, 'b': 5.0}
 
 
