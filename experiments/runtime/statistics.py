@@ -38,7 +38,7 @@ def spread(measurements: Mapping[str, Any]) -> dict[str, float]:
         values = np.asarray(values, np.float64)
         if name.endswith('_std') and name.removesuffix('_std') in measurements:
             name = f'{name.removesuffix("_std")}_deviation'
-        equal = (values == values.flat[0]).all()  # whose mean, rounded, may be another number
+        equal = values.size > 0 and (values == values.flat[0]).all()  # whose mean, rounded, may be another number
         out[name] = float(values.flat[0] if equal else values.mean())
         if values.size > 1:
             out[f'{name}_std'] = 0.0 if equal else float(values.std(ddof=1))
