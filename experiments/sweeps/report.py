@@ -22,8 +22,8 @@ def summarize(results: Sequence[Result], *, baseline: str = '', metrics: Sequenc
     """Everything in `report.json`: a function of what the runs measured, without clocks and folders.
 
     `settings`: mean and deviation over the seeds of finished runs. `differences`: from `baseline`, paired by seed.
-    `trade_off`: task and drift, which settings no other beats, and, where the runs of `baseline` were interpolated with
-    their start, what a setting gains over that at its drift.
+    `trade_off`: task and drift, which settings no other beats, and what a setting gains at its drift over the runs of
+    `baseline`, interpolated with their start, and over their checkpoints, where these were measured.
 
     Args:
         baseline: a setting; '': the first.
@@ -102,8 +102,8 @@ def choose_trade_off(results: Sequence[Result], names: Sequence[str]) -> tuple[s
 
 def of_trade_off(finished: Mapping[str, Mapping[int, Result]], baseline: str, task: str,
                  drift: str) -> dict[str, Any]:
-    """Means over seeds, the settings that no other beats in both, and gains over interpolation."""
-    points, gains = {}, {}
+    """Means over seeds, the settings that no other beats in both, and gains over interpolation and early stopping."""
+    points = {}
     for setting, of_seed in finished.items():
         both = {seed: r for seed, r in of_seed.items() if task in r.final and drift in r.final}
         if both:
@@ -119,15 +119,35 @@ def of_trade_off(finished: Mapping[str, Mapping[int, Result]], baseline: str, ta
             'drift': [line[0][line[2].index(alpha)] for line in lines.values() if alpha in line[2]],
             'task': [line[1][line[2].index(alpha)] for line in lines.values() if alpha in line[2]]})
             for alpha in alphas}
-        for setting, of_seed in finished.items():
-            seeds = [seed for seed in of_seed if seed in lines and {task, drift} <= set(of_seed[seed].final)]
-            if setting != baseline and seeds:
-                gains[setting] = paired_difference(
-                    [of_seed[seed].final[task] for seed in seeds],
-                    [front_height(np.array(lines[seed][0]), np.array(lines[seed][1]), of_seed[seed].final[drift])
-                     for seed in seeds])._asdict()
-        out['gains_over_interpolation'] = gains
+        out['gains_over_interpolation'] = gains_over(lines, finished, baseline, task, drift)
+    stops = {seed: line for seed, result in finished[baseline].items()
+             if len((line := checkpoints_of(result.rows, task, drift))[0]) > 1}
+    if stops:
+        out['gains_over_stopping'] = gains_over(stops, finished, baseline, task, drift)
     return out
+
+
+def gains_over(lines: Mapping[int, Sequence[list[float]]], finished: Mapping[str, Mapping[int, Result]], baseline: str,
+               task: str, drift: str) -> dict[str, Any]:
+    """{setting: paired difference of the task} from the front of the baseline's `lines`, drifts and tasks by seed, at
+    the setting's drift; of the seeds that have both."""
+    gains = {}
+    for setting, of_seed in finished.items():
+        seeds = [seed for seed in of_seed if seed in lines and {task, drift} <= set(of_seed[seed].final)]
+        if setting != baseline and seeds:
+            gains[setting] = paired_difference(
+                [of_seed[seed].final[task] for seed in seeds],
+                [front_height(np.array(lines[seed][0]), np.array(lines[seed][1]), of_seed[seed].final[drift])
+                 for seed in seeds])._asdict()
+    return gains
+
+
+def checkpoints_of(rows: Sequence[Mapping[str, Any]], task: str, drift: str) -> tuple[list[float], list[float]]:
+    """(drifts, tasks) of a run's checkpoints on held-out prompts; none of what the batches of training had."""
+    if not all(name.startswith((EVALUATED, 'eval_')) for name in (task, drift)):
+        return [], []
+    rows = [row for row in rows if row.get(task) is not None and row.get(drift) is not None]
+    return [row[drift] for row in rows], [row[task] for row in rows]
 
 
 def front_of(interpolation: Sequence[Mapping[str, float]], task: str,
@@ -157,10 +177,11 @@ def tables(summary: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     if trade_off.get('interpolation'):
         out[f'{summary["baseline"]}, interpolated with its start'] = report.rows_with_spread(
             {f'α {alpha}': row for alpha, row in trade_off['interpolation'].items()})
-    if trade_off.get('gains_over_interpolation'):
-        out['Gain over that interpolation at the same drift'] = [
-            {'setting': setting} | difference_row(Difference(**gain))
-            for setting, gain in trade_off['gains_over_interpolation'].items()]
+    for name, title in (('gains_over_interpolation', 'Gain over that interpolation at the same drift'),
+                        ('gains_over_stopping', f'Gain over checkpoints of {summary["baseline"]} at the same drift')):
+        if trade_off.get(name):
+            out[title] = [{'setting': setting} | difference_row(Difference(**gain))
+                          for setting, gain in trade_off[name].items()]
     return out
 
 

@@ -234,6 +234,25 @@ def test_gains_over_interpolation_are_at_the_same_drift_and_paired(tmp_path):
     assert 'interpolation' not in summary['trade_off'] and 'Gain over' not in report.markdown(summary)
 
 
+def test_gains_over_checkpoints_of_the_baseline(tmp_path):
+    """Where the baseline was measured at every checkpoint, a setting is compared with stopping it early."""
+    for seed in (0, 1):
+        write_run(tmp_path / f'plain_{seed}', seed, [{'reward': 5.0, 'kl': 1.0}, {'reward': 6.0, 'kl': 2.0}])
+        write_run(tmp_path / f'above_{seed}', seed, [{'reward': 5.0, 'kl': 1.0}], algorithm={'beta': 0.3})
+        curve = [{'step': step, 'reward': task + seed, 'kl': drift}
+                 for step, task, drift in ((1, 0.5, 1.0), (2, 1.0, 4.0))]
+        (tmp_path / f'plain_{seed}' / 'evaluation.json').write_text('\n'.join(map(json.dumps, curve)))
+        (tmp_path / f'above_{seed}' / 'evaluation.json').write_text(json.dumps({'reward': 0.9 + seed, 'kl': 2.5}))
+    found = results.collect([str(tmp_path)])
+    summary = report.summarize(found, baseline='beta=0.1')
+    gain = summary['trade_off']['gains_over_stopping']
+    assert gain.keys() == {'beta=0.3'} and gain['beta=0.3']['mean'] == pytest.approx(0.9 - 0.75)
+    assert 'Gain over checkpoints of beta=0.1' in report.markdown(summary)
+    assert 'gains_over_stopping' not in report.summarize(found, baseline='beta=0.3')['trade_off']  # measured once
+    noisy = report.summarize(found, baseline='beta=0.1', trade_off=('reward', 'kl'))  # of the batches of training
+    assert 'gains_over_stopping' not in noisy['trade_off']
+
+
 def test_evaluations_of_every_checkpoint_are_curves_and_are_finished(tmp_path):
     write_run(tmp_path / 'a', 0, [{'reward': 1.0}, {'reward': 2.0}])
     (tmp_path / 'a' / 'checkpoints' / '1').mkdir()
