@@ -39,8 +39,8 @@ Resets, KL, clipping, gamma and lambda are those above. What differs: 32 new tok
 iteration of 2000 reviews that neither reward has seen, two epochs of four minibatches, 400 updates in all, at a
 learning rate of 1e-4: the better of two (1e-4, 3e-4) by the gold reward at the end of small_ppo_matched, tried at seed
 100 on an earlier fine-tuned model, whose stretches had an EOS. Measured there: the plain run takes the gold reward from
--0.29 to 1.53 +- 0.16 at a drift perplexity of 333 +- 48 (108 at its start, three seeds); Elastic Reset, at every decay
-and period tried, lies where that run does on the way back to its start, or below.
+0.16 to 2.05 +- 0.26 at a drift perplexity of 307 +- 57 (107 at its start, five seeds); Elastic Reset has 0.145 +- 0.083
+more than that run stopped at its drift perplexity, and 0.098 +- 0.061 less than the same on the way back to its start.
 """
 from configs.parts import check_name
 from configs.rlhf import base, sft_imdb
