@@ -35,6 +35,19 @@ FOUND = [pytest.param(argv, id=f'{path.relative_to(ROOT)}-{number}') for path in
          for number, argv in enumerate(commands(path.read_text()))]
 
 
+def test_commands_are_found():
+    text = """Type
+    python -m experiments.train --config=a.py:L8 --workdir=runs/a \\\\
+        --config.x='1, 2'     # a minute
+python -m experiments.sweep --name=tldr --script=slurm > sweep.sbatch
+python -m experiments.train --config=FILE --workdir=DIR
+or `mixture --config.y=2`, `sweep --name=…` and `--z`."""
+    assert list(commands(text)) == [
+        ['train', '--config=a.py:L8', '--workdir=runs/a', '--config.x=1, 2'],
+        ['sweep', '--name=tldr', '--script=slurm'], ['mixture', '--config.y=2', '--workdir=run']]
+    assert len(FOUND) > 150
+
+
 class Parsed(Exception):
     """The command line has been read."""
 
