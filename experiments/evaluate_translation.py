@@ -48,13 +48,6 @@ def load_agents(speaker: str, listener: str) -> tuple[ml_collections.ConfigDict,
                     'listener': translation_agent.load(listener, 'listener', config)}
 
 
-def fractions(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(',')] if text else []
-    except ValueError:
-        raise ValueError(f'--interpolate={text}: expected numbers such as 0,0.5,1') from None
-
-
 def main() -> None:
     p = launch.parser(__doc__)
     p.add_argument('--game', metavar='WORKDIR', help='a run of translation_game')
@@ -76,7 +69,7 @@ def main() -> None:
     steps_lib.check(args.step)
     if bool(args.game) == bool(args.speaker and args.listener):
         raise ValueError('give --game, or both --speaker and --listener')
-    alphas = fractions(args.interpolate)
+    alphas = launch.shares('--interpolate', args.interpolate)
     if alphas and not args.game:
         raise ValueError('--interpolate needs --game: two agents that have not played have no way between them')
     if args.step != 'last' and not args.game:
@@ -93,6 +86,7 @@ def main() -> None:
         curve = Curve(args.json, settings_of(args), run=args.game)
         for step in curve.missing(wanted):
             scores = evaluate(args, alphas, step)
+            scores = scores if isinstance(scores, dict) else {f'alpha_{row["alpha"]:g}': row for row in scores}
             if jax.process_index() == 0:
                 curve.add(step, scores)
         print(f'{len(wanted)} checkpoints -> {args.json}')
@@ -102,17 +96,13 @@ def main() -> None:
         storage.write_json(args.json, scores)
 
 
-def evaluate(args: argparse.Namespace, alphas: Sequence[float], step: int | None) -> dict[str, Any]:
-    """Scores of the agents that the flags name, of the game's at `step` (None: its newest checkpoint); of several
-    `alphas`, {'alpha a': scores}."""
+def evaluate(args: argparse.Namespace, alphas: Sequence[float],
+             step: int | None) -> dict[str, Any] | list[dict[str, Any]]:
+    """Scores of the agents that the flags name, of the game's at `step` (None: its newest checkpoint); or a row for
+    each of `alphas`, at which the game's speaker is interpolated with the one it started as."""
     config, params = load_game(args.game, step) if args.game else load_agents(args.speaker, args.listener)
     if alphas and not config.speaker:
         raise ValueError(f'--game={args.game}: its speaker started from scratch; there is nothing to pull it back to')
-    arms = {'': params}
-    if alphas:
-        start = translation_agent.load(config.speaker, 'speaker', config)
-        arms = {f'alpha {a:g}': dict(params, speaker=elastic_reset.interpolate(start, params['speaker'], a))
-                for a in alphas}
     with config.unlocked():
         config.evaluation.sentences = 0
         if args.language_model:
@@ -125,13 +115,19 @@ def evaluate(args: argparse.Namespace, alphas: Sequence[float], step: int | None
             config.data.path = args.path
     model = translation_agent.make_agent(config)
     measure = translation_evaluation.GameEvaluation(config, model, args.split)
-    scores_of = {arm: measure(agents, sacrebleu=True) for arm, agents in arms.items()}
-    for arm, scores in scores_of.items():
-        words = [*([f'step {step}'] if step is not None else []), *([arm] if arm else [])]
-        print('  '.join([*words, *(f'{name} {value:.2f}' for name, value in scores.items())]))
+    if alphas:
+        start = translation_agent.load(config.speaker, 'speaker', config)
+        rows = [{'alpha': alpha} | measure(dict(params, speaker=elastic_reset.interpolate(start, params['speaker'],
+                                                                                          alpha)), sacrebleu=True)
+                for alpha in alphas]
+    else:
+        rows = [measure(params, sacrebleu=True)]
+    for row in rows:
+        named = ({} if step is None else {'step': step}) | row
+        print('  '.join(f'{name} {value if name == "step" else format(value, ".2f")}' for name, value in named.items()))
     if measure.signature:
         print('sacrebleu', measure.signature)
-    return scores_of if alphas else scores_of['']
+    return rows if alphas else rows[0]
 
 
 if __name__ == '__main__':

@@ -79,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--workdir', help='a folder a run, and the report')
     p.add_argument('--parallel', type=int, default=1, help='runs at a time on this machine')
     p.add_argument('--gpus', metavar='0,1,2,3', default='', help='dealt out to the runs of a time')
-    p.add_argument('--evaluate', metavar='FLAGS', help='measure each trained policy by experiments.evaluate with FLAGS')
+    p.add_argument('--evaluate', metavar='FLAGS', help='measure what each run trained with FLAGS: a policy by '
+                   'experiments.evaluate, a translation game by experiments.evaluate_translation')
     p.add_argument('--interpolate', metavar='0,0.5,1', default='',
                    help='also measure the weights of the baseline on the way from their start')
     p.add_argument('--wandb', metavar='PROJECT', default='', help='runs report to Weights & Biases too')
@@ -87,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--report', metavar='DIR', nargs='*', help='only read these folders (default: --workdir)')
     p.add_argument('--baseline', metavar='SETTING', default='', help='what differences are from (default: the first)')
     p.add_argument('--metrics', metavar='A,B', default='', help='what the tables show')
+    p.add_argument('--at', type=int, metavar='STEP', help='what tables show was measured at that step, or last before '
+                   "it, as --evaluate='--step=all' does (default: at the end)")
     p.add_argument('--trade_off', metavar='TASK,DRIFT', default='', help='what is drawn against what')
     return p
 
@@ -133,9 +136,10 @@ def check(args: argparse.Namespace) -> None:
     """Raises a ValueError for flags that mean nothing together."""
     if not args.workdir and not args.report:
         raise ValueError('--workdir is missing: where should the runs and their report go?')
-    for name, least in (('seeds', 1), ('first_seed', 0), ('parallel', 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f'--{name}={getattr(args, name)} must be at least {least}')
+    for name, least in (('seeds', 1), ('first_seed', 0), ('parallel', 1), ('at', 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f'--{name}={value} must be at least {least}')
     if args.gpus and len(args.gpus.split(',')) % args.parallel:
         raise ValueError(f'--gpus={args.gpus}: {len(args.gpus.split(","))} do not divide among --parallel='
                          f'{args.parallel} runs')
@@ -148,7 +152,7 @@ def check(args: argparse.Namespace) -> None:
 
 def write_report(args: argparse.Namespace, folders: Sequence[str], workdir: str) -> None:
     """Compares the runs in `folders`; report.html, report.json and report.md in `workdir`."""
-    found = results.collect(folders)
+    found = results.collect(folders, args.at)
     names = lambda text: tuple(text.split(',')) if text else ()
     summary = reports.summarize(found, baseline=args.baseline, metrics=names(args.metrics),
                                 trade_off=names(args.trade_off))

@@ -19,7 +19,7 @@ from experiments.sweeps.plan import Run, is_finished
 log = logging.getLogger(__name__)
 
 LOG = 'log.txt'                          # in a run's folder: what its processes print
-EVALUATION = 'evaluation.json'           # in a run's folder: what `experiments.evaluate` says of it
+EVALUATION = 'evaluation.json'           # in a run's folder: what its measurement says of it
 INTERPOLATION = 'interpolation.json'     # the same of its weights, put back to the start by degrees
 LOOK_SECONDS = 0.1
 
@@ -44,14 +44,12 @@ def job_of(run: Run, workdir: pathlib.Path, *, common: Sequence[str] = (), train
     Args:
         common: flags of every command, such as `--compilation_cache`.
         training: flags of `experiments.train` beside those of the run.
-        evaluation: flags of `experiments.evaluate` for the trained policy; None: it is not measured.
+        evaluation: flags of the command that measures what was trained; None: it is not measured.
         alphas: at which its weights are interpolated with those it started from, and measured with the same flags: the
             newest ones, also where every checkpoint is measured.
     """
     folder = workdir / run.name
-    start = run.config.get('weights', '')
-    measure = ['experiments.evaluate', f'--policy={folder}', *([f'--reference={start}'] if start else []),
-               *(evaluation or ())]
+    measure = [*measurement_of(run, folder), *(evaluation or ())]
     stages = [Stage(module('experiments.train', *run.flags, *training, f'--workdir={folder}', *common),
                     lambda: is_finished(folder, run.config.num_steps))]
     every = measures_every(evaluation or ())
@@ -66,8 +64,16 @@ def job_of(run: Run, workdir: pathlib.Path, *, common: Sequence[str] = (), train
     return Job(run.name, tuple(stages), folder / LOG)
 
 
+def measurement_of(run: Run, folder: pathlib.Path) -> list[str]:
+    """The command that measures what `run` trained in `folder`: of a translation game both agents, else a policy."""
+    if run.config.experiment == 'translation_game':
+        return ['experiments.evaluate_translation', f'--game={folder}']
+    start = run.config.get('weights', '')
+    return ['experiments.evaluate', f'--policy={folder}', *([f'--reference={start}'] if start else [])]
+
+
 def measures_every(evaluation: Sequence[str]) -> bool:
-    """Whether these flags of `experiments.evaluate` ask for every checkpoint; the last of one name counts."""
+    """Whether these flags of a measurement ask for every checkpoint; the last of one name counts."""
     return re.findall(r'--step[= ](\S+)', ' '.join(evaluation))[-1:] == ['all']
 
 

@@ -13,7 +13,8 @@ COUNTS = ('num_prompts', 'num_samples', 'temperature')  # of an evaluation: how 
 TRAINING = ('reward', 'gold', 'kl', 'loss', 'token_staleness')
 # (task, drift): the first pair that all runs have is drawn.
 TRADE_OFFS = ((f'{EVALUATED}gold', f'{EVALUATED}kl'), (f'{EVALUATED}reward', f'{EVALUATED}kl'),
-              ('eval_gold', 'eval_kl'), ('eval_reward', 'eval_kl'), ('gold', 'kl'), ('reward', 'kl'))
+              (f'{EVALUATED}bleu_de', f'{EVALUATED}nll_en'), ('eval_gold', 'eval_kl'), ('eval_reward', 'eval_kl'),
+              ('gold', 'kl'), ('reward', 'kl'))
 CURVES = 8               # at most, of metrics that are not named
 
 
@@ -152,7 +153,7 @@ def checkpoints_of(rows: Sequence[Mapping[str, Any]], task: str, drift: str) -> 
 
 def front_of(interpolation: Sequence[Mapping[str, float]], task: str,
              drift: str) -> tuple[list[float], list[float], list[float]]:
-    """(drifts, tasks, alphas) of interpolated policies, measured by `experiments.evaluate`."""
+    """(drifts, tasks, alphas) of what was interpolated."""
     names = [name.removeprefix(EVALUATED).removeprefix('eval_') for name in (drift, task)]
     rows = [row for row in interpolation if all(name in row for name in names)]
     return [row[names[0]] for row in rows], [row[names[1]] for row in rows], [row['alpha'] for row in rows]

@@ -13,7 +13,7 @@ from experiments.sweeps.plan import RECORD, differing_fields, is_finished, read_
 
 DEPTH = 3                # folders below a given one in which runs are looked for
 PLACES = ('workdir', 'weights', 'reward.model', 'tokenizer', 'data.path')  # say where things lie, not what was tried
-EVALUATED = 'evaluate.'  # begins the names of what `experiments.evaluate` measured
+EVALUATED = 'evaluate.'  # begins the names of what the measurement of a run found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,11 @@ class Result:
         return self.state == 'finished'
 
 
-def collect(folders: Sequence[str]) -> list[Result]:
+def collect(folders: Sequence[str], at: int | None = None) -> list[Result]:
     """Every run in `folders`: of sweeps (also those that have not begun), work directories, and folders of either.
+
+    Args:
+        at: step by which a run's final values were measured; None: its last.
 
     Raises:
         ValueError: there is none, runs train different things, or two have one setting and seed.
@@ -61,11 +64,11 @@ def collect(folders: Sequence[str]) -> list[Result]:
         for place in places:
             if (place / RECORD).exists():
                 prefix = f'{root.name}: ' if len(folders) > 1 else ''
-                results += [read(place / name, f'{prefix}{run["setting"]}', run['seed'], run['config'])
+                results += [read(place / name, f'{prefix}{run["setting"]}', run['seed'], run['config'], at)
                             for name, run in read_record(place)['runs'].items()]
             else:
                 loose.append(place)
-    results += read_loose(loose)
+    results += read_loose(loose, at)
     kinds = sorted({str(result.config.get('experiment')) for result in results})
     if len(kinds) > 1:
         raise ValueError(f'runs of different experiments are not comparable: {", ".join(kinds)}; give folders of one '
@@ -87,7 +90,7 @@ def find_runs(root: pathlib.Path, depth: int = DEPTH) -> list[pathlib.Path]:
     return [place for child in sorted(root.iterdir()) if child.is_dir() for place in find_runs(child, depth - 1)]
 
 
-def read_loose(folders: Sequence[pathlib.Path]) -> list[Result]:
+def read_loose(folders: Sequence[pathlib.Path], at: int | None = None) -> list[Result]:
     """Runs that no sweep recorded, labelled by the fields in which they differ; by those of `PLACES` where no others
     tell them apart."""
     configs = [config_files.read(folder).to_dict() for folder in folders]
@@ -98,7 +101,7 @@ def read_loose(folders: Sequence[pathlib.Path]) -> list[Result]:
     for folder, config in zip(folders, configs):
         flat = config_files.flat_fields(config)
         setting = ', '.join(f'{labels[field]}={flat.get(field)}' for field in fields) or 'all'
-        results.append(read(folder, setting, config.get('seed', 0), config))
+        results.append(read(folder, setting, config.get('seed', 0), config, at))
     return results
 
 
@@ -119,20 +122,21 @@ def swept_places(configs: Sequence[Mapping[str, Any]], fields: Sequence[str]) ->
     return swept
 
 
-def read(folder: pathlib.Path, setting: str, seed: int, config: dict[str, Any]) -> Result:
-    """The run in `folder`, which may not have begun."""
+def read(folder: pathlib.Path, setting: str, seed: int, config: dict[str, Any], at: int | None = None) -> Result:
+    """The run in `folder`, which may not have begun; `at`: step by which its final values were measured."""
     metrics = folder / 'metrics.jsonl'
     rows = read_metrics(metrics) if metrics.exists() else []
-    final: dict[str, float] = {}
-    for row in rows:
-        final |= {name: value for name, value in row.items() if name != 'step' and not of_the_clock(name)
-                  and value is not None}
+    measured = []
     for row in read_evaluation(folder / EVALUATION):
         named = {f'{EVALUATED}{name}': value for name, value in row.items()
                  if name not in ('step', 'hours') and isinstance(value, (int, float))}
-        final |= named
-        if 'step' in row:
-            rows.append({'step': row['step']} | named)
+        measured.append(({'step': row['step']} if 'step' in row else {}) | named)
+    final: dict[str, float] = {}
+    for row in rows + measured:
+        if at is None or row.get('step', at + 1) <= at:
+            final |= {name: value for name, value in row.items() if name != 'step' and not of_the_clock(name)
+                      and value is not None}
+    rows += [row for row in measured if 'step' in row]
     num_steps = config.get('num_steps', 0)
     if is_finished(folder, num_steps):
         state = 'finished'
@@ -146,7 +150,7 @@ def read(folder: pathlib.Path, setting: str, seed: int, config: dict[str, Any]) 
 
 
 def read_evaluation(path: pathlib.Path) -> list[dict[str, Any]]:
-    """What `experiments.evaluate` wrote: one row, or with `--step=all` one a checkpoint, which has its `step`.
+    """What the measurement of a run wrote: one row, or with `--step=all` one a checkpoint, which has its `step`.
 
     Raises:
         ValueError: it is damaged.

@@ -423,8 +423,9 @@ def test_scores_of_a_game_and_of_its_start(pretrained, game, monkeypatch, tmp_pa
     whole = evaluate(monkeypatch, tmp_path, f'--game={game}')
     ends = evaluate(monkeypatch, tmp_path, f'--game={game}', '--interpolate=0,1')
     before = evaluate(monkeypatch, tmp_path, *(f'--{name}={path}' for name, path in pretrained.items()))
-    assert whole == ends['alpha 1'] != ends['alpha 0']
-    assert ends['alpha 0']['bleu_en'] == before['bleu_en'] and ends['alpha 0']['nll_en'] == before['nll_en']
+    start, end = ends
+    assert (start['alpha'], end) == (0.0, {'alpha': 1.0} | whole) and start | {'alpha': 1.0} != end
+    assert start['bleu_en'] == before['bleu_en'] and start['nll_en'] == before['nll_en']
     assert 0 < before['nll_en'] < 4
     assert {'bleu_en', 'bleu_de', 'nll_en'} <= set(whole)
     if importlib.util.find_spec('sacrebleu'):
@@ -548,7 +549,7 @@ def test_agents_that_do_not_fit(pretrained, tmp_path):
 @pytest.mark.parametrize('flags, message', [
     ((), 'give --game, or both'), (('--speaker=a',), 'give --game, or both'),
     (('--speaker=a', '--listener=b', '--interpolate=0'), '--interpolate needs --game'),
-    (('--game=a', '--interpolate=x'), '--interpolate=x: expected numbers'),
+    (('--game=a', '--interpolate=x'), '--interpolate=x: numbers with commas between'),
     (('--game=a',), 'a: no config.json there')], ids=str)
 def test_flags_that_do_not_add_up(flags, message, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['evaluate_translation', *flags])

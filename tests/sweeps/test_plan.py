@@ -137,6 +137,16 @@ def test_stages_of_a_run(tmp_path):
         assert job.stages[2].finished() is finished, content
 
 
+def test_a_translation_game_is_measured_by_a_command_of_its_own(tmp_path):
+    run, = runs_of('--config=configs/rlhf/translation.py:tiny_game', '--config.speaker=s')
+    job = here.job_of(run, tmp_path, evaluation=['--language_model=l', '--step=all'], alphas=(0.0, 0.5))
+    folder = tmp_path / 'all' / 'seed=0'
+    measure = ('-m', 'experiments.evaluate_translation', f'--game={folder}', '--language_model=l', '--step=all')
+    assert [stage.command[1:] for stage in job.stages[1:]] == [
+        (*measure, f'--json={folder}/evaluation.json'),
+        (*measure, '--step=last', '--interpolate=0,0.5', f'--json={folder}/interpolation.json')]
+
+
 @pytest.mark.parametrize('step', [['--step=all'], ['--step', 'all'], ['--step=3', '--step=all']])
 def test_where_every_checkpoint_is_measured_the_newest_is_interpolated(tmp_path, step):
     run, = runs_of('--config=configs/rlhf/arithmetic.py:ppo', '--config.num_steps=7')

@@ -266,6 +266,8 @@ def test_evaluations_of_every_checkpoint_are_curves_and_are_finished(tmp_path):
     found = results.collect([str(tmp_path)])
     assert found[0].final == {'reward': 2.0, 'evaluate.reward': 0.75}
     assert report.curves_of(found, 'evaluate.reward')[0]['all'][1].tolist() == [0.5, 0.75]
+    earlier, = results.collect([str(tmp_path)], at=1)
+    assert earlier.final == {'reward': 1.0, 'evaluate.reward': 0.5} and earlier.rows == found[0].rows
     path.write_text('{"reward"')
     with pytest.raises(ValueError, match='evaluation.json: damaged'):
         results.collect([str(tmp_path)])
