@@ -12,12 +12,12 @@ MINIBATCHES = (1, 2, 4, 8, 16, 32, 64)  # N of arXiv 2410.18252, figures 3 and 4
 MEASURE_IMDB = '--evaluate=--temperature=1 --batch_size=128 --drift=100'
 IMDB_SMALL = (IMDB, '--seeds=5', MEASURE_IMDB, '--trade_off=evaluate.gold,evaluate.drift_perplexity')
 
-# Both languages' BLEU and the negative log-likelihood of people's English, on the validation set; of every checkpoint.
+# Reward, both languages' BLEU and the negative log-likelihood of people's English, held out, of every checkpoint.
 TRANSLATION_SMALL = ('--config=configs/rlhf/translation.py:small_game', '--config.speaker=runs/small/speaker',
                      '--config.listener=runs/small/listener', '--seeds=5', '--config.evaluation.every=0',
                      '--config.evaluation.language_model=runs/small/captions', '--evaluate=--step=all',
-                     '--trade_off=evaluate.bleu_de,evaluate.nll_en')
-BEFORE_RESETS = ('--config.checkpoint_every=499', '--config.keep_checkpoints=5')
+                     '--trade_off=evaluate.reward_de,evaluate.nll_en')
+BEFORE_RESETS = ('--config.checkpoint_every=249', '--config.keep_checkpoints=5')
 
 
 def _list(values) -> str:
@@ -98,16 +98,16 @@ SWEEPS: dict[str, tuple[str, ...]] = {
                            '--sweep.elastic.decay=0.8,0.9,0.98', '--zip.elastic.period=10,17', '--zip.num_steps=51,52',
                            '--config.checkpoint_every=50'),
     'imdb_small_stop_kl': (*IMDB_SMALL, '--variants=small_ppo_matched', '--sweep.algorithm.stop_kl=0.005,0.01,0.02'),
-    # `translation.py:small_game` on Multi30k (--config.data.path=DATA) from runs/small/speaker and listener. The plain
-    # game, its way back and its checkpoints, and prices of KL; resets, and decays and periods of Elastic Reset. Each is
-    # measured a few steps before every reset (--report --at=1996) and right after the last.
-    'translation_small': (*TRANSLATION_SMALL, '--sweep.kl.coefficient=0,0.01,0.03,0.1,0.3', '--baseline=coefficient=0',
-                          '--interpolate=' + _list(i / 20 for i in range(21)), '--config.checkpoint_every=100',
-                          '--config.keep_checkpoints=20'),
+    # `translation.py:small_game` on Multi30k; its docstring makes what it starts from, and has the flags of the text.
+    # The plain game, on the way back to its start and at ten checkpoints; resets, each measured a few steps before a
+    # reset (--report --at=996) and right after the last; prices of KL; decays and periods of Elastic Reset.
+    'translation_small': (*TRANSLATION_SMALL, '--interpolate=' + _list(i / 10 for i in range(11)),
+                          '--config.checkpoint_every=100', '--config.keep_checkpoints=10'),
     'translation_small_resets': (*TRANSLATION_SMALL, *BEFORE_RESETS,
                                  '--sweep.elastic.method=elastic_reset,reset_to_init,reset_to_ema'),
+    'translation_small_kl': (*TRANSLATION_SMALL, *BEFORE_RESETS, '--sweep.kl.coefficient=0.01,0.03,0.1,0.3'),
     'translation_small_elastic': (*TRANSLATION_SMALL, *BEFORE_RESETS, '--config.elastic.method=elastic_reset',
-                                  '--sweep.elastic.decay=0.98,0.995', '--sweep.elastic.period=250,500'),
+                                  '--sweep.elastic.decay=0.98,0.995', '--sweep.elastic.period=125,250'),
     # A writer of codes from earlier weights; `quickstart --which=align` makes what it starts from.
     'align_staleness': ('--config=configs/dlc/align_digits.py', '--variants=online_dpo,rloo',
                         '--sweep.rollout.max_staleness=0,1,4,16', '--seeds=3', '--first_seed=1',

@@ -6,14 +6,20 @@
     python -m experiments.train --config=configs/rlhf/translation.py:tiny_game --workdir=runs/tiny/game \\
         --config.speaker=runs/tiny/speaker --config.listener=runs/tiny/listener
 
-    # Multi30k on a CPU: DATA holds train.fr.gz, train.en.gz, train.de.gz, val.fr.gz, ... as its task1/raw does
+    # Multi30k on a CPU: DATA holds train.fr.gz, train.en.gz, train.de.gz, val.fr.gz, ... as its task1/raw does. Agents
+    # that know all of it have nothing to learn from playing on it, so they are pretrained on some and play on the rest
+    mkdir pairs played
+    for l in fr en de; do
+      zcat DATA/train.$l.gz | head -n 8000 > pairs/train.$l; zcat DATA/train.$l.gz | tail -n +8001 > played/train.$l
+      zcat DATA/val.$l.gz | tee pairs/val.$l > played/val.$l
+    done
     python -m experiments.train --config=configs/rlhf/translation.py:small_speaker --workdir=runs/small/speaker \\
-        --config.data.path=DATA
+        --config.data.path=pairs --config.vocabulary.paths="('DATA',)"
     python -m experiments.train --config=configs/rlhf/translation.py:small_listener --workdir=runs/small/listener \\
-        --config.data.path=DATA
+        --config.data.path=pairs --config.vocabulary.paths="('DATA',)"
     python -m experiments.train --config=configs/rlhf/translation.py:small_game --workdir=runs/small/elastic \\
-        --config.data.path=DATA --config.speaker=runs/small/speaker --config.listener=runs/small/listener \\
-        --config.elastic.method=elastic_reset
+        --config.data.path=played --config.vocabulary.paths="('DATA',)" --config.speaker=runs/small/speaker \\
+        --config.listener=runs/small/listener --config.elastic.method=elastic_reset
     python -m experiments.evaluate_translation --game=runs/small/elastic
     # fluency of the English, by a language model of captions (English text of any folder)
     python -m experiments.train --config=configs/rlhf/translation.py:small_language_model \\
@@ -172,13 +178,14 @@ def _small(config: ConfigDict) -> ConfigDict:
         config.model.embedding, config.data.lengths = 128, (32,)
         config.batch_size, config.num_steps = 128, 3000
     elif config.experiment != 'translation_game':
-        config.model.dropout = 0.1
-        config.batch_size, config.num_steps = 32, 3000
+        agents = config.experiment == 'translation_agent'
+        config.model.dropout, config.num_steps = (0.2, 5000) if agents else (0.1, 3000)
+        config.batch_size = 32
         config.optimizer.learning_rate.update(dict(peak=2e-3, final=1e-4, decay_steps=0))
     else:
-        config.batch_size, config.num_steps = 20, 2000
+        config.batch_size, config.num_steps = 20, 1000
         config.optimizer.learning_rate.peak = 1e-4
-        config.elastic.update(dict(period=500, decay=0.99, tick_every=5))
+        config.elastic.update(dict(period=250, decay=0.99, tick_every=5))
     return config
 
 

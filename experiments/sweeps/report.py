@@ -13,7 +13,7 @@ COUNTS = ('num_prompts', 'num_samples', 'temperature')  # of an evaluation: how 
 TRAINING = ('reward', 'gold', 'kl', 'loss', 'token_staleness')
 # (task, drift): the first pair that all runs have is drawn.
 TRADE_OFFS = ((f'{EVALUATED}gold', f'{EVALUATED}kl'), (f'{EVALUATED}reward', f'{EVALUATED}kl'),
-              (f'{EVALUATED}bleu_de', f'{EVALUATED}nll_en'), ('eval_gold', 'eval_kl'), ('eval_reward', 'eval_kl'),
+              (f'{EVALUATED}reward_de', f'{EVALUATED}nll_en'), ('eval_gold', 'eval_kl'), ('eval_reward', 'eval_kl'),
               ('gold', 'kl'), ('reward', 'kl'))
 CURVES = 8               # at most, of metrics that are not named
 

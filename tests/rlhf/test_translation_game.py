@@ -419,7 +419,8 @@ def evaluate(monkeypatch, tmp_path, *flags):
 def test_scores_of_a_game_and_of_its_start(pretrained, game, monkeypatch, tmp_path):
     game, _ = game
     rows = [row for row in read_metrics(game / 'metrics.jsonl') if 'bleu_en' in row]
-    assert [row['step'] for row in rows] == [4, 8] and set(rows[0]) == {'step', 'bleu_en', 'bleu_de', 'nll_en'}
+    assert [row['step'] for row in rows] == [4, 8] and set(rows[0]) == {'step', 'bleu_en', 'bleu_de', 'nll_en',
+                                                                                   'reward_de'}
     whole = evaluate(monkeypatch, tmp_path, f'--game={game}')
     ends = evaluate(monkeypatch, tmp_path, f'--game={game}', '--interpolate=0,1')
     before = evaluate(monkeypatch, tmp_path, *(f'--{name}={path}' for name, path in pretrained.items()))
@@ -452,10 +453,15 @@ def test_every_sentence_is_translated_by_both_agents_in_turn(pretrained):
     params = {name: translation_agent.load(pretrained[name], name, config) for name in pretrained}
     found = translation_evaluation.GameEvaluation(config, model).translate(params)
     assert len(found['en']) == len(found['de']) == 40  # one batch of 32 and one of 8 that is filled up
-    made, corpus = data.vocabularies(config, ('fr', 'en', 'de')), data.open_corpus(config, 'val', ('fr', 'en'), most=40)
+    made = data.vocabularies(config, ('fr', 'en', 'de'))
+    corpus = data.open_corpus(config, 'val', ('fr', 'en', 'de'), most=40)
     tokens, mask = translation_agent.source({'fr': corpus.tokens['fr'][33:34], 'fr_length':
                                              jnp.asarray(corpus.lengths['fr'][33:34])}, 'fr')
+    german = {'de': corpus.tokens['de'][33:34], 'de_length': jnp.asarray(corpus.lengths['de'][33:34])}
     for name, language in (('speaker', 'en'), ('listener', 'de')):
+        if name == 'listener':
+            logprobs, counted = translation_agent.target_logprobs(model, params[name], (tokens, mask), german, 'de')
+            np.testing.assert_allclose(found['reward'][33], (logprobs * counted).sum() / counted.sum(), rtol=1e-5)
         message = model.apply({'params': params[name]}, tokens, mask, max_length=6, min_length=2, method='send')
         assert found[language][33] == made[language].decode(np.asarray(message.tokens[0]).tolist())
         tokens, mask = message.tokens, message.mask

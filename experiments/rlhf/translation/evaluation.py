@@ -1,5 +1,6 @@
 """Greedy translation of a held-out split and its BLEU: of the German, the task; of the English, the drift.
 
+`reward_de` is what the game rewards, the mean log-likelihood of people's German in nats a token, after greedy English;
 `fluency_en`, where `evaluation.language_model` names one, is the mean of nats a token of the English under it;
 `image_...`, where `evaluation.ranker` names one, say how well the English finds the images of the text (`images.py`).
 `bleu_*` is `bleu.legacy` on tokenized, lower-cased text, as the game has been reported; `sacrebleu_*`, where sacrebleu
@@ -49,25 +50,31 @@ class _Scores:
         raise NotImplementedError
 
     def _translate(self, params: Any, batch: dict[str, Array]) -> dict[str, Array]:
-        """What each agent says, and the mean log-likelihood of each human sentence under the first: [N, ...]."""
-        agents, first, second = self._agents(params), *self.languages[:2]
+        """What each agent says, and how likely people's sentence is under the first, and of two under the second, which
+        reads what the first has said: [N, ...]."""
+        first = self.languages[0]
         tokens, lengths = translation.source(batch[first], batch[f'{first}_length'])
         read = tokens, responses.mask(lengths, tokens.shape[-1])
-        logits, _ = self._model.apply({'params': agents[0]}, *read, batch[second])
-        _, wanted, mask = translation.target(batch[second], batch[f'{second}_length'])
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], -1)[..., 0]
-        translated = {'nll': masked.total(-picked, mask, -1), 'count': mask.sum(-1)}
-        for agent, language in zip(agents, self.languages[1:]):
+        translated = {}
+        for agent, language in zip(self._agents(params), self.languages[1:]):
+            logits, _ = self._model.apply({'params': agent}, *read, batch[language])
+            _, wanted, mask = translation.target(batch[language], batch[f'{language}_length'])
+            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], -1)[..., 0]
+            if translated:
+                translated['reward'] = translation.reward(picked, mask)
+            else:
+                translated |= {'nll': masked.total(-picked, mask, -1), 'count': mask.sum(-1)}
             message = self._model.apply({'params': agent}, *read, max_length=self._message.max_length,
                                         min_length=self._message.min_length, method='send')
             translated[language], read = message.tokens, (message.tokens, message.mask)
         return translated
 
     def translate(self, params: Any) -> dict[str, Any]:
-        """{language: [sentence]}, words separated by spaces; and `nll` and `count` [N] of the first agent's target."""
+        """{language: [sentence]}, words separated by spaces; `nll` and `count` [N] of the first agent's target; of two
+        agents, `reward` [N]."""
         count = len(self.corpus.plain[self.languages[0]])
-        batch = {language: self.corpus.tokens[language] for language in self.languages[:2]}
-        batch |= {f'{language}_length': self.corpus.lengths[language] for language in self.languages[:2]}
+        batch = {language: self.corpus.tokens[language] for language in self.languages}
+        batch |= {f'{language}_length': self.corpus.lengths[language] for language in self.languages}
         parts = []
         for rows, _ in full_batches(count, self._rows):
             parts.append(jax.tree.map(np.asarray, self._run(params, {name: x[rows] for name, x in batch.items()})))
@@ -76,9 +83,9 @@ class _Scores:
                 for name, x in whole.items()}
 
     def __call__(self, params: Any, *, sacrebleu: bool = False) -> dict[str, float]:
-        """`bleu_X` of every language X that is translated to, `fluency_en` where a language model is named, `image_...`
-        where a ranker is, `nll_Y` in nats a token of what people wrote, under the first agent; with `sacrebleu`, also
-        `sacrebleu_X` where it is installed."""
+        """Scores by name: `bleu_X` of every language X that is translated to; `nll_Y`, in nats a token of what people
+        wrote, under the first agent; of two agents `reward_de`; `fluency_en` where a language model is named,
+        `image_...` where a ranker is; with `sacrebleu`, also `sacrebleu_X` where it is installed."""
         translated = self.translate(params)
         scores = {}
         for language in self.languages[1:]:
@@ -97,6 +104,8 @@ class _Scores:
             measure, weights = self._ranking
             scores |= measure(weights, translated['en'])
         scores[f'nll_{self.languages[1]}'] = float(translated['nll'].sum() / translated['count'].sum())
+        if 'reward' in translated:
+            scores['reward_de'] = float(translated['reward'].mean())
         return scores
 
     signature = ''  # of sacrebleu
