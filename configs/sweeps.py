@@ -99,13 +99,13 @@ SWEEPS: dict[str, tuple[str, ...]] = {
                            '--config.checkpoint_every=50'),
     'imdb_small_stop_kl': (*IMDB_SMALL, '--variants=small_ppo_matched', '--sweep.algorithm.stop_kl=0.005,0.01,0.02'),
     # `translation.py:small_game` on Multi30k; its docstring makes what it starts from, and has the flags of the text.
-    # The plain game, on the way back to its start and at ten checkpoints; resets, each measured a few steps before a
-    # reset (--report --at=996) and right after the last; prices of KL; decays and periods of Elastic Reset.
-    'translation_small': (*TRANSLATION_SMALL, '--interpolate=' + _list(i / 10 for i in range(11)),
-                          '--config.checkpoint_every=100', '--config.keep_checkpoints=10'),
+    # The plain game, on the way back to its start and at six checkpoints, and prices of KL; resets, each measured a few
+    # steps before a reset (--report --at=996) and right after the last; decays and periods of Elastic Reset.
+    'translation_small': (*TRANSLATION_SMALL, '--sweep.kl.coefficient=0,0.01,0.03,0.1,0.3', '--baseline=coefficient=0',
+                          '--interpolate=' + _list(i / 10 for i in range(11)), '--config.checkpoint_every=166',
+                          '--config.keep_checkpoints=7'),
     'translation_small_resets': (*TRANSLATION_SMALL, *BEFORE_RESETS,
                                  '--sweep.elastic.method=elastic_reset,reset_to_init,reset_to_ema'),
-    'translation_small_kl': (*TRANSLATION_SMALL, *BEFORE_RESETS, '--sweep.kl.coefficient=0.01,0.03,0.1,0.3'),
     'translation_small_elastic': (*TRANSLATION_SMALL, *BEFORE_RESETS, '--config.elastic.method=elastic_reset',
                                   '--sweep.elastic.decay=0.98,0.995', '--sweep.elastic.period=125,250'),
     # A writer of codes from earlier weights; `quickstart --which=align` makes what it starts from.
