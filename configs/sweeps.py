@@ -17,6 +17,7 @@ TRANSLATION_SMALL = ('--config=configs/rlhf/translation.py:small_game', '--confi
                      '--config.listener=runs/small/listener', '--seeds=5', '--config.evaluation.every=0',
                      '--config.evaluation.language_model=runs/small/captions', '--evaluate=--step=all',
                      '--trade_off=evaluate.reward_de,evaluate.nll_en')
+# Of a period of 250, or of half as long: the last checkpoints are of steps 249, 498, 747, 996 and 1000.
 BEFORE_RESETS = ('--config.checkpoint_every=249', '--config.keep_checkpoints=5')
 
 

@@ -11,7 +11,7 @@
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -84,25 +84,45 @@ def main() -> None:
     wanted = steps_lib.wanted(args.step, args.game) if args.game else [None]
     if args.step == 'all':
         curve = Curve(args.json, settings_of(args), run=args.game)
-        for step in curve.missing(wanted):
-            scores = evaluate(args, alphas, step)
+        for step, scores in measured(args, alphas, curve.missing(wanted)):
             scores = scores if isinstance(scores, dict) else {f'alpha_{row["alpha"]:g}': row for row in scores}
             if jax.process_index() == 0:
                 curve.add(step, scores)
         print(f'{len(wanted)} checkpoints -> {args.json}')
         return
-    scores = evaluate(args, alphas, wanted[0])
+    (_, scores), = measured(args, alphas, wanted[:1])
     if args.json and jax.process_index() == 0:
         storage.write_json(args.json, scores)
 
 
-def evaluate(args: argparse.Namespace, alphas: Sequence[float],
-             step: int | None) -> dict[str, Any] | list[dict[str, Any]]:
-    """Scores of the agents that the flags name, of the game's at `step` (None: its newest checkpoint); or a row for
-    each of `alphas`, at which the game's speaker is interpolated with the one it started as."""
-    config, params = load_game(args.game, step) if args.game else load_agents(args.speaker, args.listener)
-    if alphas and not config.speaker:
-        raise ValueError(f'--game={args.game}: its speaker started from scratch; there is nothing to pull it back to')
+def measured(args: argparse.Namespace, alphas: Sequence[float],
+             steps: Sequence[int | None]) -> Iterator[tuple[int | None, dict[str, Any] | list[dict[str, Any]]]]:
+    """Scores of the agents that the flags name, of the game's at each of `steps` (None: its newest checkpoint); or a
+    row for each of `alphas`, at which the game's speaker is interpolated with the one it started as."""
+    measure = None
+    for step in steps:
+        config, params = load_game(args.game, step) if args.game else load_agents(args.speaker, args.listener)
+        if alphas and not config.speaker:
+            raise ValueError(f'--game={args.game}: its speaker started from scratch; there is nothing to pull it back '
+                             'to')
+        measure = measure or open_measure(args, config)
+        if alphas:
+            start = translation_agent.load(config.speaker, 'speaker', config)
+            between = lambda alpha: dict(params, speaker=elastic_reset.interpolate(start, params['speaker'], alpha))
+            rows = [{'alpha': alpha} | measure(between(alpha), sacrebleu=True) for alpha in alphas]
+        else:
+            rows = [measure(params, sacrebleu=True)]
+        for row in rows:
+            words = [] if step is None else [f'step {step}']
+            print('  '.join([*words, *(f'{name} {value:.2f}' for name, value in row.items())]))
+        if measure.signature:
+            print('sacrebleu', measure.signature)
+        yield step, rows if alphas else rows[0]
+
+
+def open_measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> translation_evaluation.GameEvaluation:
+    """What measures the agents of `config` on the whole split, with whatever else the flags name."""
+    config = config.copy_and_resolve_references()
     with config.unlocked():
         config.evaluation.sentences = 0
         if args.language_model:
@@ -113,21 +133,7 @@ def evaluate(args: argparse.Namespace, alphas: Sequence[float],
         if args.path:  # the vocabulary stays that of the run's own text
             config.vocabulary.paths = tuple(config.vocabulary.paths) or (config.data.path,)
             config.data.path = args.path
-    model = translation_agent.make_agent(config)
-    measure = translation_evaluation.GameEvaluation(config, model, args.split)
-    if alphas:
-        start = translation_agent.load(config.speaker, 'speaker', config)
-        rows = [{'alpha': alpha} | measure(dict(params, speaker=elastic_reset.interpolate(start, params['speaker'],
-                                                                                          alpha)), sacrebleu=True)
-                for alpha in alphas]
-    else:
-        rows = [measure(params, sacrebleu=True)]
-    for row in rows:
-        named = ({} if step is None else {'step': step}) | row
-        print('  '.join(f'{name} {value if name == "step" else format(value, ".2f")}' for name, value in named.items()))
-    if measure.signature:
-        print('sacrebleu', measure.signature)
-    return rows if alphas else rows[0]
+    return translation_evaluation.GameEvaluation(config, translation_agent.make_agent(config), args.split)
 
 
 if __name__ == '__main__':

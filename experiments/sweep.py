@@ -155,7 +155,7 @@ def write_report(args: argparse.Namespace, folders: Sequence[str], workdir: str)
     found = results.collect(folders, args.at)
     names = lambda text: tuple(text.split(',')) if text else ()
     summary = reports.summarize(found, baseline=args.baseline, metrics=names(args.metrics),
-                                trade_off=names(args.trade_off))
+                                trade_off=names(args.trade_off), at=args.at)
     place = storage.resolve(workdir)
     storage.check_writable(place, '--workdir')
     text = reports.markdown(summary)

@@ -19,7 +19,7 @@ CURVES = 8               # at most, of metrics that are not named
 
 
 def summarize(results: Sequence[Result], *, baseline: str = '', metrics: Sequence[str] = (),
-              trade_off: Sequence[str] = ()) -> dict[str, Any]:
+              trade_off: Sequence[str] = (), at: int | None = None) -> dict[str, Any]:
     """Everything in `report.json`: a function of what the runs measured, without clocks and folders.
 
     `settings`: mean and deviation over the seeds of finished runs. `differences`: from `baseline`, paired by seed.
@@ -30,6 +30,7 @@ def summarize(results: Sequence[Result], *, baseline: str = '', metrics: Sequenc
         baseline: a setting; '': the first.
         metrics: names to report; (): see `choose_metrics`.
         trade_off: names of the task and the drift; (): the first pair of `TRADE_OFFS` that there is.
+        at: step by which `results` were measured (see `collect`), which the page then says; None: the end.
 
     Raises:
         ValueError: a name that no run has.
@@ -57,6 +58,8 @@ def summarize(results: Sequence[Result], *, baseline: str = '', metrics: Sequenc
                 row[name] = paired_difference([of_seed[s].final[name] for s in seeds],
                                               [finished[baseline][s].final[name] for s in seeds])._asdict()
         out['differences'][setting] = row
+    if at is not None:
+        out['at'] = at
     pair = choose_trade_off(results, trade_off)
     if pair:
         out['trade_off'] = of_trade_off(finished, baseline, *pair)
@@ -196,7 +199,8 @@ def difference_row(difference: Difference) -> dict[str, str]:
 def heading(summary: Mapping[str, Any]) -> str:
     """What was tried, so that nobody takes the best of many for the only one."""
     return (f'{summary["settings_tried"]} settings were tried in {summary["runs"]} runs, of which '
-            f'{summary["finished"]} have finished.')
+            f'{summary["finished"]} have finished.'
+            + (f' Measured at step {summary["at"]}, or last before it.' if 'at' in summary else ''))
 
 
 def markdown(summary: Mapping[str, Any]) -> str:

@@ -51,7 +51,8 @@ def collect(folders: Sequence[str], at: int | None = None) -> list[Result]:
         at: step by which a run's final values were measured; None: its last.
 
     Raises:
-        ValueError: there is none, runs train different things, or two have one setting and seed.
+        ValueError: there is none, none was measured by `at`, runs train different things, or two have one setting and
+            seed.
     """
     results: list[Result] = []
     loose: list[pathlib.Path] = []
@@ -78,6 +79,8 @@ def collect(folders: Sequence[str], at: int | None = None) -> list[Result]:
         other = seen.setdefault((result.setting, result.seed), result.folder)
         if other != result.folder:
             raise ValueError(f'{other} and {result.folder} have the same setting and seed; leave one out')
+    if at is not None and not any(result.final for result in results):
+        raise ValueError(f'--at={at}: no run was measured by that step; give a later one, or leave it out')
     return results
 
 
@@ -131,13 +134,13 @@ def read(folder: pathlib.Path, setting: str, seed: int, config: dict[str, Any], 
         named = {f'{EVALUATED}{name}': value for name, value in row.items()
                  if name not in ('step', 'hours') and isinstance(value, (int, float))}
         measured.append(({'step': row['step']} if 'step' in row else {}) | named)
+    num_steps = config.get('num_steps', 0)
     final: dict[str, float] = {}
     for row in rows + measured:
-        if at is None or row.get('step', at + 1) <= at:
+        if at is None or row.get('step', num_steps) <= at:
             final |= {name: value for name, value in row.items() if name != 'step' and not of_the_clock(name)
                       and value is not None}
     rows += [row for row in measured if 'step' in row]
-    num_steps = config.get('num_steps', 0)
     if is_finished(folder, num_steps):
         state = 'finished'
     elif not rows:

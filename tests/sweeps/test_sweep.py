@@ -268,6 +268,12 @@ def test_evaluations_of_every_checkpoint_are_curves_and_are_finished(tmp_path):
     assert report.curves_of(found, 'evaluate.reward')[0]['all'][1].tolist() == [0.5, 0.75]
     earlier, = results.collect([str(tmp_path)], at=1)
     assert earlier.final == {'reward': 1.0, 'evaluate.reward': 0.5} and earlier.rows == found[0].rows
+    assert 'Measured at step 1, or last before it.' in report.markdown(report.summarize([earlier], at=1))
+    assert 'Measured' not in report.markdown(report.summarize(found))
+    path.write_text('{"reward": 0.75}')  # of the end
+    assert [results.collect([str(tmp_path)], at=at)[0].final.get('evaluate.reward') for at in (1, 2)] == [None, 0.75]
+    with pytest.raises(ValueError, match='--at=0: no run was measured by that step'):
+        results.collect([str(tmp_path)], at=0)
     path.write_text('{"reward"')
     with pytest.raises(ValueError, match='evaluation.json: damaged'):
         results.collect([str(tmp_path)])

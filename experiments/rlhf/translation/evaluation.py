@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -18,6 +17,7 @@ from experiments.rlhf.translation import data as data_lib
 from experiments.runtime.evaluation import Evaluation, full_batches
 from experiments.runtime.state import TrainState
 from rlhf_jax import masked, responses
+from rlhf_jax.logprobs import token_logprobs
 from rlhf_jax.models.seq2seq import Seq2Seq
 from rlhf_jax.tasks import bleu, translation
 
@@ -59,7 +59,7 @@ class _Scores:
         for agent, language in zip(self._agents(params), self.languages[1:]):
             logits, _ = self._model.apply({'params': agent}, *read, batch[language])
             _, wanted, mask = translation.target(batch[language], batch[f'{language}_length'])
-            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], -1)[..., 0]
+            picked = token_logprobs(logits, wanted)
             if translated:
                 translated['reward'] = translation.reward(picked, mask)
             else:
