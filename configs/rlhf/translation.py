@@ -25,6 +25,8 @@
     python -m experiments.train --config=configs/rlhf/translation.py:small_language_model \\
         --workdir=runs/small/captions --config.data.path=DATA
     python -m experiments.evaluate_translation --game=runs/small/elastic --language_model=runs/small/captions
+    # five seeds (docs/papers.md): reward -2.597 +- 0.093 and English BLEU 20.7 +- 4.9 for the plain game, -2.522 +-
+    # 0.014 and 27.0 +- 3.2 for Elastic Reset before a reset, -2.5031 +- 0.0098 and 34.05 +- 0.40 for a KL price of 0.1
     # larger, on one GPU: medium_ in the place of small_
     # how well the English finds its image: IMAGES holds train.npy and val.npy, a row of features for each line of DATA
     python -m experiments.train --config=configs/rlhf/translation.py:small_ranker --workdir=runs/small/ranker \\
